@@ -1,0 +1,74 @@
+# Everything a person or a machine does with this repository. `make help` lists it.
+#
+# A target sets up what it needs, once: a stamp in .venv says what has been done, so that a second
+# run needs no network.
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c 'import venv' 2>/dev/null && echo python3.12 || echo python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+export RAY_AUTH_MODE ?= disabled
+
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ── set-up ───────────────────────────────────────────────────────────────────────────────────────
+
+$(VENV)/.run: pyproject.toml constraints-cpu.txt deploy/setup.sh
+	@PYTHON=$(PYTHON) deploy/setup.sh run
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@PYTHON=$(PYTHON) deploy/setup.sh dev
+	@touch $@
+
+$(MODEL): | $(VENV)/.run
+	@deploy/setup.sh model
+
+setup: $(VENV)/.run $(MODEL)  ## virtual environment, dependencies, the default model
+setup-dev: $(VENV)/.dev $(MODEL)  ## the same, and what tests and lint need
+
+# ── use ──────────────────────────────────────────────────────────────────────────────────────────
+
+serve: setup  ## start a cluster on this machine, show one chat, serve until Ctrl-C
+	@$(BIN)/pdserve serve $(MODEL_ARG)
+
+demo: setup  ## what this is for, live, in about 90 seconds
+	@$(BIN)/python -m pdserve.cluster.demo
+
+# ── check ────────────────────────────────────────────────────────────────────────────────────────
+
+test: setup-dev  ## the tests; at most 10 minutes on 2 cores
+	@$(BIN)/python -m pytest -m "not slow" -q
+
+test-all: setup-dev  ## the tests, the long ones too
+	@$(BIN)/python -m pytest -q
+
+check: setup-dev  ## format, lint, types, unit and architecture tests
+	@$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest -q tests/unit tests/architecture
+
+lint: setup-dev  ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90, sm_100; needs no GPU
+	@env -u TRITON_INTERPRET $(BIN)/python -m pdserve.model.kernels.compile_all
+
+golden: setup-dev  ## rewrite the golden traces; look at the diff
+	@GOLDEN=rewrite $(BIN)/python -m pytest -q tests/golden
+
+proto: setup-dev  ## regenerate pdserve/proto from proto/
+	@$(BIN)/python -m grpc_tools.protoc -Ipdserve/proto/v1=proto/pdserve/v1 \
+		--python_out=. --pyi_out=. --grpc_python_out=. proto/pdserve/v1/inference.proto
+
+bench: setup-dev  ## the benchmarks that this machine can run
+	@$(BIN)/python -m bench.end_to_end
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help setup setup-dev serve demo test test-all check lint kernels golden proto bench clean

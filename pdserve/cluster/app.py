@@ -1,0 +1,271 @@
+"""The cluster as one Ray Serve application.
+
+    serve run pdserve.cluster.app:build              with the defaults
+    serve deploy deploy/serve-config.yaml            with `args:` as in our configuration
+    serve.run(build({"decode": {"replicas": 2}}))    from Python
+
+Four deployments: ``router``, ``prefill``, ``decode`` and the ingress, ``gateway``. Their replicas
+are the real processes, so Serve's numbers, health checks, restarts, placement and autoscaling act
+on what does the work. Serve's handles carry control only (where is the router, how many workers
+are wanted); requests, tokens and KV blocks go through our own sockets and shared memory.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.handle import DeploymentHandle
+
+from pdserve.cluster.autoscaling import METRIC
+from pdserve.cluster.router_service import RouterService
+from pdserve.cluster.session import GatewaySession, Served
+from pdserve.cluster.worker_shell import WorkerShell
+from pdserve.config import ClusterConfig, PoolConfig, from_tree, to_tree
+from pdserve.errors import ConfigError, StoreUnavailable
+from pdserve.ids import HostId
+from pdserve.messages import Address, Role
+from pdserve.router.scaling import wanted_replicas
+from pdserve.wire.hosts import local_host_id
+
+log = logging.getLogger(__name__)
+
+MODEL_KNOWN_S = 120.0
+"""How long a gateway waits for the first worker: loading a large model takes its time."""
+
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 10.0
+CALLS_MAX = 1000  # control calls at once to one replica
+
+
+def build(args: Mapping[str, Any] | None = None) -> serve.Application:
+    """The application, from nested plain settings as in a YAML file.
+
+    Raises:
+        ConfigError: a key is unknown or a value does not fit; nothing has been started.
+    """
+    config = from_tree(dict(args or {}))
+    tree = to_tree(config)
+    common: dict[str, Any] = {
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "max_ongoing_requests": CALLS_MAX,
+        "logging_config": {"enable_access_log": False},  # of control calls; clients' are ours
+    }
+    router = serve.deployment(
+        name="router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common
+    )(Router).bind(tree)
+    pools = [
+        serve.deployment(name=role.value, **_pool_options(pool, config), **common)(Worker).bind(
+            role.value, tree, router
+        )
+        for role, pool in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
+    ]
+    return serve.deployment(
+        name="gateway",
+        num_replicas=config.gateway.replicas,
+        ray_actor_options={"num_cpus": 0},
+        **{**common, "max_ongoing_requests": config.gateway.streams_max},
+    )(serve.ingress()(Gateway)).bind(tree, router, *pools)
+
+
+def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
+    actor: dict[str, Any] = {"num_cpus": pool.cpus, "resources": dict(pool.resources)}
+    if pool.gpus is not None:
+        actor["num_gpus"] = pool.gpus
+    elif config.model.device == "cuda":
+        actor["num_gpus"] = 1
+    options: dict[str, Any] = {
+        "ray_actor_options": actor,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s + 15.0,
+    }
+    if pool.replicas_max == pool.replicas:
+        return {**options, "num_replicas": pool.replicas}
+    scaling = config.autoscaling
+    return {
+        **options,
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=pool.replicas,
+            initial_replicas=pool.replicas,
+            max_replicas=pool.replicas_max,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            metrics_interval_s=scaling.metrics_interval_s,
+            look_back_period_s=2 * scaling.metrics_interval_s,
+            policy=AutoscalingPolicy(policy_function="pdserve.cluster.autoscaling:policy"),
+        ),
+    }
+
+
+class Router:
+    """The deployment around ``RouterService``."""
+
+    async def __init__(self, tree: dict[str, Any]) -> None:
+        self._config = from_tree(tree)
+        self._service = RouterService(self._config.router, host=local_host_id())
+        await self._service.start(directory_of(self._config), tcp_host=tcp_host_of(self._config))
+
+    async def address(self) -> tuple[str, str, str]:
+        return _plain(self._service.address)
+
+    async def namespace(self) -> str:
+        """Of the workers' KV blocks, in hexadecimal; empty before the first worker came."""
+        hello = self._service.hello
+        return hello.namespace if hello else ""
+
+    async def snapshot(self) -> str:
+        return json.dumps(asdict(self._service.snapshot()))
+
+    async def wanted(self, role: str) -> int:
+        """Replicas that the pool of ``role`` should have, by the router's figures."""
+        snapshot = self._service.snapshot()
+        current = sum(w.role == role and not w.draining for w in snapshot.workers)
+        return wanted_replicas(Role(role), snapshot, self._config.autoscaling, current=current)
+
+    async def __del__(self) -> None:
+        await self._service.close()
+
+
+class Worker:
+    """The deployment of both pools; its replicas are the workers."""
+
+    async def __init__(self, role: str, tree: dict[str, Any], router: DeploymentHandle) -> None:
+        config = from_tree(tree)
+        pool = config.prefill if role == Role.PREFILL else config.decode
+        _set_threads(pool)
+        self._router = router
+        self._config = config
+        host, tcp_host, directory = local_host_id(), tcp_host_of(config), directory_of(config)
+        app = serve.get_replica_context().app_name
+        self._shell = WorkerShell(Role(role), config, host=host)
+
+        async def find_store(block_bytes: int) -> Address:
+            from pdserve.cluster.store_supervisor import ensure_store
+
+            return await ensure_store(app, directory, tcp_host, config.store, block_bytes)
+
+        await self._shell.start(
+            directory, find_store, lambda: _find_router(router), tcp_host=tcp_host
+        )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {METRIC: float(await self._router.wanted.remote(self._shell.role.value))}
+
+    async def check_health(self) -> None:
+        self._shell.check_health()
+
+    async def __del__(self) -> None:
+        await self._shell.drain(timeout_s=self._config.drain_timeout_s)
+
+
+class Gateway:
+    """The ingress: our ASGI application, behind Serve's proxy and on a server of its own."""
+
+    async def __init__(
+        self, tree: dict[str, Any], router: DeploymentHandle, *_pools: DeploymentHandle
+    ) -> None:
+        from pdserve.cluster.front import Front
+
+        config = from_tree(tree)
+        self._session = await _open_session(config, router)
+        self._front = Front(self._session, config, _snapshots(router))
+        await self._front.start()
+
+    async def addresses(self) -> str:
+        """Where this gateway listens: JSON of {"http": port, "grpc": port}."""
+        return json.dumps(self._front.ports)
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return self._front.app
+
+    async def __del__(self) -> None:
+        await self._front.stop()
+        await self._session.close()
+
+
+async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> GatewaySession:
+    from pdserve.model.architecture import read_architecture
+    from pdserve.model.source import locate
+    from pdserve.text.tokenizer import load_tokenizer
+
+    files = await asyncio.to_thread(locate, config.model)
+    architecture = await asyncio.to_thread(read_architecture, files)
+    tokenizer = await asyncio.to_thread(load_tokenizer, files.path)
+    served = Served(
+        name=config.model.served_name or files.name,
+        context_tokens=min(
+            architecture.context_tokens, config.model.context_tokens or architecture.context_tokens
+        ),
+        namespace=bytes.fromhex(await _namespace(router)),
+        block_tokens=config.model.block_tokens,
+        streams_max=config.gateway.streams_max,
+    )
+    session = GatewaySession(served, tokenizer, host=local_host_id())
+    await session.start(
+        directory_of(config), lambda: _find_router(router), tcp_host=tcp_host_of(config)
+    )
+    return session
+
+
+async def _namespace(router: DeploymentHandle) -> str:
+    async with asyncio.timeout(MODEL_KNOWN_S):
+        while not (namespace := await router.namespace.remote()):
+            await asyncio.sleep(0.25)
+    return str(namespace)
+
+
+def _snapshots(router: DeploymentHandle) -> Any:
+    async def snapshot() -> dict[str, Any]:
+        tree: dict[str, Any] = json.loads(await router.snapshot.remote())
+        return tree
+
+    return snapshot
+
+
+async def _find_router(router: DeploymentHandle) -> Address:
+    try:
+        async with asyncio.timeout(5.0):
+            host, unix_path, tcp = await router.address.remote()
+    except ray.exceptions.RayError as error:
+        raise StoreUnavailable(f"the router's replica does not answer: {error}") from error
+    return Address(HostId(host), unix_path, tcp)
+
+
+def _plain(address: Address) -> tuple[str, str, str]:
+    return address.host, address.unix_path, address.tcp
+
+
+def directory_of(config: ClusterConfig) -> Path:
+    """Where this host's sockets are; made on first use, for this user alone."""
+    default = Path(tempfile.gettempdir()) / f"pdserve-{os.getuid()}"
+    directory = Path(config.directory) if config.directory else default
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise ConfigError(f"directory is {directory}, which belongs to somebody else; set another")
+    return directory
+
+
+def tcp_host_of(config: ClusterConfig) -> str | None:
+    return ray.util.get_node_ip_address() if config.tcp else None
+
+
+def _set_threads(pool: PoolConfig) -> None:
+    """Before torch is imported: both OpenMP runtimes read their settings when they load.
+
+    Passive waiting, because two pools with a thread per core share the cores: spinning threads of
+    one would eat the other's time.
+    """
+    threads = pool.threads or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if pool.nice:
+        os.nice(pool.nice)

@@ -1,0 +1,119 @@
+"""``pdserve doctor``: what would keep a cluster from running well on this machine."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from pdserve.cluster.app import directory_of
+from pdserve.config import ClusterConfig, GiB
+from pdserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    good: bool
+    what: str
+    remedy: str = ""
+
+
+def examine(config: ClusterConfig) -> bool:
+    """Prints every finding; True where nothing stands in the way."""
+    console = Console(highlight=False)
+    findings = list(_findings(config))
+    for finding in findings:
+        mark = "[green]ok[/]  " if finding.good else "[red]no[/]  "
+        console.print(mark + escape(finding.what))
+        if finding.remedy:
+            console.print(f"     {escape(finding.remedy)}")
+    return all(finding.good for finding in findings)
+
+
+def _findings(config: ClusterConfig) -> Iterator[Finding]:
+    yield _model(config)
+    yield _shared_memory(config)
+    yield from _ports(config)
+    yield _compiler()
+    yield from _device(config)
+    try:
+        yield Finding(True, f"sockets go to {directory_of(config)}")
+    except (ConfigError, OSError) as error:
+        yield Finding(False, f"no directory for sockets: {error}", "set `directory`")
+
+
+def _model(config: ClusterConfig) -> Finding:
+    from pdserve.model.architecture import read_architecture
+    from pdserve.model.source import locate
+
+    try:
+        files = locate(config.model)
+        architecture = read_architecture(files)
+    except ConfigError as error:
+        return Finding(False, f"model: {error}")
+    return Finding(
+        True,
+        f"model {files.name}: {architecture.family}, {architecture.layer_count} layers, context "
+        f"{architecture.context_tokens} tokens, {files.path}",
+    )
+
+
+def _shared_memory(config: ClusterConfig) -> Finding:
+    free = shutil.disk_usage("/dev/shm").free
+    wanted = config.store.arena_bytes
+    return Finding(
+        free >= wanted,
+        f"/dev/shm has {free / GiB:.1f} GiB free, the store wants {wanted / GiB:.1f}",
+        ""
+        if free >= wanted
+        else "lower store.arena_bytes, or give the container a larger --shm-size",
+    )
+
+
+def _ports(config: ClusterConfig) -> Iterator[Finding]:
+    gateway = config.gateway
+    for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
+        if port <= 0:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((gateway.host, port))
+            except OSError as error:
+                yield Finding(
+                    False,
+                    f"gateway.{name} {port}: {error.strerror}",
+                    "stop what listens there, or set another",
+                )
+            else:
+                yield Finding(True, f"gateway.{name} {port} is free")
+
+
+def _compiler() -> Finding:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler:
+        return Finding(True, f"C++ compiler: {compiler}")
+    return Finding(
+        True, "no C++ compiler: the CPU path runs on torch alone, slower", "apt-get install g++"
+    )
+
+
+def _device(config: ClusterConfig) -> Iterator[Finding]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if config.model.device == "cuda" and not cuda:
+        yield Finding(
+            False, "model.device is cuda, torch sees no CUDA device", "set model.device=cpu"
+        )
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    yield Finding(True, f"torch {torch.__version__} on {device}")
+    driver = Path("/proc/driver/nvidia/version").exists()
+    if driver and not cuda:
+        yield Finding(
+            False, "an NVIDIA driver is here, torch is a CPU build", "install torch with CUDA"
+        )

@@ -1,0 +1,85 @@
+"""The servers of one gateway: HTTP on our own uvicorn, and gRPC, around one session.
+
+The same ASGI application also stands behind Serve's proxy; this server is there because the proxy
+costs about 3 ms a request. With several gateways on one host the kernel spreads connections over
+them (``SO_REUSEPORT``).
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from pdserve.cluster.http.app import create_app
+from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
+from pdserve.cluster.session import GatewaySession
+from pdserve.config import ClusterConfig
+from pdserve.errors import ConfigError
+
+STOP_S = 5.0
+"""How long open connections may go on once the gateway leaves."""
+
+Snapshot = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Front:
+    def __init__(self, session: GatewaySession, config: ClusterConfig, snapshot: Snapshot) -> None:
+        self._session = session
+        self._config = config.gateway
+        self.app: FastAPI = create_app(session, config=config.gateway, snapshot=snapshot)
+        self.ports: dict[str, int] = {}
+        self._grpc: GrpcServer | None = None
+        self._http: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises ConfigError where a port is taken by somebody else."""
+        if self._config.http_port >= 0:
+            await self._start_http()
+        if self._config.grpc_port >= 0:
+            self._grpc = await serve_grpc(self._session, config=self._config)
+            self.ports["grpc"] = self._grpc.port
+
+    async def stop(self) -> None:
+        if self._grpc is not None:
+            await self._grpc.stop()
+        if self._http is not None and self._serving is not None:
+            self._http.should_exit = True
+            await self._serving
+
+    async def _start_http(self) -> None:
+        listening = self._bind(self._config.http_port)
+        self.ports["http"] = listening.getsockname()[1]
+        self._http = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(STOP_S),
+            )
+        )
+        # Off the main thread, as replicas are, uvicorn leaves signals to their owner.
+        self._serving = asyncio.create_task(self._http.serve([listening]))
+        while not self._http.started and not self._serving.done():
+            await asyncio.sleep(0.005)
+
+    def _bind(self, port: int) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self._config.replicas > 1:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            listening.bind((self._config.host, port))
+        except OSError as error:
+            listening.close()
+            raise ConfigError(
+                f"gateway.http_port is {port} on {self._config.host}: {error.strerror}; "
+                "set another, or 0 for a free one"
+            ) from error
+        listening.listen(2048)
+        return listening

@@ -1,0 +1,74 @@
+"""Several calls as one stream of batches: whatever is ready at once comes out together.
+
+    session.generate(call 0) ──pump──┐
+    session.generate(call 1) ──pump──┼─► bounded list of ready pieces ──► batches()
+    …                        ──pump──┘
+
+One pump task per call. A consumer that is slow to write finds several pieces waiting and sends
+them in one write; one that is far too slow stops the pumps. Leaving the generator, in whatever
+way, cancels the pumps and so closes every call's iterator before it returns.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import cast
+
+from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.errors import PdserveError
+
+PENDING_PIECES_MAX = 256
+"""Pieces that wait for one slow client before its calls are no longer read."""
+
+Numbered = tuple[int, Piece]  # which call, and its piece
+
+
+async def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[list[Numbered]]:
+    """The pieces of all calls, in order per call, as many at once as are ready.
+
+    Raises:
+        PdserveError: of a call that fails, after what was ready before; the others are then
+            cancelled.
+    """
+    ready: list[Numbered] = []
+    room = asyncio.Semaphore(PENDING_PIECES_MAX)
+    wake = asyncio.Event()
+
+    async def pump(index: int, call: Call) -> None:
+        iterator = cast("AsyncGenerator[Piece]", session.generate(call))
+        async with aclosing(iterator):
+            async for piece in iterator:
+                await room.acquire()
+                ready.append((index, piece))
+                wake.set()
+
+    pumps = [asyncio.create_task(pump(index, call)) for index, call in enumerate(calls)]
+    for task in pumps:
+        task.add_done_callback(lambda _: wake.set())
+    try:
+        while True:
+            if ready:
+                batch = ready.copy()
+                ready.clear()
+                for _ in batch:
+                    room.release()
+                yield batch
+            elif _all_ended(pumps):
+                return
+            else:
+                wake.clear()
+                await wake.wait()
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _all_ended(pumps: Sequence["asyncio.Task[None]"]) -> bool:
+    """Whether nothing more can come; raises the error of a pump that failed."""
+    ended = [task for task in pumps if task.done()]
+    for task in ended:
+        if task.cancelled():  # not by us: we cancel only on the way out
+            raise PdserveError("the call was given up inside the gateway; send it again")
+        task.result()
+    return len(ended) == len(pumps)

@@ -1,0 +1,229 @@
+"""OpenAI's shapes for one choice: as a whole, and chunk by chunk. Pure.
+
+A *dialect* is one of the two APIs. Both are told the same pieces; they differ in where text,
+logprobs and roles go. ``Choice`` is what is remembered of one choice while its pieces arrive.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pdserve.cluster.calls import Piece
+from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
+from pdserve.text.tokenizer import Tokenizer
+
+LOGPROB_MIN = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+US_PER_MS = 1000
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice so far. ``texts`` and ``tokens`` are kept only where the answer is sent whole."""
+
+    index: int  # in the answer, over all prompts
+    texts: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    token_count: int = 0
+    started: bool = False
+    text_offset: int = 0  # where the next token's own text begins, for completions' logprobs
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    timing: Timing | None = None
+
+    def note(self, piece: Piece) -> None:
+        self.token_count += len(piece.tokens)
+        self.timing = piece.timing or self.timing
+        if piece.finish is not None:
+            self.finish = piece.finish
+            self.stop_reason = piece.stop_reason
+
+    def keep(self, piece: Piece) -> None:
+        self.texts.append(piece.text)
+        self.tokens.extend(piece.tokens)
+
+
+class Dialect(Protocol):
+    operation: str  # in metrics
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """The choice, complete, from what was kept of it."""
+        ...
+
+    def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        """What a stream says of ``piece``; nothing while all its text is held back."""
+        ...
+
+
+class Chat:
+    operation = "chat"
+    id_prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "logprobs": self._scores(choice.tokens),
+            "finish_reason": choice.finish,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        chunks = []
+        if not choice.started:
+            choice.started = True
+            chunks.append(_chat_chunk(choice.index, {"role": "assistant", "content": ""}))
+        if piece.finish is not None:
+            delta = {"content": piece.text} if piece.text or self._logprobs else {}
+            chunks.append(
+                _chat_chunk(choice.index, delta, self._scores(piece.tokens), piece.finish)
+                | {"stop_reason": piece.stop_reason}
+            )
+        elif piece.text or (self._logprobs and piece.tokens):
+            delta = {"content": piece.text}
+            chunks.append(_chat_chunk(choice.index, delta, self._scores(piece.tokens)))
+        return chunks
+
+    def _scores(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        return {"content": [self._score(token) for token in tokens], "refusal": None}
+
+    def _score(self, token: Token) -> dict[str, Any]:
+        logprob = token.logprob or TokenLogprob(LOGPROB_MIN)
+        return {
+            **self._entry(token.token, logprob.logprob),
+            "top_logprobs": [self._entry(*best) for best in logprob.top],
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._tokenizer.token_text(token),
+            "logprob": max(logprob, LOGPROB_MIN),
+            "bytes": list(self._tokenizer.token_bytes(token)),
+        }
+
+
+class Completion:
+    operation = "completion"
+    id_prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, logprobs: bool, echoes: Sequence[str] = (), n: int = 1
+    ) -> None:
+        """``echoes``: each prompt's text where it is to be repeated before its ``n`` choices."""
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._echoes = echoes
+        self._n = n
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": self._echo(choice) + "".join(choice.texts),
+            "logprobs": self._scores(choice, choice.tokens),
+            "finish_reason": choice.finish,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        text = piece.text if choice.started else self._echo(choice) + piece.text
+        choice.started = True
+        if not (text or piece.finish or (self._logprobs and piece.tokens)):
+            return []
+        return [
+            {
+                "index": choice.index,
+                "text": text,
+                "logprobs": self._scores(choice, piece.tokens),
+                "finish_reason": piece.finish,
+                "stop_reason": piece.stop_reason,
+            }
+        ]
+
+    def _echo(self, choice: Choice) -> str:
+        return self._echoes[choice.index // self._n] if self._echoes else ""
+
+    def _scores(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        texts, offsets, logprobs, tops = [], [], [], []
+        for token in tokens:
+            text = self._tokenizer.token_text(token.token)
+            logprob = token.logprob or TokenLogprob(LOGPROB_MIN)
+            own = max(logprob.logprob, LOGPROB_MIN)
+            top: dict[str, float] = {}
+            for other, value in logprob.top:  # best first: it keeps a text that two tokens share
+                top.setdefault(self._tokenizer.token_text(other), max(value, LOGPROB_MIN))
+            top.setdefault(text, own)
+            texts.append(text)
+            offsets.append(choice.text_offset)
+            logprobs.append(own)
+            tops.append(top)
+            choice.text_offset += len(text)
+        return {
+            "tokens": texts,
+            "text_offset": offsets,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops,
+        }
+
+
+def _chat_chunk(
+    index: int,
+    delta: dict[str, Any],
+    logprobs: dict[str, Any] | None = None,
+    finish: FinishReason | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+def usage(prompt_tokens: int, choices: Sequence[Sequence[Choice]]) -> dict[str, Any]:
+    """Of a whole answer; ``choices`` per prompt."""
+    completion_tokens = sum(choice.token_count for call in choices for choice in call)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(cached_tokens(c.timing for c in call) for call in choices)
+        },
+    }
+
+
+def cached_tokens(timings: Iterable[Timing | None]) -> int:
+    """Prompt tokens that no choice of a call had to compute.
+
+    The prompt counts once however many choices it has, and the first choice computes it for all:
+    so it is the smallest count that matters.
+    """
+    return min((timing.cached_tokens for timing in timings if timing is not None), default=0)
+
+
+def timing_report(timing: Timing, *, first_token_us: int, total_us: int) -> dict[str, Any]:
+    """The ``pdserve`` field of an answer: where the time went, and who spent it."""
+    return {
+        "queue_ms": timing.queued_us / US_PER_MS,
+        "prefill_ms": timing.prefill_us / US_PER_MS,
+        "handoff_ms": timing.handoff_us / US_PER_MS,
+        "first_token_ms": first_token_us / US_PER_MS,
+        "total_ms": total_us / US_PER_MS,
+        "cached_tokens": timing.cached_tokens,
+        "preempted_count": timing.preempted_count,
+        "parked_count": timing.parked_count,
+        "level": timing.level,
+        "prefill_worker": timing.prefill,
+        "decode_worker": timing.decode,
+    }

@@ -1,0 +1,196 @@
+"""The ASGI application: OpenAI's routes, vLLM's tokeniser routes, and what operators look at.
+
+It owns nothing and starts nothing: whoever serves it (our uvicorn, or Serve's ingress) brings the
+session. Routes here are thin; a generation is in ``generation``.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from pdserve.cluster.calls import Session
+from pdserve.cluster.http.asking import chat_asked, completion_asked
+from pdserve.cluster.http.bodies import read_object
+from pdserve.cluster.http.errors import error_response, internal_error
+from pdserve.cluster.http.generation import Generation
+from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.http.request_ids import RequestIds
+from pdserve.cluster.http.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    checked,
+)
+from pdserve.cluster.parameters import check_model, check_tokens
+from pdserve.cluster.prompts import chat_prompt
+from pdserve.config import GatewayConfig
+from pdserve.errors import InvalidField, PdserveError
+
+SNAPSHOT_WAIT_S = 2.0
+"""How long metrics and status wait for the router."""
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Snapshot = Callable[[], Awaitable[Mapping[str, Any]]]
+
+
+def create_app(
+    session: Session,
+    *,
+    config: GatewayConfig,
+    metrics: FrontMetrics | None = None,
+    snapshot: Snapshot | None = None,
+) -> FastAPI:
+    """The application around ``session``.
+
+    Args:
+        metrics: to share with the gRPC front; found again as ``app.state.metrics``.
+        snapshot: the router's figures, for ``/metrics`` and ``/cluster/status``.
+    """
+    app = FastAPI(title="pdserve", version=version())
+    app.state.metrics = metrics or FrontMetrics()
+    app.add_middleware(RequestIds)
+    app.add_exception_handler(PdserveError, _tell_error)
+    app.add_exception_handler(HTTPException, _tell_error)
+    app.add_exception_handler(Exception, _tell_bug)
+    _add_generations(app, session, config)
+    _add_models(app, session)
+    _add_tokenizer(app, session, config)
+    _add_operations(app, snapshot)
+    return app
+
+
+def version() -> str:
+    try:
+        return metadata.version("pdserve")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "0+checkout"
+
+
+def _add_generations(app: FastAPI, session: Session, config: GatewayConfig) -> None:
+    metrics: FrontMetrics = app.state.metrics
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))
+    async def chat_completions() -> Response:
+        return Generation(session, config, metrics, operation="chat", ask=chat_asked)
+
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
+    async def completions() -> Response:
+        return Generation(session, config, metrics, operation="completion", ask=completion_asked)
+
+
+def _add_models(app: FastAPI, session: Session) -> None:
+    card = {
+        "id": session.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "pdserve",
+        "root": session.model_name,
+        "parent": None,
+        "max_model_len": session.context_tokens,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        check_model(model, session.model_name)
+        return JSONResponse(card)
+
+
+def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> None:
+    tokenizer = session.tokenizer
+
+    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        body = checked(TokenizeBody, await read_object(request, config.body_bytes_max))
+        check_model(body.model, session.model_name)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidField("prompt", "is one way and messages the other; send one of them")
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            tokens = await asyncio.to_thread(
+                tokenizer.encode, body.prompt, add_special_tokens=special
+            )
+        else:
+            opened = body.add_generation_prompt is not False
+            messages = body.messages or []
+            tokens = [*await chat_prompt(session, messages, add_generation_prompt=opened)]
+        return JSONResponse(
+            {
+                "count": len(tokens),
+                "max_model_len": session.context_tokens,
+                "tokens": tokens,
+                "token_strs": [tokenizer.token_text(token) for token in tokens]
+                if body.return_token_strs
+                else None,
+            }
+        )
+
+    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        body = checked(DetokenizeBody, await read_object(request, config.body_bytes_max))
+        check_model(body.model, session.model_name)
+        check_tokens("tokens", body.tokens, tokenizer.vocab_size)
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return JSONResponse({"prompt": text})
+
+
+def _add_operations(app: FastAPI, snapshot: Snapshot | None) -> None:
+    @app.get("/health")
+    @app.get("/ping")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version")
+    async def show_version() -> Response:
+        return JSONResponse({"version": version()})
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        figures = None
+        if snapshot is not None:
+            try:
+                async with asyncio.timeout(SNAPSHOT_WAIT_S):
+                    figures = await snapshot()
+            except (TimeoutError, PdserveError):
+                figures = {}  # our own figures are worth showing, above all now
+        data = app.state.metrics.render(figures)
+        return Response(data, headers={"content-type": METRICS_TYPE})
+
+    if snapshot is not None:
+
+        @app.get("/cluster/status")
+        async def status() -> Response:
+            try:
+                async with asyncio.timeout(SNAPSHOT_WAIT_S):
+                    return JSONResponse(await snapshot())
+            except TimeoutError:
+                raise HTTPException(
+                    503, f"the router did not answer within {SNAPSHOT_WAIT_S:g} s; try again"
+                ) from None
+
+
+def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
+    schema = body.model_json_schema()
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def _tell_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, PdserveError | HTTPException)
+    return error_response(error)
+
+
+async def _tell_bug(_: Request, __: Exception) -> Response:
+    return internal_error()

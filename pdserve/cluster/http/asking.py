@@ -1,0 +1,148 @@
+"""From a parsed body to the calls it asks for, and how their answer is to be told."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.clock import unix_ms
+from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.http.answers import Chat, Completion, Dialect
+from pdserve.cluster.http.schemas import ChatBody, CompletionBody, checked, prompts_of
+from pdserve.cluster.parameters import Limits, call_of, check_model, shown
+from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
+from pdserve.config import GatewayConfig
+from pdserve.errors import InvalidField
+
+PROMPTS_MAX = 128
+"""Prompts in one completion request; each is a call."""
+
+COMPLETION_MAX_TOKENS = 16
+"""What OpenAI's completions generate unless they are told otherwise."""
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+TIMEOUT_MS_MAX = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    id: str
+    calls: tuple[Call, ...]  # one per prompt
+    n: int  # choices per call
+    dialect: Dialect
+    stream: bool
+    include_usage: bool  # a last chunk with the usage
+    continuous_usage: bool  # usage in every chunk
+    include_timing: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(call.prompt) for call in self.calls)
+
+
+async def chat_asked(
+    session: Session, config: GatewayConfig, tree: Mapping[str, Any], headers: Mapping[str, str]
+) -> Asked:
+    body = checked(ChatBody, tree)
+    check_model(body.model, session.model_name)
+    tools = body.tools if tree.get("tool_choice") != "none" else None
+    prompt = await chat_prompt(
+        session,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        tools=tools or None,
+    )
+    dialect = Chat(session.tokenizer, logprobs=bool(body.logprobs))
+    return _asked(session, config, body, headers, dialect=dialect, prompts=[("messages", prompt)])
+
+
+async def completion_asked(
+    session: Session, config: GatewayConfig, tree: Mapping[str, Any], headers: Mapping[str, str]
+) -> Asked:
+    body = checked(CompletionBody, tree)
+    check_model(body.model, session.model_name)
+    given = prompts_of(body.prompt)
+    if len(given) > PROMPTS_MAX:
+        raise InvalidField("prompt", f"holds {len(given)} prompts, at most {PROMPTS_MAX} pass")
+    prompts = []
+    for index, item in enumerate(given):
+        field = "prompt" if len(given) == 1 else f"prompt.{index}"
+        if isinstance(item, str):
+            special = body.add_special_tokens is not False
+            tokens = await text_prompt(session, item, field=field, add_special_tokens=special)
+        else:
+            tokens = token_prompt(session, item, field=field)
+        prompts.append((field, tokens))
+    dialect = Completion(
+        session.tokenizer,
+        logprobs=body.logprobs is not None,
+        echoes=_echoes(session, given) if body.echo else (),
+        n=body.n or 1,
+    )
+    return _asked(
+        session,
+        config,
+        body,
+        headers,
+        dialect=dialect,
+        prompts=prompts,
+        default_max_tokens=COMPLETION_MAX_TOKENS,
+    )
+
+
+def _asked(
+    session: Session,
+    config: GatewayConfig,
+    body: ChatBody | CompletionBody,
+    headers: Mapping[str, str],
+    *,
+    dialect: Dialect,
+    prompts: Sequence[tuple[str, tuple[int, ...]]],
+    default_max_tokens: int | None = None,
+) -> Asked:
+    parameters = body.parameters()
+    limits = Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max)
+    include_usage, continuous_usage = body.usage_wanted()
+    name = dialect.id_prefix + secrets.token_hex(12)
+    timeout_ms = timeout_of(headers) or round(config.request_timeout_s * 1000)
+    deadline_unix_ms = unix_ms() + timeout_ms
+    calls = tuple(
+        call_of(
+            parameters,
+            limits,
+            call=name if len(prompts) == 1 else f"{name}-{index}",
+            prompt=prompt,
+            prompt_field=field,
+            default_max_tokens=default_max_tokens,
+            deadline_unix_ms=deadline_unix_ms,
+        )
+        for index, (field, prompt) in enumerate(prompts)
+    )
+    return Asked(
+        id=name,
+        calls=calls,
+        n=calls[0].n,
+        dialect=dialect,
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
+        include_timing=bool(body.include_timing),
+    )
+
+
+def timeout_of(headers: Mapping[str, str]) -> int | None:
+    """Milliseconds that the client gives the request; None where it does not say."""
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    if not (
+        text.isascii() and text.isdigit() and len(text) <= 12 and 1 <= int(text) <= TIMEOUT_MS_MAX
+    ):
+        raise InvalidField(
+            TIMEOUT_HEADER, f"is {shown(text)}, must be milliseconds from 1 to {TIMEOUT_MS_MAX}"
+        )
+    return int(text)
+
+
+def _echoes(session: Session, prompts: Sequence[str | list[int]]) -> list[str]:
+    return [item if isinstance(item, str) else session.tokenizer.decode(item) for item in prompts]

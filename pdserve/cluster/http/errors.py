@@ -1,0 +1,48 @@
+"""Errors in OpenAI's shape, and the headers that tell its clients whether to try again.
+
+The status of an error comes from ``pdserve.errors.STATUS``. A shed request says when to come back.
+An expired deadline says "do not": OpenAI's clients would send the request twice more, just when
+the cluster is slowest.
+"""
+
+import json
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from pdserve.errors import DeadlineExceeded, PdserveError, status_of
+
+MS_PER_S = 1000
+
+
+def error_body(error: PdserveError | HTTPException) -> dict[str, Any]:
+    if isinstance(error, HTTPException):
+        return _body(error.detail, "invalid_request_error", None, f"http_{error.status_code}")
+    return _body(str(error), status_of(error).openai_type, error.field, error.kind)
+
+
+def error_status(error: PdserveError | HTTPException) -> int:
+    return error.status_code if isinstance(error, HTTPException) else status_of(error).http
+
+
+def error_response(error: PdserveError | HTTPException) -> Response:
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    elif error.retry_after_ms is not None:
+        headers["retry-after-ms"] = str(error.retry_after_ms)
+        headers["retry-after"] = str(-(-error.retry_after_ms // MS_PER_S))  # ceil
+    elif isinstance(error, DeadlineExceeded):
+        headers["x-should-retry"] = "false"
+    return Response(json.dumps(error_body(error)), error_status(error), headers, "application/json")
+
+
+def internal_error() -> Response:
+    """For a bug of ours: what went wrong is in the log, not in the answer."""
+    body = _body("an error inside the server; its log has the details", "server_error", None, None)
+    return Response(json.dumps(body), 500, media_type="application/json")
+
+
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,194 @@
+"""One generation, from its body to its last byte: run the calls, watch the client, tell the answer.
+
+Two things happen at once: pieces arrive and are written, and the connection is listened to. The
+first of "all written" and "client gone" ends the other; a client that went away takes its calls
+with it before this returns.
+
+Nothing is written before the first piece is there: until then an error has its own HTTP status.
+Afterwards it is an event in the stream.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pdserve.cluster.calls import Piece, Session
+from pdserve.cluster.gathering import Numbered, batches
+from pdserve.cluster.http.answers import Choice, timing_report, usage
+from pdserve.cluster.http.asking import Asked
+from pdserve.cluster.http.bodies import read_object
+from pdserve.cluster.http.errors import error_body, error_response, error_status
+from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
+from pdserve.cluster.http.streaming import DONE, HEADERS, Events, error_event, whole
+from pdserve.config import GatewayConfig
+from pdserve.errors import PdserveError
+
+Ask = Callable[[Session, GatewayConfig, Mapping[str, Any], Mapping[str, str]], Awaitable[Asked]]
+
+Batches = AsyncIterator[list[Numbered]]
+
+US_PER_S = 1_000_000
+
+
+class Generation(Response):
+    """An ASGI response that does all its work when it is sent."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: GatewayConfig,
+        metrics: FrontMetrics,
+        *,
+        operation: str,
+        ask: Ask,
+    ) -> None:
+        super().__init__()
+        self._session = session
+        self._config = config
+        self._metrics = metrics
+        self._operation = operation
+        self._ask = ask
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._metrics.follow("http", self._operation) as meter:
+            try:
+                request = Request(scope, receive)
+                tree = await read_object(request, self._config.body_bytes_max)
+                asked = await self._ask(self._session, self._config, tree, request.headers)
+                answer = _Answer(self._session, asked, meter)
+                stayed = await until_gone(receive, answer.tell(scope, receive, send))
+                meter.status = answer.status if stayed else DISCONNECTED
+            except ClientDisconnect:
+                meter.status = DISCONNECTED
+            except (PdserveError, HTTPException) as error:
+                meter.status = str(error_status(error))
+                await error_response(error)(scope, receive, send)
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Runs ``work`` until it ends (True, or its error) or the client is gone (False)."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        stayed = working.done()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+    if stayed:
+        working.result()
+    return stayed
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Answer:
+    """The answer to one request while it is being told."""
+
+    def __init__(self, session: Session, asked: Asked, meter: Meter) -> None:
+        self.status = "200"
+        self._session = session
+        self._asked = asked
+        self._meter = meter
+        self._choices = [Choice(index) for index in range(len(asked.calls) * asked.n)]
+
+    async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(batches(self._session, self._asked.calls)) as gathered:
+            if self._asked.stream:
+                await self._stream(gathered, send)
+            else:
+                await self._whole(gathered, scope, receive, send)
+
+    async def _whole(self, gathered: Batches, scope: Scope, receive: Receive, send: Send) -> None:
+        async for batch in gathered:
+            for choice, piece in self._note(batch):
+                choice.keep(piece)
+        body = whole(self._asked, self._session.model_name, self._choices, self._usage())
+        timing = self._timing()
+        headers = {"x-pdserve-timing": json.dumps(timing)} if timing else {}
+        if timing and self._asked.include_timing:
+            body["pdserve"] = timing
+        data = json.dumps(body, ensure_ascii=False, allow_nan=False)
+        await Response(data, 200, headers, "application/json")(scope, receive, send)
+
+    async def _stream(self, gathered: Batches, send: Send) -> None:
+        started = False
+        try:
+            events = Events(self._asked, self._session.model_name)
+            async for batch in gathered:
+                text = self._told(events, batch)
+                if not started:
+                    started = True
+                    await send(
+                        {"type": "http.response.start", "status": 200, "headers": [*HEADERS]}
+                    )
+                if text:
+                    await _write(send, text.encode())
+        except PdserveError as error:
+            if not started:
+                raise
+            self.status = str(error_status(error))
+            await _write(send, error_event(error_body(error)), more=False)
+            return
+        await _write(send, self._last(events).encode() + DONE, more=False)
+
+    def _told(self, events: Events, batch: list[Numbered]) -> str:
+        """The events that a batch makes."""
+        parts = []
+        for choice, piece in self._note(batch):
+            for chunk in self._asked.dialect.chunks(choice, piece):
+                so_far = self._usage() if self._asked.continuous_usage else None
+                parts.append(events.chunk(chunk, so_far))
+        return "".join(parts)
+
+    def _last(self, events: Events) -> str:
+        asked = self._asked
+        used = self._usage()
+        if not (asked.include_usage or asked.include_timing):
+            return ""
+        return events.last(
+            used if asked.include_usage else None,
+            self._timing() if asked.include_timing else None,
+        )
+
+    def _note(self, batch: list[Numbered]) -> Iterator[tuple[Choice, Piece]]:
+        self._meter.note(batch)
+        for call, piece in batch:
+            choice = self._choices[call * self._asked.n + piece.choice]
+            choice.note(piece)
+            yield choice, piece
+
+    def _usage(self) -> dict[str, Any]:
+        """What was used so far; the meter keeps it for the metrics."""
+        n = self._asked.n
+        per_call = [self._choices[at : at + n] for at in range(0, len(self._choices), n)]
+        used = usage(self._asked.prompt_tokens, per_call)
+        self._meter.prompt_tokens = used["prompt_tokens"]
+        self._meter.cached_tokens = used["prompt_tokens_details"]["cached_tokens"]
+        return used
+
+    def _timing(self) -> dict[str, Any] | None:
+        """Of the first choice."""
+        timing = self._choices[0].timing
+        if timing is None:
+            return None
+        return timing_report(
+            timing,
+            first_token_us=round((self._meter.first_token_s or 0.0) * US_PER_S),
+            total_us=round(self._meter.elapsed_s() * US_PER_S),
+        )
+
+
+async def _write(send: Send, data: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})

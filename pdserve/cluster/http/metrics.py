@@ -1,0 +1,162 @@
+"""What the two fronts count, for Prometheus.
+
+``follow`` wraps one client call from its arrival to its last byte and knows how it ended. Time to
+first token and the gaps between tokens are taken where pieces arrive here: what the client sees,
+less its network. Counters of the rest of the cluster come through ``snapshot``.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from pdserve.cluster.calls import Piece
+
+SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+LONG_BUCKETS = (
+    *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320, 640),
+)
+
+DISCONNECTED = "disconnected"
+"""The status of a call whose client went away."""
+
+
+class FrontMetrics:
+    """One registry; both fronts of a gateway may share it."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        labels = ("front", "operation")
+        self._requests = Counter(
+            "pdserve_requests_total",
+            "Client calls that ended, by status",
+            (*labels, "status"),
+            registry=registry,
+        )
+        self._in_flight = Gauge(
+            "pdserve_requests_in_flight", "Client calls under way", labels, registry=registry
+        )
+        self._ttft = Histogram(
+            "pdserve_ttft_seconds",
+            "From a call's arrival to its first token",
+            labels,
+            buckets=LONG_BUCKETS,
+            registry=registry,
+        )
+        self._inter_token = Histogram(
+            "pdserve_inter_token_seconds",
+            "Between two tokens of one choice",
+            labels,
+            buckets=SHORT_BUCKETS,
+            registry=registry,
+        )
+        self._end_to_end = Histogram(
+            "pdserve_request_seconds",
+            "From a call's arrival to its end, failed ones included",
+            labels,
+            buckets=LONG_BUCKETS,
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "pdserve_prompt_tokens_total", "Prompt tokens of answered calls", registry=registry
+        )
+        self._generated_tokens = Counter(
+            "pdserve_generated_tokens_total", "Tokens that were generated", registry=registry
+        )
+        self._cached_tokens = Counter(
+            "pdserve_cached_prompt_tokens_total",
+            "Prompt tokens that no worker had to compute",
+            registry=registry,
+        )
+
+    @contextmanager
+    def follow(self, front: str, operation: str) -> Iterator["Meter"]:
+        """Counts one call; the caller sets the meter's ``status`` once it knows it."""
+        in_flight = self._in_flight.labels(front, operation)
+        meter = Meter(
+            self._ttft.labels(front, operation),
+            self._inter_token.labels(front, operation),
+            self._generated_tokens,
+        )
+        in_flight.inc()
+        try:
+            yield meter
+        finally:
+            in_flight.dec()
+            self._requests.labels(front, operation, meter.status).inc()
+            self._end_to_end.labels(front, operation).observe(meter.elapsed_s())
+            self._prompt_tokens.inc(meter.prompt_tokens)
+            self._cached_tokens.inc(meter.cached_tokens)
+
+    def render(self, snapshot: Mapping[str, Any] | None = None) -> bytes:
+        """The text format, with the router's snapshot where there is one."""
+        text = generate_latest(self.registry)
+        return text + _snapshot_text(snapshot).encode() if snapshot is not None else text
+
+
+class Meter:
+    """One call's figures while it runs."""
+
+    def __init__(self, ttft: Histogram, inter_token: Histogram, generated: Counter) -> None:
+        self.status = "internal"  # stays where a bug ends the call
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.first_token_s: float | None = None
+        self._begun_s = time.perf_counter()
+        self._ttft = ttft
+        self._inter_token = inter_token
+        self._generated = generated
+        self._last_s: dict[tuple[int, int], float] = {}  # per prompt and choice
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._begun_s
+
+    def note(self, batch: Iterable[tuple[int, Piece]]) -> None:
+        now_s = self.elapsed_s()
+        count = 0
+        for call, piece in batch:
+            if not piece.tokens:
+                continue
+            count += len(piece.tokens)
+            key = (call, piece.choice)
+            last_s = self._last_s.get(key)
+            self._last_s[key] = now_s
+            if last_s is not None:
+                gap_s = (now_s - last_s) / len(piece.tokens)
+                for _ in piece.tokens:
+                    self._inter_token.observe(gap_s)
+        if count:
+            self._generated.inc(count)
+            if self.first_token_s is None:
+                self.first_token_s = now_s
+                self._ttft.observe(now_s)
+
+
+def _snapshot_text(snapshot: Mapping[str, Any]) -> str:
+    """The router's figures; a part that the snapshot lacks is left out."""
+    families: dict[str, list[tuple[str, float]]] = {}
+
+    def add(name: str, labels: str, value: float) -> None:
+        families.setdefault(f"pdserve_{name}", []).append((labels, value))
+
+    for level, count in enumerate(snapshot.get("queue_by_level", ())):
+        add("queue_requests", f'{{level="{level}"}}', count)
+    if "oldest_wait_ms" in snapshot:
+        add("queue_oldest_wait_seconds", "", snapshot["oldest_wait_ms"] / 1000)
+    if "parked" in snapshot:
+        add("parked_requests", "", snapshot["parked"])
+    for worker in snapshot.get("workers", ()):
+        labels = f'{{worker="{worker["worker"]}",role="{worker["role"]}"}}'
+        for name in ("running", "waiting", "free_blocks", "block_count"):
+            if name in worker:
+                add(f"worker_{name}", labels, worker[name])
+    for name, value in sorted(snapshot.get("counters", {}).items()):
+        add(f"cluster_{name}_total", "", value)
+    return "".join(
+        f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+        + "".join(f"{name}{labels} {float(value)}\n" for labels, value in samples)
+        for name, samples in families.items()
+    )

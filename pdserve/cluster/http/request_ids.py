@@ -1,0 +1,31 @@
+"""``x-request-id``: what the client calls a request comes back with the answer, or one is drawn."""
+
+import re
+import secrets
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER = b"x-request-id"
+
+_ACCEPTABLE = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class RequestIds:
+    """ASGI middleware; it touches the response's first message only."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == HEADER), b"")
+        request = given if _ACCEPTABLE.fullmatch(given) else secrets.token_hex(12).encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (HEADER, request)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

@@ -1,0 +1,280 @@
+"""The request bodies: which fields there are, of which type, and which of them we refuse.
+
+Types are checked here, strictly (no text for a number, no true for 1); values in
+``pdserve.cluster.parameters``. ``null`` means "not said" for every optional field. A field that
+nobody knows is accepted and ignored, as clients send extras of many servers. A known field whose
+effect we do not have is refused by ``UNSUPPORTED`` where its value would change the answer: a
+*constraint* that is silently dropped is a wrong answer; a mere hint is not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from pdserve.cluster.parameters import Parameters, shown
+from pdserve.errors import InvalidField
+
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+# Checked by hand: a union of four lists would try each of them on every element.
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    ),
+]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+
+
+class _Generation(Body):
+    """What both kinds of completion take."""
+
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    include_timing: bool | None = Field(None, description="Ours: say where the time went.")
+
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=100_000)
+    seed: int | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Tokens | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    priority: int | None = Field(None, description="Ignored; see service_tier.")
+
+    def parameters(self) -> Parameters:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return Parameters(
+            n=self.n,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=_token_keys(self.logit_bias or {}),
+            seed=self.seed,
+            stop=stop,
+            stop_token_ids=self.stop_token_ids or (),
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            user=self.user,
+            service_tier=self.service_tier,
+            **self._own_parameters(),
+        )
+
+    def _own_parameters(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def usage_wanted(self) -> tuple[bool, bool]:
+        """Whether the stream ends with a usage chunk, and whether every chunk has one."""
+        options = self.stream_options or {}
+        if options and not self.stream:
+            raise InvalidField("stream_options", "is for streams only; set stream to true")
+        wanted = []
+        for name in ("include_usage", "continuous_usage_stats"):
+            value = options.get(name)
+            if value is not None and not isinstance(value, bool):
+                raise InvalidField(
+                    f"stream_options.{name}", f"is {shown(value)}, must be true or false"
+                )
+            wanted.append(bool(value))
+        return wanted[0], wanted[1]
+
+
+class ChatBody(_Generation):
+    messages: Annotated[list[Any], Field(fail_fast=True)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    tools: Objects | None = None
+
+    def _own_parameters(self) -> dict[str, Any]:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidField("top_logprobs", "needs logprobs to be true")
+        return {
+            "max_completion_tokens": self.max_completion_tokens,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "logprobs_field": "top_logprobs",
+        }
+
+
+class CompletionBody(_Generation):
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+    def _own_parameters(self) -> dict[str, Any]:
+        if self.echo and self.logprobs is not None:
+            raise InvalidField("echo", "with logprobs is not supported: prompts are not scored")
+        return {"logprobs": self.logprobs}
+
+
+class TokenizeBody(Body):
+    """Either a prompt or messages."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Any], Field(fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    tokens: Tokens
+
+
+def _nothing(value: Any, _: Mapping[str, Any]) -> bool:
+    return value in (None, False, "", [], {})
+
+
+def _only(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
+    return lambda value, _: value is None or value in harmless
+
+
+UNSUPPORTED: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = MappingProxyType(
+    {
+        "tool_choice": _only("none", "auto"),
+        "functions": _nothing,
+        "function_call": _only("none", "auto"),
+        "response_format": _only({"type": "text"}),
+        "structured_outputs": _nothing,
+        "guided_json": _nothing,
+        "guided_regex": _nothing,
+        "guided_choice": _nothing,
+        "guided_grammar": _nothing,
+        "modalities": _only(["text"]),
+        "audio": _nothing,
+        "web_search_options": lambda value, _: value is None,
+        "best_of": lambda value, body: value is None or value == (body.get("n") or 1),
+        "suffix": _nothing,
+        "use_beam_search": _nothing,
+        "length_penalty": _only(1),
+        "prompt_logprobs": lambda value, _: value is None,
+        "logprob_token_ids": _nothing,
+        "allowed_token_ids": lambda value, _: value is None,
+        "bad_words": _nothing,
+        "truncate_prompt_tokens": lambda value, _: value is None,
+        "continue_final_message": _nothing,
+        "chat_template": lambda value, _: value is None,
+        "chat_template_kwargs": _nothing,
+        "documents": _nothing,
+        "spaces_between_special_tokens": _only(True),
+        "thinking_token_budget": lambda value, _: value is None,
+        "repetition_detection": _nothing,
+        "return_tokens_as_token_ids": _nothing,
+        "return_token_ids": _nothing,
+        "echo": _nothing,  # chats only: completions have the field
+        "add_special_tokens": _nothing,  # likewise: a chat template writes them itself
+        "cache_salt": _nothing,
+        "kv_transfer_params": _nothing,
+    }
+)
+"""Fields whose effect we do not have, and which of their values ask for none of it."""
+
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
+    """``tree`` as a body of ``kind``.
+
+    Raises:
+        InvalidField: naming the path to the first value of a wrong type, or an unsupported field.
+    """
+    for name, harmless in UNSUPPORTED.items():
+        if name in tree and name not in kind.model_fields and not harmless(tree[name], tree):
+            raise InvalidField(
+                name, f"is {shown(tree[name])}, which this server does not support; leave it out"
+            )
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def prompts_of(prompt: Any) -> list[str | list[int]]:
+    """The single prompts that a completion's ``prompt`` holds, in order."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise InvalidField(
+            "prompt", f"is {shown(prompt)}, must be text, token ids, or a list of either"
+        )
+    if _is_token(prompt[0]):
+        return [_tokens("prompt", prompt)]
+    return [
+        item if isinstance(item, str) else _tokens(f"prompt.{index}", item)
+        for index, item in enumerate(prompt)
+    ]
+
+
+def _tokens(where: str, items: Any) -> list[int]:
+    if not isinstance(items, list):
+        raise InvalidField(where, f"is {shown(items)}, must be text or a list of token ids")
+    for index, item in enumerate(items):
+        if not _is_token(item):
+            raise InvalidField(f"{where}.{index}", f"is {shown(item)}, must be a token id")
+    return items
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _token_keys(bias: Mapping[str, float]) -> dict[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidField("logit_bias", f"has the key {shown(key)}, must be a token id")
+    return {int(key): value for key, value in bias.items()}
+
+
+def _first_problem(error: ValidationError) -> InvalidField:
+    """The first field at fault. A union reports each of its types; the deepest one came closest."""
+    problems = error.errors(include_url=False, include_context=False, include_input=True)
+    field = problems[0]["loc"][0] if problems[0]["loc"] else "body"
+    same = [problem for problem in problems if problem["loc"][:1] == (field,)]
+    deepest = max(same, key=lambda problem: len(_path(problem["loc"])))
+    path = _path(deepest["loc"])
+    where = ".".join(map(str, path))
+    if deepest["type"] == "missing":
+        return InvalidField(where, "is missing")
+    reasons = dict.fromkeys(p["msg"] for p in same if _path(p["loc"]) == path)
+    return InvalidField(where, f"is {shown(deepest['input'])}: {' or '.join(reasons)}")
+
+
+def _path(location: Sequence[str | int]) -> list[str | int]:
+    """The way to the value: the field and indices, without pydantic's names for union members."""
+    return [location[0], *(part for part in location[1:] if isinstance(part, int))]

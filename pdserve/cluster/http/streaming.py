@@ -1,0 +1,67 @@
+"""Server-sent events: one event per chunk, all events of a batch in one write.
+
+This runs once per token and stream, so the part of a chunk that never changes is encoded once.
+"""
+
+import json
+import time
+from typing import Any
+
+from pdserve.cluster.http.answers import Choice
+from pdserve.cluster.http.asking import Asked
+
+DONE = b"data: [DONE]\n\n"
+
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would gather tokens for its clients
+)
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+class Events:
+    """Encodes the events of one answer."""
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        head = _encode(
+            {
+                "id": asked.id,
+                "object": asked.dialect.chunk_object,
+                "created": int(time.time()),
+                "model": model,
+            }
+        )
+        self._head = f"data: {head[:-1]},"
+        self._tail = '"usage":null}\n\n' if asked.include_usage else ""
+
+    def chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None = None) -> str:
+        """``usage`` for those who asked for it with every chunk."""
+        if usage is not None:
+            return f'{self._head}"choices":[{_encode(choice)}],"usage":{_encode(usage)}}}\n\n'
+        if self._tail:
+            return f'{self._head}"choices":[{_encode(choice)}],{self._tail}'
+        return f'{self._head}"choices":[{_encode(choice)}]}}\n\n'
+
+    def last(self, usage: dict[str, Any] | None, timing: dict[str, Any] | None) -> str:
+        """The chunk without choices that ends an answer, of what was asked for."""
+        parts: dict[str, Any] = {"choices": [], "usage": usage, "pdserve": timing}
+        said = {name: value for name, value in parts.items() if value is not None}
+        return f"{self._head}{_encode(said)[1:]}\n\n"
+
+
+def error_event(body: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(body)}\n\n".encode() + DONE
+
+
+def whole(asked: Asked, model: str, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request that does not stream."""
+    return {
+        "id": asked.id,
+        "object": asked.dialect.object,
+        "created": int(time.time()),
+        "model": model,
+        "choices": [asked.dialect.whole(choice) for choice in choices],
+        "usage": usage,
+    }

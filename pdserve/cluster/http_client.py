@@ -1,0 +1,65 @@
+"""The few HTTP calls that our own commands make, on the standard library."""
+
+import http.client
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from pdserve.errors import ConfigError, PdserveError
+
+TIMEOUT_S = 600.0
+
+
+def get_json(url: str, path: str, *, timeout_s: float = 5.0) -> Any:
+    """Raises ConfigError where nothing listens at ``url``."""
+    connection = _connect(url, timeout_s)
+    try:
+        connection.request("GET", path)
+        return json.loads(connection.getresponse().read())
+    except OSError as error:
+        raise _nobody(url, error) from error
+    finally:
+        connection.close()
+
+
+def post_events(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The server-sent events of a streamed answer, decoded, up to ``[DONE]``.
+
+    Raises:
+        PdserveError: the server refused, or broke the stream off with an error.
+    """
+    connection = _connect(url, TIMEOUT_S)
+    try:
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise PdserveError(_message(json.loads(response.read())))
+        for line in response:
+            data = line.decode().strip().removeprefix("data: ")
+            if data == "[DONE]":
+                return
+            if data:
+                event = json.loads(data)
+                if "error" in event:
+                    raise PdserveError(_message(event))
+                yield event
+    except OSError as error:
+        raise _nobody(url, error) from error
+    finally:
+        connection.close()
+
+
+def _connect(url: str, timeout_s: float) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None:
+        raise ConfigError(f"url is {url!r}, must look like http://127.0.0.1:8000")
+    return http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+
+
+def _nobody(url: str, error: OSError) -> ConfigError:
+    return ConfigError(f"nothing answers at {url} ({error}); is `pdserve serve` running there?")
+
+
+def _message(body: dict[str, Any]) -> str:
+    return str(body.get("error", {}).get("message", body))

@@ -1,0 +1,155 @@
+"""A whole cluster on this machine, started and ended by one process.
+
+Everything that it leaves on disk lies in one private directory, so that ending it is: stop the
+application, stop Ray, remove the directory.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pdserve.config import ClusterConfig, MiB, to_tree
+from pdserve.errors import ConfigError
+
+APP = "pdserve"
+OBJECT_STORE_BYTES = 80 * MiB
+"""Ray's own shared memory. No request, token or block goes through it."""
+
+REMOVE_S_MAX = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    http: str  # base URL
+    grpc: str  # "host:port", or "" without gRPC
+    directory: Path
+
+    def status(self) -> dict[str, Any]:
+        """Serve's own view, as ``serve status`` prints it."""
+        from ray import serve
+
+        return serve.status().applications[APP].deployments
+
+
+def interrupt_once() -> None:
+    """Makes the first SIGINT or SIGTERM a KeyboardInterrupt, and lets no further one disturb the
+    cleaning up that follows. Also where a shell had them ignored."""
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+@contextlib.contextmanager
+def local_cluster(
+    config: ClusterConfig,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+    ray_address: str | None = None,
+) -> Iterator[LocalCluster]:
+    """Starts Ray (or joins the cluster at ``ray_address``) and the application; ends both.
+
+    Raises:
+        ConfigError: the application does not start; the message carries the worker's own words.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ray_address is None else "token")
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    # Ray counts this process's threads towards its own default; the workers set theirs.
+    import ray
+    from ray import serve
+
+    own_directory = Path(tempfile.mkdtemp(prefix="pdserve-", dir=_short_temp()))
+    if config.directory is None:
+        config = replace(config, directory=str(own_directory / "s"))
+    try:
+        progress("starting Ray")
+        if ray_address is None:
+            ray.init(
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                _temp_dir=str(own_directory / "r"),
+                _node_ip_address="127.0.0.1",
+            )
+        else:
+            ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        progress("starting Serve")
+        serve.start(proxy_location="Disabled")
+        progress("starting the pools and loading the model")
+        yield _run(config, own_directory)
+    finally:
+        progress("stopping")
+        end(own_directory)
+
+
+def _run(config: ClusterConfig, directory: Path) -> LocalCluster:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from pdserve.cluster.app import build
+
+    try:
+        serve.run(build(to_tree(config)), name=APP, route_prefix="/")
+    except (RuntimeError, RayServeException) as error:
+        raise ConfigError(f"the cluster did not start: {_reason(error)}") from error
+    ports = json.loads(serve.get_app_handle(APP).addresses.remote().result(timeout_s=10))
+    host = config.gateway.host
+    return LocalCluster(
+        http=f"http://{host}:{ports['http']}" if "http" in ports else "",
+        grpc=f"{host}:{ports['grpc']}" if "grpc" in ports else "",
+        directory=directory,
+    )
+
+
+def _reason(error: Exception) -> str:
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # Serve may be the thing that is broken
+        app = serve.status().applications[APP]
+        messages = [d.message for d in app.deployments.values() if d.message]
+        if messages:
+            return "\n".join(messages)
+    return str(error)
+
+
+def end(directory: Path) -> None:
+    """Ends the application, its stores and Ray, and removes ``directory``. What is gone is gone."""
+    import ray
+    from ray import serve
+
+    from pdserve.cluster.store_supervisor import stop_stores
+
+    if ray.is_initialized():
+        with contextlib.suppress(Exception):  # whatever is broken, the next steps still clean up
+            serve.shutdown()
+        with contextlib.suppress(Exception):
+            asyncio.run(stop_stores(APP))
+        ray.shutdown()
+    # Ray's last processes may still write a line while their directory goes.
+    deadline = time.monotonic() + REMOVE_S_MAX
+    while directory.exists() and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _short_temp() -> str:
+    """Ray puts sockets deep below its directory, and a socket's path has at most 107 bytes."""
+    default = tempfile.gettempdir()
+    return default if len(default) <= 20 else "/tmp"

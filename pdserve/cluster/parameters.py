@@ -1,0 +1,295 @@
+"""From a client's parameters to ours: every bound that a request's numbers must keep, in one place.
+
+Both fronts bring what the client sent as ``Parameters``, field by field, None where nothing was
+said. Types are right by then; values are not yet. The functions here fill in defaults, check
+ranges and sizes, and raise ``InvalidField`` under the name that the client used. NaN fails every
+range check, because it compares with nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from pdserve.cluster.calls import Call
+from pdserve.errors import InvalidField, PromptTooLong, UnknownModel
+from pdserve.messages import Sampling, ServiceClass, Stop
+
+DEFAULT_TENANT = "default"
+
+STOP_STRINGS_MAX = 64
+STOP_STRING_CHARACTERS_MAX = 1024
+STOP_TOKENS_MAX = 256
+LOGIT_BIAS_MAX = 1024
+LOGPROBS_MAX = 20
+TENANT_CHARACTERS_MAX = 256
+MODEL_CHARACTERS_MAX = 256
+TOP_K_MAX = 2**31 - 1
+SHOWN_CHARACTERS_MAX = 60
+
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+
+SERVICE_TIERS: Mapping[str, ServiceClass] = MappingProxyType(
+    {
+        "auto": ServiceClass.STANDARD,
+        "default": ServiceClass.STANDARD,
+        "standard": ServiceClass.STANDARD,
+        "scale": ServiceClass.STANDARD,
+        "priority": ServiceClass.INTERACTIVE,
+        "fast": ServiceClass.INTERACTIVE,
+        "interactive": ServiceClass.INTERACTIVE,
+        "flex": ServiceClass.BATCH,
+        "batch": ServiceClass.BATCH,
+    }
+)
+"""OpenAI's words for ``service_tier``, and our own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What a client said beside the prompt. The right types, any values; None: not said."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None  # the newer name; it wins
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    logprobs: int | None = None  # how many of the best; None: no logprobs at all
+    logprobs_field: str = "logprobs"  # what the client calls that number
+    user: str | None = None
+    service_tier: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this model and this gateway allow."""
+
+    context_tokens: int
+    vocab_size: int
+    n_max: int
+
+
+def call_of(
+    parameters: Parameters,
+    limits: Limits,
+    *,
+    call: str,
+    prompt: tuple[int, ...],
+    prompt_field: str,
+    default_max_tokens: int | None,
+    deadline_unix_ms: int,
+) -> Call:
+    """The call that a client's parameters and one prompt make.
+
+    Raises:
+        InvalidField, PromptTooLong: the first thing that is out of bounds.
+    """
+    return Call(
+        call=call,
+        prompt=prompt,
+        n=choice_count(parameters, limits),
+        sampling=sampling_of(parameters, limits),
+        stop=stop_of(
+            parameters,
+            limits,
+            prompt_tokens=len(prompt),
+            prompt_field=prompt_field,
+            default_max_tokens=default_max_tokens,
+        ),
+        seed=seed_of(parameters),
+        tenant=tenant_of(parameters),
+        service_class=service_class_of(parameters),
+        deadline_unix_ms=deadline_unix_ms,
+        skip_special_tokens=parameters.skip_special_tokens is not False,
+        include_stop_string=bool(parameters.include_stop_str_in_output),
+        prompt_field=prompt_field,
+    )
+
+
+def check_model(model: str | None, served: str) -> None:
+    """Raises UnknownModel for any but the served one; nothing said is the served one."""
+    if not model or model == served:
+        return
+    if len(model) > MODEL_CHARACTERS_MAX:
+        raise InvalidField(
+            "model", f"has {len(model)} characters, at most {MODEL_CHARACTERS_MAX} are allowed"
+        )
+    raise UnknownModel(model, served)
+
+
+def choice_count(parameters: Parameters, limits: Limits) -> int:
+    return _whole("n", parameters.n, 1, 1, limits.n_max)
+
+
+def seed_of(parameters: Parameters) -> int | None:
+    """The seed as 63 bits without a sign, which is what travels; None: the session draws one."""
+    if parameters.seed is None:
+        return None
+    return _whole("seed", parameters.seed, 0, SEED_MIN, SEED_MAX) % 2**63
+
+
+def tenant_of(parameters: Parameters) -> str:
+    user = parameters.user or DEFAULT_TENANT
+    if len(user) > TENANT_CHARACTERS_MAX:
+        raise InvalidField(
+            "user", f"has {len(user)} characters, at most {TENANT_CHARACTERS_MAX} are allowed"
+        )
+    return user
+
+
+def service_class_of(parameters: Parameters) -> ServiceClass:
+    tier = parameters.service_tier or "auto"
+    if tier not in SERVICE_TIERS:
+        raise InvalidField(
+            "service_tier", f"is {shown(tier)}, must be one of {', '.join(SERVICE_TIERS)}"
+        )
+    return SERVICE_TIERS[tier]
+
+
+def sampling_of(parameters: Parameters, limits: Limits) -> Sampling:
+    p = parameters
+    top_k = _whole("top_k", p.top_k, 0, -1, TOP_K_MAX)
+    return Sampling(
+        temperature=_number("temperature", p.temperature, 1.0, 0.0, 2.0),
+        top_k=max(top_k, 0),  # -1 is another way to say off
+        top_p=_number("top_p", p.top_p, 1.0, 0.0, 1.0, above=True),
+        min_p=_number("min_p", p.min_p, 0.0, 0.0, 1.0),
+        repetition_penalty=_number(
+            "repetition_penalty", p.repetition_penalty, 1.0, 0.0, 10.0, above=True
+        ),
+        presence_penalty=_number("presence_penalty", p.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=_number("frequency_penalty", p.frequency_penalty, 0.0, -2.0, 2.0),
+        logit_bias=_logit_bias(p.logit_bias, limits.vocab_size),
+        logprobs=None
+        if p.logprobs is None
+        else _whole(p.logprobs_field, p.logprobs, 0, 0, min(LOGPROBS_MAX, limits.vocab_size)),
+    )
+
+
+def stop_of(
+    parameters: Parameters,
+    limits: Limits,
+    *,
+    prompt_tokens: int,
+    prompt_field: str,
+    default_max_tokens: int | None,
+) -> Stop:
+    """When the request ends; ``default_max_tokens`` None: when the context is full.
+
+    Raises:
+        PromptTooLong: the context has no room for one more token.
+        InvalidField: also where more tokens are asked for than the context could ever hold.
+            More than it holds beside this prompt is fine: the answer ends with ``length``.
+    """
+    room_tokens = limits.context_tokens - prompt_tokens
+    if room_tokens < 1:
+        raise PromptTooLong(prompt_tokens, limits.context_tokens, field=prompt_field)
+    name = "max_tokens" if parameters.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = min(
+        room_tokens,
+        _whole(
+            name,
+            getattr(parameters, name),
+            default_max_tokens or room_tokens,
+            1,
+            limits.context_tokens,
+        ),
+    )
+    return Stop(
+        max_tokens=max_tokens,
+        min_tokens=_whole("min_tokens", parameters.min_tokens, 0, 0, max_tokens),
+        ignore_eos=bool(parameters.ignore_eos),
+        token_ids=_stop_tokens(parameters.stop_token_ids, limits.vocab_size),
+        strings=_stop_strings(parameters.stop),
+    )
+
+
+def check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidField naming the first one that the model does not have."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return
+    index = next(i for i, token in enumerate(tokens) if not 0 <= token < vocab_size)
+    raise InvalidField(
+        f"{name}.{index}",
+        f"is token id {shown(tokens[index])}, must be from 0 to {vocab_size - 1}",
+    )
+
+
+def shown(value: object) -> str:
+    """A client's value in a message: quoted, plain ASCII, and never long."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
+        return f"a number of {value.bit_length()} bits"
+    text = ascii(value[:SHOWN_CHARACTERS_MAX] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN_CHARACTERS_MAX else text[:SHOWN_CHARACTERS_MAX] + "…"
+
+
+def _whole(name: str, value: int | None, default: int, low: int, high: int) -> int:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise InvalidField(name, f"is {shown(value)}, must be from {low} to {high}")
+    return value
+
+
+def _number(
+    name: str, value: float | None, default: float, low: float, high: float, *, above: bool = False
+) -> float:
+    """``value``, checked to be in [low, high], or in (low, high] with ``above``."""
+    if value is None:
+        return default
+    if not low <= value <= high or (above and value == low):
+        lowest = f"above {low:g}" if above else f"from {low:g}"
+        raise InvalidField(name, f"is {shown(value)}, must be {lowest} to {high:g}")
+    return float(value)
+
+
+def _logit_bias(bias: Mapping[int, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if len(bias) > LOGIT_BIAS_MAX:
+        raise InvalidField(
+            "logit_bias", f"has {len(bias)} entries, at most {LOGIT_BIAS_MAX} are allowed"
+        )
+    for token, value in bias.items():
+        if not 0 <= token < vocab_size:
+            raise InvalidField(
+                "logit_bias", f"token id {shown(token)} must be from 0 to {vocab_size - 1}"
+            )
+        if not -100 <= value <= 100:
+            raise InvalidField(
+                "logit_bias", f"of token {token} is {shown(value)}, must be from -100 to 100"
+            )
+    return tuple(sorted((token, float(value)) for token, value in bias.items()))
+
+
+def _stop_tokens(tokens: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    if len(tokens) > STOP_TOKENS_MAX:
+        raise InvalidField(
+            "stop_token_ids", f"has {len(tokens)} entries, at most {STOP_TOKENS_MAX} are allowed"
+        )
+    check_tokens("stop_token_ids", tokens, vocab_size)
+    return tuple(tokens)
+
+
+def _stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
+    if len(strings) > STOP_STRINGS_MAX:
+        raise InvalidField(
+            "stop", f"has {len(strings)} strings, at most {STOP_STRINGS_MAX} are allowed"
+        )
+    for index, string in enumerate(strings):
+        if not 1 <= len(string) <= STOP_STRING_CHARACTERS_MAX:
+            raise InvalidField(
+                f"stop.{index}",
+                f"has {len(string)} characters, must have from 1 to {STOP_STRING_CHARACTERS_MAX}",
+            )
+    return tuple(strings)

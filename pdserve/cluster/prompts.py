@@ -1,0 +1,99 @@
+"""From what a client sent as a prompt to token ids: messages, text, or the ids themselves.
+
+Tokenising takes about a microsecond per byte. Short texts are done on the spot; a long one goes to
+a thread, so that it does not hold up every stream of the gateway.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pdserve.cluster.calls import Session
+from pdserve.cluster.parameters import check_tokens, shown
+from pdserve.errors import InvalidField
+
+INLINE_CHARACTERS_MAX = 8192
+"""About 3 ms of tokenising: what may be done on the event loop."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+async def chat_prompt(
+    session: Session,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[int, ...]:
+    """The token ids of the messages, rendered by the model's chat template."""
+    text = session.template.render(
+        checked_messages(messages), add_generation_prompt=add_generation_prompt, tools=tools
+    )
+    return await text_prompt(session, text, field="messages", add_special_tokens=False)
+
+
+async def text_prompt(
+    session: Session, text: str, *, field: str, add_special_tokens: bool
+) -> tuple[int, ...]:
+    if len(text) <= INLINE_CHARACTERS_MAX:
+        tokens = session.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    else:
+        tokens = await asyncio.to_thread(
+            session.tokenizer.encode, text, add_special_tokens=add_special_tokens
+        )
+    return _not_empty(tokens, field)
+
+
+def token_prompt(session: Session, tokens: Sequence[int], *, field: str) -> tuple[int, ...]:
+    check_tokens(field, tokens, session.tokenizer.vocab_size)
+    return _not_empty(tokens, field)
+
+
+def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages as chat templates expect them: known roles, and text as one string.
+
+    Raises:
+        InvalidField: naming the message, and the part of it, that cannot be used.
+    """
+    if not messages:
+        raise InvalidField("messages", "is empty, must hold at least one message")
+    return [_message(f"messages.{index}", message) for index, message in enumerate(messages)]
+
+
+def _message(where: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InvalidField(where, "must be an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise InvalidField(f"{where}.role", f"is {shown(role)}, must be one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        content = ""  # an assistant that called a tool need not have said anything
+    # The developer role is OpenAI's newer word for system; templates know the older one.
+    known = {"role": "system" if role == "developer" else role}
+    return {**message, **known, "content": _text(f"{where}.content", content)}
+
+
+def _text(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidField(where, f"is {shown(content)}, must be text or a list of text parts")
+    return "\n".join(_part(f"{where}.{index}", part) for index, part in enumerate(content))
+
+
+def _part(where: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise InvalidField(where, f"is of type {shown(kind)}; this model reads text parts only")
+    if not isinstance(part.get("text"), str):
+        raise InvalidField(f"{where}.text", f"is {shown(part.get('text'))}, must be text")
+    return str(part["text"])
+
+
+def _not_empty(tokens: Sequence[int], field: str) -> tuple[int, ...]:
+    if not tokens:
+        raise InvalidField(field, "is empty, must hold at least one token")
+    return tuple(tokens)

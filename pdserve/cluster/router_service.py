@@ -1,0 +1,194 @@
+"""The router as a process: a listener around ``router.core``. It decides nothing.
+
+Every connection says hello first, as a gateway or as a worker; from then on its frames are events
+of the core, and the core's commands are frames to others. A closed connection is an event too: it
+is how a dead worker is noticed at once, whatever killed it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import assert_never
+
+from pdserve.clock import S, monotonic
+from pdserve.config import RouterConfig
+from pdserve.errors import PdserveError, QueueFull
+from pdserve.ids import HostId, WorkerId
+from pdserve.messages import (
+    Address,
+    Cancel,
+    GatewayHello,
+    Goodbye,
+    Hello,
+    Parked,
+    Report,
+    Submit,
+    WorkerFailed,
+)
+from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
+from pdserve.router.snapshot import RouterSnapshot
+from pdserve.wire.connection import Connection
+from pdserve.wire.listener import Listener
+
+log = logging.getLogger(__name__)
+
+OUTBOX_MAX = 16_384
+"""Frames that may wait for one peer. A peer so far behind is as good as gone: it is hung up on."""
+
+TICK_S_MAX = 0.25
+
+
+class _Peer:
+    """One connection's outbox: the core never waits for a socket."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
+
+    def post(self, message: object) -> None:
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            raise QueueFull(
+                f"{self._connection.peer} left {OUTBOX_MAX} frames unread", retry_after_ms=0
+            ) from None
+
+    async def pump(self) -> None:
+        with contextlib.suppress(PdserveError, OSError):
+            while True:
+                await self._connection.send(await self._outbox.get())
+
+    async def hang_up(self) -> None:
+        await self._connection.close()
+
+
+class RouterService:
+    def __init__(self, settings: RouterConfig, *, host: HostId) -> None:
+        self._core = RouterCore(settings)
+        self._host = host
+        self._workers: dict[WorkerId, _Peer] = {}
+        self._gateways: dict[Address, _Peer] = {}
+        self._listener: Listener | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._hanging_up: set[asyncio.Task[None]] = set()
+        self.hello: Hello | None = None  # of the last worker that came; all agree on the model
+
+    async def start(self, directory: Path, *, tcp_host: str | None) -> Address:
+        self._listener = await Listener.open(
+            directory,
+            f"router-{secrets.token_hex(4)}",
+            host=self._host,
+            serve=self._serve,
+            tcp_host=tcp_host,
+        )
+        self._ticker = asyncio.create_task(self._tick())
+        return self._listener.address
+
+    @property
+    def address(self) -> Address:
+        assert self._listener is not None, "start() comes first"
+        return self._listener.address
+
+    async def close(self) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._listener is not None:
+            await self._listener.close()
+
+    def snapshot(self) -> RouterSnapshot:
+        return self._core.snapshot(monotonic())
+
+    async def _serve(self, connection: Connection) -> None:
+        peer = _Peer(connection)
+        pump = asyncio.create_task(peer.pump())
+        try:
+            first = (await connection.receive()).message
+            match first:
+                case Hello():
+                    await self._serve_worker(first, peer, connection)
+                case GatewayHello(address):
+                    await self._serve_gateway(address, peer, connection)
+                case _:
+                    log.warning("%s said %s before hello", connection.peer, type(first).__name__)
+        except PdserveError as error:
+            log.debug("%s: %s", connection.peer, error)
+        finally:
+            pump.cancel()
+            await connection.close()
+
+    async def _serve_worker(self, hello: Hello, peer: _Peer, connection: Connection) -> None:
+        self._workers[hello.worker] = peer
+        self.hello = hello
+        self._carry_out(self._core.on_hello(hello, monotonic()))
+        try:
+            while True:
+                match (await connection.receive()).message:
+                    case Report() as report:
+                        commands = self._core.on_report(report, monotonic())
+                    case Parked(handoff):
+                        commands = self._core.on_parked(handoff, hello.worker, monotonic())
+                    case WorkerFailed() as failed:
+                        log.warning(
+                            "%s failed at %s: %s",
+                            failed.request,
+                            hello.worker,
+                            failed.error.message,
+                        )
+                        commands = self._core.on_failed(failed, hello.worker, monotonic())
+                    case Goodbye():
+                        return
+                    case other:
+                        log.warning("%s sent a %s", hello.worker, type(other).__name__)
+                        commands = []
+                self._carry_out(commands)
+        finally:
+            if self._workers.get(hello.worker) is peer:
+                del self._workers[hello.worker]
+                self._carry_out(self._core.on_worker_lost(hello.worker, monotonic()))
+
+    async def _serve_gateway(self, address: Address, peer: _Peer, connection: Connection) -> None:
+        self._gateways[address] = peer
+        try:
+            while True:
+                match (await connection.receive()).message:
+                    case Submit(request):
+                        commands = self._core.on_submit(request, monotonic())
+                    case Cancel(request_id):
+                        commands = self._core.on_cancel(request_id, monotonic())
+                    case other:
+                        log.warning("%s sent a %s", connection.peer, type(other).__name__)
+                        commands = []
+                self._carry_out(commands)
+        finally:
+            if self._gateways.get(address) is peer:
+                del self._gateways[address]
+                self._carry_out(self._core.on_gateway_lost(address, monotonic()))
+
+    async def _tick(self) -> None:
+        while True:
+            self._carry_out(self._core.on_tick(monotonic()))
+            due_ns = self._core.next_tick_ns()
+            wait_s = TICK_S_MAX if due_ns is None else (due_ns - monotonic()) / S
+            await asyncio.sleep(min(max(wait_s, 0.001), TICK_S_MAX))
+
+    def _carry_out(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case ToWorker(worker, message):
+                    peer = self._workers.get(worker)
+                case ToGateway(gateway, message):
+                    peer = self._gateways.get(gateway)
+                case _:
+                    assert_never(command)
+            if peer is None:
+                continue  # its connection has just gone; the core hears of it next
+            try:
+                peer.post(message)
+            except QueueFull as error:
+                log.warning("hanging up: %s", error)
+                task = asyncio.create_task(peer.hang_up())
+                self._hanging_up.add(task)
+                task.add_done_callback(self._hanging_up.discard)

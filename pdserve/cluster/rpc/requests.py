@@ -1,0 +1,162 @@
+"""Between the messages of ``inference.proto`` and the session's vocabulary."""
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from pdserve.clock import unix_ms
+from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model, shown
+from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
+from pdserve.config import GatewayConfig
+from pdserve.errors import InvalidField
+from pdserve.messages import FinishReason, ServiceClass, Timing, Token, TokenLogprob
+from pdserve.proto.v1 import inference_pb2 as pb
+from pdserve.text.tokenizer import Tokenizer
+
+GENERATE_MAX_TOKENS = 16
+
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+_SERVICE_TIER: Mapping[int, str | None] = {
+    pb.SERVICE_CLASS_UNSPECIFIED: None,
+    pb.SERVICE_CLASS_INTERACTIVE: ServiceClass.INTERACTIVE,
+    pb.SERVICE_CLASS_STANDARD: ServiceClass.STANDARD,
+    pb.SERVICE_CLASS_BATCH: ServiceClass.BATCH,
+}
+
+_FINISH: Mapping[FinishReason | None, pb.FinishReason] = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+_OPTIONAL = (
+    *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
+    *("include_stop_str_in_output", "skip_special_tokens", "logprobs", "user"),
+)
+"""Fields with presence that mean in ``Parameters`` what they mean in the message."""
+
+
+async def generate_call(
+    session: Session, config: GatewayConfig, request: pb.GenerateRequest, timeout_s: float | None
+) -> Call:
+    check_model(request.model, session.model_name)
+    field = request.WhichOneof("prompt")
+    if field is None:
+        raise InvalidField("prompt", "is missing; send text or token_ids")
+    if field == "text":
+        special = not request.HasField("add_special_tokens") or request.add_special_tokens
+        prompt = await text_prompt(session, request.text, field="text", add_special_tokens=special)
+    else:
+        prompt = token_prompt(session, request.token_ids.ids, field="token_ids.ids")
+    return _call(session, config, request, prompt, timeout_s, field, GENERATE_MAX_TOKENS)
+
+
+async def chat_call(
+    session: Session, config: GatewayConfig, request: pb.ChatRequest, timeout_s: float | None
+) -> Call:
+    check_model(request.model, session.model_name)
+    opened = not request.HasField("add_generation_prompt") or request.add_generation_prompt
+    messages = [_message(message) for message in request.messages]
+    prompt = await chat_prompt(session, messages, add_generation_prompt=opened)
+    return _call(session, config, request, prompt, timeout_s, "messages", None)
+
+
+def chunk_of(call: Call, piece: Piece, tokenizer: Tokenizer) -> pb.GenerateChunk:
+    """``piece`` as a message; usage and timing are added by who knows them."""
+    chunk = pb.GenerateChunk(
+        id=call.call,
+        choice=piece.choice,
+        text=piece.text,
+        token_ids=[token.token for token in piece.tokens],
+        finish_reason=_FINISH[piece.finish],
+    )
+    if call.sampling.logprobs is not None:
+        chunk.logprobs.extend(_logprob(token, tokenizer) for token in piece.tokens)
+    if isinstance(piece.stop_reason, str):
+        chunk.stop_string = piece.stop_reason
+    elif piece.stop_reason is not None:
+        chunk.stop_token_id = piece.stop_reason
+    return chunk
+
+
+def timing_of(timing: Timing, *, first_token_us: int, total_us: int) -> pb.Timing:
+    return pb.Timing(
+        queued_us=timing.queued_us,
+        prefill_us=timing.prefill_us,
+        handoff_us=timing.handoff_us,
+        first_token_us=first_token_us,
+        total_us=total_us,
+        cached_tokens=timing.cached_tokens,
+        preempted_count=timing.preempted_count,
+        parked_count=timing.parked_count,
+        level=timing.level,
+        prefill_worker=timing.prefill,
+        decode_worker=timing.decode,
+    )
+
+
+def _call(
+    session: Session,
+    config: GatewayConfig,
+    request: pb.GenerateRequest | pb.ChatRequest,
+    prompt: tuple[int, ...],
+    timeout_s: float | None,
+    prompt_field: str,
+    default_max_tokens: int | None,
+) -> Call:
+    timeout_s = config.request_timeout_s if timeout_s is None else timeout_s
+    return call_of(
+        _parameters(request.parameters),
+        Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max),
+        call=_id(request.id),
+        prompt=prompt,
+        prompt_field=prompt_field,
+        default_max_tokens=default_max_tokens,
+        deadline_unix_ms=unix_ms() + round(timeout_s * 1000),
+    )
+
+
+def _id(given: str) -> str:
+    if given and not _ID.fullmatch(given):
+        raise InvalidField("id", f"is {shown(given)}, must be 1 to 64 of a-z, A-Z, 0-9, _, . and -")
+    return given or f"gen-{secrets.token_hex(12)}"
+
+
+def _parameters(message: pb.Parameters) -> Parameters:
+    said: dict[str, Any] = {
+        name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)
+    }
+    if message.service_class not in _SERVICE_TIER:
+        raise InvalidField("service_class", f"is {message.service_class}, which has no meaning")
+    return Parameters(
+        **said,
+        logit_bias=dict(message.logit_bias),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        service_tier=_SERVICE_TIER[message.service_class],
+    )
+
+
+def _message(message: pb.ChatMessage) -> dict[str, str]:
+    told = {"role": message.role, "content": message.content}
+    return {**told, "name": message.name} if message.name else told
+
+
+def _logprob(token: Token, tokenizer: Tokenizer) -> pb.TokenLogprob:
+    logprob = token.logprob or TokenLogprob(float("-inf"))
+    return pb.TokenLogprob(
+        token_id=token.token,
+        token=tokenizer.token_text(token.token),
+        token_bytes=tokenizer.token_bytes(token.token),
+        logprob=logprob.logprob,
+        top=[
+            pb.TopLogprob(token_id=other, token=tokenizer.token_text(other), logprob=value)
+            for other, value in logprob.top
+        ],
+    )

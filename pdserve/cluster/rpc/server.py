@@ -1,0 +1,93 @@
+"""The gRPC port: the service, ``grpc.health.v1`` and reflection on one ``grpc.aio`` server."""
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pdserve.cluster.calls import Session
+from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.rpc.servicer import Servicer
+from pdserve.config import GatewayConfig
+from pdserve.errors import ConfigError
+from pdserve.proto.v1 import inference_pb2 as pb
+from pdserve.proto.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+
+STOP_S = 5.0
+"""How long calls under way may go on once the server leaves."""
+
+PING_INTERVAL_MIN_MS = 10_000
+
+
+class GrpcServer:
+    """A server that is up."""
+
+    def __init__(
+        self, server: grpc.aio.Server, port: int, servicer: health.aio.HealthServicer
+    ) -> None:
+        self.port = port
+        self._server = server
+        self._health = servicer
+
+    async def stop(self, *, grace_s: float = STOP_S) -> None:
+        """Says NOT_SERVING, takes nothing new, and cancels what still runs after ``grace_s``."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+async def serve_grpc(
+    session: Session,
+    *,
+    config: GatewayConfig,
+    metrics: FrontMetrics | None = None,
+    credentials: grpc.ServerCredentials | None = None,
+) -> GrpcServer:
+    """Listens on ``config.host`` and ``config.grpc_port``; with credentials, on TLS only.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    server = grpc.aio.server(options=_options(config))
+    add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
+        Servicer(session, config, metrics or FrontMetrics()), server
+    )
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection(
+        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    port = _bind(server, config, credentials)
+    await server.start()
+    for name in ("", SERVICE):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return GrpcServer(server, port, checks)
+
+
+def _bind(
+    server: grpc.aio.Server, config: GatewayConfig, credentials: grpc.ServerCredentials | None
+) -> int:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"{host}:{config.grpc_port}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"gateway.grpc_port is {config.grpc_port} on {config.host}, which cannot be had; "
+            "set another, 0 for a free one, or -1 for no gRPC"
+        ) from error
+
+
+def _options(config: GatewayConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.body_bytes_max),
+        ("grpc.max_concurrent_streams", config.streams_max),
+        # Two servers that quietly share a port are a riddle, unless several gateways are wanted.
+        ("grpc.so_reuseport", int(config.replicas > 1)),
+        # A stream may be silent for as long as its prompt waits: clients that ping are welcome.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
+    ]

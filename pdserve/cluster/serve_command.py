@@ -1,0 +1,77 @@
+"""``pdserve serve``: start, prove that it works with one real chat, say what to try, serve."""
+
+import signal
+import time
+
+from rich.console import Console
+
+from pdserve.cluster.chat_command import ask
+from pdserve.cluster.local import LocalCluster, interrupt_once, local_cluster
+from pdserve.config import ClusterConfig
+
+START_S_TYPICAL = 20
+FIRST_CHAT = "What is the capital of France, and what is it known for?"
+FIRST_CHAT_TOKENS = 64
+
+
+def run(config: ClusterConfig, *, ray_address: str | None, first_chat: bool) -> None:
+    console = Console(highlight=False)
+    begun = time.monotonic()
+
+    def progress(what: str) -> None:
+        console.print(f"[dim]{time.monotonic() - begun:5.1f} s[/]  {what} …")
+
+    console.print(
+        f"pdserve: {config.model.source}, {config.prefill.replicas} prefill and "
+        f"{config.decode.replicas} decode workers; the first start takes about "
+        f"{START_S_TYPICAL} s on two cores"
+    )
+    interrupt_once()
+    try:
+        with local_cluster(config, progress=progress, ray_address=ray_address) as cluster:
+            progress("ready")
+            if first_chat and cluster.http:
+                _show_first_chat(console, cluster, begun)
+            _show_next(console, cluster)
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        console.print("stopped; nothing is left behind")
+
+
+def _show_first_chat(console: Console, cluster: LocalCluster, begun: float) -> None:
+    console.print(f"\n[bold]you[/]      {FIRST_CHAT}")
+    console.print("[bold]model[/]    ", end="")
+    messages = [{"role": "user", "content": FIRST_CHAT}]
+    answer = ask(cluster.http, messages, temperature=0.0, max_tokens=FIRST_CHAT_TOKENS)
+    timing = answer.timing
+    console.print(
+        f"\n[dim]queue {timing.get('queue_ms', 0):.1f} ms · prefill "
+        f"{timing.get('prefill_ms', 0):.1f} ms ({timing.get('prefill_worker', '?')}) · hand-off "
+        f"{timing.get('handoff_ms', 0):.1f} ms ({timing.get('decode_worker', '?')}) · first token "
+        f"{answer.first_token_ms:.0f} ms · {answer.tokens_per_s:.0f} tokens/s · "
+        f"{time.monotonic() - begun:.1f} s since the start[/]"
+    )
+
+
+def _show_next(console: Console, cluster: LocalCluster) -> None:
+    console.print("\nTry next:")
+    if cluster.http:
+        console.print(
+            f"  curl {cluster.http}/v1/chat/completions -H 'content-type: application/json' \\\n"
+            '       -d \'{"messages": [{"role": "user", "content": "Hello!"}]}\'\n'
+            f"  python -c \"import openai; print(openai.OpenAI(base_url='{cluster.http}/v1', "
+            "api_key='-').chat.completions.create(model='default', messages=[{'role': 'user', "
+            "'content': 'Hello!'}]).choices[0].message.content)\"\n"
+            f"  pdserve top --url {cluster.http}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if cluster.grpc:
+        console.print(
+            f'  grpcurl -plaintext -d \'{{"messages": [{{"role": "user", "content": '
+            f'"Hello!"}}]}}\' {cluster.grpc} pdserve.v1.Inference/Chat',
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print("Ctrl-C stops everything.")

@@ -1,0 +1,288 @@
+"""The gateway's middle: calls in from the fronts, requests out to the router, tokens back.
+
+    front ──Call──► session ──Submit──► router … decode ──TokenBatch──► session ──Piece──► front
+
+One choice is one request. The first choice goes ahead alone; when its first token is back, its
+prompt's blocks are in the store, and the others follow and find them there. So n choices cost one
+prefill, on any number of prefill workers.
+
+A lost worker, a router that came back, a broken hand-off: all end in the same place, `_again`,
+which submits the prompt and what was delivered as the next attempt. Recovery is admission.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pdserve.clock import unix_ms
+from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.delivery import Delivery
+from pdserve.cluster.link import RouterLink
+from pdserve.errors import (
+    CapacityError,
+    DeadlineExceeded,
+    PdserveError,
+    PromptTooLong,
+    QueueFull,
+)
+from pdserve.ids import BlockKey, HostId, RequestId, new_request_id
+from pdserve.kvstore.keys import block_keys
+from pdserve.messages import (
+    Address,
+    Cancel,
+    FinishReason,
+    GatewayHello,
+    Lost,
+    Refused,
+    Request,
+    Submit,
+    TokenBatch,
+)
+from pdserve.text.chat import ChatTemplate, chat_template_of
+from pdserve.text.detokenizer import Detokenizer
+from pdserve.text.tokenizer import Tokenizer
+from pdserve.wire.connection import Connection
+from pdserve.wire.listener import Listener
+
+log = logging.getLogger(__name__)
+
+DEADLINE_GRACE_S = 1.0
+"""The router answers an expired request itself; this long after, the session stops waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a gateway must know of the model that the workers run."""
+
+    name: str
+    context_tokens: int
+    namespace: bytes
+    block_tokens: int
+    streams_max: int
+
+
+@dataclass(slots=True)
+class _Running:
+    """A call under way. The queue is bounded by the tokens its choices may generate."""
+
+    call: Call
+    seed: int
+    pieces: asyncio.Queue[Piece | PdserveError] = field(default_factory=asyncio.Queue)
+    requests: dict[RequestId, Delivery] = field(default_factory=dict)
+    started_count: int = 0
+
+
+class GatewaySession:
+    """Implements ``cluster.calls.Session``; lives on one event loop."""
+
+    def __init__(self, served: Served, tokenizer: Tokenizer, *, host: HostId) -> None:
+        self.model_name = served.name
+        self.context_tokens = served.context_tokens
+        self.tokenizer = tokenizer
+        self.template: ChatTemplate = chat_template_of(tokenizer)
+        self._served = served
+        self._host = host
+        self._calls: dict[str, _Running] = {}
+        self._by_request: dict[RequestId, _Running] = {}
+        self._listener: Listener | None = None
+        self._link: RouterLink | None = None
+
+    async def start(
+        self,
+        directory: Path,
+        find_router: Callable[[], Awaitable[Address]],
+        *,
+        tcp_host: str | None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._listener = await Listener.open(
+            directory,
+            f"gw-{secrets.token_hex(4)}",
+            host=self._host,
+            serve=self._listen,
+            tcp_host=tcp_host,
+        )
+        self._link = RouterLink(self, find_router=find_router, host=self._host)
+        await self._link.start(timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        for call in list(self._calls):
+            self.cancel(call)
+        if self._link is not None:
+            await self._link.close()
+        if self._listener is not None:
+            await self._listener.close()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._by_request)
+
+    # ── the fronts' side ─────────────────────────────────────────────────────────────────────────
+
+    async def generate(self, call: Call) -> AsyncIterator[Piece]:
+        self._check(call)
+        running = _Running(call, secrets.randbits(63) if call.seed is None else call.seed)
+        self._calls[call.call] = running
+        timeout_s = (call.deadline_unix_ms - unix_ms()) / 1000 + DEADLINE_GRACE_S
+        try:
+            async with asyncio.timeout(max(timeout_s, 0)):
+                self._begin(running, 1)
+                open_count = call.n
+                while open_count:
+                    piece = await running.pieces.get()
+                    if isinstance(piece, PdserveError):
+                        raise piece
+                    if running.started_count < call.n:
+                        self._begin(running, call.n)
+                    open_count -= piece.finish is not None
+                    yield piece
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{call.call} was not finished within its deadline; ask for fewer tokens or allow "
+                "more time"
+            ) from None
+        finally:
+            self._forget(running)
+
+    def cancel(self, call: str) -> bool:
+        running = self._calls.get(call)
+        if running is None:
+            return False
+        waiting = range(running.started_count, running.call.n)
+        open_choices = [d.request.choice for d in running.requests.values() if not d.finished]
+        self._forget(running)
+        running.started_count = running.call.n
+        for choice in [*open_choices, *waiting]:
+            running.pieces.put_nowait(Piece(choice, "", (), FinishReason.CANCELLED))
+        return True
+
+    def _check(self, call: Call) -> None:
+        if len(call.prompt) >= self.context_tokens:
+            raise PromptTooLong(len(call.prompt), self.context_tokens, field=call.prompt_field)
+        if len(self._by_request) + call.n > self._served.streams_max:
+            raise QueueFull(
+                f"this gateway has {len(self._by_request)} streams open, at most "
+                f"{self._served.streams_max} are allowed",
+                retry_after_ms=1000,
+            )
+        if call.call in self._calls:
+            raise CapacityError(f"a call {call.call} is running already", retry_after_ms=1000)
+
+    def _begin(self, running: _Running, count: int) -> None:
+        """Submits choices until ``count`` of the call have begun."""
+        call = running.call
+        room_tokens = self.context_tokens - len(call.prompt)
+        stop = replace(call.stop, max_tokens=min(call.stop.max_tokens, room_tokens))
+        for choice in range(running.started_count, count):
+            request = Request(
+                request=new_request_id(),
+                attempt=0,
+                choice=choice,
+                model=self.model_name,
+                tokens=call.prompt,
+                prompt_tokens=len(call.prompt),
+                block_keys=self._keys(call.prompt, call.tenant),
+                tenant=call.tenant,
+                service_class=call.service_class,
+                sampling=call.sampling,
+                stop=stop,
+                seed=running.seed,
+                deadline_unix_ms=call.deadline_unix_ms,
+                reply_to=self._address(),
+            )
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                prompt=call.prompt,
+                skip_special_tokens=call.skip_special_tokens,
+            )
+            running.requests[request.request] = Delivery(
+                request, detokenizer, include_stop_string=call.include_stop_string
+            )
+            self._by_request[request.request] = running
+            self._post(Submit(request))
+        running.started_count = count
+
+    def _forget(self, running: _Running) -> None:
+        self._calls.pop(running.call.call, None)
+        for request, delivery in running.requests.items():
+            if self._by_request.pop(request, None) is not None and not delivery.finished:
+                self._post(Cancel(request))
+
+    # ── the router's side ────────────────────────────────────────────────────────────────────────
+
+    def hello(self) -> GatewayHello:
+        return GatewayHello(self._address())
+
+    def hear(self, message: object) -> None:
+        match message:
+            case Refused(request, attempt, error):
+                running, delivery = self._find(request)
+                if running and delivery and delivery.request.attempt == attempt:
+                    self._end(running, delivery, error.to_error())
+            case Lost(request, attempt, worker):
+                running, delivery = self._find(request)
+                if running and delivery and delivery.request.attempt == attempt:
+                    log.info("%s lost worker %s, attempt %d follows", request, worker, attempt + 1)
+                    self._again(delivery)
+            case _:
+                log.warning("the router sent a %s, which no gateway expects", type(message))
+
+    def reconnected(self) -> None:
+        """A router that came back knows nothing of what runs: everything is a next attempt."""
+        for running in list(self._calls.values()):
+            for delivery in running.requests.values():
+                if not delivery.finished:
+                    self._again(delivery)
+
+    def _again(self, delivery: Delivery) -> None:
+        tokens = delivery.tokens_so_far()
+        keys = self._keys(tokens, delivery.request.tenant)
+        self._post(Submit(delivery.next_attempt(keys)))
+
+    # ── the workers' side ────────────────────────────────────────────────────────────────────────
+
+    async def _listen(self, connection: Connection) -> None:
+        with contextlib.suppress(PdserveError):
+            while True:
+                frame = await connection.receive()
+                match frame.message:
+                    case TokenBatch(_, deltas):
+                        for delta in deltas:
+                            running, delivery = self._find(delta.request)
+                            if running and delivery:
+                                try:
+                                    for piece in delivery.on_delta(delta):
+                                        running.pieces.put_nowait(piece)
+                                except PdserveError as error:
+                                    self._end(running, delivery, error)
+                                if delivery.finished:
+                                    self._by_request.pop(delta.request, None)
+                    case other:
+                        log.warning("a worker sent a %s, which no gateway expects", type(other))
+
+    def _find(self, request: RequestId) -> tuple[_Running | None, Delivery | None]:
+        running = self._by_request.get(request)
+        return running, running.requests.get(request) if running else None
+
+    def _end(self, running: _Running, delivery: Delivery, error: PdserveError) -> None:
+        delivery.finished = True
+        self._by_request.pop(delivery.request.request, None)
+        running.pieces.put_nowait(error)
+
+    # ── small things ─────────────────────────────────────────────────────────────────────────────
+
+    def _keys(self, tokens: tuple[int, ...], tenant: str) -> tuple[BlockKey, ...]:
+        served = self._served
+        return block_keys(served.namespace, tokens, served.block_tokens, tenant=tenant)
+
+    def _address(self) -> Address:
+        assert self._listener is not None, "start() comes first"
+        return self._listener.address
+
+    def _post(self, message: object) -> None:
+        assert self._link is not None, "start() comes first"
+        self._link.post(message)

@@ -1,0 +1,53 @@
+"""``pdserve status`` and ``pdserve top``: what the router sees, as a table."""
+
+import time
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pdserve.cluster.http_client import get_json
+
+
+def fetch(url: str) -> dict[str, Any]:
+    """The router's snapshot, through the gateway."""
+    snapshot: dict[str, Any] = get_json(url, "/cluster/status")
+    return snapshot
+
+
+def render(snapshot: dict[str, Any]) -> Group:
+    workers = Table(box=None, pad_edge=False)
+    for column in ("worker", "role", "pid", "running", "waiting", "blocks free", "state"):
+        workers.add_column(column, justify="left" if column in ("worker", "role") else "right")
+    for worker in snapshot["workers"]:
+        workers.add_row(
+            worker["worker"],
+            worker["role"],
+            str(worker["pid"]),
+            str(worker["running"]),
+            str(worker["waiting"]),
+            f"{worker['free_blocks']} of {worker['block_count']}",
+            "draining" if worker["draining"] else "up",
+        )
+    levels = " ".join(str(count) for count in snapshot["queue_lengths"])
+    queue = Text(
+        f"queue by level  {levels}   oldest {snapshot['oldest_wait_ms']} ms   "
+        f"parked {snapshot['parked']}"
+    )
+    counters = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in sorted(snapshot["counters"].items()):
+        counters.add_row(name, str(value))
+    return Group(workers, Text(), queue, Text(), counters)
+
+
+def watch(url: str, *, every_s: float) -> None:
+    """Redraws until Ctrl-C."""
+    try:
+        with Live(render(fetch(url)), auto_refresh=False) as live:
+            while True:
+                time.sleep(every_s)
+                live.update(render(fetch(url)), refresh=True)
+    except KeyboardInterrupt:
+        return

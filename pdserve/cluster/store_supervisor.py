@@ -1,0 +1,165 @@
+"""Keeps one store node running on one host.
+
+An actor per host, found by name, so that the first worker of a host starts it and the others share
+it. The store node itself is a plain process without Ray: it outlives no supervisor (its stdin is a
+pipe from here, and its end is its signal to leave), and a supervisor outlives no application.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pdserve.config import StoreConfig
+from pdserve.errors import StoreUnavailable
+from pdserve.ids import HostId
+from pdserve.messages import Address
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "pdserve"
+APP_CHECK_S = 5.0
+APP_MISSES_MAX = 2
+"""Looks in a row that found no application before the supervisor and its node leave."""
+
+READY_TIMEOUT_S = 30.0
+
+
+class StoreSupervisor:
+    def __init__(
+        self, app: str, directory: str, tcp_host: str | None, settings: StoreConfig
+    ) -> None:
+        self._app = app
+        self._directory = Path(directory)
+        self._tcp_host = tcp_host
+        self._settings = settings
+        self._nodes: dict[int, tuple[subprocess.Popen[bytes], Address]] = {}  # by block bytes
+        self._starting = asyncio.Lock()
+        self._watch = asyncio.get_event_loop().create_task(self._leave_with_the_app())
+
+    async def ensure(self, block_bytes: int) -> tuple[str, str, str]:
+        """Host, Unix path and TCP address of the running node for blocks of this size.
+
+        Two sizes (a new model beside the old one, during an update) are two nodes: they share
+        nothing, so neither can read the other's blocks.
+
+        Raises:
+            StoreUnavailable: the node does not start.
+        """
+        async with self._starting:
+            node = self._nodes.get(block_bytes)
+            if node is None or node[0].poll() is not None:
+                node = await asyncio.to_thread(self._start, block_bytes)
+                self._nodes[block_bytes] = node
+        address = node[1]
+        return address.host, address.unix_path, address.tcp
+
+    async def pids(self) -> list[int]:
+        return [node.pid for node, _ in self._nodes.values() if node.poll() is None]
+
+    async def stop(self) -> None:
+        self._watch.cancel()
+        for node, _ in self._nodes.values():
+            await asyncio.to_thread(_end, node)
+        self._nodes.clear()
+
+    def _start(self, block_bytes: int) -> tuple[subprocess.Popen[bytes], Address]:
+        settings = self._settings
+        command = [
+            sys.executable,
+            "-m",
+            "pdserve.kvstore.node",
+            "--directory",
+            str(self._directory),
+            "--arena-bytes",
+            str(settings.arena_bytes),
+            "--block-bytes",
+            str(block_bytes),
+        ]
+        if self._tcp_host is not None:
+            command += ["--tcp-host", self._tcp_host]
+        if settings.redis_url is not None:
+            command += ["--redis-url", settings.redis_url]
+        else:
+            command += ["--metadata", str(self._directory / "members.sqlite")]
+        node = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert node.stdout is not None
+        line = node.stdout.readline()  # the node prints it, or ends
+        if not line:
+            raise StoreUnavailable(
+                f"the store node ended with exit code {node.wait()} before it served; its messages "
+                "are in this actor's log"
+            )
+        address = json.loads(line)["address"]
+        return node, Address(HostId(address["host"]), address["unix_path"], address["tcp"])
+
+    async def _leave_with_the_app(self) -> None:
+        misses = 0
+        while misses < APP_MISSES_MAX:
+            await asyncio.sleep(APP_CHECK_S)
+            try:
+                alive = self._app in (await asyncio.to_thread(serve.status)).applications
+            except Exception:  # Serve itself may be gone, and says so in many ways
+                alive = False
+            misses = 0 if alive else misses + 1
+        log.info("application %s is gone, so is its store", self._app)
+        for node, _ in self._nodes.values():
+            await asyncio.to_thread(_end, node)
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+
+
+def _end(node: subprocess.Popen[bytes]) -> None:
+    """Ends a node by closing its stdin; it then removes its arena and its sockets."""
+    assert node.stdin is not None
+    node.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        node.wait(10.0)
+        return
+    node.kill()
+    node.wait()
+
+
+def actor_name(app: str, node_id: str) -> str:
+    return f"store-{app}-{node_id}"
+
+
+async def ensure_store(
+    app: str, directory: Path, tcp_host: str | None, settings: StoreConfig, block_bytes: int
+) -> Address:
+    """The address of this host's store node, which is started if need be.
+
+    Raises:
+        StoreUnavailable: it does not start.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    supervisor = (
+        ray.remote(StoreSupervisor)
+        .options(
+            name=actor_name(app, node_id),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote(app, str(directory), tcp_host, settings)
+    )
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        host, unix_path, tcp = await supervisor.ensure.remote(block_bytes)
+    return Address(HostId(host), unix_path, tcp)
+
+
+async def stop_stores(app: str) -> None:
+    """Ends every store node of the application, on all hosts."""
+    for node in ray.nodes():
+        with contextlib.suppress(ValueError):  # no supervisor on that host
+            supervisor = ray.get_actor(actor_name(app, node["NodeID"]), namespace=NAMESPACE)
+            await supervisor.stop.remote()
+            ray.kill(supervisor)

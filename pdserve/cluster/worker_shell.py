@@ -1,0 +1,315 @@
+"""One prefill or decode worker as a process: sockets around an engine thread. It decides nothing.
+
+    router ──Dispatch, Preempt, Cancel, Resume──► shell ──► engine thread (PrefillLoop, DecodeLoop)
+    prefill ──Handoff──────────────────────────►   │
+                                                   ▼
+              Report, Parked ◄── link ◄── outputs of each step ──► postbox ──► decode, gateways
+
+The engine thread calls ``emit`` after each step; everything it says is handed to the event loop in
+one go, and tokens for the same gateway leave as one frame.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdserve.clock import MS, S, monotonic
+from pdserve.cluster.link import RouterLink
+from pdserve.config import ClusterConfig, PoolConfig
+from pdserve.errors import CapacityError, ErrorInfo, PdserveError, StoreUnavailable
+from pdserve.ids import BlockKey, HostId, new_worker_id
+from pdserve.messages import (
+    Address,
+    Cancel,
+    ChunkDone,
+    Goodbye,
+    Handoff,
+    Hello,
+    Progress,
+    Report,
+    Role,
+    TokenBatch,
+    TokenDelta,
+)
+from pdserve.messages import WorkerFailed as Failed
+from pdserve.wire.connection import Connection
+from pdserve.wire.listener import Listener
+from pdserve.wire.postbox import Postbox
+
+if TYPE_CHECKING:
+    from pdserve.engine.outputs import Load, Output
+    from pdserve.engine.thread import EngineThread
+    from pdserve.kvstore.client import StoreClient
+
+log = logging.getLogger(__name__)
+
+REPORT_S_MAX = 1.0
+"""A report leaves at least this often, so that silence means trouble."""
+
+STORE_CHANGES_S = 0.1
+"""How often a prefill worker asks its store node what came and went."""
+
+STUCK_S = 20.0
+"""A step that takes longer is a hang: the longest honest one, a full chunk on a loaded laptop
+core, takes a tenth."""
+
+
+class WorkerShell:
+    def __init__(self, role: Role, config: ClusterConfig, *, host: HostId) -> None:
+        self.worker = new_worker_id(role)
+        self.role = role
+        self._config = config
+        self._pool: PoolConfig = config.prefill if role is Role.PREFILL else config.decode
+        self._host = host
+        self._engine: EngineThread | None = None
+        self._watching: StoreClient | None = None
+        self._link: RouterLink | None = None
+        self._listener: Listener | None = None
+        self._hello: Hello | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._postbox = Postbox(host=host, on_undelivered=self._undelivered)
+        self._loop = asyncio.get_running_loop()
+        self._load: Load | None = None
+        self._report_sequence = 0
+        self._reported_ns = 0
+        self._draining = False
+        self._store_lost: str | None = None
+
+    # ── coming and going ─────────────────────────────────────────────────────────────────────────
+
+    async def start(
+        self,
+        directory: Path,
+        find_store: Callable[[int], Awaitable[Address]],
+        find_router: Callable[[], Awaitable[Address]],
+        *,
+        tcp_host: str | None,
+    ) -> None:
+        """Loads the model, joins the store of this host and the router. Returns when it serves."""
+        from pdserve.cluster.worker_parts import build_parts
+
+        parts = await asyncio.to_thread(build_parts, self._config, self.role)
+        store = await find_store(parts.block_bytes)
+        client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)
+        self._engine = parts.start_engine(self.worker, store, self._host, self._emit)
+        self._listener = await Listener.open(
+            directory, self.worker, host=self._host, serve=self._listen, tcp_host=tcp_host
+        )
+        self._hello = Hello(
+            worker=self.worker,
+            role=self.role,
+            address=self._listener.address,
+            store_id=client.store_id,
+            store=store,
+            namespace=parts.namespace.hex(),
+            block_tokens=self._config.model.block_tokens,
+            block_count=parts.block_count,
+            running_max=self._pool.running_max,
+            chunk_tokens=self._pool.chunk_tokens,
+            pid=os.getpid(),
+        )
+        self._watching = client
+        self._link = RouterLink(self, find_router=find_router, host=self._host)
+        await self._link.start(timeout_s=30.0)
+        self._tasks = [
+            asyncio.create_task(self._report_regularly()),
+            asyncio.create_task(self._watch_store()),
+        ]
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Hands everything back, says goodbye, and stops. At most ``timeout_s``."""
+        engine = self._engine
+        if engine is None:
+            return
+        self._draining = True
+        engine.drain()
+        deadline_ns = monotonic() + int(timeout_s * S)
+        while engine.alive and not self._idle() and monotonic() < deadline_ns:
+            await asyncio.sleep(0.02)
+        await self._postbox.flush()
+        if self._link is not None:
+            self._report()
+            with contextlib.suppress(CapacityError):
+                self._link.post(Goodbye(self.worker))
+        await self.close()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._link is not None:
+            await self._link.close()
+        if self._listener is not None:
+            await self._listener.close()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop, timeout_s=10.0)
+        await self._postbox.close()
+        if self._watching is not None:
+            self._watching.close()
+
+    def check_health(self) -> None:
+        """Raises RuntimeError where a restart is the cure; supervision does the rest."""
+        engine = self._engine
+        if engine is None:
+            return
+        if not engine.alive:
+            raise RuntimeError(f"the engine of {self.worker} is dead: {engine.error!r}")
+        stuck_ns = engine.stuck_ns()
+        if stuck_ns > STUCK_S * S:
+            raise RuntimeError(f"{self.worker} has been in one step for {stuck_ns // MS} ms")
+        if self._store_lost is not None:
+            raise RuntimeError(f"{self.worker} lost its store node: {self._store_lost}")
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._load.counters) if self._load else {}
+
+    def _idle(self) -> bool:
+        load = self._load
+        return load is None or (load.running == 0 and load.waiting == 0)
+
+    # ── what comes in ────────────────────────────────────────────────────────────────────────────
+
+    def hello(self) -> Hello:
+        assert self._hello is not None
+        return self._hello
+
+    def hear(self, message: object) -> None:
+        self._submit(message)
+
+    def reconnected(self) -> None:
+        self._report()
+
+    async def _listen(self, connection: Connection) -> None:
+        with contextlib.suppress(PdserveError):
+            while True:
+                frame = await connection.receive()
+                if isinstance(frame.message, Handoff) and self.role is Role.DECODE:
+                    self._submit(frame.message)
+                else:
+                    log.warning("%s sent a %s", connection.peer, type(frame.message).__name__)
+
+    def _submit(self, message: object) -> None:
+        assert self._engine is not None
+        try:
+            self._engine.submit(message)
+        except CapacityError:
+            log.exception("%s cannot take a %s", self.worker, type(message).__name__)
+
+    # ── what goes out ────────────────────────────────────────────────────────────────────────────
+
+    def _emit(self, outputs: Sequence["Output"], load: "Load") -> None:
+        """On the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody listens
+            self._loop.call_soon_threadsafe(self._send, outputs, load)
+
+    def _send(self, outputs: Sequence["Output"], load: "Load") -> None:
+        from pdserve.engine.outputs import ToDecode, ToGateway, ToRouter
+
+        deltas: dict[Address, list[TokenDelta]] = defaultdict(list)
+        progress: list[Progress] = []
+        chunks: list[ChunkDone] = []
+        for output in outputs:
+            match output:
+                case ToGateway(address, delta):
+                    deltas[address].append(delta)
+                case ToDecode(address, handoff):
+                    self._postbox.post(address, handoff)
+                case ToRouter(Progress() as event):
+                    progress.append(event)
+                case ToRouter(ChunkDone() as chunk):
+                    chunks.append(chunk)
+                case ToRouter(message):
+                    self._to_router(message)
+        for address, batch in deltas.items():
+            try:
+                self._postbox.post(address, TokenBatch(self.worker, tuple(batch)))
+            except CapacityError:
+                self._cancel_all(batch)  # a gateway that does not read has no use for more
+        self._load = load
+        due = monotonic() - self._reported_ns > STORE_CHANGES_S * S
+        if progress or chunks or load.blocks_added or load.blocks_removed or due:
+            self._report(progress, chunks)
+
+    def _report(
+        self,
+        progress: Sequence[Progress] = (),
+        chunks: Sequence[ChunkDone] = (),
+        *,
+        store_added: Sequence[BlockKey] = (),
+        store_removed: Sequence[BlockKey] = (),
+    ) -> None:
+        load = self._load
+        self._reported_ns = monotonic()
+        report = Report(
+            worker=self.worker,
+            sequence=self._report_sequence,
+            draining=self._draining,
+            running=load.running if load else 0,
+            waiting=load.waiting if load else 0,
+            free_blocks=load.free_blocks if load else self.hello().block_count,
+            progress=tuple(progress),
+            chunks=tuple(chunks),
+            blocks_added=load.blocks_added if load else (),
+            blocks_removed=load.blocks_removed if load else (),
+            store_added=tuple(store_added),
+            store_removed=tuple(store_removed),
+            counters=load.counters if load else {},
+        )
+        if load is not None:
+            self._load = load.without_deltas()
+        self._report_sequence += 1
+        self._to_router(report)
+
+    def _to_router(self, message: object) -> None:
+        assert self._link is not None
+        try:
+            self._link.post(message)
+        except CapacityError:
+            log.exception("%s cannot tell the router", self.worker)
+
+    def _undelivered(self, address: Address, messages: list[object]) -> None:
+        """A peer is gone for good: hand-offs go back to the router, streams end."""
+        for message in messages:
+            if isinstance(message, Handoff):
+                request = message.request
+                error = ErrorInfo("worker_lost", f"decode at {address.host} did not take it")
+                self._to_router(Failed(request.request, request.attempt, error))
+            elif isinstance(message, TokenBatch):
+                self._cancel_all(message.deltas)
+
+    def _cancel_all(self, deltas: Sequence[TokenDelta]) -> None:
+        for delta in deltas:
+            self._submit(Cancel(delta.request))
+
+    # ── watching ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _report_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_S_MAX / 4)
+            if self._engine is not None and not self._engine.alive:
+                log.error("%s: the engine died: %r", self.worker, self._engine.error)
+                assert self._link is not None
+                await self._link.close()  # the router takes it for lost, at once
+                return
+            if monotonic() - self._reported_ns > REPORT_S_MAX * S / 2:
+                self._report()
+
+    async def _watch_store(self) -> None:
+        """The store's changes go to the router's prefix index; its death ends this worker."""
+        assert self._watching is not None
+        after = 0
+        while True:
+            await asyncio.sleep(STORE_CHANGES_S)
+            try:
+                changes = await asyncio.to_thread(self._watching.changes, after)
+            except (StoreUnavailable, PdserveError) as error:
+                self._store_lost = str(error)
+                return
+            after = changes.sequence
+            if self.role is Role.PREFILL and (changes.added or changes.removed):
+                self._report(store_added=changes.added, store_removed=changes.removed)

@@ -1,0 +1,402 @@
+"""Settings of a cluster: one tree, frozen, checked at once, and said before anything starts.
+
+Sources, later ones win: the defaults here, a YAML file, ``PDSERVE_<PART>__<FIELD>`` environment
+variables, ``part.field=value`` assignments from the command line. This file is the only code that
+reads any of them. Every part is a frozen dataclass; a core gets the numbers it needs, not the tree.
+
+An unknown key is an error that names the nearest known one; all problems are told together.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from pdserve.errors import ConfigError
+
+KiB = 1 << 10
+MiB = 1 << 20
+GiB = 1 << 30
+
+ENV_PREFIX = "PDSERVE_"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class _Checked:
+    """Collects what is wrong with a part and raises it all at once."""
+
+    __slots__ = ()
+
+    def _problems(self) -> Iterator[str]:
+        yield from ()
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def _positive(self, *names: str) -> Iterator[str]:
+        for name in names:
+            value = getattr(self, name)
+            if not value > 0:  # NaN is not positive either
+                yield f"{name} is {value}, must be positive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(_Checked):
+    source: str = DEFAULT_MODEL
+    """A directory, a GGUF file, a hub id, or the name of the default model."""
+
+    revision: str | None = None
+    """Of a hub id; None is the hub's default."""
+
+    served_name: str | None = None
+    """What clients say in ``model``; None is the last part of ``source``."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and KV blocks. ``auto``: bfloat16, which every CPU and GPU here is fastest in."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "cpu", "triton"] = "auto"
+    """``triton`` on a CPU runs the kernels in Triton's interpreter: for tests, thousands of times
+    slower."""
+
+    context_tokens: int | None = None
+    """A smaller context than the model's own; None is the model's own."""
+
+    block_tokens: int = 16
+    """Tokens per KV block. Smaller blocks share more prefixes and cost more bookkeeping."""
+
+    deterministic: bool = True
+    """Take only paths whose result for a token does not depend on its batch."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive("block_tokens")
+        if self.context_tokens is not None and self.context_tokens < 2:
+            yield f"context_tokens is {self.context_tokens}, must be at least 2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig(_Checked):
+    """One pool of workers."""
+
+    replicas: int = 1
+    replicas_max: int = 1
+    """With a larger number than ``replicas`` the pool scales between the two."""
+
+    running_max: int = 64
+    """Sequences in one batch."""
+
+    chunk_tokens: int = 512
+    """Prompt tokens computed between two moments at which a prefill can be preempted."""
+
+    pool_blocks: int | None = None
+    """KV blocks in a worker's own memory; None takes ``pool_bytes``."""
+
+    pool_bytes: int = 768 * MiB
+    threads: int = 0
+    """Compute threads of a worker on a CPU; 0 is one per core."""
+
+    nice: int = 0
+    """Added to the process's niceness: decode before prefill where they share cores."""
+
+    cpus: float = 0.0
+    """What Ray reserves per worker. 0 leaves placement to Ray's other rules."""
+
+    gpus: float | None = None
+    """None: one where the device is a GPU, else none."""
+
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom Ray resources per worker: the way to tie a pool to certain hosts."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive("running_max", "chunk_tokens", "pool_bytes")
+        if self.replicas < 0:
+            yield f"replicas is {self.replicas}, must not be negative"
+        if self.replicas_max < max(1, self.replicas):
+            yield f"replicas_max is {self.replicas_max}, must be at least replicas and 1"
+        if self.pool_blocks is not None and self.pool_blocks < 2:
+            yield f"pool_blocks is {self.pool_blocks}, must be at least 2"
+        if self.threads < 0:
+            yield f"threads is {self.threads}, must not be negative"
+        if self.cpus < 0:
+            yield f"cpus is {self.cpus}, must not be negative"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig(_Checked):
+    """The KV store node of each host."""
+
+    arena_bytes: int = 2 * GiB
+    """Shared memory lent to the store on each host. Not grown, not shrunk."""
+
+    verify: bool = True
+    """Check every block's checksum before its bytes are used, once per process and generation."""
+
+    offload: bool = True
+    """Whether workers look for prefixes in the store and put what they compute there."""
+
+    redis_url: str | None = None
+    """Where membership is kept; None: an embedded store on local disk."""
+
+    ticket_wait_ms: int = 10_000
+    """How long a hand-off waits for slots at the other side before it gives up."""
+
+    shared_memory: bool = True
+    """False forbids shared memory even on one host: blocks then travel over sockets."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive("arena_bytes", "ticket_wait_ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig(_Checked):
+    policy: Literal["skip_join", "fcfs"] = "skip_join"
+    preemption: bool = True
+    """Whether a running prefill yields at a chunk boundary to much shorter ones."""
+
+    level_count: int = 8
+    first_quantum_ms: float = 25.0
+    """Level 0 takes prefills predicted to last so long; each further level takes twice as much."""
+
+    gamma_per_s: float = 0.12
+    """Boost decay: towards 0 shortest first, towards infinity first come first served."""
+
+    waiting_max: int = 1024
+    """Requests that may wait; one more is refused with a hint when to try again."""
+
+    preempted_max: int = 2
+    """A prefill preempted so often runs through."""
+
+    attempts_max: int = 5
+    """Attempts of one request before the client is told that workers keep dying."""
+
+    prefill_tokens_per_s: int = 1500
+    """The rate believed before a worker has reported one."""
+
+    worker_silence_ms: int = 5_000
+    """A worker that says nothing for so long is taken for lost."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive(
+            "level_count",
+            "first_quantum_ms",
+            "gamma_per_s",
+            "waiting_max",
+            "attempts_max",
+            "prefill_tokens_per_s",
+            "worker_silence_ms",
+        )
+        if self.level_count > 16:
+            yield f"level_count is {self.level_count}, must be at most 16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig(_Checked):
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    """Of our own HTTP server; 0 takes a free one, -1 leaves HTTP to Serve's proxy."""
+
+    grpc_port: int = 50051
+    """0 takes a free one, -1 leaves gRPC out."""
+
+    replicas: int = 1
+    request_timeout_s: float = 600.0
+    """Deadline of a request that names none."""
+
+    body_bytes_max: int = 4 * MiB
+    streams_max: int = 2048
+    """Requests in flight at one gateway; one more is refused."""
+
+    n_max: int = 16
+    """Choices per call."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive(
+            "replicas", "request_timeout_s", "body_bytes_max", "streams_max", "n_max"
+        )
+        for name in ("http_port", "grpc_port"):
+            if not -1 <= getattr(self, name) <= 65535:
+                yield f"{name} is {getattr(self, name)}, must be a port, 0 or -1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscalingConfig(_Checked):
+    """When a pool grows or shrinks between ``replicas`` and ``replicas_max``."""
+
+    queue_age_ms: float = 1000.0
+    """A prefill pool wants one more worker when its oldest request waited longer."""
+
+    kv_pressure_ratio: float = 0.85
+    """A decode pool wants one more worker when this part of its blocks is in use."""
+
+    upscale_delay_s: float = 2.0
+    downscale_delay_s: float = 15.0
+    metrics_interval_s: float = 1.0
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive(
+            "queue_age_ms", "upscale_delay_s", "downscale_delay_s", "metrics_interval_s"
+        )
+        if not 0 < self.kv_pressure_ratio <= 1:
+            yield f"kv_pressure_ratio is {self.kv_pressure_ratio}, must be in (0, 1]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig(_Checked):
+    """Everything that can be set."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prefill: PoolConfig = field(default_factory=lambda: PoolConfig(nice=5))
+    decode: PoolConfig = field(default_factory=PoolConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    drain_timeout_s: float = 60.0
+    """How long a worker that leaves may take to finish or hand over what it runs."""
+
+    directory: str | None = None
+    """Where sockets go on every host; None: ``pdserve-<uid>`` in the system's temporary directory.
+    Keep it short: a socket's path has at most 107 bytes."""
+
+    tcp: bool = True
+    """Whether processes listen on their host's address too, for workers on other hosts."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._positive("drain_timeout_s")
+
+
+def load(
+    file: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    assignments: Sequence[str] = (),
+) -> ClusterConfig:
+    """The settings from all sources.
+
+    Args:
+        file: YAML; None for none.
+        environment: usually ``os.environ``, which None means.
+        assignments: ``part.field=value``, values as in YAML.
+
+    Raises:
+        ConfigError: naming every key that is unknown and every value that does not fit.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = _as_tree(yaml.safe_load(file.read_text()), str(file))
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not YAML: {error}") from error
+    environment = os.environ if environment is None else environment
+    for name, text in sorted(environment.items()):
+        path = name.removeprefix(ENV_PREFIX).lower().split("__")
+        if name.startswith(ENV_PREFIX) and len(path) > 1:
+            _assign(tree, path, _yaml_value(text, name), name)
+    for assignment in assignments:
+        path_text, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r} is not of the form part.field=value")
+        _assign(tree, path_text.strip().split("."), _yaml_value(text, assignment), assignment)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
+    """Settings from nested plain dicts, as YAML or Serve's ``args`` give them."""
+    problems: list[str] = []
+    config = _build(ClusterConfig(), tree, "", problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return cast(ClusterConfig, config)
+
+
+def to_tree(config: ClusterConfig) -> dict[str, Any]:
+    """Nested plain dicts of every setting; ``from_tree`` takes them back."""
+    return dataclasses.asdict(config)
+
+
+def _yaml_value(text: str, source: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} holds no YAML value: {error}") from error
+
+
+def _as_tree(value: object, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must hold a mapping, not {type(value).__name__}")
+    return value
+
+
+def _assign(tree: dict[str, Any], path: Sequence[str], value: object, source: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{source}: {part} is a value, it has no fields")
+    tree[path[-1]] = value
+
+
+def _build(default: Any, tree: object, where: str, problems: list[str]) -> Any:
+    """``default`` with the values of ``tree`` in place; what does not fit goes to ``problems``."""
+    cls = type(default)
+    if not isinstance(tree, Mapping):
+        problems.append(f"{where or 'the configuration'} must be a mapping, not {tree!r}")
+        return default
+    hints = get_type_hints(cls)
+    changes: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
+            problems.append(f"unknown key {name!r}; {hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            changes[key] = _build(getattr(default, key), value, name, problems)
+        else:
+            try:
+                changes[key] = _fit(hints[key], value)
+            except ValueError as error:
+                problems.append(f"{name} is {value!r}, must be {error}")
+    try:
+        return dataclasses.replace(default, **changes)
+    except ConfigError as error:
+        problems.append(f"{where}: {error}" if where else str(error))
+        return default
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """``value`` as the type that ``hint`` says, or ValueError with what it must be."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError("one of " + ", ".join(map(str, get_args(hint))))
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _fit(next(arg for arg in get_args(hint) if arg is not type(None)), value)
+    if origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return {str(key): _fit(get_args(hint)[1], item) for key, item in value.items()}
+        raise ValueError("a mapping")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(
+        {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
+    )

@@ -1,0 +1,44 @@
+"""One sequence at a decode worker, and the stages it goes through.
+
+    WAITING ──> ADOPTING ──> RUNNING ──> PARKING ──> GONE
+
+and from each to GONE: the last token, a cancel, a failure. What a GONE stream still has under way
+comes back to nobody, and is cleaned up where it arrives.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdserve.engine.sequence import Sequence
+from pdserve.errors import IllegalTransition
+from pdserve.messages import Handoff
+
+
+class Stage(StrEnum):
+    WAITING = "waiting"  # its blocks are in the store, under the hand-off's ticket
+    ADOPTING = "adopting"  # holds device blocks; their bytes are on their way
+    RUNNING = "running"
+    PARKING = "parking"  # its bytes are on their way to the store
+    GONE = "gone"
+
+
+_NEXT = {
+    Stage.WAITING: {Stage.ADOPTING, Stage.GONE},
+    Stage.ADOPTING: {Stage.RUNNING, Stage.GONE},
+    Stage.RUNNING: {Stage.PARKING, Stage.GONE},
+    Stage.PARKING: {Stage.GONE},
+    Stage.GONE: set[Stage](),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    sequence: Sequence
+    handoff: Handoff
+    stage: Stage = Stage.WAITING
+    leaving_blocks: int = 0  # while PARKING: what its leaving will free
+
+    def move_to(self, stage: Stage) -> None:
+        if stage not in _NEXT[self.stage]:
+            raise IllegalTransition(f"{self.sequence.id}: {stage} while {self.stage}")
+        self.stage = stage

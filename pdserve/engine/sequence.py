@@ -1,0 +1,157 @@
+"""One request's tokens at one worker: what is known of it, where its KV lies, when it ends.
+
+Between workers a sequence is token ids and nothing else. Whatever depends on its past (block keys,
+the text that stop strings are searched in, the index that seeds the next draw) is replayed from
+them here, so a request goes on the same on whichever worker takes it up.
+
+    tokens  = prompt + generated; generated ones count from 0 over all attempts
+    kv_count  tokens whose keys and values are in the device pool: the first so many
+"""
+
+import time
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+
+from pdserve.clock import US
+from pdserve.engine.blocks import BlockTable
+from pdserve.ids import BlockId, BlockKey, RequestId
+from pdserve.kvstore.keys import KeyChain
+from pdserve.messages import FinishReason, Request, Route, Timing, Token
+from pdserve.model.sampler import SamplerRow
+from pdserve.text.detokenizer import Detokenizer
+from pdserve.text.stops import StopStrings
+from pdserve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a request ends; ``stop_reason`` is the stop string or stop token that did it."""
+
+    finish: FinishReason
+    stop_reason: str | int | None = None
+
+
+class EndingRules:
+    """Looks at every generated token of one request, in order, and says when it is the last.
+
+    ``min_tokens`` is not looked at: below it the sampler is forbidden what would end the request.
+    Stop strings count from the first generated token on, as the gateway's own search does.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, context_tokens: int) -> None:
+        stop = request.stop
+        self._stop_token_ids = frozenset(stop.token_ids)
+        self._eos_token_ids = frozenset(() if stop.ignore_eos else tokenizer.eos_token_ids)
+        self._generated_max = min(stop.max_tokens, context_tokens - request.prompt_tokens)
+        self._generated_count = 0
+        self._strings = StopStrings(stop.strings) if stop.strings else None
+        if self._strings is not None:
+            prompt = request.tokens[: request.prompt_tokens]
+            self._detokenizer = Detokenizer(tokenizer, prompt=prompt)
+
+    @property
+    def enders(self) -> tuple[int, ...]:
+        """The tokens that end the request wherever they appear."""
+        return tuple(sorted(self._stop_token_ids | self._eos_token_ids))
+
+    def none_left(self) -> bool:
+        """Whether there is no room for even one more token."""
+        return self._generated_count >= self._generated_max
+
+    def push(self, token: int) -> Ending | None:
+        self._generated_count += 1
+        if token in self._stop_token_ids:
+            return Ending(FinishReason.STOP, token)
+        if token in self._eos_token_ids:
+            return Ending(FinishReason.STOP)
+        if self._strings is not None:
+            _shown, hit = self._strings.push(self._detokenizer.push((token,)))
+            if hit is not None:
+                return Ending(FinishReason.STOP, hit)
+        return Ending(FinishReason.LENGTH) if self.none_left() else None
+
+
+class Sequence:
+    def __init__(
+        self,
+        request: Request,
+        route: Route,
+        tokens: Tokens[int],
+        timing: Timing,
+        *,
+        keys: Tokens[BlockKey],
+        namespace: bytes,
+        tokenizer: Tokenizer,
+        block_tokens: int,
+        context_tokens: int,
+    ) -> None:
+        """``keys`` are those of the first full blocks of ``tokens``, as many as are known."""
+        self.request = request
+        self.route = route
+        self.timing = timing
+        self.tokens = list(tokens)
+        self.kv_count = 0
+        self.table = BlockTable(block_tokens)
+        self._chain = KeyChain(namespace, block_tokens, tenant=request.tenant, keys=keys)
+        self._rules = EndingRules(request, tokenizer, context_tokens)
+        self._enders = self._rules.enders
+        self.ending: Ending | None = None
+        for token in self.tokens[request.prompt_tokens :]:
+            self.ending = self.ending or self._rules.push(token)
+        if self.ending is None and self._rules.none_left():
+            self.ending = Ending(FinishReason.LENGTH)
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.request
+
+    @property
+    def blocks(self) -> list[BlockId]:
+        return self.table.blocks
+
+    @property
+    def generated_count(self) -> int:
+        return len(self.tokens) - self.request.prompt_tokens
+
+    @property
+    def full_blocks(self) -> int:
+        """Blocks whose every token has KV."""
+        return self.kv_count // self.table.block_tokens
+
+    @property
+    def tail_block(self) -> BlockId | None:
+        """The block that has KV for some of its tokens, but not for all."""
+        partial = self.kv_count % self.table.block_tokens
+        return self.blocks[self.full_blocks] if partial else None
+
+    def keys(self, block_count: int) -> tuple[BlockKey, ...]:
+        """The keys of the first ``block_count`` full blocks of ``tokens``."""
+        return self._chain.extend(self.tokens)[:block_count]
+
+    def sampler_row(self) -> SamplerRow:
+        """How the next token is drawn: a function of the tokens so far and of the request."""
+        index, stop = self.generated_count, self.request.stop
+        return SamplerRow(
+            sampling=self.request.sampling,
+            seed=self.request.seed,
+            choice=self.request.choice,
+            index=index,
+            tokens=self.tokens,
+            prompt_tokens=self.request.prompt_tokens,
+            forbidden=self._enders if index < stop.min_tokens else (),
+        )
+
+    def accept(self, token: Token) -> None:
+        """Append a sampled token; ``ending`` is set when it was the last."""
+        assert self.ending is None, f"{self.id} has ended, it takes no more tokens"
+        self.tokens.append(token.token)
+        self.ending = self._rules.push(token.token)
+
+
+def unix_us() -> int:
+    return time.time_ns() // US
+
+
+def stretch_us(timing: Timing, now_unix_us: int) -> int:
+    """How long the stretch now running has lasted; 0 when none was begun."""
+    return max(0, now_unix_us - timing.since_unix_us) if timing.since_unix_us else 0

@@ -1,0 +1,223 @@
+"""Every error that can reach a user, as one tree.
+
+    PdserveError
+    ├── ConfigError            a setting cannot be used          startup stops, exit code 2
+    ├── RequestError           this request cannot be served     client's fault, never retried
+    │   ├── InvalidField       a field has a wrong type or value
+    │   ├── PromptTooLong
+    │   ├── UnknownModel
+    │   ├── UnknownRequest
+    │   └── Cancelled          the client said so
+    ├── CapacityError          not now                           retry after ``retry_after_ms``
+    │   ├── QueueFull
+    │   └── OutOfBlocks
+    ├── DeadlineExceeded       the client's own deadline passed
+    ├── WorkerLost             a worker died more often than we retry
+    ├── StoreError             the KV store let us down          fall back to recomputing
+    │   ├── BlockMissing
+    │   ├── ChecksumMismatch
+    │   ├── TicketGone
+    │   └── StoreUnavailable
+    ├── WireError              the other side sent what it must not, or went away
+    │   ├── FrameError         a frame breaks the protocol or a limit
+    │   └── Disconnected       the peer is gone
+    └── IllegalTransition      a bug in this project             crash the owner, keep the trace
+
+A *caller's* mistake inside the project (a negative count, a tensor of the wrong shape) is none
+of these: it is an ``assert`` or a ``ValueError``, and nobody catches it.
+
+``kind`` is the word for an error on the wire and in metrics. What HTTP and gRPC make of a kind is
+in ``STATUS``, the one table; borders look up, they do not decide.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+
+class PdserveError(Exception):
+    kind: ClassVar[str] = "internal"
+    field: str | None = None
+    """The request field at fault, in the client's spelling; None where no field is."""
+    retry_after_ms: int | None = None
+    """When trying again makes sense; None where it does not."""
+
+
+class ConfigError(PdserveError):
+    kind = "config"
+
+
+class RequestError(PdserveError):
+    kind = "invalid_request"
+
+
+class InvalidField(RequestError):
+    kind = "invalid_field"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class PromptTooLong(RequestError):
+    kind = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, limit_tokens: int, *, field: str = "messages") -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit_tokens} tokens, but the prompt has "
+            f"{prompt_tokens} and needs room for at least one more; shorten it by at least "
+            f"{prompt_tokens + 1 - limit_tokens}"
+        )
+        self.field = field
+        self.prompt_tokens = prompt_tokens
+        self.limit_tokens = limit_tokens
+
+
+class UnknownModel(RequestError):
+    kind = "model_not_found"
+
+    def __init__(self, model: str, known: str) -> None:
+        super().__init__(f"The model {model!r} does not exist; this cluster serves {known!r}")
+        self.field = "model"
+
+
+class UnknownRequest(RequestError):
+    kind = "unknown_request"
+
+
+class Cancelled(RequestError):
+    kind = "cancelled"
+
+
+class CapacityError(PdserveError):
+    kind = "capacity"
+
+    def __init__(self, message: str, *, retry_after_ms: int) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class QueueFull(CapacityError):
+    kind = "queue_full"
+
+
+class OutOfBlocks(CapacityError):
+    kind = "out_of_blocks"
+
+    def __init__(self, wanted: int, free: int, *, retry_after_ms: int) -> None:
+        super().__init__(f"{wanted} blocks wanted, {free} free", retry_after_ms=retry_after_ms)
+        self.wanted = wanted
+        self.free = free
+
+
+class DeadlineExceeded(PdserveError):
+    kind = "deadline_exceeded"
+
+
+class WorkerLost(PdserveError):
+    kind = "worker_lost"
+
+
+class StoreError(PdserveError):
+    kind = "store"
+
+
+class BlockMissing(StoreError):
+    kind = "block_missing"
+
+
+class ChecksumMismatch(StoreError):
+    kind = "checksum_mismatch"
+
+
+class TicketGone(StoreError):
+    kind = "ticket_gone"
+
+
+class StoreUnavailable(StoreError):
+    kind = "store_unavailable"
+
+
+class WireError(PdserveError):
+    kind = "wire"
+
+
+class FrameError(WireError):
+    kind = "frame"
+
+
+class Disconnected(WireError):
+    kind = "disconnected"
+
+
+class IllegalTransition(PdserveError):
+    kind = "illegal_transition"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How one kind of error looks at the borders."""
+
+    http: int
+    openai_type: str
+    grpc: str  # a name of grpc.StatusCode
+
+
+_INVALID = Status(400, "invalid_request_error", "INVALID_ARGUMENT")
+_BUSY = Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED")
+_INTERNAL = Status(500, "server_error", "INTERNAL")
+_UNAVAILABLE = Status(503, "server_error", "UNAVAILABLE")
+
+STATUS: Mapping[type[PdserveError], Status] = MappingProxyType(
+    {
+        PdserveError: _INTERNAL,
+        ConfigError: _INTERNAL,
+        RequestError: _INVALID,
+        UnknownModel: Status(404, "invalid_request_error", "NOT_FOUND"),
+        UnknownRequest: Status(404, "invalid_request_error", "NOT_FOUND"),
+        Cancelled: Status(499, "cancelled", "CANCELLED"),
+        CapacityError: _BUSY,
+        DeadlineExceeded: Status(504, "timeout_error", "DEADLINE_EXCEEDED"),
+        WorkerLost: _UNAVAILABLE,
+        StoreError: _UNAVAILABLE,
+        WireError: _UNAVAILABLE,
+    }
+)
+
+
+def status_of(error: PdserveError) -> Status:
+    """The entry of ``STATUS`` for the nearest class of ``error``."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """An error as it travels in a message."""
+
+    kind: str
+    message: str
+    field: str | None = None
+    retry_after_ms: int | None = None
+
+    @staticmethod
+    def of(error: PdserveError) -> "ErrorInfo":
+        return ErrorInfo(error.kind, str(error), error.field, error.retry_after_ms)
+
+    def to_error(self) -> PdserveError:
+        """The error again, of its own class; an unknown kind becomes a plain ``PdserveError``."""
+        cls = _BY_KIND.get(self.kind, PdserveError)
+        error = cls.__new__(cls)  # the message is complete: no constructor composes it again
+        Exception.__init__(error, self.message)
+        error.field = self.field
+        error.retry_after_ms = self.retry_after_ms
+        return error
+
+
+def _subclasses(cls: type[PdserveError]) -> Iterator[type[PdserveError]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _subclasses(subclass)
+
+
+_BY_KIND = {cls.kind: cls for cls in _subclasses(PdserveError)}

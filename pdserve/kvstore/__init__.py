@@ -1,0 +1,10 @@
+"""KV blocks between workers, hosts and tiers: one store node per host, and its clients.
+
+In: blocks of KV bytes under keys, from any worker. Out: the same bytes, verified, or a reason why
+not; and tickets, under which prefill hands a whole request's blocks to decode.
+
+Start with ``keys`` (what a block is called), then ``slots`` (the life of a block's memory),
+``tickets``, ``writes`` and ``core`` (who may do what: all decisions, no input or output).
+``server`` and ``node`` are the shell around the core, ``arena`` is the shared memory, ``protocol``
+the messages, ``client`` what workers use. ``metadata`` and ``master`` know which nodes there are.
+"""

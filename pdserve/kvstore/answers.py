@@ -1,0 +1,59 @@
+"""What a store node answers: plain values, made by the core and sent as they are."""
+
+from dataclasses import dataclass
+
+from pdserve.ids import BlockKey, SlotId
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimGrant:
+    """A pinned prefix. ``claim`` is 0 when it is empty: there is nothing to release."""
+
+    claim: int
+    slots: tuple[SlotId, ...]
+    generations: tuple[int, ...]
+    has_tail: bool  # the last slot is a ticket's unfinished block
+
+
+@dataclass(frozen=True, slots=True)
+class WriteGrant:
+    """Slots to fill. ``write`` is 0 when there is none: ``stored_count`` is final then.
+
+    Slot i is for key ``first_index`` + i; keys before that are stored already.
+    """
+
+    write: int
+    first_index: int
+    slots: tuple[SlotId, ...]
+    stored_count: int  # of the keys asked for
+
+
+@dataclass(frozen=True, slots=True)
+class StoreChanges:
+    """What became of the index since the sequence number that was asked for."""
+
+    sequence: int  # ask for what comes after this one next time
+    added: tuple[BlockKey, ...]  # parents before children
+    removed: tuple[BlockKey, ...]
+    complete: bool  # False: forget everything; ``added`` is all there is
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStat:
+    """What a node holds at this moment, and totals since its start."""
+
+    slots_total: int
+    slots_free: int
+    slots_available: int  # free, or cached and evictable
+    slots_reserved: int
+    slots_committed: int
+    slots_private: int
+    slots_quarantined: int
+    slots_pinned: int
+    claims: int
+    writes: int
+    tickets: int  # those in the queue included
+    tickets_queued: int
+    connections: int
+    evicted_count: int
+    condemned_count: int

@@ -1,0 +1,213 @@
+"""One store node's shared memory: a file that clients on the same host map.
+
+    superblock   one page: what this is, and its geometry
+    headers      64 bytes per slot
+    payloads     one per slot, 64-byte aligned, from a page border on
+
+The node alone writes headers. A client writes the payload of slots that were reserved for it, and
+reads those that it has claimed, through a mapping that cannot write. The file is never made
+shorter: whoever has mapped it can read it as long as it lives, whatever became of the node.
+
+A header says which bytes its payload should be: key, generation, and a checksum (XXH3, 64 bits)
+over key and payload.
+"""
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pdserve.errors import ConfigError, StoreUnavailable
+from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId, StoreId
+from pdserve.kvstore.slots import Slot, SlotState
+
+SLOTS_MAX = 1 << 18
+"""More than the answer to one question about all keys can carry."""
+
+ALIGNMENT_BYTES = 64
+PREFAULT_BYTES = 32 << 20
+"""Memory asked for in one piece: about 30 ms, after which a node that ends can notice it."""
+
+_MAGIC = b"pdsvkv\0\0"
+_VERSION = 1
+_SUPERBLOCK = struct.Struct("<8sIQQ64s")
+_HEADER = struct.Struct("<QQ16sI28x")
+_STATES = tuple(SlotState)
+_NO_KEY = bytes(BLOCK_KEY_BYTES)
+
+
+def block_checksum(key: BlockKey | None, payload: memoryview) -> int:
+    """Of a payload and the key it belongs to. Releases the interpreter lock."""
+    digest = xxhash.xxh3_64(key or _NO_KEY)
+    digest.update(payload)
+    return digest.intdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    slot_count: int
+    block_bytes: int
+
+    @property
+    def stride_bytes(self) -> int:
+        return _round_up(self.block_bytes, ALIGNMENT_BYTES)
+
+    @property
+    def payload_offset(self) -> int:
+        return _round_up(mmap.PAGESIZE + self.slot_count * _HEADER.size, mmap.PAGESIZE)
+
+    @property
+    def file_bytes(self) -> int:
+        return _round_up(self.payload_offset + self.slot_count * self.stride_bytes, mmap.PAGESIZE)
+
+
+def geometry_of(arena_bytes: int, block_bytes: int) -> Geometry:
+    """As many slots as ``arena_bytes`` hold. Raises ConfigError when that is no sensible number."""
+    if block_bytes <= 0:
+        raise ConfigError(f"block_bytes is {block_bytes}, must be positive")
+    geometry = Geometry(arena_bytes // _round_up(block_bytes, ALIGNMENT_BYTES), block_bytes)
+    if not 1 <= geometry.slot_count <= SLOTS_MAX:
+        raise ConfigError(
+            f"an arena of {arena_bytes} bytes holds {geometry.slot_count} blocks of {block_bytes}; "
+            f"it must hold 1 to {SLOTS_MAX}: change store.arena_bytes"
+        )
+    return geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    generation: int
+    checksum: int
+    key: BlockKey | None
+    state: SlotState
+
+
+class Arena:
+    """A mapping of the file. Made by ``create_arena`` in the node, by ``open_arena`` in clients."""
+
+    def __init__(self, descriptor: int, geometry: Geometry, *, writable: bool) -> None:
+        self.geometry = geometry
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self._map = mmap.mmap(descriptor, geometry.file_bytes, access=access)
+        self._view = memoryview(self._map)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def header(self, slot: SlotId) -> Header:
+        generation, checksum, key, state = _HEADER.unpack_from(self._view, _header_at(slot))
+        return Header(generation, checksum, BlockKey(key) if any(key) else None, _STATES[state])
+
+    def write_header(self, slot: SlotId, record: Slot) -> None:
+        state = _STATES.index(record.state)
+        _HEADER.pack_into(
+            self._view,
+            _header_at(slot),
+            record.generation,
+            record.checksum,
+            record.key or _NO_KEY,
+            state,
+        )
+
+    def payload(self, slot: SlotId) -> memoryview:
+        """The slot's bytes themselves, not a copy."""
+        start = self._payload_at(slot)
+        return self._view[start : start + self.geometry.block_bytes]
+
+    def read(self, slot: SlotId, out: memoryview) -> None:
+        """Copy the slot's bytes to ``out``. Releases the interpreter lock."""
+        start = self._payload_at(slot)
+        np.copyto(
+            np.frombuffer(out, np.uint8), self._bytes[start : start + self.geometry.block_bytes]
+        )
+
+    def write(self, slot: SlotId, data: memoryview) -> None:
+        """Copy ``data`` into the slot. Releases the interpreter lock."""
+        start = self._payload_at(slot)
+        np.copyto(
+            self._bytes[start : start + self.geometry.block_bytes], np.frombuffer(data, np.uint8)
+        )
+
+    def _payload_at(self, slot: SlotId) -> int:
+        assert 0 <= slot < self.geometry.slot_count, f"slot {slot}"
+        return self.geometry.payload_offset + slot * self.geometry.stride_bytes
+
+
+def create_arena(path: Path, geometry: Geometry, store_id: StoreId) -> Arena:
+    """A new arena, all slots free. Its memory is not there yet, see ``prefault``.
+
+    Raises:
+        ConfigError: the file system has less room than it will need.
+    """
+    file_system = os.statvfs(path.parent)
+    room = file_system.f_bavail * file_system.f_frsize
+    if room < geometry.file_bytes:
+        raise ConfigError(
+            f"the arena needs {geometry.file_bytes} bytes, {path.parent} has {room} left; lower "
+            "store.arena_bytes, or give the machine or container more shared memory"
+        )
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(descriptor, geometry.file_bytes)
+        arena = Arena(descriptor, geometry, writable=True)
+        superblock = _SUPERBLOCK.pack(
+            _MAGIC, _VERSION, geometry.slot_count, geometry.block_bytes, store_id.encode()
+        )
+        os.pwrite(descriptor, superblock, 0)
+    finally:
+        os.close(descriptor)
+    return arena
+
+
+def open_arena(path: Path, store_id: StoreId, *, writable: bool) -> Arena:
+    """Map the arena of a node on this host.
+
+    Raises:
+        StoreUnavailable: there is none, or it is another one.
+    """
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise StoreUnavailable(f"cannot open the arena {path}: {error.strerror}") from error
+    try:
+        superblock = os.pread(descriptor, _SUPERBLOCK.size, 0).ljust(_SUPERBLOCK.size, b"\0")
+        magic, version, slot_count, block_bytes, name = _SUPERBLOCK.unpack(superblock)
+        if (magic, version, name.rstrip(b"\0")) != (_MAGIC, _VERSION, store_id.encode()):
+            raise StoreUnavailable(
+                f"{path} is not the arena of {store_id} in version {_VERSION}, but {magic!r} of "
+                f"{name.rstrip(bytes(1))!r} in version {version}"
+            )
+        return Arena(descriptor, Geometry(slot_count, block_bytes), writable=writable)
+    finally:
+        os.close(descriptor)
+
+
+def prefault(path: Path, offset: int) -> int:
+    """Take the memory behind the next ``PREFAULT_BYTES`` of the file; the offset to go on from.
+
+    First touch costs about 1 s per GB: a node pays it in the background instead of in a hand-off.
+    Returns the file's size when everything is there. Releases the interpreter lock.
+
+    Raises:
+        OSError: there is no memory left for it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        count = min(PREFAULT_BYTES, size - offset)
+        if count > 0:
+            os.posix_fallocate(descriptor, offset, count)
+        return offset + count
+    finally:
+        os.close(descriptor)
+
+
+def _header_at(slot: SlotId) -> int:
+    return mmap.PAGESIZE + slot * _HEADER.size
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,446 @@
+"""Every decision of a store node: who holds what, who waits, what is found. No input or output.
+
+Events come in as method calls, each naming the *owner*: the client connection it came over. What
+an owner holds is a *claim* (pins on blocks it reads), a *write* (slots it is filling at this
+moment) or a *ticket*. When its connection ends, whatever it holds is released: a closed connection
+means a process that can touch the slots no more. No timer ever frees memory that somebody may use.
+
+A write has two halves. ``reserve*`` gives slots; the owner fills them; ``commit`` puts them into
+the index, parents first, in one step. Whoever dies in between leaves nothing that can be found.
+Two writers of one key fill a slot each: the second commit finds the first one's block and drops its
+own copy. Nobody ever waits for another writer.
+
+While a write is open its slots are the writer's, even when the ticket it was for is aborted by
+somebody else: they become free when the writer says that it is done, or its connection ends.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pdserve.errors import BlockMissing, CapacityError, FrameError, TicketGone
+from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, RequestId, SlotId, TicketId
+from pdserve.kvstore.answers import ClaimGrant, StoreChanges, StoreStat, WriteGrant
+from pdserve.kvstore.feed import CHANGES_MAX, ChangeFeed
+from pdserve.kvstore.slots import Slot, SlotState, SlotTable
+from pdserve.kvstore.tickets import (
+    ANYBODY,
+    RETRY_AFTER_MS,
+    OwnerId,
+    Ticket,
+    TicketBook,
+    TicketState,
+)
+from pdserve.kvstore.writes import Write, commit_write, drop_write
+
+CLAIMS_MAX = 4096
+"""Claims that one connection may hold."""
+
+WRITES_MAX = 64
+"""Writes that one connection may have open."""
+
+
+@dataclass(slots=True)
+class _Owner:
+    name: str
+    claims: dict[int, list[SlotId]] = field(default_factory=dict)
+    writes: dict[int, Write] = field(default_factory=dict)
+
+
+class StoreCore:
+    """Invariants, asserted by ``check``: those of ``SlotTable``; every RESERVED slot belongs to
+    exactly one write or ticket; a slot's pins are what claims, writes and tickets account for; the
+    first ticket in the queue does not fit.
+    """
+
+    def __init__(self, slot_count: int, *, changes_max: int = CHANGES_MAX) -> None:
+        self._feed = ChangeFeed(changes_max=changes_max)
+        self._slots = SlotTable(slot_count, self._feed)
+        self._owners: dict[OwnerId, _Owner] = {}
+        self.tickets = TicketBook(self._slots)
+        """For the shell: who was granted, whose time is up."""
+
+        self._next_id = 0  # of owners, claims and writes together
+
+    # ── connections ──────────────────────────────────────────────────────────────────────────
+
+    def connect(self, name: str) -> OwnerId:
+        owner = OwnerId(self._new_id())
+        self._owners[owner] = _Owner(name)
+        return owner
+
+    def disconnect(self, owner: OwnerId) -> None:
+        """Release everything that ``owner`` holds, and the tickets that wait for its name."""
+        record = self._owners.pop(owner)
+        for write in record.writes.values():
+            drop_write(self._slots, write)
+        for slots in record.claims.values():
+            self._slots.unpin(slots)
+        is_last_of_name = not self._is_connected(record.name)
+        for ticket in self.tickets:
+            if ticket.is_writers:
+                dead = ticket.writer == owner
+            else:
+                dead = is_last_of_name and ticket.reader == record.name
+            if dead:
+                self.tickets.end(ticket)
+        self.tickets.grant()
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────
+
+    def claim(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
+        """Pin the longest prefix of ``keys`` that is stored."""
+        slots = self._slots.lookup(keys)
+        if not slots:
+            return ClaimGrant(0, (), (), has_tail=False)
+        self._refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
+        self._slots.pin(slots)
+        return self._new_claim(owner, slots, has_tail=False)
+
+    def release(self, owner: OwnerId, claim: int) -> None:
+        """Idempotent."""
+        slots = self._owners[owner].claims.pop(claim, None)
+        if slots is not None:
+            self._slots.unpin(slots)
+            self.tickets.grant()
+
+    def claimed(self, owner: OwnerId, claim: int, index: int) -> tuple[SlotId, Slot]:
+        """The slot behind block ``index`` of a claim.
+
+        Raises:
+            BlockMissing: it has been found to be wrong since it was claimed.
+        """
+        slots = self._owners[owner].claims.get(claim, [])
+        if not 0 <= index < len(slots):
+            raise FrameError(f"block {index} of claim {claim}, which has {len(slots)}")
+        slot = self._slots[slots[index]]
+        if slot.state is SlotState.QUARANTINED:
+            raise BlockMissing(f"block {index} of claim {claim} failed its checksum earlier")
+        return slots[index], slot
+
+    def condemn(self, owner: OwnerId, claim: int, index: int) -> None:
+        """The owner found that a block it holds fails its checksum: nobody finds it again."""
+        slots = self._owners[owner].claims.get(claim, [])
+        if not 0 <= index < len(slots):
+            raise FrameError(f"block {index} of claim {claim}, which has {len(slots)}")
+        self._slots.condemn(slots[index])
+        self.tickets.grant()
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────
+
+    def reserve(self, owner: OwnerId, keys: Sequence[BlockKey], first: int) -> WriteGrant:
+        """Slots for those of ``keys[first:]`` that are not stored; fewer when memory is short.
+
+        None at all when the parent of ``keys[first]`` is not stored, or hand-offs wait for memory.
+        """
+        _check_keys(keys, first)
+        self._refuse_if_full(len(self._owners[owner].writes), WRITES_MAX, "writes")
+        prefix = self._slots.lookup(keys)
+        present = len(prefix)
+        stored = max(0, present - first)
+        wanted = len(keys) - present
+        room = 0 if self.tickets.queued_count else self._room_beside(prefix)
+        count = min(wanted, room)
+        if present < first or count == 0:
+            self._touch(prefix)
+            return WriteGrant(0, present, (), stored)
+        self._slots.pin(prefix)
+        slots = tuple(self._slots.reserve(count))
+        return self._new_write(
+            owner,
+            Write(
+                keys=tuple(keys[: present + count]),
+                asked_index=first,
+                first_index=present,
+                slots=slots,
+                prefix=prefix,
+                ticket=None,
+                checksums=[None] * count,
+            ),
+            stored,
+        )
+
+    def reserve_push(
+        self, owner: OwnerId, ticket_id: TicketId, keys: Sequence[BlockKey], first: int
+    ) -> WriteGrant:
+        """Slots of the ticket for ``keys[first:]``; those that are stored already need none."""
+        _check_keys(keys, first)
+        ticket = self._open_ticket_of(owner, ticket_id)
+        if first != len(ticket.blocks):
+            raise FrameError(f"blocks from {first} on, but the ticket has {len(ticket.blocks)}")
+        wanted = len(keys) - first
+        if wanted > len(ticket.reserved):
+            raise FrameError(f"{wanted} blocks, but the ticket has {len(ticket.reserved)} left")
+        prefix = self._slots.lookup(keys)
+        # What others stored counts only where it continues the ticket's own, findable blocks.
+        present = prefix[first:] if prefix[:first] == ticket.blocks else []
+        self._slots.pin(present)
+        ticket.blocks += present
+        for _ in present:  # each of these needs no slot of the ticket's own
+            self._slots.abandon(ticket.reserved.pop())
+        slots = tuple(ticket.reserved.popleft() for _ in range(wanted - len(present)))
+        self.tickets.grant()
+        if not slots:
+            return WriteGrant(0, len(keys), (), wanted)
+        return self._new_write(
+            owner,
+            Write(
+                keys=tuple(keys),
+                asked_index=first,
+                first_index=first + len(present),
+                slots=slots,
+                prefix=[],  # the ticket has it pinned
+                ticket=ticket,
+                checksums=[None] * len(slots),
+            ),
+            len(present),
+        )
+
+    def reserve_tail(self, owner: OwnerId, ticket_id: TicketId) -> WriteGrant:
+        """A slot of the ticket for the unfinished last block, which has no key."""
+        ticket = self._open_ticket_of(owner, ticket_id)
+        if ticket.tail is not None or not ticket.reserved:
+            raise FrameError(
+                f"a tail block for ticket {ticket_id}, which has "
+                + ("one already" if ticket.tail is not None else "no slot left")
+            )
+        write = Write(
+            keys=(),
+            asked_index=0,
+            first_index=0,
+            slots=(ticket.reserved.popleft(),),
+            prefix=[],
+            ticket=ticket,
+            checksums=[None],
+        )
+        return self._new_write(owner, write, 0)
+
+    def to_fill(
+        self, owner: OwnerId, write_id: int, position: int
+    ) -> tuple[SlotId, BlockKey | None]:
+        """The slot at ``position`` of a write, and the key of its block; a tail has none."""
+        write = self._write_of(owner, write_id)
+        if not 0 <= position < len(write.slots):
+            raise FrameError(f"position {position} of a write of {len(write.slots)}")
+        key = None if write.is_tail else write.keys[write.first_index + position]
+        return write.slots[position], key
+
+    def filled(self, owner: OwnerId, write_id: int, position: int, checksum: int) -> None:
+        """The bytes of one slot have arrived and are what they should be."""
+        if not 0 <= checksum < 1 << 64:
+            raise FrameError(f"{checksum} is no checksum of 64 bits")
+        self.to_fill(owner, write_id, position)
+        self._write_of(owner, write_id).checksums[position] = checksum
+
+    def commit(self, owner: OwnerId, write_id: int) -> int:
+        """Make what was filled findable. How many of the keys asked for are stored now.
+
+        Raises:
+            TicketGone: the write was for a ticket that has been aborted; nothing is kept.
+        """
+        write = self._write_of(owner, write_id)
+        if None in write.checksums:
+            raise FrameError(f"commit of write {write_id}, of which not every slot is filled")
+        del self._owners[owner].writes[write_id]
+        try:
+            return commit_write(self._slots, write)
+        finally:
+            self.tickets.grant()
+
+    def abandon(self, owner: OwnerId, write_id: int) -> None:
+        """The owner touches the write's slots no more. Idempotent."""
+        write = self._owners[owner].writes.pop(write_id, None)
+        if write is not None:
+            drop_write(self._slots, write)
+            self.tickets.grant()
+
+    # ── tickets ──────────────────────────────────────────────────────────────────────────────
+
+    def open_ticket(
+        self,
+        owner: OwnerId,
+        ticket_id: TicketId,
+        request: RequestId,
+        attempt: int,
+        *,
+        reader: str,
+        block_count: int,
+        deadline_ns: int,
+    ) -> bool:
+        """Whether the ticket is open now; if not it waits until it is granted or expires.
+
+        Raises:
+            OutOfBlocks: it can never fit.
+            CapacityError: too many tickets.
+        """
+        if block_count < 1:
+            raise FrameError(f"a ticket for {block_count} blocks")
+        return self.tickets.open(
+            Ticket(
+                ticket=ticket_id,
+                request=request,
+                attempt=attempt,
+                writer=owner,
+                reader=reader or ANYBODY,
+                block_count=block_count,
+                deadline_ns=deadline_ns,
+            )
+        )
+
+    def seal(self, owner: OwnerId, ticket_id: TicketId) -> None:
+        """Everything is written: the ticket is the reader's from now on.
+
+        Raises:
+            TicketGone: it was aborted, or no connection of its reader exists.
+        """
+        ticket = self._open_ticket_of(owner, ticket_id)
+        if ticket.reader != ANYBODY and not self._is_connected(ticket.reader):
+            self.tickets.end(ticket)
+            self.tickets.grant()
+            raise TicketGone(f"the reader {ticket.reader} of ticket {ticket_id} is not connected")
+        self.tickets.seal(ticket)
+        self.tickets.grant()
+
+    def abort(self, ticket_id: TicketId) -> None:
+        """By whoever knows the ticket: writer, reader or a cancellation. Idempotent."""
+        ticket = self.tickets.find(ticket_id)
+        if ticket is not None:
+            self.tickets.end(ticket)
+            self.tickets.grant()
+
+    def adopt(self, owner: OwnerId, ticket_id: TicketId) -> ClaimGrant:
+        """Turn a sealed ticket into a claim of its reader.
+
+        Raises:
+            TicketGone: there is no such ticket, or it is not this reader's.
+        """
+        ticket = self.tickets.find(ticket_id)
+        if ticket is None:
+            raise TicketGone(f"ticket {ticket_id} was aborted, adopted before, or lost its owner")
+        name = self._owners[owner].name
+        if ticket.reader not in (ANYBODY, name):
+            raise TicketGone(f"ticket {ticket_id} is for {ticket.reader}, not for {name}")
+        if ticket.state is not TicketState.SEALED:
+            raise TicketGone(f"ticket {ticket_id} is {ticket.state}, it can be adopted once sealed")
+        self._refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
+        slots = self.tickets.adopt(ticket)
+        return self._new_claim(owner, slots, has_tail=ticket.tail is not None)
+
+    # ── what others want to know ─────────────────────────────────────────────────────────────
+
+    def changes(self, after: int) -> StoreChanges:
+        changes = self._feed.since(after)
+        if changes is None:
+            return StoreChanges(self._feed.sequence, tuple(self._slots.keys), (), complete=False)
+        added, removed = changes
+        return StoreChanges(self._feed.sequence, tuple(added), tuple(removed), complete=True)
+
+    def take_changed_slots(self) -> dict[SlotId, Slot]:
+        """Slots whose header in the arena is out of date."""
+        return {slot: self._slots[slot] for slot in sorted(self._slots.take_changed())}
+
+    def stat(self) -> StoreStat:
+        """Linear in the arena."""
+        return StoreStat(
+            slots_total=self._slots.slot_count,
+            slots_free=self._slots.free_count,
+            slots_available=self._slots.available_count,
+            slots_reserved=self._slots.count(SlotState.RESERVED),
+            slots_committed=self._slots.count(SlotState.COMMITTED),
+            slots_private=self._slots.count(SlotState.PRIVATE),
+            slots_quarantined=self._slots.count(SlotState.QUARANTINED),
+            slots_pinned=self._slots.pinned_count(),
+            claims=sum(len(owner.claims) for owner in self._owners.values()),
+            writes=sum(len(owner.writes) for owner in self._owners.values()),
+            tickets=self.tickets.count,
+            tickets_queued=self.tickets.queued_count,
+            connections=len(self._owners),
+            evicted_count=self._slots.evicted_count,
+            condemned_count=self._slots.condemned_count,
+        )
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _is_connected(self, name: str) -> bool:
+        return any(owner.name == name for owner in self._owners.values())
+
+    @staticmethod
+    def _refuse_if_full(count: int, count_max: int, what: str) -> None:
+        if count >= count_max:
+            raise CapacityError(
+                f"{count} {what} are held, the limit is {count_max}; release some first",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+
+    def _room_beside(self, prefix: Sequence[SlotId]) -> int:
+        """Slots that can be had without touching ``prefix``, which is about to be pinned."""
+        idle = sum(self._slots[slot].pins == 0 for slot in prefix)
+        return self._slots.available_count - idle
+
+    def _touch(self, slots: Sequence[SlotId]) -> None:
+        self._slots.pin(slots)
+        self._slots.unpin(slots)
+
+    def _new_claim(self, owner: OwnerId, slots: list[SlotId], *, has_tail: bool) -> ClaimGrant:
+        if not slots:
+            return ClaimGrant(0, (), (), has_tail=False)
+        claim = self._new_id()
+        self._owners[owner].claims[claim] = slots
+        generations = tuple(self._slots[slot].generation for slot in slots)
+        return ClaimGrant(claim, tuple(slots), generations, has_tail)
+
+    def _new_write(self, owner: OwnerId, write: Write, stored_count: int) -> WriteGrant:
+        write_id = self._new_id()
+        self._owners[owner].writes[write_id] = write
+        return WriteGrant(write_id, write.first_index, write.slots, stored_count)
+
+    def _write_of(self, owner: OwnerId, write_id: int) -> Write:
+        write = self._owners[owner].writes.get(write_id)
+        if write is None:
+            raise FrameError(f"write {write_id} is not open")
+        return write
+
+    def _open_ticket_of(self, owner: OwnerId, ticket_id: TicketId) -> Ticket:
+        ticket = self.tickets.find(ticket_id)
+        if ticket is None:
+            raise TicketGone(f"ticket {ticket_id} was aborted, or lost its reader")
+        if ticket.writer != owner or ticket.state is not TicketState.OPEN:
+            raise TicketGone(f"ticket {ticket_id} is {ticket.state}, and not this writer's")
+        if any(write.ticket is ticket for write in self._owners[owner].writes.values()):
+            raise FrameError(f"ticket {ticket_id} has a write that is neither committed nor over")
+        return ticket
+
+    def check(self) -> None:
+        """Assert the invariants. Linear in the arena; for tests."""
+        self._slots.check()
+        self.tickets.check()
+        reserved: list[SlotId] = []
+        pinned: Counter[SlotId] = Counter()
+        for owner in self._owners.values():
+            for slots in owner.claims.values():
+                pinned.update(slots)
+            for write in owner.writes.values():
+                reserved += write.slots
+                pinned.update(write.prefix)
+        for ticket in self.tickets:
+            assert ticket.writer in self._owners or not ticket.is_writers
+            reserved += ticket.reserved
+            pinned.update(ticket.pinned)
+        assert len(set(reserved)) == len(reserved), "a slot has two writers"
+        for index in range(self._slots.slot_count):
+            slot = SlotId(index)
+            state = self._slots[slot].state
+            assert (state is SlotState.RESERVED) == (slot in reserved), f"slot {slot} is {state}"
+            assert self._slots[slot].pins == pinned[slot], f"slot {slot}: pins"
+
+
+def _check_keys(keys: Sequence[BlockKey], first: int) -> None:
+    if not 0 <= first <= len(keys):
+        raise FrameError(f"blocks from {first} on, of {len(keys)}")
+    for key in keys:
+        if len(key) != BLOCK_KEY_BYTES:
+            raise FrameError(f"a block key of {len(key)} bytes, it must have {BLOCK_KEY_BYTES}")

@@ -1,0 +1,116 @@
+"""A write: slots that one owner fills, and what becomes of them when it says that it is done.
+
+Commit is where blocks become visible, parents before children. What was stored by somebody else in
+the meantime is used instead of the own copy. What has lost its parent in the meantime (its bytes
+were found to be wrong) is of no use to a put, and ends it there; a ticket keeps it, because its
+reader gets the blocks by their order and not by their keys.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from pdserve.errors import TicketGone
+from pdserve.ids import BlockKey, SlotId
+from pdserve.kvstore.slots import SlotState, SlotTable
+from pdserve.kvstore.tickets import Ticket, TicketState
+
+
+@dataclass(slots=True, kw_only=True)
+class Write:
+    keys: tuple[BlockKey, ...]  # from the chain's first; empty for a tail block
+    asked_index: int  # the caller's ``first``
+    first_index: int  # of the first key that gets a slot
+    slots: tuple[SlotId, ...]
+    prefix: list[SlotId]  # pinned until the commit, so that parents stay
+    ticket: Ticket | None
+    checksums: list[int | None]
+
+    @property
+    def is_tail(self) -> bool:
+        return not self.keys
+
+    @property
+    def filled(self) -> list[int]:
+        """The checksums; all of them must be known."""
+        known = [checksum for checksum in self.checksums if checksum is not None]
+        assert len(known) == len(self.slots), "commit of a write that is not filled"
+        return known
+
+    def new_blocks(self) -> Iterator[tuple[BlockKey, SlotId, int]]:
+        return zip(self.keys[self.first_index :], self.slots, self.filled, strict=True)
+
+
+def commit_write(slots: SlotTable, write: Write) -> int:
+    """How many of the keys asked for are stored now. Every slot has been filled.
+
+    Raises:
+        TicketGone: the write was for a ticket that has been aborted; nothing is kept.
+    """
+    if write.ticket is None:
+        return _commit_put(slots, write)
+    if write.ticket.state is not TicketState.OPEN:
+        drop_write(slots, write)
+        raise TicketGone(f"ticket {write.ticket.ticket} was aborted while its blocks were written")
+    if write.is_tail:
+        (slot,), (checksum,) = write.slots, write.filled
+        slots.keep(slot, None, checksum)
+        write.ticket.tail = slot
+    else:
+        _commit_push(slots, write, write.ticket)
+    return len(write.keys) - write.asked_index
+
+
+def drop_write(slots: SlotTable, write: Write) -> None:
+    """Nobody touches its slots any more: back to an open ticket, or free."""
+    if write.ticket is not None and write.ticket.state is TicketState.OPEN:
+        write.ticket.reserved.extendleft(reversed(write.slots))
+    else:
+        for slot in write.slots:
+            slots.abandon(slot)
+    slots.unpin(write.prefix)
+
+
+def _commit_put(slots: SlotTable, write: Write) -> int:
+    chain = list(write.prefix)  # all of it pinned: by the reservation, then by ``_place``
+    for key, slot, checksum in write.new_blocks():
+        placed = _place(slots, key, slot, chain, checksum)
+        if placed is None:
+            break
+        chain.append(placed)
+    for slot in write.slots[len(chain) - len(write.prefix) :]:
+        slots.abandon(slot)
+    stored = takewhile(lambda slot: slots[slot].state is SlotState.COMMITTED, chain)
+    stored_count = sum(1 for _ in stored)
+    slots.unpin(chain)
+    return max(0, stored_count - write.asked_index)
+
+
+def _commit_push(slots: SlotTable, write: Write, ticket: Ticket) -> None:
+    for key, slot, checksum in write.new_blocks():
+        placed = _place(slots, key, slot, ticket.blocks, checksum)
+        if placed is None:
+            slots.keep(slot, key, checksum)
+            placed = slot
+        ticket.blocks.append(placed)
+
+
+def _place(
+    slots: SlotTable, key: BlockKey, slot: SlotId, chain: Sequence[SlotId], checksum: int
+) -> SlotId | None:
+    """Where block ``key`` is from now on, pinned: in ``slot``, or where it was already.
+
+    None when it could not be found there: its parent, the last of ``chain``, left the index.
+    """
+    parent = chain[-1] if chain else None
+    if parent is not None and slots[parent].state is not SlotState.COMMITTED:
+        return None
+    existing = slots.find(key)
+    if existing is None:
+        slots.publish(slot, key, parent, checksum)
+        return slot
+    if slots[existing].parent != parent:
+        return None  # only a caller that mixes up its keys gets here
+    slots.pin([existing])
+    slots.abandon(slot)
+    return existing

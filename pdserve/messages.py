@@ -1,0 +1,341 @@
+"""What processes say to each other. Frozen values; nothing here moves data or decides anything.
+
+    gateway ──Submit, Cancel──► router ──Dispatch, Preempt, Cancel──► prefill
+                                  │ ▲                                    │ Handoff
+                 Refused, Lost ◄──┘ └── Hello, Report, Parked ──┐        ▼
+    gateway ◄───────────────── TokenBatch ─────────────────── decode ◄──Resume── router
+
+Only dataclasses, enums, tuples, dicts of plain values and optional fields: ``wire.codec`` turns
+them into msgpack and checks every type on the way back. KV data never travels in a message; keys,
+tickets and addresses do.
+
+Token indices: ``tokens[:prompt_tokens]`` is the client's prompt; what follows was generated.
+*Offset* 0 is the first generated token of the request, over all attempts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pdserve.errors import ErrorInfo
+from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
+from pdserve.lifecycle import Event
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a process listens. A peer with the same ``host`` uses the Unix socket."""
+
+    host: HostId
+    unix_path: str
+    tcp: str  # "ip:port", or "" when it listens on this host only
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class ServiceClass(StrEnum):
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # a stop token, the end-of-sequence token, or a stop string
+    LENGTH = "length"  # max_tokens, or the model's context is full
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one token is drawn from the logits. Pure data; the arithmetic is in ``model.sampler``."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = 1.0  # over prompt and output; 1 is off
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
+    logprobs: int | None = None  # None: none; k ≥ 0: the chosen token's and the k best
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """When a request ends."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence tokens
+    strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One unit of scheduling, as the gateway submits it. A second attempt carries more tokens."""
+
+    request: RequestId
+    attempt: int  # from 0; a message of an older attempt is dropped wherever it arrives
+    choice: int  # index among the call's ``n``
+    model: str
+    tokens: tuple[int, ...]  # the prompt, then what earlier attempts delivered
+    prompt_tokens: int  # how many of ``tokens`` are the prompt
+    block_keys: tuple[BlockKey, ...]  # one per full block of ``tokens``
+    tenant: str
+    service_class: ServiceClass
+    sampling: Sampling
+    stop: Stop
+    seed: int  # token i of choice c draws Philox(seed, c, i)
+    deadline_unix_ms: int
+    reply_to: Address
+
+    @property
+    def emitted_count(self) -> int:
+        """Generated tokens that the client already has: the offset of the next one."""
+        return len(self.tokens) - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The router's one decision; it travels with the request."""
+
+    prefill: WorkerId
+    decode: WorkerId
+    decode_address: Address
+    decode_store: Address | None  # the store node of decode's host: where prefill puts the blocks
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time went so far, and who spent it. Durations in microseconds.
+
+    Instants are wall time, so that hosts can subtract them; hosts' clocks agree to about 1 ms.
+    """
+
+    queued_us: int = 0  # in the router, all waits together
+    prefill_us: int = 0  # from dispatch to the first token, all stretches together
+    step_us: int = 0  # of prefill_us, what the forward passes took
+    handoff_us: int = 0  # from the first token to decode having taken over
+    since_unix_us: int = 0  # when the stretch now running began
+    cached_tokens: int = 0  # prompt tokens that prefill did not compute
+    preempted_count: int = 0
+    parked_count: int = 0
+    level: int = 0  # of the router's queue, at the last dispatch
+    prefill: WorkerId | None = None
+    decode: WorkerId | None = None
+
+
+# ── gateway → router ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayHello:
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client does not want it any more. Also router → worker."""
+
+    request: RequestId
+
+
+# ── router → gateway ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """This attempt will not run; ``error`` says why and when to try again."""
+
+    request: RequestId
+    attempt: int
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker died with this attempt: submit what was delivered under the next attempt."""
+
+    request: RequestId
+    attempt: int
+    worker: WorkerId
+
+
+# ── router → worker ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    request: Request
+    route: Route
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Stop this prefill at the next chunk boundary, keep its blocks in the store, and say so."""
+
+    request: RequestId
+    attempt: int
+
+
+# ── prefill → decode, decode → router → decode ───────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """A request between two workers: a pointer to its blocks, and its tokens so far.
+
+    The KV of ``tokens[:-1]`` lies in ``store`` under ``ticket``: full blocks under their keys, the
+    unfinished tail block, if any, under the ticket alone. The last token's KV is not yet computed.
+    """
+
+    request: Request
+    route: Route
+    ticket: TicketId
+    store: Address
+    tokens: tuple[int, ...]  # prompt and everything generated
+    block_keys: tuple[BlockKey, ...]  # of the full blocks of ``tokens[:-1]``
+    unsent: tuple[Token, ...]  # the last tokens of ``tokens``, which no gateway has been sent
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Router → decode: take this parked request up."""
+
+    handoff: Handoff
+
+
+# ── worker → router ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a worker on a fresh connection; everything the router must know of it."""
+
+    worker: WorkerId
+    role: Role
+    address: Address
+    store_id: StoreId
+    store: Address
+    namespace: str  # digest of everything that KV blocks must agree on, in hexadecimal
+    block_tokens: int
+    block_count: int  # of its device pool
+    running_max: int  # sequences it runs at once
+    chunk_tokens: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One thing that happened to one request at one worker."""
+
+    request: RequestId
+    attempt: int
+    event: Event
+    computed_tokens: int = 0  # prefill tokens computed by this worker so far, for CHUNK reports
+    total_tokens: int = 0  # prompt and generated, now
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """Prefill reached a chunk boundary: the moment at which preemption is possible."""
+
+    request: RequestId
+    attempt: int
+    computed_tokens: int  # of this request's tokens, KV exists for so many
+    elapsed_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """This worker cannot go on with this attempt (its blocks are gone, say); it is not dead."""
+
+    request: RequestId
+    attempt: int
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Decode → router: this request's KV is in the store now, resume it wherever there is room."""
+
+    handoff: Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A worker's load report. Sent when something changed, and at least every second.
+
+    ``sequence`` counts a worker's reports from 0; a gap means that block deltas were lost, and the
+    router forgets what it believed of that worker's blocks.
+    """
+
+    worker: WorkerId
+    sequence: int
+    draining: bool
+    running: int  # sequences in its batch, or prefills under way
+    waiting: int  # taken, not yet begun
+    free_blocks: int  # of the device pool, idle cached ones included
+    progress: tuple[Progress, ...] = ()
+    chunks: tuple[ChunkDone, ...] = ()
+    blocks_added: tuple[BlockKey, ...] = ()  # to the device pool's prefix cache
+    blocks_removed: tuple[BlockKey, ...] = ()
+    store_added: tuple[BlockKey, ...] = ()  # to the host's store, by this worker or seen by it
+    store_removed: tuple[BlockKey, ...] = ()
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The worker has drained and leaves."""
+
+    worker: WorkerId
+
+
+# ── decode (or, for a request that ends with its first token, prefill) → gateway ─────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """The next tokens of one request. Exactly-once by (request, attempt, offset)."""
+
+    request: RequestId
+    attempt: int
+    offset: int  # of tokens[0], among the generated tokens of the request
+    tokens: tuple[Token, ...]
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or token that ended it
+    error: ErrorInfo | None = None  # with finish == ERROR
+    timing: Timing | None = None  # with the first tokens and with the last
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """What one step has for one gateway, all its requests together."""
+
+    worker: WorkerId
+    deltas: tuple[TokenDelta, ...]

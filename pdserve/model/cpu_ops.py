@@ -1,0 +1,129 @@
+"""The CPU path: oneDNN for the matrices, our C++ kernels for everything else.
+
+This file checks shapes, types and strides, because the kernels cannot, and hands over pointers.
+``CpuOps`` inherits its matrices from ``TorchOps``, which is also the reference for the rest and
+takes over entirely where no compiler is found.
+
+Shape letters as in ``ops.py``.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdserve.model.cpu.library import load_library
+from pdserve.model.ops import BatchLayout
+from pdserve.model.torch_ops import TorchOps
+
+_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def cpu_ops() -> TorchOps:
+    """``CpuOps``, or ``TorchOps`` where the C++ kernels cannot be had."""
+    library = load_library()
+    return TorchOps() if library is None else CpuOps(library)
+
+
+class CpuOps(TorchOps):
+    name = "cpu"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__()
+        self._library = library
+
+    def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        rows, channels = x_NC.shape
+        _check(x_NC.stride(1) == 1 and weight_C.shape == (channels,), x_NC, weight_C)
+        out_NC = torch.empty((rows, channels), dtype=x_NC.dtype)
+        self._call("rms_norm", x_NC, x_NC.stride(0), weight_C, out_NC, rows, channels, eps)
+        return out_NC
+
+    def add_rms_norm(
+        self, x_NC: Tensor, residual_NC: Tensor, weight_C: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, channels = x_NC.shape
+        fits = x_NC.shape == residual_NC.shape and weight_C.shape == (channels,)
+        fits = fits and x_NC.is_contiguous() and residual_NC.is_contiguous()
+        _check(fits, x_NC, residual_NC, weight_C)
+        out_NC, sum_NC = torch.empty_like(x_NC), torch.empty_like(x_NC)
+        self._call(
+            "add_rms_norm", x_NC, residual_NC, weight_C, out_NC, sum_NC, rows, channels, eps
+        )
+        return out_NC, sum_NC
+
+    def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        rows, channels = gate_up_NF2.shape[0], gate_up_NF2.shape[1] // 2
+        _check(gate_up_NF2.is_contiguous() and gate_up_NF2.shape[1] % 2 == 0, gate_up_NF2)
+        out_NF = torch.empty((rows, channels), dtype=gate_up_NF2.dtype)
+        self._call("silu_mul", gate_up_NF2, out_NF, rows, channels)
+        return out_NF
+
+    def rope_and_cache(
+        self,
+        q_NHD: Tensor,
+        k_NGD: Tensor,
+        v_NGD: Tensor,
+        rope_PD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+    ) -> Tensor:
+        tokens, heads, head_dim = q_NHD.shape
+        for part in (q_NHD, k_NGD, v_NGD):
+            _check(part.stride(2) == 1 and part.stride(1) == head_dim, part, pool_PL2GTD)
+        kv_heads = pool_PL2GTD.shape[3]
+        _check(k_NGD.shape == v_NGD.shape == (tokens, kv_heads, head_dim), k_NGD, v_NGD)
+        _check(rope_PD.dtype == torch.float32 and rope_PD.is_contiguous(), q_NHD)
+        out_NHD = torch.empty((tokens, heads, head_dim), dtype=q_NHD.dtype)
+        self._call(
+            "rope_and_cache",
+            *(q_NHD, q_NHD.stride(0), k_NGD, k_NGD.stride(0), v_NGD, v_NGD.stride(0)),
+            *(rope_PD, batch.positions_N, batch.slots_N, out_NHD, pool_PL2GTD),
+            *(*_cache(pool_PL2GTD, layer), tokens, heads),
+        )
+        return out_NHD
+
+    def attention(
+        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+    ) -> Tensor:
+        tables_RB = batch.tables_RB
+        fits = q_NHD.is_contiguous() and tables_RB.is_contiguous()
+        _check(fits and q_NHD.shape[1] % pool_PL2GTD.shape[3] == 0, q_NHD, pool_PL2GTD)
+        out_NHD = torch.empty_like(q_NHD)
+        self._call(
+            "attention",
+            *(q_NHD, pool_PL2GTD, out_NHD, batch.positions_N, batch.starts_R1, tables_RB),
+            *(tables_RB.shape[1], tables_RB.shape[0]),
+            *(*_cache(pool_PL2GTD, layer), q_NHD.shape[1], scale),
+        )
+        return out_NHD
+
+    def _call(self, name: str, first: Tensor, *rest: Any) -> None:
+        self._calls[name] += 1
+        arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in rest]
+        function = _function(self._library, name)
+        function(_TYPE[first.dtype], first.data_ptr(), *arguments, torch.get_num_threads())
+
+
+@functools.cache
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    return getattr(library, f"pdserve_{name}")
+
+
+def _cache(pool_PL2GTD: Tensor, layer: int) -> tuple[int, int, int, int, int]:
+    """Block stride, offset of the layer, block tokens, kv heads, head dim; in elements."""
+    _, _, _, kv_heads, block_tokens, head_dim = pool_PL2GTD.shape
+    block_stride, layer_stride = pool_PL2GTD.stride(0), pool_PL2GTD.stride(1)
+    return block_stride, layer * layer_stride, block_tokens, kv_heads, head_dim
+
+
+def _check(fits: bool, *tensors: Tensor) -> None:
+    """Refuse what a kernel would read wrongly: other strides, mixed types, another device."""
+    if not fits or len({(tensor.dtype, tensor.device.type) for tensor in tensors}) != 1:
+        shapes = ", ".join(
+            f"{tensor.dtype} {tuple(tensor.shape)} by {tensor.stride()}" for tensor in tensors
+        )
+        raise ValueError(f"these tensors do not fit together: {shapes}")

@@ -1,0 +1,115 @@
+"""The seam between the model and the hardware: what a runner asks of its kernels.
+
+A step is a *packed batch*: R runs, one per sequence, run r owning the tokens
+``starts[r]:starts[r + 1]`` of N in all. A run of a whole prompt, of a chunk of it and of one
+decoded token are the same thing; no kernel may tell them apart. ``BatchLayout`` says where each
+token sits in its sequence and where its keys and values lie in the paged pool.
+
+The promise every implementation makes: what it computes for a token depends on that token, the KV
+before it and the weights alone, to the bit; never on the other rows of the batch.
+
+Shape letters:
+    N  tokens of the batch        R  runs               B  blocks of the longest table
+    C  channels (hidden size)     F  channels of the feed-forward layer
+    H  query heads                G  key/value heads    D  channels of a head
+    L  layers                     T  tokens of a block  P  blocks of the pool; positions of the rope
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """Where the tokens of a packed batch stand. All tensors are on the model's device."""
+
+    positions_N: Tensor
+    """int64: absolute position of each token in its sequence."""
+
+    slots_N: Tensor
+    """int64: ``block * block_tokens + offset``, where the token's keys and values go."""
+
+    starts_R1: Tensor
+    """int32 [R + 1]: run r owns tokens ``starts[r]:starts[r + 1]``."""
+
+    tables_RB: Tensor
+    """int32: block ids of each run, padded with 0."""
+
+    contexts_R: Tensor
+    """int32: tokens that have KV once this step is done, the last position + 1."""
+
+    longest_run: int
+    longest_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """One linear layer. ``weight_OC`` is plain, or in an implementation's own packing, in which
+    case only the implementation whose ``pack`` made it may read it."""
+
+    weight_OC: Tensor
+    bias_O: Tensor | None = None
+    packed: bool = False
+
+
+class Ops(Protocol):
+    """Everything a Llama-like model computes. Inputs and outputs have the model's dtype."""
+
+    name: str
+
+    def pack(self, weight: LinearWeight) -> LinearWeight:
+        """The same weight as ``linear`` likes it best; the plain one may then be dropped."""
+        ...
+
+    def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        """Each row over its root mean square, times the weight; accumulated in float32, rounded
+        once. Also the norm of q and k, with rows of D channels."""
+        ...
+
+    def add_rms_norm(
+        self, x_NC: Tensor, residual_NC: Tensor, weight_C: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """``residual' = x + residual``, rounded to the dtype; ``(norm of that, residual')``."""
+        ...
+
+    def rope_and_cache(
+        self,
+        q_NHD: Tensor,
+        k_NGD: Tensor,
+        v_NGD: Tensor,
+        rope_PD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+    ) -> Tensor:
+        """Turn q and k by their positions, put k and v into ``pool[:, layer]`` at ``slots``.
+
+        Channel i < D/2 pairs with channel i + D/2. ``rope_PD`` is float32: D/2 cosines, then D/2
+        sines, per position. q, k and v may be views whose rows are apart; a row is contiguous.
+
+        Returns:
+            The turned q, [N, H, D], contiguous.
+        """
+        ...
+
+    def attention(
+        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+    ) -> Tensor:
+        """Causal attention of each token over its sequence's KV in the pool, its own included.
+        Query head h reads key/value head ``h // (H / G)``. Returns [N, H, D], contiguous."""
+        ...
+
+    def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        """``silu(x[:, :F]) * x[:, F:]``: [N, F] from [N, 2 F]."""
+        ...
+
+    def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
+        """``x @ weight.T + bias``: [N, O]."""
+        ...
+
+    def calls(self) -> Mapping[str, int]:
+        """How often each of the above ran."""
+        ...

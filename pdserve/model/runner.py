@@ -1,0 +1,157 @@
+"""One step of the model: a packed batch of token runs in, logits out, KV written on the way.
+
+A *run* is a stretch of one sequence's tokens whose KV does not exist yet, while the KV of
+everything before ``start`` lies in the run's blocks. A whole prompt, a chunk of one and one decoded
+token differ in length only, and may share a step. Nothing of a run stays here between steps: the
+pool has the KV, the caller the rest.
+
+The logits of a token and the KV it leaves depend on the tokens before it and the weights alone, to
+the bit, whatever shares the step; ``tests/unit/model/test_identity.py`` holds every path to it.
+
+Shape letters as in ``ops.py``; V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdserve.model.architecture import Architecture
+from pdserve.model.ops import BatchLayout, Ops
+from pdserve.model.pool import KvPool
+from pdserve.model.rope import rope_table
+from pdserve.model.weights import LayerWeights, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    tokens: Sequence[int]
+    start: int
+    """Absolute position of ``tokens[0]``; everything before it has KV in ``blocks``."""
+
+    blocks: Sequence[int]
+    """Of the sequence from its beginning, at least up to the last token of this run."""
+
+    wants_logits: bool = True
+
+
+class ModelRunner:
+    def __init__(
+        self, architecture: Architecture, weights: Weights, ops: Ops, pool: KvPool
+    ) -> None:
+        self.architecture = architecture
+        self.pool = pool
+        self.ops = ops
+        self._weights = weights
+        self._device = weights.embedding_VC.device
+        self._scale = architecture.head_dim**-0.5
+        table = rope_table(architecture.rope, architecture.head_dim, architecture.context_tokens)
+        self._rope_PD = torch.from_numpy(table).to(self._device)
+
+    @torch.inference_mode()
+    def step(self, runs: Sequence[Run]) -> Tensor:
+        """Compute all tokens of ``runs`` and write their keys and values into the pool.
+
+        Returns:
+            [R', V] float32 on the model's device: the logits of the last token of each run that
+            wants them, in order.
+
+        Raises:
+            ValueError: a run is empty, leaves the context, or has too few blocks; or one block is
+                written by two runs. Nothing was computed.
+        """
+        self._check(runs)
+        batch = self._layout(runs)
+        tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in runs])
+        weights, eps = self._weights, self.architecture.norm_eps
+        residual_NC = torch.nn.functional.embedding(self._on_device(tokens), weights.embedding_VC)
+        x_NC = self.ops.rms_norm(residual_NC, weights.layers[0].attention_norm_C, eps)
+        for index, layer in enumerate(weights.layers):
+            x_NC = self._attention(x_NC, layer, index, batch)
+            x_NC, residual_NC = self.ops.add_rms_norm(x_NC, residual_NC, layer.ffn_norm_C, eps)
+            x_NC = self.ops.silu_mul(self.ops.linear(x_NC, layer.gate_up))
+            x_NC = self.ops.linear(x_NC, layer.down)
+            if index + 1 < len(weights.layers):
+                norm_C = weights.layers[index + 1].attention_norm_C
+                x_NC, residual_NC = self.ops.add_rms_norm(x_NC, residual_NC, norm_C, eps)
+        return self._logits(x_NC, residual_NC, runs)
+
+    def _attention(
+        self, x_NC: Tensor, layer: LayerWeights, index: int, batch: BatchLayout
+    ) -> Tensor:
+        shape = self.architecture
+        heads, kv_heads, head_dim = shape.head_count, shape.kv_head_count, shape.head_dim
+        qkv_NXD = self.ops.linear(x_NC, layer.qkv).view(-1, heads + 2 * kv_heads, head_dim)
+        q_NHD, k_NGD, v_NGD = qkv_NXD.split((heads, kv_heads, kv_heads), dim=1)
+        if layer.q_norm_D is not None and layer.k_norm_D is not None:
+            q_NHD = self._head_norm(q_NHD, layer.q_norm_D)
+            k_NGD = self._head_norm(k_NGD, layer.k_norm_D)
+        q_NHD = self.ops.rope_and_cache(
+            q_NHD, k_NGD, v_NGD, self._rope_PD, batch, self.pool.tensor, index
+        )
+        out_NHD = self.ops.attention(q_NHD, batch, self.pool.tensor, index, self._scale)
+        return self.ops.linear(out_NHD.view(-1, heads * head_dim), layer.attention_output)
+
+    def _head_norm(self, x_NHD: Tensor, weight_D: Tensor) -> Tensor:
+        rows = x_NHD.reshape(-1, x_NHD.shape[-1])
+        return self.ops.rms_norm(rows, weight_D, self.architecture.norm_eps).view(x_NHD.shape)
+
+    def _logits(self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run]) -> Tensor:
+        ends = np.cumsum([len(run.tokens) for run in runs]) - 1
+        wanted = ends[[run.wants_logits for run in runs]]
+        if not wanted.size:
+            return torch.empty((0, self.architecture.vocab_size), device=self._device)
+        if wanted.size < x_NC.shape[0]:
+            rows = self._on_device(wanted.astype(np.int64))
+            x_NC, residual_NC = x_NC[rows], residual_NC[rows]
+        x_NC, _ = self.ops.add_rms_norm(
+            x_NC, residual_NC, self._weights.norm_C, self.architecture.norm_eps
+        )
+        return self.ops.linear(x_NC, self._weights.head).float()
+
+    def _layout(self, runs: Sequence[Run]) -> BatchLayout:
+        block_tokens = self.pool.block_tokens
+        lengths_R = np.array([len(run.tokens) for run in runs])
+        firsts_R = np.array([run.start for run in runs])
+        starts_R1 = np.concatenate(([0], np.cumsum(lengths_R)))
+        contexts_R = firsts_R + lengths_R
+        tables_RB = np.zeros((len(runs), max(len(run.blocks) for run in runs)), dtype=np.int32)
+        for row, run in enumerate(runs):
+            tables_RB[row, : len(run.blocks)] = run.blocks
+        run_N = np.repeat(np.arange(len(runs)), lengths_R)
+        positions_N = np.arange(starts_R1[-1]) - starts_R1[run_N] + firsts_R[run_N]
+        blocks_N = tables_RB[run_N, positions_N // block_tokens].astype(np.int64)
+        return BatchLayout(
+            positions_N=self._on_device(positions_N),
+            slots_N=self._on_device(blocks_N * block_tokens + positions_N % block_tokens),
+            starts_R1=self._on_device(starts_R1.astype(np.int32)),
+            tables_RB=self._on_device(tables_RB),
+            contexts_R=self._on_device(contexts_R.astype(np.int32)),
+            longest_run=int(lengths_R.max()),
+            longest_context=int(contexts_R.max()),
+        )
+
+    def _check(self, runs: Sequence[Run]) -> None:
+        if not runs:
+            raise ValueError("a step needs at least one run")
+        limit, block_tokens = self.architecture.context_tokens, self.pool.block_tokens
+        for run in runs:
+            end = run.start + len(run.tokens)
+            if not run.tokens or run.start < 0 or end > limit:
+                raise ValueError(
+                    f"a run covers positions {run.start} to {end}, must be a part of the "
+                    f"{limit} that the model has"
+                )
+            if len(run.blocks) * block_tokens < end:
+                raise ValueError(
+                    f"a run up to position {end} has {len(run.blocks)} blocks of {block_tokens}"
+                )
+            if not 0 <= min(run.blocks) <= max(run.blocks) < self.pool.block_count:
+                raise ValueError(f"blocks {run.blocks} are not all in 0..{self.pool.block_count}")
+            if not 0 <= min(run.tokens) <= max(run.tokens) < self.architecture.vocab_size:
+                raise ValueError(f"a token is outside 0..{self.architecture.vocab_size}")
+
+    def _on_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -1,0 +1,184 @@
+"""The torch path: what the kernels mean, and what runs where no compiler is found.
+
+Every row goes through operations whose shapes do not depend on the batch where that could change
+its bits: attention is computed for 16 queries at a time against 64 positions at a time, both cut at
+fixed places, and tiles are added in order. Norms and SwiGLU are elementwise or reduce one row.
+torch promises nothing about any of this; the identity test runs on this path as well and is how we
+know. Roughly ten times slower than the C++ kernels in attention.
+
+Shape letters as in ``ops.py``; Q queries of a tile, K positions of a tile, S tiles.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pdserve.model.ops import BatchLayout, LinearWeight
+
+_QUERIES = 16
+_POSITIONS = 64
+_PACKED_ROWS_MIN = 2
+"""oneDNN cuts a sum over many inputs elsewhere when there is one row only: measured with float32 and
+bfloat16, from 1,536 inputs on. From two rows on a row's bits are its own, for 1, 2 and 4 threads."""
+
+_PLAIN_ROWS_MIN = 16
+"""The same, and MKL's float32 products need four rows for each of a few threads."""
+
+
+class TorchOps:
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._calls: Counter[str] = Counter()
+
+    def calls(self) -> Mapping[str, int]:
+        return self._calls
+
+    def pack(self, weight: LinearWeight) -> LinearWeight:
+        """In oneDNN's own layout, where it has one for this type on this CPU: up to 1.8 times as
+        fast for few rows. In float32 this is more than speed: the plain product's bits depend on
+        the numbers of rows and threads up to a larger bound."""
+        mkldnn = torch.ops.mkldnn
+        plain = weight.weight_OC
+        if plain.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return weight
+        if plain.dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+            return weight
+        if plain.dtype == torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
+            return weight
+        return LinearWeight(mkldnn._reorder_linear_weight(plain), weight.bias_O, packed=True)
+
+    def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
+        self._calls["linear"] += 1
+        row_count = x_NC.shape[0]
+        rows_min = _PACKED_ROWS_MIN if weight.packed else _PLAIN_ROWS_MIN
+        if row_count < rows_min:
+            x_NC = functional.pad(x_NC, (0, 0, 0, rows_min - row_count))
+        if weight.packed:
+            y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x_NC, weight.weight_OC, weight.bias_O, "none", [], ""
+            )
+        else:
+            y_NO = functional.linear(x_NC, weight.weight_OC, weight.bias_O)
+        return y_NO[:row_count]
+
+    def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        self._calls["rms_norm"] += 1
+        return _rms_norm(x_NC, weight_C, eps)
+
+    def add_rms_norm(
+        self, x_NC: Tensor, residual_NC: Tensor, weight_C: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        self._calls["add_rms_norm"] += 1
+        residual_NC = (x_NC.float() + residual_NC.float()).to(x_NC.dtype)
+        return _rms_norm(residual_NC, weight_C, eps), residual_NC
+
+    def rope_and_cache(
+        self,
+        q_NHD: Tensor,
+        k_NGD: Tensor,
+        v_NGD: Tensor,
+        rope_PD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+    ) -> Tensor:
+        self._calls["rope_and_cache"] += 1
+        rope_N1D = rope_PD[batch.positions_N].unsqueeze(1)
+        block_tokens = pool_PL2GTD.shape[4]
+        block_N = batch.slots_N // block_tokens
+        offset_N = batch.slots_N % block_tokens
+        pool_PL2GTD[block_N, layer, 0, :, offset_N] = _turned(k_NGD, rope_N1D)
+        pool_PL2GTD[block_N, layer, 1, :, offset_N] = v_NGD
+        return _turned(q_NHD, rope_N1D)
+
+    def attention(
+        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+    ) -> Tensor:
+        self._calls["attention"] += 1
+        out_NHD = torch.empty_like(q_NHD)
+        starts = batch.starts_R1.tolist()
+        for run, (context, table_B) in enumerate(
+            zip(batch.contexts_R.tolist(), batch.tables_RB, strict=True)
+        ):
+            first, last = starts[run], starts[run + 1]
+            keys_SGDK, values_SGKD = _tiles(pool_PL2GTD[:, layer], table_B, context)
+            for begin in range(first, last, _QUERIES):
+                end = min(begin + _QUERIES, last)
+                positions_Q = batch.positions_N[begin:end]
+                out_NHD[begin:end] = _attend(
+                    q_NHD[begin:end], positions_Q, keys_SGDK, values_SGKD, scale
+                )
+        return out_NHD
+
+    def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        self._calls["silu_mul"] += 1
+        gate_NF, up_NF = gate_up_NF2.float().chunk(2, dim=-1)
+        return (functional.silu(gate_NF) * up_NF).to(gate_up_NF2.dtype)
+
+
+def _rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    x = x_NC.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * weight_C.float()).to(x_NC.dtype)
+
+
+def _turned(x_NGD: Tensor, rope_N1D: Tensor) -> Tensor:
+    first, second = x_NGD.float().chunk(2, dim=-1)
+    cosine, sine = rope_N1D.chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(x_NGD.dtype)
+
+
+def _tiles(pool_P2GTD: Tensor, table_B: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """A run's keys, transposed, and values, in float32 tiles at absolute positions; zeros behind."""
+    kv_heads, block_tokens, head_dim = pool_P2GTD.shape[2:]
+    blocks = -(-context // block_tokens)
+    kv_2GXD = (
+        pool_P2GTD[table_B[:blocks].long()]
+        .permute(1, 2, 0, 3, 4)
+        .reshape(2, kv_heads, blocks * block_tokens, head_dim)[:, :, :context]
+        .float()
+    )
+    behind = -context % _POSITIONS
+    kv_2GXD = functional.pad(kv_2GXD, (0, 0, 0, behind))
+    tiled = kv_2GXD.reshape(2, kv_heads, -1, _POSITIONS, head_dim).transpose(1, 2)
+    return tiled[0].transpose(-1, -2).contiguous(), tiled[1].contiguous()
+
+
+def _attend(
+    q_NHD: Tensor, positions_N: Tensor, keys_SGDK: Tensor, values_SGKD: Tensor, scale: float
+) -> Tensor:
+    """At most one tile of queries against all tiles of positions, in two passes."""
+    count, heads, head_dim = q_NHD.shape
+    kv_heads = keys_SGDK.shape[1]
+    q_QHD = functional.pad(q_NHD.float() * scale, (0, 0, 0, 0, 0, _QUERIES - count))
+    q_GXD = (
+        q_QHD.reshape(_QUERIES, kv_heads, heads // kv_heads, head_dim)
+        .transpose(0, 1)
+        .reshape(kv_heads, -1, head_dim)
+    )
+    scores_SGXK = torch.matmul(q_GXD, keys_SGDK)
+    limit_Q = functional.pad(positions_N, (0, _QUERIES - count))
+    limit_X = limit_Q.repeat_interleave(heads // kv_heads)
+    place_SK = torch.arange(keys_SGDK.shape[0] * _POSITIONS).reshape(-1, _POSITIONS)
+    hidden_SXK = place_SK[:, None, :] > limit_X[None, :, None]
+    scores_SGXK = scores_SGXK.masked_fill(hidden_SXK[:, None], -torch.inf)
+    best_GX1 = scores_SGXK.amax(dim=(0, 3))[..., None]
+    weights_SGXK = torch.exp(scores_SGXK - best_GX1)
+    parts_SGXD = torch.matmul(weights_SGXK, values_SGKD)
+    sums_SGX1 = weights_SGXK.sum(-1, keepdim=True)
+    out_GXD, sum_GX1 = parts_SGXD[0], sums_SGX1[0]
+    for tile in range(1, parts_SGXD.shape[0]):  # in order: a later, empty tile adds exactly 0
+        out_GXD = out_GXD + parts_SGXD[tile]
+        sum_GX1 = sum_GX1 + sums_SGX1[tile]
+    out_QHD = (
+        (out_GXD / sum_GX1)
+        .reshape(kv_heads, _QUERIES, heads // kv_heads, head_dim)
+        .transpose(0, 1)
+        .reshape(_QUERIES, heads, head_dim)
+    )
+    return out_QHD[:count].to(q_NHD.dtype)

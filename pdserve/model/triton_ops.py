@@ -1,0 +1,91 @@
+"""The operations of the model as Triton kernels: on a GPU, or in Triton's interpreter on a CPU.
+
+The interpreter needs TRITON_INTERPRET=1 in the environment before Triton is imported. Linear
+layers are torch's, everything else is ours; ``ops`` says what each operation means, ``kernels`` how
+it is computed.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pdserve.model.kernels.attention import paged_attention
+from pdserve.model.kernels.norm import add_rms_norm, rms_norm
+from pdserve.model.kernels.rope import rope_and_cache
+from pdserve.model.kernels.silu import silu_mul
+from pdserve.model.ops import BatchLayout, LinearWeight
+
+_FLOAT32_ROWS_MIN = 4
+"""On a CPU torch multiplies fewer float32 rows with another routine, whose last bits differ."""
+
+
+class TritonOps:
+    """``ops.Ops`` through our kernels. Not thread-safe: one engine, one instance."""
+
+    name = "triton"
+
+    def __init__(self, *, deterministic: bool = True) -> None:
+        """With ``deterministic`` a row's bits do not depend on the length of its run; see
+        ``kernels.attention``."""
+        self._deterministic = deterministic
+        self._calls: Counter[str] = Counter()
+
+    def calls(self) -> Mapping[str, int]:
+        return self._calls
+
+    def pack(self, weight: LinearWeight) -> LinearWeight:
+        return weight
+
+    def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
+        self._calls["linear"] += 1
+        rows = x_NC.shape[0]
+        if x_NC.device.type == "cpu" and x_NC.dtype == torch.float32 and rows < _FLOAT32_ROWS_MIN:
+            x_NC = torch.nn.functional.pad(x_NC, (0, 0, 0, _FLOAT32_ROWS_MIN - rows))
+        return torch.nn.functional.linear(x_NC, weight.weight_OC, weight.bias_O)[:rows]
+
+    def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        self._calls["rms_norm"] += 1
+        return rms_norm(x_NC, weight_C, eps)
+
+    def add_rms_norm(
+        self, x_NC: Tensor, residual_NC: Tensor, weight_C: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        self._calls["add_rms_norm"] += 1
+        return add_rms_norm(x_NC, residual_NC, weight_C, eps)
+
+    def rope_and_cache(
+        self,
+        q_NHD: Tensor,
+        k_NGD: Tensor,
+        v_NGD: Tensor,
+        rope_PD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+    ) -> Tensor:
+        self._calls["rope_and_cache"] += 1
+        return rope_and_cache(
+            q_NHD, k_NGD, v_NGD, rope_PD, batch.positions_N, batch.slots_N, pool_PL2GTD[:, layer]
+        )
+
+    def attention(
+        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+    ) -> Tensor:
+        self._calls["attention"] += 1
+        return paged_attention(
+            q_NHD,
+            batch.starts_R1,
+            batch.tables_RB,
+            batch.contexts_R,
+            pool_PL2GTD[:, layer],
+            scale,
+            longest_run=batch.longest_run,
+            longest_context=batch.longest_context,
+            deterministic=self._deterministic,
+        )
+
+    def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        self._calls["silu_mul"] += 1
+        return silu_mul(gate_up_NF2)

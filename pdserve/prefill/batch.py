@@ -1,0 +1,24 @@
+"""What one prefill step computes: chunks of the prompts at hand, under a token budget. Pure.
+
+The first prompt gets what it wants up to the budget; what is left goes to the next, so that short
+prompts share a step. A chunk that does not finish its prompt ends at a block's border: only full
+blocks can be pushed, found again and resumed from.
+"""
+
+
+def chunk_tokens(remaining_tokens: int, budget_tokens: int, block_tokens: int) -> int:
+    """How many tokens of a prompt that starts at a block's border to compute now; perhaps 0."""
+    assert remaining_tokens > 0
+    if remaining_tokens <= budget_tokens:
+        return remaining_tokens
+    return budget_tokens // block_tokens * block_tokens
+
+
+def shares_us(elapsed_us: int, chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """A step's time split by tokens, so that the shares of a step add up to it."""
+    total = sum(chunks)
+    done, shares = 0, []
+    for chunk in chunks:
+        shares.append(elapsed_us * (done + chunk) // total - elapsed_us * done // total)
+        done += chunk
+    return tuple(shares)

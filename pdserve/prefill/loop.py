@@ -1,0 +1,474 @@
+"""The prefill loop: prompts in, KV blocks into decode's store, one first token each.
+
+A prompt takes all its device blocks at once (so two prompts never wait for each other's), what of
+its prefix the device pool or the store of this host has, and a ticket at the store of decode's
+host. Then it is computed chunk by chunk. After each chunk the blocks that became full are pushed
+under the ticket by the mover while the next chunk is computed; after the last one the first token
+is drawn, tail and seal follow, and decode is sent the hand-off.
+
+Between two steps every prompt stands at a chunk's border, so preemption needs no waiting: a
+preempted prompt leaves its full blocks in the store of this host and goes; whoever gets it next
+finds them and computes each token once.
+
+A prefix that somebody else has computed is looked for again before each chunk, and two prompts
+that want the same next block do not compute it in the same step: the choices of one call, which
+arrive together, share all full blocks of their prompt.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import assert_never
+
+from pdserve.clock import US, Clock, monotonic
+from pdserve.config import PoolConfig, StoreConfig
+from pdserve.engine.blocks import blocks_for
+from pdserve.engine.device import Device
+from pdserve.engine.mover import Mover
+from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
+from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
+from pdserve.engine.runner import Runner
+from pdserve.engine.sayings import delta, failed, progress
+from pdserve.engine.sequence import Sequence, stretch_us, unix_us
+from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
+from pdserve.ids import BlockKey, RequestId, WorkerId
+from pdserve.lifecycle import Event
+from pdserve.messages import (
+    Cancel,
+    ChunkDone,
+    Dispatch,
+    Handoff,
+    Preempt,
+    Progress,
+    Token,
+    WorkerFailed,
+)
+from pdserve.model.runner import Run
+from pdserve.model.sampler import sample
+from pdserve.prefill.batch import chunk_tokens, shares_us
+from pdserve.prefill.prompt import Prompt, Stage
+from pdserve.text.tokenizer import Tokenizer
+
+WAITING_MAX = 64
+"""Prompts taken and not begun. The router binds late and keeps this at one or two."""
+
+TICKET_SLICE_MS = 20
+"""How long one attempt to open a ticket may hold up the mover's other moves; then they go first."""
+
+RETRY_AFTER_MS = 100
+
+
+class PrefillLoop:
+    def __init__(
+        self,
+        *,
+        worker: WorkerId,
+        runner: Runner,
+        mover: Mover,
+        tokenizer: Tokenizer,
+        namespace: bytes,
+        settings: PoolConfig,
+        store: StoreConfig,
+        clock: Clock = monotonic,
+    ) -> None:
+        self._worker = worker
+        self._runner = runner
+        self._mover = mover
+        self._tokenizer = tokenizer
+        self._namespace = namespace
+        self._store = store
+        self._clock = clock
+        self._block_tokens = runner.pool.block_tokens
+        self._budget_tokens = max(settings.chunk_tokens, self._block_tokens)
+        self._running_max = settings.running_max
+        self._device = Device(runner.pool.block_count, mover)
+        self.pool = self._device.pool
+        self._counters = self._device.counters
+        self._prompts: dict[RequestId, Prompt] = {}  # in order of arrival
+        self._outputs: list[Output] = []
+        self._active = False
+        self._draining = False
+
+    # ── Loop ─────────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, message: Dispatch | Preempt | Cancel) -> None:
+        self._active = True
+        match message:
+            case Dispatch():
+                self._take(message)
+            case Preempt():
+                prompt = self._prompts.get(message.request)
+                if prompt and prompt.sequence.request.attempt == message.attempt:
+                    self._preempt(prompt)
+            case Cancel():
+                if prompt := self._prompts.get(message.request):
+                    self._let_go(prompt)
+            case _:
+                assert_never(message)
+
+    def step(self) -> list[Output]:
+        self._active = False
+        for moved in self._device.collect():
+            self._active = True
+            if isinstance(moved.owner, Prompt):
+                self._on_moved(moved.owner, moved)
+        self._begin_waiting()
+        self._compute()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def busy(self) -> bool:
+        return self._active or bool(self._outputs) or self._mover.ready()
+
+    def load(self) -> Load:
+        waiting = sum(prompt.stage is Stage.WAITING for prompt in self._prompts.values())
+        added, removed = self.pool.take_changes()
+        return Load(
+            running=len(self._prompts) - waiting,
+            waiting=waiting,
+            free_blocks=self.pool.free_count,
+            blocks_added=added,
+            blocks_removed=removed,
+            counters=self._device.all_counters(),
+        )
+
+    def drain(self) -> None:
+        """What has begun is finished; what has not goes back to the router."""
+        self._active = self._draining = True
+        for prompt in self._in_stage(Stage.WAITING):
+            self._preempt(prompt)
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        self._mover.wake = wake
+
+    def close(self) -> None:
+        self._mover.close()
+
+    # ── taking in ────────────────────────────────────────────────────────────────────────────────
+
+    def _take(self, dispatch: Dispatch) -> None:
+        request = dispatch.request
+        earlier = self._prompts.get(request.request)
+        if earlier is not None:
+            if earlier.sequence.request.attempt >= request.attempt:
+                return
+            self._let_go(earlier)
+        sequence = Sequence(
+            request,
+            dispatch.route,
+            request.tokens,
+            dispatch.timing,
+            keys=request.block_keys,
+            namespace=self._namespace,
+            tokenizer=self._tokenizer,
+            block_tokens=self._block_tokens,
+            context_tokens=self._runner.architecture.context_tokens,
+        )
+        prompt = Prompt(sequence, dispatch.route.decode_store or self._mover.local)
+        block_count = blocks_for(len(request.tokens), self._block_tokens)
+        if sequence.ending is not None:  # an earlier attempt delivered its last token already
+            self._say_end(sequence, ())
+        elif block_count > self.pool.block_count:
+            error = OutOfBlocks(block_count, self.pool.block_count, retry_after_ms=RETRY_AFTER_MS)
+            self._say(failed(sequence, error))
+        elif len(self._in_stage(Stage.WAITING)) >= WAITING_MAX:
+            full = QueueFull(f"{WAITING_MAX} prompts wait already", retry_after_ms=RETRY_AFTER_MS)
+            self._say(failed(sequence, full))
+        else:
+            self._prompts[request.request] = prompt
+            if self._draining:
+                self._preempt(prompt)
+
+    def _begin_waiting(self) -> None:
+        """Begin the longest waiting prompts, as many as have room; nobody overtakes."""
+        running = len(self._prompts) - len(self._in_stage(Stage.WAITING))
+        for prompt in self._in_stage(Stage.WAITING)[: max(0, self._running_max - running)]:
+            if not self._begin(prompt):
+                return
+            self._active = True
+
+    def _begin(self, prompt: Prompt) -> bool:
+        sequence = prompt.sequence
+        keys = self._cacheable(sequence)
+        held = self.pool.hold_published(keys)
+        block_count = blocks_for(len(sequence.tokens), self._block_tokens)
+        if not self._device.room(block_count - len(held)):
+            self.pool.release(held)
+            return False
+        sequence.blocks.extend(held + self.pool.take(block_count - len(held)))
+        sequence.kv_count = len(held) * self._block_tokens
+        self._counters["prompt_tokens_cached_device"] += sequence.kv_count
+        prompt.ticket_tries = -(-self._store.ticket_wait_ms // TICKET_SLICE_MS)  # ceil
+        self._open_ticket(prompt)
+        if self._store.offload and len(held) < len(keys):
+            prompt.move_to(Stage.RESTORING)
+            blocks = tuple(sequence.blocks[len(held) : len(keys)])
+            self._device.submit(Restore(self._mover.local, keys, len(held), blocks), prompt)
+        else:
+            prompt.move_to(Stage.COMPUTING)
+        return True
+
+    def _cacheable(self, sequence: Sequence) -> tuple[BlockKey, ...]:
+        """Keys of the blocks that need not be computed. The last token always is: its logits are
+        what the first token is drawn from."""
+        return sequence.keys((len(sequence.tokens) - 1) // self._block_tokens)
+
+    def _open_ticket(self, prompt: Prompt) -> None:
+        prompt.ticket_tries -= 1
+        request, route = prompt.sequence.request, prompt.sequence.route
+        self._device.submit(
+            OpenTicket(
+                prompt.store,
+                request.request,
+                request.attempt,
+                reader=route.decode,
+                block_count=len(prompt.sequence.blocks),
+                wait_ms=min(TICKET_SLICE_MS, self._store.ticket_wait_ms),
+            ),
+            prompt,
+        )
+
+    # ── finished moves ───────────────────────────────────────────────────────────────────────────
+
+    def _on_moved(self, prompt: Prompt, moved: Moved) -> None:
+        match moved.move:
+            case Restore():
+                self._on_restored(prompt, moved.move, moved.count)
+            case OpenTicket():
+                self._on_ticket(prompt, moved)
+            case Push():
+                self._on_pushed(prompt, moved.move, moved.error)
+            case Put() if prompt.stage is Stage.LEAVING:
+                self._say_preempted(prompt)
+            case _:
+                pass
+
+    def _on_restored(self, prompt: Prompt, move: Restore, count: int) -> None:
+        if prompt.stage is not Stage.RESTORING:
+            return
+        sequence = prompt.sequence
+        for key, block in zip(move.keys[move.first :][:count], move.blocks, strict=False):
+            self.pool.publish(key, block)
+        sequence.kv_count += count * self._block_tokens
+        self._counters["prompt_tokens_cached_store"] += count * self._block_tokens
+        prompt.move_to(Stage.COMPUTING)
+        self._push(prompt)
+
+    def _on_ticket(self, prompt: Prompt, moved: Moved) -> None:
+        wanted = prompt.stage not in (Stage.LEAVING, Stage.GONE)
+        if moved.ticket is not None:
+            prompt.ticket = moved.ticket
+            if wanted:
+                self._push(prompt)
+            else:
+                self._abort_ticket(prompt)
+        elif wanted:
+            assert moved.error is not None
+            if isinstance(moved.error, OutOfBlocks) and prompt.ticket_tries > 0:
+                self._open_ticket(prompt)
+            else:
+                self._fail(prompt, moved.error)
+
+    def _on_pushed(self, prompt: Prompt, move: Push, error: PdserveError | None) -> None:
+        prompt.pushing = False
+        prompt.pushed_blocks = len(move.keys)
+        if prompt.stage in (Stage.LEAVING, Stage.GONE):
+            return
+        if error is not None:
+            self._fail(prompt, error)
+        elif move.seal:
+            self._hand_off(prompt)
+        else:
+            self._push(prompt)
+
+    def _push(self, prompt: Prompt) -> None:
+        """Push what is computed and not yet pushed; with the first token drawn, tail and seal."""
+        sequence, full = prompt.sequence, prompt.sequence.full_blocks
+        seal = prompt.stage is Stage.SEALING
+        ready = seal or (prompt.stage is Stage.COMPUTING and full > prompt.pushed_blocks)
+        if prompt.ticket is None or prompt.pushing or not ready:
+            return
+        prompt.pushing = True
+        keys, blocks = sequence.keys(full), tuple(sequence.blocks[:full])
+        self._device.submit(
+            Push(
+                prompt.store,
+                prompt.ticket,
+                keys,
+                prompt.pushed_blocks,
+                blocks[prompt.pushed_blocks :],
+                seal=seal,
+                tail=sequence.tail_block if seal else None,
+            ),
+            prompt,
+        )
+        if prompt.store != self._mover.local and self._store.offload:
+            self._device.offer(Put(self._mover.local, keys, blocks))
+
+    # ── computing ────────────────────────────────────────────────────────────────────────────────
+
+    def _compute(self) -> None:
+        """One forward pass over the chunks that fit the budget, oldest prompt first."""
+        chosen = self._choose_chunks()
+        if not chosen:
+            return
+        self._active = True
+        began_ns = self._clock()
+        logits = self._runner.step([self._run(prompt, chunk) for prompt, chunk in chosen])
+        rows = [p.sequence.sampler_row() for p, chunk in chosen if p.remaining_tokens == chunk]
+        first_tokens = iter(sample(logits, rows) if rows else ())
+        elapsed_us = (self._clock() - began_ns) // US
+        self._counters["steps"] += 1
+        self._counters["step_us_total"] += elapsed_us
+        chunks = tuple(chunk for _, chunk in chosen)
+        for (prompt, chunk), share_us in zip(chosen, shares_us(elapsed_us, chunks), strict=True):
+            self._on_computed(prompt, chunk, share_us)
+            if prompt.remaining_tokens == 0:
+                self._on_first_token(prompt, next(first_tokens))
+            self._push(prompt)
+
+    def _choose_chunks(self) -> list[tuple[Prompt, int]]:
+        chosen: list[tuple[Prompt, int]] = []
+        begun: set[BlockKey] = set()  # blocks that this step computes for somebody
+        budget = self._budget_tokens
+        for prompt in self._in_stage(Stage.COMPUTING):
+            self._take_cached(prompt)
+            next_keys = self._cacheable(prompt.sequence)[prompt.sequence.full_blocks :]
+            if next_keys and next_keys[0] in begun:
+                continue
+            chunk = chunk_tokens(prompt.remaining_tokens, budget, self._block_tokens)
+            if chunk == 0:
+                break
+            budget -= chunk
+            begun.update(next_keys[:1])
+            chosen.append((prompt, chunk))
+        return chosen
+
+    def _take_cached(self, prompt: Prompt) -> None:
+        """Swap own blocks that come next for those that somebody computed meanwhile."""
+        sequence = prompt.sequence
+        first = sequence.full_blocks
+        held = self.pool.hold_published(self._cacheable(sequence)[first:])
+        if not held:
+            return
+        self.pool.release(sequence.blocks[first : first + len(held)])
+        sequence.blocks[first : first + len(held)] = held
+        sequence.kv_count += len(held) * self._block_tokens
+        self._counters["prompt_tokens_cached_device"] += len(held) * self._block_tokens
+
+    def _run(self, prompt: Prompt, chunk: int) -> Run:
+        sequence = prompt.sequence
+        start, end = sequence.kv_count, sequence.kv_count + chunk
+        return Run(
+            tokens=sequence.tokens[start:end],
+            start=start,
+            blocks=sequence.blocks[: blocks_for(end, self._block_tokens)],
+            wants_logits=end == len(sequence.tokens),
+        )
+
+    def _on_computed(self, prompt: Prompt, chunk: int, share_us: int) -> None:
+        sequence, first = prompt.sequence, prompt.sequence.full_blocks
+        sequence.kv_count += chunk
+        prompt.computed_tokens += chunk
+        self._counters["prompt_tokens_computed"] += chunk
+        for index, key in enumerate(sequence.keys(sequence.full_blocks)[first:], first):
+            self.pool.publish(key, sequence.blocks[index])
+        request = sequence.request
+        self._say(ChunkDone(request.request, request.attempt, sequence.kv_count, share_us))
+
+    def _on_first_token(self, prompt: Prompt, token: Token) -> None:
+        sequence, now_us = prompt.sequence, unix_us()
+        timing = sequence.timing
+        cached = timing.cached_tokens
+        if timing.preempted_count == 0:  # else what it finds cached is mostly its own work
+            cached = min(
+                len(sequence.tokens) - prompt.computed_tokens, sequence.request.prompt_tokens
+            )
+        sequence.timing = replace(
+            timing,
+            prefill_us=timing.prefill_us + stretch_us(timing, now_us),
+            since_unix_us=now_us,
+            cached_tokens=cached,
+            prefill=self._worker,
+        )
+        sequence.accept(token)
+        self._counters["tokens_generated"] += 1
+        if sequence.ending is None:
+            prompt.first_token = token
+            prompt.move_to(Stage.SEALING)
+            return
+        self._say_end(sequence, (token,))
+        full = sequence.full_blocks
+        if self._store.offload and full:
+            blocks = tuple(sequence.blocks[:full])
+            self._device.offer(Put(self._mover.local, sequence.keys(full), blocks))
+        self._let_go(prompt)
+
+    # ── letting go ───────────────────────────────────────────────────────────────────────────────
+
+    def _hand_off(self, prompt: Prompt) -> None:
+        sequence = prompt.sequence
+        assert prompt.ticket is not None
+        assert prompt.first_token is not None
+        handoff = Handoff(
+            request=sequence.request,
+            route=sequence.route,
+            ticket=prompt.ticket,
+            store=prompt.store,
+            tokens=tuple(sequence.tokens),
+            block_keys=sequence.keys(sequence.full_blocks),
+            unsent=(prompt.first_token,),
+            timing=sequence.timing,
+        )
+        self._say(progress(sequence, Event.PREFILL_DONE))
+        self._outputs.append(ToDecode(sequence.route.decode_address, handoff))
+        prompt.ticket = None  # decode's now
+        self._let_go(prompt)
+
+    def _preempt(self, prompt: Prompt) -> None:
+        if prompt.stage in (Stage.SEALING, Stage.LEAVING):
+            return  # too late: nothing is left to compute; or twice
+        if prompt.stage is Stage.WAITING:
+            self._say_preempted(prompt)
+            return
+        sequence, full = prompt.sequence, prompt.sequence.full_blocks
+        prompt.move_to(Stage.LEAVING)
+        if self._store.offload and full:
+            put = Put(self._mover.local, sequence.keys(full), tuple(sequence.blocks[:full]))
+            self._device.submit(put, prompt)
+        else:
+            self._say_preempted(prompt)
+        self._abort_ticket(prompt)  # behind the put: what the ticket pins is still there for it
+
+    def _fail(self, prompt: Prompt, error: PdserveError) -> None:
+        self._say(failed(prompt.sequence, error))
+        self._let_go(prompt)
+
+    def _let_go(self, prompt: Prompt) -> None:
+        self._abort_ticket(prompt)
+        self.pool.release(prompt.sequence.blocks)
+        prompt.sequence.blocks.clear()
+        prompt.move_to(Stage.GONE)
+        del self._prompts[prompt.sequence.id]
+
+    def _abort_ticket(self, prompt: Prompt) -> None:
+        if prompt.ticket is not None:
+            self._device.submit(Abort(prompt.store, prompt.ticket))
+            prompt.ticket = None
+
+    # ── saying ───────────────────────────────────────────────────────────────────────────────────
+
+    def _say(self, message: Progress | ChunkDone | WorkerFailed) -> None:
+        self._outputs.append(ToRouter(message))
+
+    def _say_preempted(self, prompt: Prompt) -> None:
+        self._counters["preempted"] += 1
+        self._say(progress(prompt.sequence, Event.PREEMPTED))
+        self._let_go(prompt)
+
+    def _say_end(self, sequence: Sequence, tokens: tuple[Token, ...]) -> None:
+        message = delta(sequence, tokens, timed=True)
+        self._outputs.append(ToGateway(sequence.request.reply_to, message))
+        self._say(progress(sequence, Event.ENDED))
+
+    def _in_stage(self, stage: Stage) -> list[Prompt]:
+        return [prompt for prompt in self._prompts.values() if prompt.stage is stage]

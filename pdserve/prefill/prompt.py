@@ -1,0 +1,59 @@
+"""One prompt at a prefill worker, and the stages it goes through.
+
+    WAITING ──> RESTORING ──> COMPUTING ──> SEALING ──> GONE
+       │            └────┬────────┘                      ^
+       │                 └──> LEAVING ───────────────────┤
+       └─────────────────────────────────────────────────┘ and there from each: cancel, failure
+
+``GONE`` prompts are out of the loop's books, but moves they submitted may still answer; the answer
+finds the stage and knows that nobody wants it any more.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pdserve.engine.sequence import Sequence
+from pdserve.errors import IllegalTransition
+from pdserve.ids import TicketId
+from pdserve.messages import Address, Token
+
+
+class Stage(StrEnum):
+    WAITING = "waiting"  # holds nothing
+    RESTORING = "restoring"  # holds its blocks; the store's copies are on their way into them
+    COMPUTING = "computing"
+    SEALING = "sealing"  # the first token is drawn, the last blocks are on their way to decode
+    LEAVING = "leaving"  # preempted, the computed blocks are on their way to the local store
+    GONE = "gone"
+
+
+_NEXT = {
+    Stage.WAITING: {Stage.RESTORING, Stage.COMPUTING, Stage.GONE},
+    Stage.RESTORING: {Stage.COMPUTING, Stage.LEAVING, Stage.GONE},
+    Stage.COMPUTING: {Stage.SEALING, Stage.LEAVING, Stage.GONE},
+    Stage.SEALING: {Stage.GONE},
+    Stage.LEAVING: {Stage.GONE},
+    Stage.GONE: set[Stage](),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    sequence: Sequence
+    store: Address  # where its blocks go
+    stage: Stage = Stage.WAITING
+    ticket: TicketId | None = None
+    ticket_tries: int = 0  # left, to get slots at the store
+    pushed_blocks: int = 0
+    pushing: bool = False  # one push at a time: the next takes everything computed meanwhile
+    computed_tokens: int = 0  # by this worker, cached ones not counted
+    first_token: Token | None = None
+
+    def move_to(self, stage: Stage) -> None:
+        if stage not in _NEXT[self.stage]:
+            raise IllegalTransition(f"{self.sequence.id}: {stage} while {self.stage}")
+        self.stage = stage
+
+    @property
+    def remaining_tokens(self) -> int:
+        return len(self.sequence.tokens) - self.sequence.kv_count

@@ -1,0 +1,76 @@
+"""The router at one moment, in plain values: for status, metrics and scaling."""
+
+from dataclasses import dataclass
+
+from pdserve.clock import MS
+from pdserve.ids import RequestId, WorkerId
+from pdserve.lifecycle import Phase
+from pdserve.messages import Role
+from pdserve.router.fleet import Worker
+from pdserve.router.state import RouterState
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    worker: WorkerId
+    role: Role
+    pid: int
+    running: int
+    waiting: int
+    held: int  # requests the router sent there and has not seen leave
+    reserved_blocks: int
+    free_blocks: int
+    block_count: int
+    running_max: int
+    draining: bool
+    counters: dict[str, int]  # the worker's own
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSnapshot:
+    workers: tuple[WorkerSnapshot, ...]
+    queue_lengths: tuple[int, ...]  # level 0 first
+    queued_work_ms: int  # predicted prefill time of all who wait
+    oldest_wait_ms: int  # 0 when nobody waits
+    oldest_request: RequestId | None
+    parked: int
+    phases: dict[str, int]  # live requests by phase
+    prefill_tokens_per_s: int
+    counters: dict[str, int]  # the router's own, since it started
+
+
+def snapshot_of(state: RouterState, now_ns: int) -> RouterSnapshot:
+    """Linear in live requests and workers; for a few times a second."""
+    waiting = [state.entries[request] for request in state.queue.in_order()]
+    oldest = min(waiting, key=lambda entry: (entry.queued_at_ns, entry.order), default=None)
+    phases = dict.fromkeys(map(str, Phase), 0)
+    for entry in state.entries.values():
+        phases[str(entry.phase)] += 1
+    return RouterSnapshot(
+        workers=tuple(_worker(worker) for worker in state.fleet.all()),
+        queue_lengths=state.queue.lengths(),
+        queued_work_ms=state.queued_work_ns // MS,
+        oldest_wait_ms=0 if oldest is None else (now_ns - oldest.queued_at_ns) // MS,
+        oldest_request=None if oldest is None else oldest.id,
+        parked=len(state.parked),
+        phases=phases,
+        prefill_tokens_per_s=round(state.fleet.rate.tokens_per_s),
+        counters=dict(sorted(state.counters.items())),
+    )
+
+
+def _worker(worker: Worker) -> WorkerSnapshot:
+    return WorkerSnapshot(
+        worker=worker.id,
+        role=worker.hello.role,
+        pid=worker.hello.pid,
+        running=worker.running,
+        waiting=worker.waiting,
+        held=len(worker.held),
+        reserved_blocks=worker.reserved_blocks,
+        free_blocks=worker.free_blocks,
+        block_count=worker.hello.block_count,
+        running_max=worker.hello.running_max,
+        draining=worker.draining,
+        counters=dict(sorted(worker.counters.items())),
+    )

@@ -1,0 +1,112 @@
+"""Chat messages to the one text that the model was trained to continue.
+
+A model brings its template, a Jinja program from a stranger: it runs in Jinja's immutable sandbox,
+sees the messages and a few helpers, and reaches nothing else. The helpers are those that templates
+on the model hub expect: ``raise_exception``, ``strftime_now``, ``tojson`` without escapes, and loop
+controls. A template refuses messages by raising; that is the client's mistake, not ours.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pdserve.errors import ConfigError, InvalidField
+from pdserve.text.tokenizer import Tokenizer
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""For models that bring no template; the most widespread one."""
+
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,  # raise_exception, an undefined field, a sandbox violation
+    TypeError,  # '...' + None
+    ValueError,
+    LookupError,
+    ArithmeticError,  # OverflowError: the sandbox bounds range()
+    RecursionError,
+)
+
+
+class ChatTemplate:
+    """A compiled template. Immutable; threads may share it.
+
+    Args:
+        now: what ``strftime_now`` reads; another clock makes tests repeatable.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str,
+        eos_token: str,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the model's chat template, line {error.lineno}: {error.message}; put one that "
+                "can be used into chat_template.jinja beside the model"
+            ) from error
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt.
+
+        Raises:
+            InvalidField: there are no messages, or the template refuses them.
+        """
+        if not messages:
+            raise InvalidField("messages", "is empty, must hold at least one message")
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except _TEMPLATE_FAILURES as error:
+            raise InvalidField(
+                "messages", f"the model's chat template does not take them: {error}"
+            ) from error
+
+
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    """The model's own template, or ChatML when it brings none."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_ids
+    return ChatTemplate(
+        CHATML if tokenizer.chat_template is None else tokenizer.chat_template,
+        bos_token="" if bos is None else tokenizer.token_text(bos),
+        eos_token=tokenizer.token_text(eos[0]) if eos else "",
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own filter escapes <, > and & for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,104 @@
+"""One frame: a fixed header, a message, and a body of raw bytes.
+
+    magic 4 | version 1 | kind 1 | zero 2 | call 8 | message length 4 | body length 8 | CRC-32 4
+    message: msgpack, as ``codec`` writes it
+    body:    bytes that are not looked at; KV blocks, for instance
+
+The header is little-endian and carries a checksum of itself, so that a peer that lost its place in
+the stream is found at the next frame, before its lengths are believed. Both lengths are checked
+against their limits before a byte is allocated for them. Message and body rely on the transport:
+who sends KV blocks takes a checksum of their own along.
+
+``call`` ties an answer to its question. 0 is a message that expects none.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from pdserve.errors import FrameError
+
+Buffer = bytes | bytearray | memoryview
+
+MESSAGE_BYTES_MAX = 8 << 20
+"""A request with a context of a million tokens takes about 5 MB."""
+
+BODY_BYTES_MAX = 256 << 20
+"""128 blocks of 2 MiB: more than one chunk of the largest models we serve."""
+
+MAGIC = b"pdsv"
+VERSION = 1
+
+_HEADER = struct.Struct("<4sBBHQIQ")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+
+
+class Kind(IntEnum):
+    MESSAGE = 1  # call is 0, or the number under which an answer is expected
+    ANSWER = 2  # to the call of that number
+    POST = 3  # a message that is kept until its receipt comes; call is its sequence number
+    POSTER = 4  # whose posts follow on this connection; no message, no body
+    RECEIPT = 5  # all posts up to this sequence number have arrived; no message, no body
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    kind: Kind
+    call: int
+    message_bytes: int
+    body_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What arrived."""
+
+    message: Any  # of one of the types that the connection's codec knows
+    body: memoryview
+    call: int  # to be answered under this number; 0 expects no answer
+
+
+def pack_header(header: Header) -> bytes:
+    """The header's bytes. Raises FrameError when a length is over its limit."""
+    _check_lengths(header.message_bytes, header.body_bytes)
+    data = _HEADER.pack(
+        MAGIC, VERSION, header.kind, 0, header.call, header.message_bytes, header.body_bytes
+    )
+    return data + _CHECKSUM.pack(zlib.crc32(data))
+
+
+def parse_header(data: Buffer) -> Header:
+    """The header in ``HEADER_BYTES`` bytes. Raises FrameError when it is none of ours."""
+    assert len(data) == HEADER_BYTES
+    magic, version, kind, zero, call, message_bytes, body_bytes = _HEADER.unpack_from(data)
+    (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
+    if magic != MAGIC:
+        raise FrameError(f"a frame begins with {magic!r}, not {MAGIC!r}: not a pdserve peer")
+    if version != VERSION:
+        raise FrameError(
+            f"the peer speaks version {version}, this process {VERSION}; run one release everywhere"
+        )
+    if checksum != zlib.crc32(memoryview(data)[: _HEADER.size]):
+        raise FrameError("a frame's header fails its checksum")
+    if zero != 0 or kind not in Kind.__members__.values():
+        raise FrameError(f"a frame of the unknown kind {kind}, {zero}")
+    _check_lengths(message_bytes, body_bytes)
+    return Header(Kind(kind), call, message_bytes, body_bytes)
+
+
+def body_views(body: Sequence[Buffer]) -> list[memoryview]:
+    """The parts of a body as flat bytes, empty ones left out."""
+    return [view for view in (memoryview(part).cast("B") for part in body) if len(view)]
+
+
+def _check_lengths(message_bytes: int, body_bytes: int) -> None:
+    if message_bytes > MESSAGE_BYTES_MAX:
+        raise FrameError(f"a message of {message_bytes} bytes, the limit is {MESSAGE_BYTES_MAX}")
+    if body_bytes > BODY_BYTES_MAX:
+        raise FrameError(
+            f"a body of {body_bytes} bytes, the limit is {BODY_BYTES_MAX}; send it in parts"
+        )

@@ -1,0 +1,41 @@
+"""Clusters that many tests share: one start, many questions."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.config import ModelConfig
+from pdserve.errors import ConfigError
+from tests.integration.harness import TestCluster, running, settings
+from tests.models.small import write_small_model
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The GGUF file of SmolLM2."""
+    from pdserve.model.source import locate
+
+    try:
+        return locate(ModelConfig()).path
+    except ConfigError as error:
+        pytest.skip(f"the default model is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Path:
+    """Two seeded layers under a peaked head, with the real tokeniser."""
+    return write_small_model(tmp_path_factory.mktemp("model"), tokenizer_from=default_model)
+
+
+@pytest.fixture(scope="module")
+def cluster(small_model: Path) -> Iterator[TestCluster]:
+    """One prefill worker, two decode workers, the small model in float32."""
+    config = settings(
+        small_model,
+        model={"source": str(small_model), "dtype": "float32", "served_name": "small"},
+        decode={"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512},
+        prefill={"chunk_tokens": 256, "threads": 1, "pool_blocks": 512},
+    )
+    with running(config) as running_cluster:
+        yield running_cluster

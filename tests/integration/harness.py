@@ -1,0 +1,245 @@
+"""A real cluster for tests: Ray, Serve, sockets, shared memory; only the model is small.
+
+``running(config)`` is ``pdserve serve`` without the terminal. What tests look at from outside: the
+HTTP API, ``/cluster/status`` (the router's snapshot with every worker's counters), process ids.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pdserve.cluster.local import APP, LocalCluster, end, local_cluster
+from pdserve.config import ClusterConfig, from_tree, to_tree
+
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class TestCluster:
+    __test__ = False  # pytest: not a test class
+
+    cluster: LocalCluster
+    config: ClusterConfig
+
+    @property
+    def url(self) -> str:
+        return self.cluster.http
+
+    def status(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/cluster/status", timeout=10) as answer:
+            snapshot: dict[str, Any] = json.load(answer)
+            return snapshot
+
+    def workers(self, role: str) -> list[dict[str, Any]]:
+        return [w for w in self.status()["workers"] if w["role"] == role]
+
+    def pids(self, role: str) -> list[int]:
+        return [w["pid"] for w in self.workers(role)]
+
+    def counter(self, role: str, name: str) -> int:
+        """Summed over the role's workers that live."""
+        return sum(w["counters"].get(name, 0) for w in self.workers(role))
+
+    def complete(self, prompt: Sequence[int] | str, **fields: Any) -> dict[str, Any]:
+        body = {"prompt": list(prompt) if not isinstance(prompt, str) else prompt, **fields}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        result: dict[str, Any] = answer.json()
+        return result
+
+    def tokens(self, prompt: Sequence[int], count: int, **fields: Any) -> list[int]:
+        """Generated token ids."""
+        return asyncio.run(stream_tokens(self.url, prompt, count, **fields)).tokens
+
+
+@dataclass(slots=True)
+class Stream:
+    """One streamed completion as a client saw it."""
+
+    tokens: list[int]
+    first_s: float | None = None  # after sending
+    ended_s: float = 0.0
+    finish: str | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+    timing: dict[str, Any] | None = None
+
+
+async def stream_tokens(
+    url: str,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    on_token: Callable[[int], None] | None = None,
+    client: httpx.AsyncClient | None = None,
+    **fields: Any,
+) -> Stream:
+    """A streamed completion by token ids, ignoring the end-of-sequence token."""
+    body = {
+        "prompt": list(prompt),
+        "max_tokens": count,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+        "include_timing": True,
+        **fields,
+    }
+    result = Stream([])
+    begun = time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+        if client is None:
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=300))
+        answer = await stack.enter_async_context(
+            client.stream("POST", f"{url}/v1/completions", json=body)
+        )
+        if answer.status_code != 200:
+            result.error = (await answer.aread()).decode()
+            return result
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                result.error = json.dumps(event["error"])
+                break
+            for choice in event["choices"]:
+                for token in choice.get("token_ids") or ():
+                    if result.first_s is None:
+                        result.first_s = time.monotonic() - begun
+                    result.tokens.append(token)
+                    if on_token is not None:
+                        on_token(len(result.tokens))
+                result.finish = choice.get("finish_reason") or result.finish
+            if event.get("usage"):
+                details = event["usage"].get("prompt_tokens_details") or {}
+                result.cached_tokens = details.get("cached_tokens", 0)
+            result.timing = event.get("pdserve") or result.timing
+    result.ended_s = time.monotonic() - begun
+    return result
+
+
+def settings(model: Path | str, **parts: dict[str, Any]) -> ClusterConfig:
+    """Small pools, free ports, one thread a worker: what a test on two cores can afford."""
+    tree: dict[str, Any] = {
+        "model": {"source": str(model)},
+        "prefill": {"threads": 1, "pool_blocks": 512},
+        "decode": {"threads": 1, "pool_blocks": 512},
+        "store": {"arena_bytes": 128 << 20},
+        "gateway": {"http_port": 0, "grpc_port": 0},
+        "tcp": False,
+    }
+    for part, fields in parts.items():
+        if isinstance(fields, dict):
+            tree[part] = {**tree.get(part, {}), **fields}
+        else:
+            tree[part] = fields
+    return from_tree(tree)
+
+
+@contextlib.contextmanager
+def running(config: ClusterConfig, *, ray_address: str | None = None) -> Iterator[TestCluster]:
+    with local_cluster(config, ray_address=ray_address) as cluster:
+        yield TestCluster(cluster, config)
+
+
+def wait_for(what: str, condition: Callable[[], bool], *, timeout_s: float = WAIT_S) -> None:
+    """Looks until ``condition`` holds; fails with ``what`` was waited for."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+class Deployed(TestCluster):
+    """A cluster under `serve deploy`: the real command, on a Ray with its dashboard."""
+
+    __test__ = False
+
+    def deploy(self, *, decode_replicas: int) -> None:
+        """Writes the Serve file with another `num_replicas` and deploys it."""
+        file = self.cluster.directory / "serve.yaml"
+        file.write_text(json.dumps(_serve_file(self.config, decode_replicas)))  # JSON is YAML
+        dashboard = self.cluster.grpc  # see ``deployed``
+        subprocess.run(
+            [Path(sys.executable).with_name("serve"), "deploy", str(file), "-a", dashboard],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+
+@contextlib.contextmanager
+def deployed(config: ClusterConfig) -> Iterator[Deployed]:
+    """`serve deploy` of ``config`` with one decode replica; ``deploy`` changes the number."""
+    import ray
+    from ray import serve
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    directory = Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp"))
+    config = dataclasses.replace(config, directory=str(directory / "s"))
+    context = ray.init(
+        include_dashboard=True,
+        dashboard_port=0,
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+        logging_level="error",
+        _temp_dir=str(directory / "r"),
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        dashboard = f"http://{context.dashboard_url}"
+        cluster = Deployed(LocalCluster("", dashboard, directory), config)
+        cluster.deploy(decode_replicas=1)
+        wait_for("the application to run", _app_runs, timeout_s=120)
+        ports = json.loads(serve.get_app_handle(APP).addresses.remote().result(timeout_s=10))
+        yield Deployed(
+            LocalCluster(f"http://127.0.0.1:{ports['http']}", dashboard, directory), config
+        )
+    finally:
+        end(directory)
+
+
+def _app_runs() -> bool:
+    from ray import serve
+
+    app = serve.status().applications.get(APP)
+    assert app is None or app.status != "DEPLOY_FAILED", app
+    return app is not None and app.status == "RUNNING"
+
+
+def _serve_file(config: ClusterConfig, decode_replicas: int) -> dict[str, Any]:
+    return {
+        "proxy_location": "Disabled",
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "pdserve.cluster.app:build",
+                "args": to_tree(config),
+                "deployments": [{"name": "decode", "num_replicas": decode_replicas}],
+            }
+        ],
+    }

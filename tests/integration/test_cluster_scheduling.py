@@ -1,0 +1,199 @@
+"""Preemption, parking and offload in a real cluster, with the real model where time matters."""
+
+import asyncio
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.harness import (
+    Stream,
+    TestCluster,
+    deployed,
+    running,
+    settings,
+    stream_tokens,
+    wait_for,
+)
+
+LONG_TOKENS = 1500
+SHORT_TOKENS = 32
+SHORT_COUNT = 8
+CHUNK_TOKENS = 128
+
+
+def _prompt(seed: int, length: int) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.randrange(20, 40_000) for _ in range(length)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_short_prompts_overtake_a_running_long_one(default_model: Path, workers: int) -> None:
+    """With one worker the long prompt resumes on it; with two, on whichever is free."""
+    config = settings(
+        default_model,
+        prefill={
+            "replicas": workers,
+            "replicas_max": workers,
+            "chunk_tokens": CHUNK_TOKENS,
+            "threads": 2,
+            "pool_blocks": 256,
+        },
+        decode={"threads": 1, "pool_blocks": 512},
+        store={"arena_bytes": 256 << 20},
+        router={"prefill_tokens_per_s": 1000},
+    )
+    with running(config) as cluster:
+        asyncio.run(stream_tokens(cluster.url, _prompt(0, 40), 2))
+        before = cluster.counter("prefill", "prompt_tokens_computed")
+        long, shorts, order = asyncio.run(_long_then_shorts(cluster, crowd=workers))
+        assert long.error is None
+        assert all(short.error is None for short in shorts)
+        assert order[-1] == "long", f"first tokens came as {order}"
+        assert long.timing is not None
+        assert long.timing["preempted_count"] >= 1
+        counters = cluster.status()["counters"]
+        assert counters["preemptions"] >= 1
+        computed = cluster.counter("prefill", "prompt_tokens_computed") - before
+        tokens = LONG_TOKENS * workers + SHORT_COUNT * SHORT_TOKENS
+        assert computed == tokens, "every prompt token is computed exactly once"
+        alone = cluster.tokens(_prompt(2, LONG_TOKENS), 4)
+        assert long.tokens == alone
+
+
+async def _long_then_shorts(
+    cluster: TestCluster, *, crowd: int
+) -> tuple[Stream, list[Stream], list[str]]:
+    """``crowd`` long prompts, and after two chunks eight short ones; the order of first tokens."""
+    order: list[str] = []
+
+    def arrival(name: str) -> Callable[[int], None]:
+        return lambda count: order.append(name) if count == 1 else None
+
+    async with httpx.AsyncClient(timeout=300) as client:
+        longs = [
+            asyncio.create_task(
+                stream_tokens(
+                    cluster.url,
+                    _prompt(2 + index, LONG_TOKENS),
+                    4,
+                    client=client,
+                    on_token=arrival("long"),
+                )
+            )
+            for index in range(crowd)
+        ]
+        while True:
+            status = await asyncio.to_thread(cluster.status)
+            chunks = sum(w["counters"].get("chunks", 0) for w in status["workers"])
+            if chunks >= 1 + 2 * crowd:  # one of the warm-up
+                break
+            await asyncio.sleep(0.005)
+        shorts = await asyncio.gather(
+            *(
+                stream_tokens(
+                    cluster.url,
+                    _prompt(100 + index, SHORT_TOKENS),
+                    4,
+                    client=client,
+                    on_token=arrival("short"),
+                )
+                for index in range(SHORT_COUNT)
+            )
+        )
+        finished = await asyncio.gather(*longs)
+    preempted = [long for long in finished if long.timing and long.timing["preempted_count"]]
+    return (preempted or finished)[0], list(shorts), order
+
+
+def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_model: Path) -> None:
+    """Six streams of 20 blocks; a pool of 84 blocks holds four of them to their end."""
+    config = settings(
+        small_model,
+        model={"source": str(small_model), "dtype": "float32"},
+        decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 84},
+    )
+    prompts = [_prompt(seed, 100) for seed in range(6)]
+    with deployed(config) as cluster:
+        first_pid = cluster.pids("decode")[0]
+
+        async def all_of_them() -> list[Stream]:
+            async with httpx.AsyncClient(timeout=300) as client:
+                tasks = [
+                    asyncio.create_task(
+                        stream_tokens(
+                            cluster.url,
+                            prompt,
+                            220,
+                            client=client,
+                            temperature=0.7 if index % 2 else 0.0,
+                            seed=index,
+                        )
+                    )
+                    for index, prompt in enumerate(prompts)
+                ]
+                return await asyncio.gather(*tasks)
+
+        async def with_a_second_worker() -> list[Stream]:
+            streams = asyncio.create_task(all_of_them())
+            await asyncio.to_thread(
+                wait_for, "two parked streams", lambda: cluster.status()["parked"] >= 2
+            )
+            await asyncio.to_thread(cluster.deploy, decode_replicas=2)
+            return await streams
+
+        crowded = asyncio.run(with_a_second_worker())
+        assert [stream.error for stream in crowded] == [None] * 6
+        resumed = {
+            worker["pid"]: worker["counters"].get("resumed", 0)
+            for worker in cluster.workers("decode")
+        }
+        assert sum(count for pid, count in resumed.items() if pid != first_pid) >= 2
+        for index, (prompt, stream) in enumerate(zip(prompts, crowded, strict=True)):
+            alone = cluster.tokens(prompt, 220, temperature=0.7 if index % 2 else 0.0, seed=index)
+            assert stream.tokens == alone
+
+
+@pytest.mark.parametrize(
+    ("prefix_count", "prefix_tokens"),
+    [(10, 640), pytest.param(40, 1000, marks=pytest.mark.slow)],
+)
+def test_prefixes_come_back_from_host_memory(
+    default_model: Path, prefix_count: int, prefix_tokens: int
+) -> None:
+    """The workers' pools hold a tenth of the working set; the second round comes from the store."""
+    blocks = prefix_count * prefix_tokens // 16
+    pool_blocks = max(blocks // 10, prefix_tokens // 16 + 4)
+    config = settings(
+        default_model,
+        prefill={"threads": 2, "pool_blocks": pool_blocks},
+        decode={"threads": 1, "pool_blocks": pool_blocks},
+        store={"arena_bytes": int(blocks * 1.3) * 368_640},
+    )
+    prompts = [_prompt(seed, prefix_tokens) for seed in range(prefix_count)]
+    with running(config) as cluster:
+        asyncio.run(stream_tokens(cluster.url, _prompt(1000, 40), 2))
+
+        def ask_all() -> tuple[list[Stream], int, int]:
+            computed = cluster.counter("prefill", "prompt_tokens_computed")
+            restored = cluster.counter("prefill", "prompt_tokens_cached_store")
+            streams = [asyncio.run(stream_tokens(cluster.url, prompt, 2)) for prompt in prompts]
+            wait_for("reports", lambda: all(w["running"] == 0 for w in cluster.workers("prefill")))
+            return (
+                streams,
+                cluster.counter("prefill", "prompt_tokens_computed") - computed,
+                cluster.counter("prefill", "prompt_tokens_cached_store") - restored,
+            )
+
+        first, first_computed, _ = ask_all()
+        second, second_computed, from_store = ask_all()
+        assert [a.tokens for a in first] == [b.tokens for b in second]
+        assert first_computed == prefix_count * prefix_tokens
+        assert from_store >= 0.95 * prefix_count * (prefix_tokens - 16)
+        assert second_computed <= 0.05 * first_computed
+        first_ttft = statistics.median(s.first_s for s in first if s.first_s is not None)
+        second_ttft = statistics.median(s.first_s for s in second if s.first_s is not None)
+        assert second_ttft <= 0.4 * first_ttft, f"{second_ttft:.3f} s after {first_ttft:.3f} s"

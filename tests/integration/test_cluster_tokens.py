@@ -1,0 +1,111 @@
+"""The right tokens, through the whole cluster: those of `transformers`, and those of one alone."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.harness import Stream, TestCluster, running, settings, stream_tokens
+
+OUTPUT_TOKENS = 64
+LENGTHS = (
+    *(1, 2, 15, 16, 17, 31, 33, 64, 100, 127),
+    *(128, 129, 200, 256, 300, 400, 512, 700, 1000, 1500),
+)
+
+
+def _prompts(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Sentences rather than noise: real prompts have clear favourites among the next tokens."""
+    from pdserve.config import ModelConfig
+    from pdserve.model.source import locate
+    from pdserve.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(locate(ModelConfig()).path)
+    words = (
+        "The lighthouse keeper counted the ships as they passed and wrote their names in a book. "
+        "Every night he lit the lamp, and every morning he put it out again. In winter the sea was "
+        "grey and loud; in summer it was blue, and children came to ask how far the light went. "
+    ) * 40
+    tokens = tokenizer.encode(words)
+    assert len(tokens) >= max(lengths)
+    return [tokens[index : index + length] for index, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def whole(default_model: Path) -> Iterator[TestCluster]:
+    config = settings(
+        default_model,
+        model={"source": str(default_model), "dtype": "float32"},
+        prefill={"threads": 2, "pool_blocks": 400, "chunk_tokens": 128},
+        decode={"threads": 2, "pool_blocks": 600},
+        store={"arena_bytes": 1 << 30},
+    )
+    with running(config) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("lengths", [(1, 33, 300), pytest.param(LENGTHS, marks=pytest.mark.slow)])
+def test_greedy_tokens_equal_those_of_transformers(
+    whole: TestCluster, default_model: Path, tmp_path: Path, lengths: tuple[int, ...]
+) -> None:
+    from tests.models.reference import reference_tokens
+
+    prompts = _prompts(lengths)
+    expected = reference_tokens(default_model, prompts, OUTPUT_TOKENS, scratch=tmp_path)
+    fresh = [whole.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts]
+    assert fresh == expected
+    reused = [whole.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts]
+    assert reused == expected, "with the prefix out of the cache"
+
+
+def test_alone_is_in_company_is_seeded(cluster: TestCluster) -> None:
+    """64 streams at once, greedy and seeded with penalties, against each of some alone."""
+    chance = random.Random(8)
+    prompts = [
+        [chance.randrange(20, 40_000) for _ in range(chance.randrange(1, 200))] for _ in range(64)
+    ]
+
+    def fields(index: int) -> dict[str, float | int]:
+        if index % 2 == 0:
+            return {"temperature": 0.0}
+        return {
+            "temperature": 0.9,
+            "top_p": 0.95,
+            "top_k": 50,
+            "seed": index,
+            "frequency_penalty": 0.3,
+            "repetition_penalty": 1.1,
+        }
+
+    async def crowd() -> list[Stream]:
+        async with httpx.AsyncClient(
+            timeout=300, limits=httpx.Limits(max_connections=64)
+        ) as client:
+            return await asyncio.gather(
+                *(
+                    stream_tokens(cluster.url, prompt, 24, client=client, **fields(index))
+                    for index, prompt in enumerate(prompts)
+                )
+            )
+
+    together = asyncio.run(crowd())
+    assert [stream.error for stream in together] == [None] * 64
+    for index in range(0, 64, 7):
+        alone = cluster.tokens(prompts[index], 24, **fields(index))
+        assert together[index].tokens == alone, f"stream {index}"
+
+
+def test_n_choices_share_the_prompt_and_differ_by_choice(cluster: TestCluster) -> None:
+    prompt = list(range(500, 700))
+    before = cluster.counter("prefill", "prompt_tokens_computed")
+    answer = cluster.complete(prompt, n=4, max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+    texts = [choice["text"] for choice in sorted(answer["choices"], key=lambda c: c["index"])]
+    assert len(texts) == 4
+    assert len(set(texts)) > 1
+    again = cluster.complete(prompt, n=4, max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+    assert [c["text"] for c in sorted(again["choices"], key=lambda c: c["index"])] == texts
+    computed = cluster.counter("prefill", "prompt_tokens_computed") - before
+    assert computed <= 200 + 7 * 16, "choices share the prompt's full blocks"

@@ -1,0 +1,13 @@
+"""Kernels run compiled where there is a CUDA device, and in Triton's interpreter elsewhere."""
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decides at its import; too late would mean a confusing error in the first kernel.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "triton was imported before TRITON_INTERPRET=1 was set; set it for the whole test run"
+    )
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,153 @@
+"""A session without a cluster: yields what a script says, and remembers what it was asked.
+
+A script is a function from a call to its steps: pieces, an error to raise, or ``HANG`` to wait
+until somebody closes the iterator. Text is tokenised into its UTF-8 bytes.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Literal, cast
+
+from pdserve.cluster.calls import Call, Piece
+from pdserve.errors import PdserveError
+from pdserve.ids import WorkerId
+from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
+from pdserve.text.chat import ChatTemplate
+from pdserve.text.tokenizer import Tokenizer
+
+MODEL = "fake-model"
+VOCAB_SIZE = 257
+EOS = 256
+
+TIMING = Timing(
+    queued_us=1500,
+    prefill_us=20_000,
+    handoff_us=700,
+    cached_tokens=3,
+    preempted_count=1,
+    parked_count=2,
+    level=4,
+    prefill=WorkerId("prefill-1"),
+    decode=WorkerId("decode-1"),
+)
+
+
+class Wait(Enum):
+    HANG = 0
+
+
+HANG = Wait.HANG
+
+Step = Piece | PdserveError | Literal[Wait.HANG]
+Script = Callable[[Call], Iterable[Step]]
+
+
+class FakeTokenizer:
+    vocab_size = VOCAB_SIZE
+    eos_token_ids = (EOS,)
+    bos_token_id = None
+    chat_template = None
+    special_ids = frozenset({EOS})
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text = bytes(token for token in tokens if token != EOS).decode(errors="replace")
+        return text if skip_special_tokens else text + "<eos>" * list(tokens).count(EOS)
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"<eos>" if token == EOS else bytes([token])
+
+
+class FakeTemplate:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        told = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return f"{'tools ' * len(tools or ())}{told}{'assistant: ' * add_generation_prompt}"
+
+
+class FakeSession:
+    """Same methods as ``Session``; mypy checks that where a front is given one."""
+
+    model_name = MODEL
+    context_tokens = 1000
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.tokenizer = cast(Tokenizer, FakeTokenizer())
+        self.template = cast(ChatTemplate, FakeTemplate())
+        self.script: Script = script or said("Hello", " world")
+        self.calls: list[Call] = []
+        self.cancelled: list[str] = []
+        self.open: set[str] = set()
+        self.opened = threading.Event()
+        self.closed = threading.Event()  # whenever no iterator is open any more
+
+    async def generate(self, call: Call) -> AsyncIterator[Piece]:
+        self.calls.append(call)
+        self.open.add(call.call)
+        self.opened.set()
+        try:
+            for step in self.script(call):
+                if isinstance(step, PdserveError):
+                    raise step
+                if isinstance(step, Wait):
+                    await asyncio.Event().wait()
+                else:
+                    yield step
+        finally:
+            self.open.discard(call.call)
+            if not self.open:
+                self.closed.set()
+
+    def cancel(self, call: str) -> bool:
+        self.cancelled.append(call)
+        return call in self.open
+
+
+def piece(
+    text: str,
+    *,
+    choice: int = 0,
+    finish: FinishReason | None = None,
+    stop_reason: str | int | None = None,
+    logprobs: int | None = None,
+) -> Piece:
+    """A piece of one token per byte; each token's logprob is -0.5 and the best are as asked."""
+    tokens = tuple(
+        Token(
+            byte,
+            None
+            if logprobs is None
+            else TokenLogprob(-0.5, tuple((byte + i, -0.5 - i) for i in range(logprobs))),
+        )
+        for byte in text.encode()
+    )
+    return Piece(choice, text, tokens, finish, stop_reason, TIMING)
+
+
+def said(*texts: str, finish: FinishReason = FinishReason.STOP) -> Script:
+    """Every choice says ``texts``, interleaved; the last one with ``finish``."""
+
+    def script(call: Call) -> Iterable[Step]:
+        for text in texts[:-1]:
+            for choice in range(call.n):
+                yield piece(text, choice=choice, logprobs=call.sampling.logprobs)
+        for choice in range(call.n):
+            yield piece(texts[-1], choice=choice, finish=finish, logprobs=call.sampling.logprobs)
+
+    return script
+
+
+def steps(*given: Step) -> Script:
+    return lambda _: given

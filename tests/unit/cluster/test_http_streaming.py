@@ -1,0 +1,139 @@
+"""Streams: which events there are, in which order, and how many writes they take."""
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from pdserve.cluster.http.app import create_app
+from pdserve.config import GatewayConfig
+from pdserve.errors import WorkerLost
+from pdserve.messages import FinishReason
+from tests.unit.cluster.asgi import post
+from tests.unit.cluster.fake_session import FakeSession, piece, said, steps
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+ASK = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+@pytest.fixture(scope="module")
+def session() -> FakeSession:
+    return FakeSession()
+
+
+@pytest.fixture(scope="module")
+def app(session: FakeSession) -> FastAPI:
+    return create_app(session, config=GatewayConfig())
+
+
+@pytest.fixture(autouse=True)
+def fresh(session: FakeSession) -> None:
+    session.script = said("Hello", " world")
+
+
+def deltas(events: list[Any], index: int = 0) -> list[Any]:
+    return [
+        choice["delta"]
+        for event in events
+        for choice in event["choices"]
+        if choice["index"] == index
+    ]
+
+
+def test_a_chat_begins_with_the_role_and_ends_with_a_reason(app: FastAPI) -> None:
+    reply = post(app, CHAT, ASK)
+    events = reply.events()
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert deltas(events) == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hello"},
+        {"content": " world"},
+    ]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, "stop"]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert len({event["id"] for event in events}) == 1
+    assert all("usage" not in event and "pdserve" not in event for event in events)
+
+
+def test_every_choice_has_a_role_of_its_own(app: FastAPI) -> None:
+    events = post(app, CHAT, ASK | {"n": 3}).events()
+    for index in range(3):
+        said_ = deltas(events, index)
+        assert said_[0] == {"role": "assistant", "content": ""}
+        assert "".join(delta["content"] for delta in said_) == "Hello world"
+
+
+def test_a_piece_without_text_says_nothing(app: FastAPI, session: FakeSession) -> None:
+    session.script = steps(piece("a"), piece(""), piece("", finish=FinishReason.LENGTH))
+    events = post(app, CHAT, ASK).events()
+    assert deltas(events) == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
+    session.script = steps(piece("a"), piece(""), piece("", finish=FinishReason.LENGTH))
+    texts = [
+        event["choices"][0]["text"]
+        for event in post(app, COMPLETION, {"prompt": "x", "stream": True}).events()
+    ]
+    assert texts == ["a", ""]
+
+
+def test_usage_and_timing_are_a_last_chunk_without_choices(app: FastAPI) -> None:
+    *before, last = post(
+        app, CHAT, ASK | {"stream_options": {"include_usage": True}, "include_timing": True}
+    ).events()
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 11
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert last["pdserve"]["decode_worker"] == "decode-1"
+    assert all(event["choices"] and event["usage"] is None for event in before)
+
+
+def test_continuous_usage_counts_up(app: FastAPI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = post(app, CHAT, ASK | {"stream_options": options}).events()
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 11
+
+
+def test_completion_chunks_and_their_logprobs(app: FastAPI) -> None:
+    body = {"prompt": "x", "stream": True, "echo": True}
+    events = post(app, COMPLETION, body).events()
+    assert [event["choices"][0]["text"] for event in events] == ["xHello", " world"]
+    scored = post(app, COMPLETION, {"prompt": "x", "stream": True, "logprobs": 0}).events()
+    offsets = [o for e in scored for o in e["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == list(range(11))
+
+
+def test_chat_logprobs_travel_with_their_chunk(app: FastAPI, session: FakeSession) -> None:
+    events = post(app, CHAT, ASK | {"logprobs": True}).events()
+    tokens = [
+        score["token"]
+        for event in events
+        for score in (event["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    assert "".join(tokens) == "Hello world"
+
+
+def test_text_that_json_must_escape_arrives(app: FastAPI, session: FakeSession) -> None:
+    text = 'quote " newline \n data: [DONE]\n\n emoji 🙂 line\u2028separator \x00'
+    session.script = steps(piece(text), piece("", finish=FinishReason.STOP))
+    assert deltas(post(app, CHAT, ASK).events())[1] == {"content": text}
+
+
+def test_pieces_that_are_ready_together_leave_in_one_write(
+    app: FastAPI, session: FakeSession
+) -> None:
+    session.script = said(*"abcdefgh")
+    reply = post(app, CHAT, ASK)
+    assert len(reply.events()) == 9
+    assert len(reply.writes) == 2  # all pieces, then the end
+
+
+def test_an_error_in_mid_stream_is_an_event(app: FastAPI, session: FakeSession) -> None:
+    session.script = steps(piece("Hel"), WorkerLost("they keep dying"))
+    reply = post(app, CHAT, ASK)
+    events = reply.events()
+    assert reply.status == 200
+    assert deltas(events[:-1])[-1] == {"content": "Hel"}
+    assert events[-1]["error"]["message"] == "they keep dying"
+    assert events[-1]["error"]["code"] == "worker_lost"

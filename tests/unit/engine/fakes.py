@@ -1,0 +1,255 @@
+"""Stand-ins for the runner, its pool and the store, for tests of the loops.
+
+The fake model is honest about KV: a token leaves 8 bytes in its block that name token and position,
+and the logits are a hash of all of a sequence's bytes as they lie in the pool. So one block that is
+missing, swapped or somebody else's changes every token after it.
+"""
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import tokenizers
+import torch
+from numpy.typing import NDArray
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import WordLevel
+
+from pdserve.errors import BlockMissing, ChecksumMismatch, OutOfBlocks, StoreUnavailable, TicketGone
+from pdserve.ids import BlockKey, HostId, RequestId, TicketId
+from pdserve.messages import Address
+from pdserve.model.runner import Run
+from pdserve.text.tokenizer import Tokenizer
+
+BLOCK_TOKENS = 4
+ENTRY_BYTES = 8
+BLOCK_BYTES = BLOCK_TOKENS * ENTRY_BYTES
+VOCABULARY = 26
+EOS = 25  # the letter z
+
+
+def address(name: str) -> Address:
+    return Address(HostId(name), f"/{name}", "")
+
+
+def letters() -> Tokenizer:
+    """Token i is the i-th letter; the last, z, ends a request."""
+    vocabulary = {chr(ord("a") + token): token for token in range(VOCABULARY)}
+    hf = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    hf.decoder = ByteLevel()
+    return Tokenizer(hf, eos_token_ids=(EOS,), bos_token_id=None, chat_template=None)
+
+
+def entry(token: int, position: int) -> bytes:
+    return token.to_bytes(4, "little") + position.to_bytes(4, "little")
+
+
+class FakePool:
+    def __init__(self, block_count: int) -> None:
+        self.block_count = block_count
+        self.block_tokens = BLOCK_TOKENS
+        self.block_bytes = BLOCK_BYTES
+        self.data = [bytearray(BLOCK_BYTES) for _ in range(block_count)]
+
+    def read_block(self, block: int, out: memoryview) -> None:
+        out[:] = self.data[block]
+
+    def write_block(self, block: int, data: memoryview) -> None:
+        self.data[block][:] = data
+
+
+@dataclass(frozen=True)
+class FakeArchitecture:
+    context_tokens: int = 400
+
+
+class FakeRunner:
+    def __init__(self, block_count: int = 64) -> None:
+        self.architecture = FakeArchitecture()
+        self.pool = FakePool(block_count)
+        self.steps: list[list[int]] = []  # tokens of each run of each step
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(map(sum, self.steps))
+
+    def step(self, runs: Sequence[Run]) -> torch.Tensor:
+        self.steps.append([len(run.tokens) for run in runs])
+        for run in runs:
+            for position, token in enumerate(run.tokens, run.start):
+                block, offset = run.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS
+                start = offset * ENTRY_BYTES
+                self.pool.data[block][start : start + ENTRY_BYTES] = entry(token, position)
+        rows = [self._logits(run) for run in runs if run.wants_logits]
+        return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, VOCABULARY))
+
+    def _logits(self, run: Run) -> NDArray[np.float32]:
+        kv = b"".join(bytes(self.pool.data[block]) for block in run.blocks)
+        return logits_of(kv[: (run.start + len(run.tokens)) * ENTRY_BYTES])
+
+
+def logits_of(kv: bytes) -> NDArray[np.float32]:
+    digest = hashlib.blake2b(kv, digest_size=64).digest()
+    numbers = np.frombuffer(digest[: 2 * VOCABULARY], dtype=np.uint16)
+    return numbers.astype(np.float32) / np.float32(16384)
+
+
+@dataclass
+class FakeClaim:
+    blocks: list[bytes]
+    keys: list[BlockKey | None]
+
+    has_tail: bool = False
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks) - self.has_tail
+
+
+@dataclass
+class FakeTicket:
+    reader: str
+    block_count: int
+    keys: list[BlockKey] = field(default_factory=list)
+    tail: bytes | None = None
+    sealed: bool = False
+
+
+class FakeStore:
+    """A store node and everybody's client of it, in one: blocks, claims and tickets in dicts."""
+
+    def __init__(self, slot_count: int = 1000) -> None:
+        self.slot_count = slot_count
+        self.blocks: dict[BlockKey, bytes] = {}
+        self.tickets: dict[TicketId, FakeTicket] = {}
+        self.claims: list[FakeClaim] = []
+        self.bad: set[BlockKey] = set()  # these fail their checksum
+        self.down = False
+        self.full = False  # tickets find no slots
+        self.calls: deque[str] = deque()
+        self.counters: Counter[str] = Counter()
+        self._next_ticket = 0
+
+    def claim(self, keys: Sequence[BlockKey]) -> FakeClaim:
+        self._called("claim")
+        present = []
+        for key in keys:
+            if key not in self.blocks:
+                break
+            present.append(key)
+        claim = FakeClaim([self.blocks[key] for key in present], list(present))
+        self.claims.append(claim)
+        return claim
+
+    def read(self, claim: FakeClaim, index: int, out: memoryview) -> None:
+        self._called("read")
+        key = claim.keys[index]
+        if key is not None and key in self.bad:
+            self.counters["checksum_failures"] += 1
+            raise ChecksumMismatch("bytes and checksum differ")
+        out[:] = claim.blocks[index]
+        self.counters["blocks_restored"] += 1
+
+    def release(self, claim: FakeClaim) -> None:
+        if claim in self.claims:
+            self.claims.remove(claim)
+
+    def put(
+        self, keys: Sequence[BlockKey], first: int, fill: Callable[[int, memoryview], None]
+    ) -> int:
+        self._called("put")
+        stored = 0
+        for index in range(first, len(keys)):
+            if keys[index] not in self.blocks and len(self.blocks) >= self.slot_count:
+                break
+            self._store(keys, index, fill)
+            stored += 1
+        return stored
+
+    def open_ticket(
+        self, request: RequestId, attempt: int, *, reader: str, block_count: int, wait_ms: int
+    ) -> TicketId:
+        self._called("open_ticket")
+        if self.full:
+            raise OutOfBlocks(block_count, 0, retry_after_ms=1)
+        self._next_ticket += 1
+        ticket = TicketId(f"t{self._next_ticket}")
+        self.tickets[ticket] = FakeTicket(reader, block_count)
+        return ticket
+
+    def push(
+        self,
+        ticket: TicketId,
+        keys: Sequence[BlockKey],
+        first: int,
+        fill: Callable[[int, memoryview], None],
+    ) -> None:
+        self._called("push")
+        record = self._ticket(ticket)
+        assert not record.sealed
+        assert len(record.keys) == first, "pushes must be gapless"
+        for index in range(first, len(keys)):
+            self._store(keys, index, fill)
+        record.keys = list(keys)
+        assert len(record.keys) <= record.block_count
+
+    def push_tail(self, ticket: TicketId, fill: Callable[[memoryview], None]) -> None:
+        self._called("push_tail")
+        data = bytearray(BLOCK_BYTES)
+        fill(memoryview(data))
+        self._ticket(ticket).tail = bytes(data)
+
+    def seal(self, ticket: TicketId) -> None:
+        self._called("seal")
+        record = self._ticket(ticket)
+        assert len(record.keys) + (record.tail is not None) == record.block_count
+        record.sealed = True
+
+    def abort(self, ticket: TicketId) -> None:
+        self._called("abort")
+        self.tickets.pop(ticket, None)
+
+    def adopt(self, ticket: TicketId) -> FakeClaim:
+        self._called("adopt")
+        record = self._ticket(ticket)
+        assert record.sealed
+        if not all(key in self.blocks for key in record.keys):
+            raise BlockMissing("a block of the ticket is gone")
+        del self.tickets[ticket]
+        keys: list[BlockKey | None] = [*record.keys]
+        blocks = [self.blocks[key] for key in record.keys]
+        if record.tail is not None:
+            keys.append(None)
+            blocks.append(record.tail)
+        claim = FakeClaim(blocks, keys, has_tail=record.tail is not None)
+        self.claims.append(claim)
+        return claim
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def check_idle(self) -> None:
+        assert not self.tickets
+        assert not self.claims
+
+    def _store(
+        self, keys: Sequence[BlockKey], index: int, fill: Callable[[int, memoryview], None]
+    ) -> None:
+        if keys[index] in self.blocks:
+            return
+        data = bytearray(BLOCK_BYTES)
+        fill(index, memoryview(data))
+        self.blocks[keys[index]] = bytes(data)
+        self.counters["blocks_put"] += 1
+
+    def _ticket(self, ticket: TicketId) -> FakeTicket:
+        if ticket not in self.tickets:
+            raise TicketGone(f"no ticket {ticket}")
+        return self.tickets[ticket]
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if self.down:
+            raise StoreUnavailable("the store is down")

@@ -1,0 +1,108 @@
+"""When a request ends, and how its next token is drawn, from its tokens alone."""
+
+from pdserve.engine.sequence import Sequence, stretch_us
+from pdserve.messages import FinishReason, Request, Route, Timing, Token
+from tests.unit.engine.fakes import BLOCK_TOKENS, EOS, address
+from tests.unit.engine.rig import NAMESPACE, TOKENIZER, prompt, request
+
+ROUTE = Route("p", "d", address("d"), None)  # type: ignore[arg-type]
+
+
+def sequence(asked: Request, *, context_tokens: int = 400) -> Sequence:
+    return Sequence(
+        asked,
+        ROUTE,
+        asked.tokens,
+        Timing(),
+        keys=asked.block_keys,
+        namespace=NAMESPACE,
+        tokenizer=TOKENIZER,
+        block_tokens=BLOCK_TOKENS,
+        context_tokens=context_tokens,
+    )
+
+
+def endings(asked: Request, text: str) -> list[tuple[FinishReason, str | int | None] | None]:
+    """The ending after each letter of ``text``, generated one by one."""
+    one, seen = sequence(asked), []
+    for letter in text:
+        one.accept(Token(ord(letter) - ord("a")))
+        seen.append((one.ending.finish, one.ending.stop_reason) if one.ending else None)
+    return seen
+
+
+def test_max_tokens_counts_generated_ones() -> None:
+    assert endings(request(max_tokens=2), "ab") == [None, (FinishReason.LENGTH, None)]
+
+
+def test_max_tokens_counts_over_all_attempts() -> None:
+    again = request(tokens=prompt(12), prompt_tokens=10, max_tokens=3)
+    assert endings(again, "a") == [(FinishReason.LENGTH, None)]
+
+
+def test_the_end_of_sequence_token_ends_unless_ignored() -> None:
+    assert endings(request(ignore_eos=False), "az") == [None, (FinishReason.STOP, None)]
+    assert endings(request(ignore_eos=True), "az") == [None, None]
+
+
+def test_a_stop_token_is_the_reason() -> None:
+    assert endings(request(stop_token_ids=(2,)), "bc") == [None, (FinishReason.STOP, 2)]
+
+
+def test_a_stop_string_over_several_tokens_is_the_reason() -> None:
+    seen = endings(request(stop=("bcd", "x")), "abcd")
+    assert seen == [None, None, None, (FinishReason.STOP, "bcd")]
+
+
+def test_a_stop_string_counts_over_all_attempts() -> None:
+    """The first attempt delivered "bc"; the second adds the "d"."""
+    again = request(tokens=(*prompt(10), 1, 2), prompt_tokens=10, stop=("bcd",))
+    assert endings(again, "d") == [(FinishReason.STOP, "bcd")]
+
+
+def test_a_stop_string_in_the_prompt_does_not_count() -> None:
+    assert endings(request(tokens=(1, 2), stop=("bcd",)), "d") == [None]
+
+
+def test_a_full_context_ends_with_length() -> None:
+    one = sequence(request(tokens=prompt(10)), context_tokens=11)
+    one.accept(Token(0))
+    assert one.ending is not None
+    assert one.ending.finish is FinishReason.LENGTH
+
+
+def test_a_request_without_room_for_a_token_has_ended() -> None:
+    assert sequence(request(tokens=prompt(10)), context_tokens=10).ending is not None
+    done = request(tokens=prompt(12), prompt_tokens=10, max_tokens=2)
+    assert sequence(done).ending is not None
+
+
+def test_the_next_token_is_drawn_by_its_index() -> None:
+    again = request(tokens=prompt(12), prompt_tokens=10, choice=3, min_tokens=3)
+    row = sequence(again).sampler_row()
+    assert (row.index, row.choice, row.seed, row.prompt_tokens) == (2, 3, 1234, 10)
+
+
+def test_below_min_tokens_what_would_end_it_is_forbidden() -> None:
+    asked = request(ignore_eos=False, min_tokens=1, stop_token_ids=(3,))
+    one = sequence(asked)
+    assert one.sampler_row().forbidden == (3, EOS)
+    one.accept(Token(0))
+    assert one.sampler_row().forbidden == ()
+
+
+def test_ignored_end_of_sequence_is_not_forbidden() -> None:
+    assert sequence(request(ignore_eos=True, min_tokens=1)).sampler_row().forbidden == ()
+
+
+def test_keys_grow_with_the_tokens() -> None:
+    one = sequence(request(tokens=prompt(7)))
+    assert len(one.keys(5)) == 1
+    one.accept(Token(0))
+    assert len(one.keys(5)) == 2
+
+
+def test_a_stretch_is_not_negative_and_needs_a_beginning() -> None:
+    assert stretch_us(Timing(since_unix_us=100), 150) == 50
+    assert stretch_us(Timing(since_unix_us=100), 90) == 0
+    assert stretch_us(Timing(), 90) == 0

@@ -1,0 +1,126 @@
+"""The arena file: geometry, headers, and who may map what."""
+
+import mmap
+from pathlib import Path
+
+import pytest
+
+from pdserve.errors import ConfigError, StoreUnavailable
+from pdserve.ids import BlockKey, SlotId, StoreId
+from pdserve.kvstore.arena import (
+    ALIGNMENT_BYTES,
+    SLOTS_MAX,
+    Geometry,
+    block_checksum,
+    create_arena,
+    geometry_of,
+    open_arena,
+    prefault,
+)
+from pdserve.kvstore.slots import Slot, SlotState
+
+STORE = StoreId("store-1")
+KEY = BlockKey(b"k" * 16)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 63, 64, 65, 4096, 368_640])
+def test_slots_neither_overlap_nor_leave_the_file(block_bytes: int) -> None:
+    geometry = geometry_of(10 * 368_640, block_bytes)
+    assert geometry.stride_bytes >= block_bytes
+    assert geometry.stride_bytes % ALIGNMENT_BYTES == 0
+    assert geometry.payload_offset >= mmap.PAGESIZE + 64 * geometry.slot_count
+    end = geometry.payload_offset + geometry.slot_count * geometry.stride_bytes
+    assert end <= geometry.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("arena_bytes", "block_bytes", "message"),
+    [
+        (1000, 0, "block_bytes is 0"),
+        (63, 64, "holds 0 blocks"),
+        (64 * (SLOTS_MAX + 1), 64, f"holds {SLOTS_MAX + 1} blocks"),
+    ],
+)
+def test_an_arena_that_makes_no_sense_is_refused(
+    arena_bytes: int, block_bytes: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        geometry_of(arena_bytes, block_bytes)
+
+
+def test_an_arena_larger_than_the_memory_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lower store.arena_bytes"):
+        create_arena(tmp_path / "arena", Geometry(1 << 17, 1 << 30), STORE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("state", list(SlotState))
+def test_a_header_reads_as_it_was_written(tmp_path: Path, state: SlotState) -> None:
+    arena = create_arena(tmp_path / "arena", Geometry(3, 100), STORE)
+    key = None if state is SlotState.FREE else KEY
+    record = Slot(state=state, generation=5, key=key, checksum=(1 << 64) - 1)
+    arena.write_header(SlotId(1), record)
+    seen = open_arena(tmp_path / "arena", STORE, writable=False).header(SlotId(1))
+    assert (seen.state, seen.generation, seen.key, seen.checksum) == (
+        state,
+        5,
+        key,
+        (1 << 64) - 1,
+    )
+    for other in (0, 2):
+        assert arena.header(SlotId(other)).state is SlotState.FREE
+
+
+def test_bytes_written_through_one_mapping_are_read_through_another(tmp_path: Path) -> None:
+    create_arena(tmp_path / "arena", Geometry(3, 100), STORE)
+    writer = open_arena(tmp_path / "arena", STORE, writable=True)
+    reader = open_arena(tmp_path / "arena", STORE, writable=False)
+    writer.payload(SlotId(0))[:] = b"a" * 100
+    writer.write(SlotId(1), memoryview(b"b" * 100))
+    out = bytearray(100)
+    for slot, content in ((0, b"a"), (1, b"b"), (2, b"\0")):
+        reader.read(SlotId(slot), memoryview(out))
+        assert bytes(out) == content * 100
+
+
+def test_a_reader_cannot_write(tmp_path: Path) -> None:
+    create_arena(tmp_path / "arena", Geometry(1, 100), STORE)
+    reader = open_arena(tmp_path / "arena", STORE, writable=False)
+    with pytest.raises(TypeError, match="read-only"):
+        reader.payload(SlotId(0))[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        reader.write(SlotId(0), memoryview(bytes(100)))
+
+
+def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
+    create_arena(tmp_path / "arena", Geometry(1, 100), STORE)
+    assert (tmp_path / "arena").stat().st_mode & 0o777 == 0o600
+
+
+def test_another_nodes_arena_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "arena"
+    with pytest.raises(StoreUnavailable, match="No such file"):
+        open_arena(path, STORE, writable=False)
+    create_arena(path, Geometry(1, 100), STORE)
+    with pytest.raises(StoreUnavailable, match="not the arena of store-2"):
+        open_arena(path, StoreId("store-2"), writable=False)
+    path.write_bytes(b"short")
+    with pytest.raises(StoreUnavailable, match="not the arena"):
+        open_arena(path, STORE, writable=False)
+
+
+def test_prefault_takes_all_memory_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "arena"
+    create_arena(path, Geometry(10, 1 << 20), STORE)
+    size = path.stat().st_size
+    assert path.stat().st_blocks * 512 < size
+    assert prefault(path, 0) == size
+    assert path.stat().st_blocks * 512 >= size
+
+
+def test_a_checksum_covers_key_and_payload() -> None:
+    payload = bytearray(100)
+    checksum = block_checksum(KEY, memoryview(payload))
+    assert block_checksum(None, memoryview(payload)) != checksum
+    payload[99] ^= 1
+    assert block_checksum(KEY, memoryview(payload)) != checksum

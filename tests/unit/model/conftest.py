@@ -1,0 +1,59 @@
+"""Runners over small models, with the kernels of one's choice."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdserve.model.architecture import read_architecture
+from pdserve.model.cpu.library import load_library
+from pdserve.model.cpu_ops import CpuOps
+from pdserve.model.gguf_weights import GgufWeights
+from pdserve.model.ops import Ops
+from pdserve.model.pool import KvPool
+from pdserve.model.runner import ModelRunner
+from pdserve.model.safetensors_weights import SafetensorsWeights
+from pdserve.model.source import ModelFiles
+from pdserve.model.torch_ops import TorchOps
+from pdserve.model.weights import build_weights
+
+RunnerOf = Callable[..., ModelRunner]
+
+
+def ops_named(name: str) -> Ops:
+    if name == "torch":
+        return TorchOps()
+    library = load_library()
+    if library is None:
+        pytest.skip("needs g++ for the C++ kernels")
+    return CpuOps(library)
+
+
+@pytest.fixture
+def runner_of() -> RunnerOf:
+    def build(
+        path: Path,
+        *,
+        kernels: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        block_count: int = 32,
+        block_tokens: int = 16,
+    ) -> ModelRunner:
+        files = ModelFiles("small", "gguf" if path.is_file() else "safetensors", path)
+        architecture = read_architecture(files)
+        source = (
+            GgufWeights(path, architecture) if path.is_file() else SafetensorsWeights(path)
+        )
+        ops, device = ops_named(kernels), torch.device("cpu")
+        weights = build_weights(architecture, source, ops, dtype=dtype, device=device)
+        pool = KvPool(
+            architecture,
+            block_count=block_count,
+            block_tokens=block_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        return ModelRunner(architecture, weights, ops, pool)
+
+    return build

@@ -1,0 +1,163 @@
+"""The logits of a token and the KV it leaves are the same bits, whatever computes them with what.
+
+The yardstick is the plainest way there is: every sequence alone, one token per step. Against it
+stand random schedules: steps of up to 64 runs, some whole prompts, some chunks cut anywhere, some
+single tokens, and sequences that move to another pool, as bytes, in the middle.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdserve.model.runner import ModelRunner, Run
+from tests.models.small import write_small_model
+from tests.unit.model.conftest import RunnerOf
+
+BLOCK_TOKENS = 16
+SHAPES = {
+    "head dim 16, groups of 2": {"hidden": 64, "heads": 4, "kv_heads": 2},
+    "head dim 24, groups of 3, odd sizes": {"hidden": 72, "heads": 3, "kv_heads": 1, "ffn": 100},
+    "one layer of SmolLM2": {"hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "layers": 1},
+}
+
+
+@dataclass
+class Sequence:
+    tokens: list[int]
+    blocks: list[int]
+    logits_NV: torch.Tensor
+    kv: list[bytes]
+    done: int = 0
+    home: int = 0
+
+
+def alone(runner: ModelRunner, tokens: list[int], blocks: list[int]) -> Sequence:
+    runner.pool.tensor.zero_()
+    rows = [runner.step([Run([token], at, blocks)])[0] for at, token in enumerate(tokens)]
+    return Sequence(tokens, blocks, torch.stack(rows), kv_of(runner, blocks))
+
+
+def kv_of(runner: ModelRunner, blocks: list[int]) -> list[bytes]:
+    contents = [bytearray(runner.pool.block_bytes) for _ in blocks]
+    for block, content in zip(blocks, contents, strict=True):
+        runner.pool.read_block(block, memoryview(content))
+    return [bytes(content) for content in contents]
+
+
+def move(sequence: Sequence, runners: list[ModelRunner]) -> None:
+    source, target = runners[sequence.home], runners[1 - sequence.home]
+    for block, content in zip(sequence.blocks, kv_of(source, sequence.blocks), strict=True):
+        target.pool.write_block(block, memoryview(content))
+    sequence.home = 1 - sequence.home
+
+
+def random_run(sequence: Sequence, chance: random.Random) -> Run:
+    left = len(sequence.tokens) - sequence.done
+    length = min(left, chance.choice([1, 1, 2, 5, 17, 64, left]))
+    stretch = sequence.tokens[sequence.done : sequence.done + length]
+    return Run(stretch, sequence.done, sequence.blocks)
+
+
+def run_in_company(
+    runners: list[ModelRunner], sequences: list[Sequence], chance: random.Random
+) -> int:
+    """All sequences to their ends in random steps, comparing every row; the steps it took."""
+    steps = 0
+    for runner in runners:
+        runner.pool.tensor.zero_()
+    while waiting := [s for s in sequences if s.done < len(s.tokens)]:
+        for sequence in waiting:
+            if chance.random() < 0.1:
+                move(sequence, runners)
+        here = [s for s in waiting if s.home == waiting[0].home]
+        chosen = chance.sample(here, chance.randint(1, len(here)))
+        runs = [random_run(sequence, chance) for sequence in chosen]
+        logits_RV = runners[waiting[0].home].step(runs)
+        for sequence, run, row_V in zip(chosen, runs, logits_RV, strict=True):
+            sequence.done += len(run.tokens)
+            expected_V = sequence.logits_NV[sequence.done - 1]
+            assert torch.equal(row_V, expected_V), (steps, sequence.done, len(run.tokens))
+        steps += 1
+    return steps
+
+
+def draw_sequences(
+    runner: ModelRunner, chance: random.Random, count: int, longest: int
+) -> list[Sequence]:
+    free = list(range(runner.pool.block_count))
+    chance.shuffle(free)
+    sequences = []
+    for _ in range(count):
+        length = chance.randint(1, longest)
+        blocks = [free.pop() for _ in range(-(-length // BLOCK_TOKENS))]
+        tokens = [chance.randrange(runner.architecture.vocab_size) for _ in range(length)]
+        sequences.append(alone(runner, tokens, blocks))
+    return sequences
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_company_chunks_and_moves_change_no_bit(
+    tmp_path: Path, runner_of: RunnerOf, shape: str, kernels: str, dtype: torch.dtype
+) -> None:
+    directory = write_small_model(tmp_path, **SHAPES[shape])
+    chance = random.Random(f"{shape} {kernels}")
+    runners = [
+        runner_of(directory, kernels=kernels, dtype=dtype, block_count=64) for _ in range(2)
+    ]
+    sequences = draw_sequences(runners[0], chance, count=6, longest=150)
+
+    steps = run_in_company(runners, sequences, chance)
+
+    assert steps > 1
+    for sequence in sequences:
+        assert kv_of(runners[sequence.home], sequence.blocks) == sequence.kv
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_64_gives_every_row_what_it_gets_alone(
+    tmp_path: Path, runner_of: RunnerOf, dtype: torch.dtype
+) -> None:
+    directory = write_small_model(tmp_path, **SHAPES["one layer of SmolLM2"])
+    chance = random.Random(64)
+    runner = runner_of(directory, dtype=dtype, block_count=128)
+    sequences = draw_sequences(runner, chance, count=64, longest=12)
+    runner.pool.tensor.zero_()
+
+    logits_RV = runner.step([Run(s.tokens, 0, s.blocks) for s in sequences])
+
+    for sequence, row_V in zip(sequences, logits_RV, strict=True):
+        assert torch.equal(row_V, sequence.logits_NV[-1])
+        assert kv_of(runner, sequence.blocks) == sequence.kv
+
+
+def test_a_row_that_wants_no_logits_changes_none_of_the_others(
+    tmp_path: Path, runner_of: RunnerOf
+) -> None:
+    directory = write_small_model(tmp_path)
+    runner = runner_of(directory)
+    sequences = draw_sequences(runner, random.Random(1), count=3, longest=20)
+
+    logits_RV = runner.step(
+        [Run(s.tokens, 0, s.blocks, wants_logits=index != 1) for index, s in enumerate(sequences)]
+    )
+
+    assert logits_RV.shape[0] == 2
+    assert torch.equal(logits_RV[0], sequences[0].logits_NV[-1])
+    assert torch.equal(logits_RV[1], sequences[2].logits_NV[-1])
+
+
+def test_the_block_size_changes_no_bit(tmp_path: Path, runner_of: RunnerOf) -> None:
+    directory = write_small_model(tmp_path)
+    tokens = [index * 7 % 512 for index in range(100)]
+    runs = [Run(tokens, 0, list(range(100)))]
+
+    by_16, by_5 = (
+        runner_of(directory, block_tokens=size, block_count=100).step(runs) for size in (16, 5)
+    )
+
+    assert torch.equal(by_16, by_5)

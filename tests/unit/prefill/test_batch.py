@@ -1,0 +1,31 @@
+"""Which chunks share a step, and how its time is split."""
+
+import pytest
+
+from pdserve.prefill.batch import chunk_tokens, shares_us
+
+
+@pytest.mark.parametrize(
+    ("remaining", "budget", "chunk"),
+    [
+        (5, 8, 5),  # finishes
+        (8, 8, 8),
+        (9, 8, 8),  # ends at a border
+        (9, 7, 4),  # the border below the budget
+        (9, 3, 0),  # no full block left to compute
+        (3, 3, 3),
+    ],
+)
+def test_a_chunk_finishes_its_prompt_or_ends_at_a_border(
+    remaining: int, budget: int, chunk: int
+) -> None:
+    assert chunk_tokens(remaining, budget, block_tokens=4) == chunk
+
+
+@pytest.mark.parametrize(("elapsed", "chunks"), [(100, (3, 3, 3)), (7, (1,)), (0, (4, 5))])
+def test_shares_add_up(elapsed: int, chunks: tuple[int, ...]) -> None:
+    assert sum(shares_us(elapsed, chunks)) == elapsed
+
+
+def test_shares_follow_the_tokens() -> None:
+    assert shares_us(100, (1, 3)) == (25, 75)

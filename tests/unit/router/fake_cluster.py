@@ -1,0 +1,324 @@
+"""A cluster around the router's core: workers and one gateway that keep the protocol, and may die.
+
+Every connection is a queue: commands to a worker, events from a worker, hand-offs from a prefill
+worker to a decode worker. Whoever drives the cluster chooses which queue moves next, so events
+arrive in every order that separate connections allow. Time passes only in ``pass_time``.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from pdserve.clock import MS
+from pdserve.errors import ErrorInfo
+from pdserve.ids import RequestId, WorkerId
+from pdserve.lifecycle import Event
+from pdserve.messages import (
+    Cancel,
+    ChunkDone,
+    Dispatch,
+    Handoff,
+    Hello,
+    Lost,
+    Preempt,
+    Progress,
+    Refused,
+    Report,
+    Request,
+    Resume,
+    Role,
+    WorkerFailed,
+)
+from pdserve.router import planner
+from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
+from pdserve.router.fleet import HELD_MAX
+from tests.unit.router import build
+
+CHUNK_TOKENS = 64
+POOL_BLOCKS = 24
+RUNNING_MAX = 3
+
+Said = Report | Handoff | WorkerFailed
+
+
+@dataclass(slots=True)
+class Job:
+    request: Request
+    route: Handoff | Dispatch
+    tokens: int  # prefill: with KV; decode: prompt and generated
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    hello: Hello
+    inbox: deque[object] = field(default_factory=deque)
+    outbox: deque[Said] = field(default_factory=deque)
+    jobs: dict[RequestId, Job] = field(default_factory=dict)  # in the order they came
+    arriving: deque[Handoff] = field(default_factory=deque)  # at decode: not yet adopted
+    preempted: set[RequestId] = field(default_factory=set)
+    draining: bool = False
+    sequence: int = 0
+
+    @property
+    def used_blocks(self) -> int:
+        return sum(-(-job.tokens // build.BLOCK_TOKENS) for job in self.jobs.values())
+
+    def say(self, *progress: Progress, chunks: tuple[ChunkDone, ...] = ()) -> None:
+        is_prefill = self.hello.role is Role.PREFILL
+        running = min(1, len(self.jobs)) if is_prefill else len(self.jobs)
+        self.outbox.append(
+            Report(
+                worker=self.hello.worker,
+                sequence=self.sequence,
+                draining=self.draining,
+                running=running,
+                waiting=len(self.jobs) - running + len(self.arriving),
+                free_blocks=POOL_BLOCKS if is_prefill else POOL_BLOCKS - self.used_blocks,
+                progress=progress,
+                chunks=chunks,
+            )
+        )
+        self.sequence += 1
+
+
+class FakeCluster:
+    def __init__(self) -> None:
+        self.core = RouterCore(build.settings(waiting_max=8), unix_zero_ms=0)
+        self.now_ns = 0
+        self.workers: dict[str, FakeWorker] = {}
+        self.wanted: dict[RequestId, Request] = {}  # the attempt the gateway waits for
+        self.lost: deque[Request] = deque()  # to be submitted again
+        self._born = 0
+
+    # ── what a driver may do ─────────────────────────────────────────────────────────────────────
+
+    def join(self, role: Role) -> None:
+        name = f"{role[0]}{self._born}"
+        self._born += 1
+        said = build.hello(
+            name, chunk_tokens=CHUNK_TOKENS, block_count=POOL_BLOCKS, running_max=RUNNING_MAX
+        )
+        self.workers[name] = FakeWorker(said)
+        self._carry_out(self.core.on_hello(said, self.now_ns))
+
+    def kill(self, worker: str) -> None:
+        del self.workers[worker]
+        self._carry_out(self.core.on_worker_lost(WorkerId(worker), self.now_ns))
+
+    def reconnect(self, worker: str) -> None:
+        """What was on its way in either direction is gone."""
+        self.workers[worker].inbox.clear()
+        self.workers[worker].outbox.clear()
+        self._carry_out(self.core.on_hello(self.workers[worker].hello, self.now_ns))
+
+    def submit(self, tokens: int, max_tokens: int, document: str, deadline_ms: int) -> None:
+        name = f"r{self._born}"
+        self._born += 1
+        request = build.request(
+            name,
+            tokens,
+            max_tokens=max_tokens,
+            document=document,
+            deadline_ms=self.now_ns // MS + deadline_ms,
+        )
+        self.wanted[request.request] = request
+        self._carry_out(self.core.on_submit(request, self.now_ns))
+
+    def submit_again(self) -> None:
+        request = self.lost.popleft()
+        if request.request in self.wanted:
+            again = replace(request, attempt=request.attempt + 1)
+            self.wanted[request.request] = again
+            self._carry_out(self.core.on_submit(again, self.now_ns))
+
+    def cancel(self, request: RequestId) -> None:
+        self.wanted.pop(request, None)
+        self._carry_out(self.core.on_cancel(request, self.now_ns))
+
+    def pass_time(self, elapsed_ms: int) -> None:
+        self.now_ns += elapsed_ms * MS
+        self._carry_out(self.core.on_tick(self.now_ns))
+
+    def obey(self, worker: str) -> None:
+        """The worker reads its oldest command."""
+        here = self.workers[worker]
+        if not here.inbox:
+            return
+        match here.inbox.popleft():
+            case Dispatch(request, _, _) as dispatch:
+                here.jobs[request.request] = Job(request, dispatch, 0)
+                here.say()
+            case Resume(handoff):
+                here.arriving.append(handoff)
+            case Preempt(request, attempt):
+                job = here.jobs.get(request)
+                if job is not None and job.request.attempt == attempt:
+                    here.preempted.add(request)
+                    if request != next(iter(here.jobs)):
+                        self._hand_back(here, job)
+            case Cancel(request):
+                here.jobs.pop(request, None)
+                here.arriving = deque(
+                    handoff for handoff in here.arriving if handoff.request.request != request
+                )
+                here.say()
+
+    def hear(self, worker: str) -> None:
+        """The router reads the oldest event of the worker."""
+        here = self.workers[worker]
+        if not here.outbox:
+            return
+        match here.outbox.popleft():
+            case Report() as report:
+                commands = self.core.on_report(report, self.now_ns)
+            case Handoff() as parked:
+                commands = self.core.on_parked(parked, here.hello.worker, self.now_ns)
+            case failed:
+                commands = self.core.on_failed(failed, here.hello.worker, self.now_ns)
+        self._carry_out(commands)
+
+    def drain(self, worker: str) -> None:
+        here = self.workers[worker]
+        here.draining = True
+        here.say()
+        for job in list(here.jobs.values()):
+            if here.hello.role is Role.DECODE:
+                self._park(here, job)
+            elif job.tokens == 0:
+                self._hand_back(here, job)
+
+    def fail(self, worker: str) -> None:
+        """It cannot go on with its oldest job."""
+        here = self.workers[worker]
+        if here.jobs:
+            job = here.jobs.pop(next(iter(here.jobs)))
+            error = ErrorInfo("block_missing", "gone")
+            here.outbox.append(WorkerFailed(job.request.request, job.request.attempt, error))
+
+    def work(self, worker: str) -> None:
+        """One step."""
+        here = self.workers[worker]
+        if here.hello.role is Role.DECODE:
+            self._decode(here)
+        elif here.jobs:
+            self._prefill(here, next(iter(here.jobs.values())))
+
+    # ── what workers do ──────────────────────────────────────────────────────────────────────────
+
+    def _prefill(self, here: FakeWorker, job: Job) -> None:
+        if job.request.request in here.preempted:
+            self._hand_back(here, job)
+            return
+        total = len(job.request.tokens)
+        job.tokens = min(job.tokens + CHUNK_TOKENS, total)
+        request, attempt = job.request.request, job.request.attempt
+        chunk = ChunkDone(request, attempt, job.tokens, elapsed_us=CHUNK_TOKENS * 1000)
+        if job.tokens < total:
+            here.say(chunks=(chunk,))
+            return
+        del here.jobs[request]
+        if job.request.stop.max_tokens == 1:
+            here.say(Progress(request, attempt, Event.ENDED), chunks=(chunk,))
+            self.wanted.pop(request, None)
+            return
+        assert isinstance(job.route, Dispatch)
+        decode = self.workers.get(job.route.route.decode)
+        if decode is not None:
+            handed = build.handoff(job.request, decode.hello)
+            decode.arriving.append(replace(handed, route=job.route.route))
+        here.say(Progress(request, attempt, Event.PREFILL_DONE), chunks=(chunk,))
+
+    def _hand_back(self, here: FakeWorker, job: Job) -> None:
+        here.jobs.pop(job.request.request)
+        here.preempted.discard(job.request.request)
+        event = Progress(job.request.request, job.request.attempt, Event.PREEMPTED, job.tokens)
+        here.say(event)
+
+    def _decode(self, here: FakeWorker) -> None:
+        """Everybody gets a token; who finds no block for it is parked, the newest first."""
+        for job in list(here.jobs.values()):
+            job.tokens += 1
+            if job.tokens - len(job.request.tokens) >= job.request.stop.max_tokens:
+                del here.jobs[job.request.request]
+                here.say(Progress(job.request.request, job.request.attempt, Event.ENDED))
+                self.wanted.pop(job.request.request, None)
+        while here.used_blocks > POOL_BLOCKS:
+            self._park(here, here.jobs[next(reversed(here.jobs))])
+        if here.arriving and len(here.jobs) < RUNNING_MAX:
+            handoff = here.arriving[0]
+            job = Job(handoff.request, handoff, len(handoff.tokens))
+            if here.draining:
+                here.arriving.popleft()
+                here.outbox.append(handoff)
+            elif here.used_blocks + -(-job.tokens // build.BLOCK_TOKENS) <= POOL_BLOCKS:
+                here.arriving.popleft()
+                here.jobs[job.request.request] = job
+                event = Progress(job.request.request, job.request.attempt, Event.ADOPTED)
+                here.say(event)
+
+    def _park(self, here: FakeWorker, job: Job) -> None:
+        del here.jobs[job.request.request]
+        here.outbox.append(build.handoff(job.request, here.hello, tokens=job.tokens))
+        here.say()
+
+    # ── what the shell does ──────────────────────────────────────────────────────────────────────
+
+    def _carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case ToWorker(worker, message):
+                    if worker in self.workers:
+                        self.workers[worker].inbox.append(message)
+                case ToGateway(_, Refused(request, attempt, _)):
+                    if request in self.wanted and self.wanted[request].attempt == attempt:
+                        del self.wanted[request]
+                case ToGateway(_, Lost(request, attempt, _)):
+                    if request in self.wanted and self.wanted[request].attempt == attempt:
+                        self.lost.append(self.wanted[request])
+
+    # ── what must be true ────────────────────────────────────────────────────────────────────────
+
+    def check(self) -> None:
+        state = self.core.state
+        state.check()
+        assert planner.plan(state, self.now_ns) == [], "something could have been done"
+        counters = state.counters
+        ends = ("finished", "refused", "lost", "cancelled", "replaced")
+        assert counters["arrived"] == sum(counters[end] for end in ends) + len(state.entries)
+        prefills, decodes = state.fleet.of(Role.PREFILL), state.fleet.of(Role.DECODE)
+        assert all(len(worker.held) <= HELD_MAX for worker in prefills)
+        assert all(len(worker.held) <= RUNNING_MAX for worker in decodes)
+        idle = [
+            any(w.busy_count == 0 and not w.draining for w in pool) for pool in (prefills, decodes)
+        ]
+        assert not (all(idle) and len(state.queue)), "idle workers, and somebody waits"
+        for entry in state.entries.values():
+            holders = [
+                name
+                for name, worker in self.workers.items()
+                if (job := worker.jobs.get(entry.id)) is not None
+                and job.request.attempt == entry.request.attempt
+            ]
+            assert len(holders) <= 1, f"{entry.id} runs at {holders}"
+
+    def settle(self) -> None:
+        """Let everything come to its end; then nothing may be left of it."""
+        for role in Role:
+            if not any(w.hello.role is role and not w.draining for w in self.workers.values()):
+                self.join(role)
+        for _ in range(10_000):
+            while self.lost:
+                self.submit_again()
+            for worker in list(self.workers):
+                self.obey(worker)
+                self.work(worker)
+                self.hear(worker)
+            self.check()
+            if not self.core.state.entries and not self._busy():
+                break
+        assert not self.core.state.entries, "something never ends"
+        assert not self.wanted, "the gateway waits for something that nobody knows of"
+        for known in self.core.state.fleet.all():
+            assert (len(known.held), known.reserved_blocks) == (0, 0)
+
+    def _busy(self) -> bool:
+        return any(w.inbox or w.outbox or w.jobs or w.arriving for w in self.workers.values())

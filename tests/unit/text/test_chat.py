@@ -1,0 +1,94 @@
+from datetime import datetime
+
+import pytest
+
+from pdserve.errors import ConfigError, InvalidField
+from pdserve.text.chat import ChatTemplate, chat_template_of
+from pdserve.text.tokenizer import Tokenizer
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def rendered(source: str, **arguments: object) -> str:
+    template = ChatTemplate(
+        source, bos_token="<s>", eos_token="</s>", now=lambda: datetime(2024, 2, 29)
+    )
+    return template.render(HELLO, **arguments)  # type: ignore[arg-type]
+
+
+def test_the_default_models_template(smollm: Tokenizer) -> None:
+    text = chat_template_of(smollm).render(HELLO)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert smollm.encode(text)[0] == 1
+
+
+def test_a_model_without_template_gets_chatml(small: Tokenizer) -> None:
+    bare = Tokenizer(small.hf, eos_token_ids=(), bos_token_id=None, chat_template=None)
+    template = chat_template_of(bare)
+    assert template.render(HELLO) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    without_prompt = template.render(HELLO, add_generation_prompt=False)
+    assert without_prompt == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def test_the_models_own_template_knows_its_tokens(small: Tokenizer) -> None:
+    assert chat_template_of(small).render(HELLO) == "hello<|end|>"
+
+
+def test_helpers_that_templates_expect() -> None:
+    assert rendered("{{ strftime_now('%d %B %Y') }}") == "29 February 2024"
+    assert rendered("{{ {'é': '<b>'} | tojson }}") == '{"é": "<b>"}'
+    assert rendered("{{ [1] | tojson(indent=1) }}") == "[\n 1\n]"
+    assert rendered("{{ bos_token }}{{ eos_token }}") == "<s></s>"
+    assert (
+        rendered("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
+        == "01"
+    )
+
+
+def test_blocks_leave_no_space_behind() -> None:
+    assert rendered("  {% if true %}\na\n  {% endif %}\nb") == "a\nb"
+
+
+def test_tools_reach_the_template() -> None:
+    assert rendered("{{ tools is none }}") == "True"
+    assert rendered("{{ tools[0]['name'] }}", tools=[{"name": "f"}]) == "f"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0]['no such field'] + 'x' }}",
+        "{{ 'x' + messages }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[5]['role'] }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ none.x.y }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_what_a_template_refuses_is_the_clients_mistake(source: str) -> None:
+    with pytest.raises(InvalidField, match="messages: the model's chat template") as caught:
+        rendered(source)
+    assert caught.value.field == "messages"
+
+
+def test_the_template_says_why() -> None:
+    with pytest.raises(InvalidField, match="roles must alternate"):
+        rendered("{{ raise_exception('roles must alternate') }}")
+
+
+def test_no_messages_are_refused() -> None:
+    template = ChatTemplate("x", bos_token="", eos_token="")
+    with pytest.raises(InvalidField, match="messages: is empty"):
+        template.render([])
+
+
+def test_a_template_that_is_no_jinja_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match="line 2"):
+        ChatTemplate("a\n{% if %}", bos_token="", eos_token="")

@@ -225,7 +225,10 @@ async def _namespace(router: DeploymentHandle) -> str:
 
 def _snapshots(router: DeploymentHandle) -> Any:
     async def snapshot() -> dict[str, Any]:
-        tree: dict[str, Any] = json.loads(await router.snapshot.remote())
+        try:
+            tree: dict[str, Any] = json.loads(await router.snapshot.remote())
+        except ray.exceptions.RayError as error:
+            raise StoreUnavailable(f"the router's replica does not answer: {error}") from error
         return tree
 
     return snapshot

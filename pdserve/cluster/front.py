@@ -40,7 +40,9 @@ class Front:
         if self._config.http_port >= 0:
             await self._start_http()
         if self._config.grpc_port >= 0:
-            self._grpc = await serve_grpc(self._session, config=self._config)
+            self._grpc = await serve_grpc(
+                self._session, config=self._config, metrics=self.app.state.metrics
+            )
             self.ports["grpc"] = self._grpc.port
 
     async def stop(self) -> None:

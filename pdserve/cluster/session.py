@@ -127,24 +127,15 @@ class GatewaySession:
         self._check(call)
         running = _Running(call, secrets.randbits(63) if call.seed is None else call.seed)
         self._calls[call.call] = running
-        timeout_s = (call.deadline_unix_ms - unix_ms()) / 1000 + DEADLINE_GRACE_S
         try:
-            async with asyncio.timeout(max(timeout_s, 0)):
-                self._begin(running, 1)
-                open_count = call.n
-                while open_count:
-                    piece = await running.pieces.get()
-                    if isinstance(piece, PdserveError):
-                        raise piece
-                    if running.started_count < call.n:
-                        self._begin(running, call.n)
-                    open_count -= piece.finish is not None
-                    yield piece
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{call.call} was not finished within its deadline; ask for fewer tokens or allow "
-                "more time"
-            ) from None
+            self._begin(running, 1)
+            open_count = call.n
+            while open_count:
+                piece = await _next_piece(running)
+                if running.started_count < call.n:
+                    self._begin(running, call.n)
+                open_count -= piece.finish is not None
+                yield piece
         finally:
             self._forget(running)
 
@@ -286,3 +277,25 @@ class GatewaySession:
     def _post(self, message: object) -> None:
         assert self._link is not None, "start() comes first"
         self._link.post(message)
+
+
+async def _next_piece(running: _Running) -> Piece:
+    """The next piece of the call.
+
+    Raises:
+        PdserveError: the call has failed.
+        DeadlineExceeded: the router should have said so itself, and did not.
+    """
+    call = running.call
+    left_s = (call.deadline_unix_ms - unix_ms()) / 1000 + DEADLINE_GRACE_S
+    try:
+        async with asyncio.timeout(max(left_s, 0)):
+            piece = await running.pieces.get()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{call.call} was not finished within its deadline; ask for fewer tokens or allow more "
+            "time"
+        ) from None
+    if isinstance(piece, PdserveError):
+        raise piece
+    return piece

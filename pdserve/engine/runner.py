@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pdserve.model.runner import Run
@@ -29,3 +30,9 @@ class Runner(Protocol):
         """Writes the KV of all tokens; float32 logits of the last token of each run that wants
         them, in order."""
         ...
+
+
+def wait_for(logits: Tensor) -> None:
+    """Return when the step that gives ``logits`` is done: a GPU's step returns before that."""
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)

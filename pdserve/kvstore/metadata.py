@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pdserve.errors import StoreError, StoreUnavailable
+from pdserve.errors import ConfigError, StoreError, StoreUnavailable
 from pdserve.ids import HostId, StoreId
 from pdserve.messages import Address
 
@@ -143,15 +143,18 @@ class RedisMetadata:
         from redis.retry import Retry
 
         self._error = redis.RedisError
-        self._redis: redis.Redis = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_connect_timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),  # the caller decides whether waiting is worth it
-        )
         # Without user name and password, which do not belong into an error message.
         self._where = url.rpartition("@")[2]
+        try:
+            self._redis: redis.Redis = redis.Redis.from_url(
+                url,
+                decode_responses=True,
+                socket_connect_timeout=TIMEOUT_S,
+                socket_timeout=TIMEOUT_S,
+                retry=Retry(NoBackoff(), 0),  # the caller decides whether waiting is worth it
+            )
+        except ValueError as error:
+            raise ConfigError(f"store.redis_url is {self._where!r}: {error}") from error
 
     def next_epoch(self) -> int:
         with self._reachable():

@@ -26,7 +26,7 @@ from pdserve.engine.device import Device
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
 from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
-from pdserve.engine.runner import Runner
+from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.sayings import delta, failed, progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
 from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
@@ -314,6 +314,7 @@ class PrefillLoop:
         self._active = True
         began_ns = self._clock()
         logits = self._runner.step([self._run(prompt, chunk) for prompt, chunk in chosen])
+        wait_for(logits)  # the router judges speeds by this step's time
         rows = [p.sequence.sampler_row() for p, chunk in chosen if p.remaining_tokens == chunk]
         first_tokens = iter(sample(logits, rows) if rows else ())
         elapsed_us = (self._clock() - began_ns) // US

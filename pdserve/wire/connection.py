@@ -343,7 +343,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is not one
-        # "Writable" means that the kernel has everything, so buffers may be reused. Under TLS, which
+        # "Writable" means that the kernel has everything, so buffers may be reused. For TLS, which
         # copies, asyncio takes the limit for the first size that is too much.
         tls = transport.get_extra_info("sslcontext") is not None
         transport.set_write_buffer_limits(high=1 if tls else 0)

@@ -133,10 +133,10 @@ async def stream_tokens(
     return result
 
 
-def settings(model: Path | str, **parts: dict[str, Any]) -> ClusterConfig:
+def settings(source: Path | str, **parts: Any) -> ClusterConfig:
     """Small pools, free ports, one thread a worker: what a test on two cores can afford."""
     tree: dict[str, Any] = {
-        "model": {"source": str(model)},
+        "model": {"source": str(source)},
         "prefill": {"threads": 1, "pool_blocks": 512},
         "decode": {"threads": 1, "pool_blocks": 512},
         "store": {"arena_bytes": 128 << 20},

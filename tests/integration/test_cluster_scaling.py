@@ -58,7 +58,7 @@ class Load:
 def test_a_burst_brings_a_second_decode_worker_and_silence_takes_it_away(small_model: Path) -> None:
     config = settings(
         small_model,
-        model={"source": str(small_model), "dtype": "float32"},
+        model={"dtype": "float32"},
         decode={
             "replicas": 1,
             "replicas_max": 2,
@@ -91,7 +91,7 @@ def test_a_burst_brings_a_second_decode_worker_and_silence_takes_it_away(small_m
 def test_serve_deploy_from_one_to_three_to_one_under_load(small_model: Path) -> None:
     config = settings(
         small_model,
-        model={"source": str(small_model), "dtype": "float32"},
+        model={"dtype": "float32"},
         decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 512},
     )
     with deployed(config) as cluster:

@@ -113,7 +113,7 @@ def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_m
     """Six streams of 20 blocks; a pool of 84 blocks holds four of them to their end."""
     config = settings(
         small_model,
-        model={"source": str(small_model), "dtype": "float32"},
+        model={"dtype": "float32"},
         decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 84},
     )
     prompts = [_prompt(seed, 100) for seed in range(6)]

@@ -38,7 +38,7 @@ def _prompts(lengths: tuple[int, ...]) -> list[list[int]]:
 def whole(default_model: Path) -> Iterator[TestCluster]:
     config = settings(
         default_model,
-        model={"source": str(default_model), "dtype": "float32"},
+        model={"dtype": "float32"},
         prefill={"threads": 2, "pool_blocks": 400, "chunk_tokens": 128},
         decode={"threads": 2, "pool_blocks": 600},
         store={"arena_bytes": 1 << 30},

@@ -19,7 +19,7 @@ def test_the_triton_path_serves_and_its_kernels_ran(
         monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
         config = settings(
             model,
-            model={"source": str(model), "dtype": "float32", "kernels": kernels},
+            model={"dtype": "float32", "kernels": kernels},
             prefill={"threads": 1, "pool_blocks": 32},
             decode={"threads": 1, "pool_blocks": 32},
             store={"arena_bytes": 16 << 20},

@@ -47,14 +47,14 @@ def test_blocks_cross_hosts_over_tcp_and_the_tokens_are_the_same(
     pools = {"threads": 1, "pool_blocks": 512}
     config = settings(
         small_model,
-        model={"source": str(small_model), "dtype": "float32"},
+        model={"dtype": "float32"},
         prefill={**pools, "resources": {"prefill_host": 0.01}},
         decode={**pools, "resources": {"decode_host": 0.01}},
         tcp=True,
     )
     apart = _generate(config, prompts, two_hosts)
     ray.shutdown()
-    pools_together = settings(small_model, model={"source": str(small_model), "dtype": "float32"})
+    pools_together = settings(small_model, model={"dtype": "float32"})
     together = _generate(pools_together, prompts, None)
     assert apart == together
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from pdserve.cluster.calls import Piece
 from pdserve.cluster.http.app import create_app
@@ -18,7 +19,7 @@ from tests.integration.http_server import served
 from tests.unit.cluster.fake_session import HANG, MODEL, FakeSession, piece, said, steps
 
 WAIT_S = 10.0
-MESSAGES = [{"role": "user", "content": "hi"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +53,17 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def test_the_sdk_chats(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2)  # type: ignore[call-overload]
+    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, n=2)
     assert [choice.message.content for choice in answer.choices] == ["Hello world"] * 2
     assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
 
 def test_the_sdk_streams_a_chat(client: openai.OpenAI) -> None:
     chunks = list(
-        client.chat.completions.create(  # type: ignore[call-overload]
+        client.chat.completions.create(
             model=MODEL,
             messages=MESSAGES,
             stream=True,
@@ -71,8 +74,9 @@ def test_the_sdk_streams_a_chat(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == "Hello world"
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 11
-    assert chunks[-1].pdserve["level"] == 4
+    assert chunks[-1].to_dict()["pdserve"]["level"] == 4  # type: ignore[index]
 
 
 def test_the_sdk_completes(client: openai.OpenAI, session: FakeSession) -> None:
@@ -92,31 +96,30 @@ def test_the_sdk_lists_models(client: openai.OpenAI) -> None:
 
 def test_the_sdk_raises_its_own_errors(client: openai.OpenAI, session: FakeSession) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
-        client.chat.completions.create(model="gpt-9", messages=MESSAGES)  # type: ignore[call-overload]
+        client.chat.completions.create(model="gpt-9", messages=MESSAGES)
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=9)  # type: ignore[call-overload]
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=9)
     assert bad.value.param == "temperature"
     session.script = steps(QueueFull("full", retry_after_ms=3000))
     with pytest.raises(openai.RateLimitError) as full:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES)  # type: ignore[call-overload]
+        client.chat.completions.create(model=MODEL, messages=MESSAGES)
     assert full.value.response.headers["retry-after"] == "3"
 
 
 def test_the_sdk_sees_an_error_in_mid_stream(client: openai.OpenAI, session: FakeSession) -> None:
     session.script = steps(piece("Hel"), WorkerLost("they keep dying"))
-    texts = []
+    chunks = iter(client.completions.create(model=MODEL, prompt="x", stream=True))
+    assert next(chunks).choices[0].text == "Hel"
     with pytest.raises(openai.APIError, match="they keep dying"):
-        for chunk in client.completions.create(model=MODEL, prompt="x", stream=True):
-            texts.append(chunk.choices[0].text)
-    assert texts == ["Hel"]
+        next(chunks)
 
 
 def test_closing_the_sdks_stream_closes_the_call(
     client: openai.OpenAI, session: FakeSession
 ) -> None:
     session.script = steps(piece("Hel"), HANG)
-    stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
     assert next(stream).choices[0].delta.role == "assistant"
     stream.close()
     assert session.closed.wait(WAIT_S)

@@ -5,7 +5,6 @@ other decode worker, submit again what failed. No Ray, no sockets but the stores
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -32,7 +31,6 @@ from pdserve.messages import (
     Cancel,
     ChunkDone,
     Dispatch,
-    Handoff,
     Parked,
     Preempt,
     Progress,
@@ -358,16 +356,16 @@ def test_streams_without_room_are_parked_and_go_on_elsewhere(
     stage: Stage, node: Node, alone: Alone
 ) -> None:
     stage.worker("p0", node.address)
-    stage.worker("d0", node.address, blocks=24)
+    stage.worker("d0", node.address, blocks=32)  # room for four of the six at their full length
     stage.worker("d1", node.address)
     stage.resume_on = "d1"
-    asked = [request(f"r{i}", 60, max_tokens=60, kind=i) for i in range(6)]
+    asked = [request(f"r{i}", 32, max_tokens=96, kind=i) for i in range(6)]
     for one in asked:
         stage.submit(one)
     stage.wait_finished()
     for one in asked:
         assert stage.got[one.request] == alone.answer(one)
-    assert stage.count("d0", "parked") >= 2
+    assert stage.count("d0", "parked") >= 1
     assert stage.count("d1", "resumed") == stage.count("d0", "parked")
 
 
@@ -406,30 +404,3 @@ def test_cancelled_requests_leave_nothing(stage: Stage, node: Node) -> None:
         stage.engines["d0"].submit(Cancel(one.request))
     stage.wait(lambda: stage.loads["d0"].running + stage.loads["d0"].waiting == 0)
     stage.wait(lambda: all(load.free_blocks == 256 for load in stage.loads.values()))
-
-
-def test_the_handoff_is_a_pointer(stage: Stage, node: Node) -> None:
-    """It does not grow with the model: ids, keys and a ticket."""
-    stage.worker("p0", node.address)
-    seen: list[Handoff] = []
-    stage.engines["d0"] = Keeper(seen)  # type: ignore[assignment]
-    stage.submit(request("r", 33))
-    stage.wait(lambda: bool(seen))
-    assert len(seen[0].block_keys) == 2
-    client = StoreClient(node.address, host=node.address.host, owner="test")
-    client.abort(seen[0].ticket)
-    client.close()
-    del stage.engines["d0"]
-
-
-class Keeper:
-    error = None
-
-    def __init__(self, seen: list[Handoff]) -> None:
-        self._seen = seen
-
-    def submit(self, handoff: Handoff) -> None:
-        self._seen.append(handoff)
-
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -14,7 +14,17 @@ from pdserve.messages import Address, Goodbye, Preempt
 from pdserve.wire import connection as connection_module
 from pdserve.wire.connection import Connection
 from pdserve.wire.postbox import Postbox
-from tests.integration.wire_peers import HERE, THERE, cancel, listening, until, within
+from tests.integration.wire_peers import (
+    HERE,
+    THERE,
+    cancel,
+    each_event_loop,
+    listening,
+    until,
+    within,
+)
+
+__all__ = ["each_event_loop"]  # a fixture, for every test of this file
 
 
 class Mailbox:

@@ -28,7 +28,18 @@ from pdserve.wire.connection import Connection, connect
 from pdserve.wire.frame import Buffer
 from pdserve.wire.listener import Listener
 from pdserve.wire.tls import member_context
-from tests.integration.wire_peers import HERE, THERE, MiB, cancel, echo, listening, within
+from tests.integration.wire_peers import (
+    HERE,
+    THERE,
+    MiB,
+    cancel,
+    each_event_loop,
+    echo,
+    listening,
+    within,
+)
+
+__all__ = ["each_event_loop"]  # a fixture, for every test of this file
 
 
 @dataclass(frozen=True)

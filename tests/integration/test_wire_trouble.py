@@ -25,7 +25,17 @@ from pdserve.wire.codec import MESSAGES
 from pdserve.wire.connection import INBOUND_BYTES_MAX, Connection, connect
 from pdserve.wire.endpoint import may_talk
 from pdserve.wire.frame import BODY_BYTES_MAX, Header, Kind, pack_header
-from tests.integration.wire_peers import HERE, THERE, MiB, cancel, echo, listening, until, within
+from tests.integration.wire_peers import (
+    HERE,
+    THERE,
+    MiB,
+    cancel,
+    each_event_loop,
+    echo,
+    listening,
+    until,
+    within,
+)
 
 SILENT_PEER = """
 import asyncio, sys
@@ -46,6 +56,8 @@ async def main():
 
 asyncio.run(main())
 """
+
+__all__ = ["each_event_loop"]  # a fixture, for every test of this file
 
 
 @contextlib.contextmanager

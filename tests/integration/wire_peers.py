@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Coroutine
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pdserve.ids import HostId, RequestId
 from pdserve.messages import Cancel
@@ -15,6 +18,17 @@ from pdserve.wire.listener import Listener
 HERE = HostId("here")
 THERE = HostId("there")
 MiB = 1 << 20
+
+
+_loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+
+
+@pytest.fixture(autouse=True, params=["asyncio", "uvloop"])
+def each_event_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: Ray's actors run on uvloop, everything else on asyncio's own loop."""
+    if request.param == "uvloop":
+        uvloop = pytest.importorskip("uvloop")
+        monkeypatch.setattr(sys.modules[__name__], "_loop_factory", uvloop.new_event_loop)
 
 
 def cancel(name: str) -> Cancel:
@@ -28,7 +42,8 @@ def within(scenario: Coroutine[Any, Any, None], seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             await scenario
 
-    asyncio.run(bounded())
+    with asyncio.Runner(loop_factory=_loop_factory) as runner:
+        runner.run(bounded())
 
 
 async def until(condition: Any) -> None:

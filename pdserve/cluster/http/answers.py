@@ -65,9 +65,10 @@ class Chat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._token_ids = token_ids
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return {
@@ -76,6 +77,7 @@ class Chat:
             "logprobs": self._scores(choice.tokens),
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
+            **_ids(self._token_ids, choice.tokens),
         }
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
@@ -87,11 +89,14 @@ class Chat:
             delta = {"content": piece.text} if piece.text or self._logprobs else {}
             chunks.append(
                 _chat_chunk(choice.index, delta, self._scores(piece.tokens), piece.finish)
-                | {"stop_reason": piece.stop_reason}
+                | {"stop_reason": piece.stop_reason, **_ids(self._token_ids, piece.tokens)}
             )
-        elif piece.text or (self._logprobs and piece.tokens):
+        elif piece.text or (piece.tokens and (self._logprobs or self._token_ids)):
             delta = {"content": piece.text}
-            chunks.append(_chat_chunk(choice.index, delta, self._scores(piece.tokens)))
+            chunks.append(
+                _chat_chunk(choice.index, delta, self._scores(piece.tokens))
+                | _ids(self._token_ids, piece.tokens)
+            )
         return chunks
 
     def _scores(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -121,11 +126,18 @@ class Completion:
     chunk_object = "text_completion"
 
     def __init__(
-        self, tokenizer: Tokenizer, *, logprobs: bool, echoes: Sequence[str] = (), n: int = 1
+        self,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        token_ids: bool = False,
+        echoes: Sequence[str] = (),
+        n: int = 1,
     ) -> None:
         """``echoes``: each prompt's text where it is to be repeated before its ``n`` choices."""
         self._tokenizer = tokenizer
         self._logprobs = logprobs
+        self._token_ids = token_ids
         self._echoes = echoes
         self._n = n
 
@@ -136,12 +148,13 @@ class Completion:
             "logprobs": self._scores(choice, choice.tokens),
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
+            **_ids(self._token_ids, choice.tokens),
         }
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         text = piece.text if choice.started else self._echo(choice) + piece.text
         choice.started = True
-        if not (text or piece.finish or (self._logprobs and piece.tokens)):
+        if not (text or piece.finish or (piece.tokens and (self._logprobs or self._token_ids))):
             return []
         return [
             {
@@ -150,6 +163,7 @@ class Completion:
                 "logprobs": self._scores(choice, piece.tokens),
                 "finish_reason": piece.finish,
                 "stop_reason": piece.stop_reason,
+                **_ids(self._token_ids, piece.tokens),
             }
         ]
 
@@ -179,6 +193,11 @@ class Completion:
             "token_logprobs": logprobs,
             "top_logprobs": tops,
         }
+
+
+def _ids(wanted: bool, tokens: Sequence[Token]) -> dict[str, Any]:
+    """vLLM's field for clients that want ids beside text."""
+    return {"token_ids": [token.token for token in tokens]} if wanted else {}
 
 
 def _chat_chunk(
@@ -217,6 +236,7 @@ def timing_report(timing: Timing, *, first_token_us: int, total_us: int) -> dict
     return {
         "queue_ms": timing.queued_us / US_PER_MS,
         "prefill_ms": timing.prefill_us / US_PER_MS,
+        "step_ms": timing.step_us / US_PER_MS,
         "handoff_ms": timing.handoff_us / US_PER_MS,
         "first_token_ms": first_token_us / US_PER_MS,
         "total_ms": total_us / US_PER_MS,

@@ -52,7 +52,9 @@ async def chat_asked(
         add_generation_prompt=body.add_generation_prompt is not False,
         tools=tools or None,
     )
-    dialect = Chat(session.tokenizer, logprobs=bool(body.logprobs))
+    dialect = Chat(
+        session.tokenizer, logprobs=bool(body.logprobs), token_ids=bool(body.return_token_ids)
+    )
     return _asked(session, config, body, headers, dialect=dialect, prompts=[("messages", prompt)])
 
 
@@ -76,6 +78,7 @@ async def completion_asked(
     dialect = Completion(
         session.tokenizer,
         logprobs=body.logprobs is not None,
+        token_ids=bool(body.return_token_ids),
         echoes=_echoes(session, given) if body.echo else (),
         n=body.n or 1,
     )

@@ -46,6 +46,7 @@ class _Generation(Body):
 
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
     include_timing: bool | None = Field(None, description="Ours: say where the time went.")
 
     n: int | None = None
@@ -196,7 +197,6 @@ UNSUPPORTED: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = MappingPro
         "thinking_token_budget": lambda value, _: value is None,
         "repetition_detection": _nothing,
         "return_tokens_as_token_ids": _nothing,
-        "return_token_ids": _nothing,
         "echo": _nothing,  # chats only: completions have the field
         "add_special_tokens": _nothing,  # likewise: a chat template writes them itself
         "cache_salt": _nothing,

@@ -64,7 +64,7 @@ def decode_tiles(dtype: torch.dtype, D: int) -> Tiles:
     if dtype == torch.float32:
         rows = 16 if D > 64 else 32
         return Tiles(rows=rows, tokens=rows, warps=8, stages=2)
-    return Tiles(rows=32, tokens=32, warps=4, stages=3)
+    return Tiles(rows=32, tokens=64 if D > 64 else 32, warps=4, stages=3)
 
 
 def prefill_tiles(dtype: torch.dtype, D: int, *, deterministic: bool) -> Tiles:

@@ -82,7 +82,8 @@ async def _ask(
     async def receive() -> Message:
         if arriving:
             return arriving.pop(0)
-        return await asyncio.get_running_loop().create_future()  # the client stays
+        await asyncio.Event().wait()  # the client stays
+        raise AssertionError("nobody sets it")
 
     async def send(message: Message) -> None:
         sent.append(message)

@@ -49,7 +49,7 @@ def test_an_arena_that_makes_no_sense_is_refused(
 
 
 def test_an_arena_larger_than_the_memory_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lower store.arena_bytes"):
+    with pytest.raises(ConfigError, match=r"lower store\.arena_bytes"):
         create_arena(tmp_path / "arena", Geometry(1 << 17, 1 << 30), STORE)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,6 @@
 """Runners over small models, with the kernels of one's choice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,15 @@ def ops_named(name: str) -> Ops:
     if library is None:
         pytest.skip("needs g++ for the C++ kernels")
     return CpuOps(library)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two OpenMP threads on a busy machine wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,0 +1,390 @@
+"""The gRPC front on a real server: plain grpcio clients, health, reflection, deadlines, cancels."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from pdserve.clock import unix_ms
+from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
+from pdserve.config import GatewayConfig
+from pdserve.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InvalidField,
+    PdserveError,
+    QueueFull,
+    WorkerLost,
+)
+from pdserve.messages import FinishReason, Sampling, ServiceClass, Stop
+from pdserve.proto.v1 import inference_pb2 as pb
+from pdserve.proto.v1.inference_pb2_grpc import InferenceStub
+from tests.unit.cluster.fake_session import HANG, MODEL, VOCAB_SIZE, FakeSession, piece, said, steps
+
+WAIT_S = 10.0
+CONFIG = GatewayConfig(grpc_port=0, body_bytes_max=100_000)
+
+
+class Served:
+    """A loop in a thread with a server on it."""
+
+    def __init__(self, session: FakeSession, metrics: FrontMetrics) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.server: GrpcServer = self.run(serve_grpc(session, config=CONFIG, metrics=metrics))
+
+    def run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
+
+    def stop(self) -> None:
+        self.run(self.server.stop(grace_s=0))
+        self.run(_others_end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+        self._loop.close()
+
+
+async def _others_end() -> None:
+    """Waits for what the server left running: handlers that unwind, after their cancellation."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def session() -> FakeSession:
+    return FakeSession()
+
+
+@pytest.fixture(scope="module")
+def metrics() -> FrontMetrics:
+    return FrontMetrics()
+
+
+@pytest.fixture(scope="module")
+def served(session: FakeSession, metrics: FrontMetrics) -> Iterator[Served]:
+    served = Served(session, metrics)
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def channel(served: Served) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> Any:
+    return InferenceStub(channel)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(autouse=True)
+def fresh(session: FakeSession) -> Iterator[None]:
+    session.script = said("Hello", " world")
+    session.calls.clear()
+    session.cancelled.clear()
+    session.opened.clear()
+    session.closed.clear()
+    yield
+    assert session.open == set()
+
+
+def chat(**fields: Any) -> pb.ChatRequest:
+    return pb.ChatRequest(messages=[pb.ChatMessage(role="user", content="hi")], **fields)
+
+
+def failed(chunks: Any) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(chunks)
+    return caught.value
+
+
+# ── good calls ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_chat_streams_chunks_and_ends_with_usage(stub: Any, session: FakeSession) -> None:
+    chunks = list(stub.Chat(chat()))
+    assert [chunk.text for chunk in chunks] == ["Hello", " world"]
+    assert bytes(chunks[0].token_ids) == b"Hello"
+    assert [chunk.finish_reason for chunk in chunks] == [
+        pb.FINISH_REASON_UNSPECIFIED,
+        pb.FINISH_REASON_STOP,
+    ]
+    assert not chunks[0].HasField("usage")
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (20, 11, 3)
+    timing = chunks[-1].timing
+    assert (timing.queued_us, timing.level, timing.prefill_worker) == (1500, 4, "prefill-1")
+    assert 0 < timing.first_token_us <= timing.total_us
+    (call,) = session.calls
+    assert bytes(call.prompt) == b"user: hi\nassistant: "
+    assert call.sampling == Sampling()
+    assert call.stop == Stop(max_tokens=980)
+    assert call.call == chunks[0].id
+
+
+def test_every_parameter_arrives(stub: Any, session: FakeSession) -> None:
+    parameters = pb.Parameters(
+        n=2,
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        logit_bias={9: -100, 3: 1.5},
+        seed=-1,
+        stop=["x", "yz"],
+        stop_token_ids=[1, 2],
+        ignore_eos=True,
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        logprobs=1,
+        user="ann",
+        service_class=pb.SERVICE_CLASS_INTERACTIVE,
+    )
+    request = pb.GenerateRequest(
+        model=MODEL, token_ids=pb.TokenIds(ids=[5, 6]), parameters=parameters, id="mine-1"
+    )
+    chunks = list(stub.Generate(request))
+    assert {chunk.choice for chunk in chunks} == {0, 1}
+    assert {chunk.id for chunk in chunks} == {"mine-1"}
+    score = chunks[0].logprobs[0]
+    assert (score.token, score.token_bytes, score.logprob) == ("H", b"H", -0.5)
+    assert [best.token_id for best in score.top] == [72]
+    (call,) = session.calls
+    assert call.prompt == (5, 6)
+    assert call.sampling == Sampling(0.0, 7, 0.5, 0.1, 1.1, -1.0, 0.5, ((3, 1.5), (9, -100.0)), 1)
+    assert call.stop == Stop(9, 2, True, (1, 2), ("x", "yz"))
+    assert (call.n, call.seed, call.tenant) == (2, 2**63 - 1, "ann")
+    assert call.service_class is ServiceClass.INTERACTIVE
+    assert call.include_stop_string
+    assert not call.skip_special_tokens
+
+
+def test_generate_defaults_and_stop_reasons(stub: Any, session: FakeSession) -> None:
+    session.script = steps(piece("a", finish=FinishReason.STOP, stop_reason="END"))
+    (chunk,) = stub.Generate(pb.GenerateRequest(text="x"))
+    assert chunk.stop_string == "END"
+    assert session.calls[0].stop.max_tokens == 16
+    session.script = steps(piece("a", finish=FinishReason.STOP, stop_reason=7))
+    (chunk,) = stub.Generate(pb.GenerateRequest(text="x"))
+    assert chunk.stop_token_id == 7
+
+
+def test_models_and_cancel(stub: Any, session: FakeSession) -> None:
+    (model,) = stub.ListModels(pb.ListModelsRequest()).models
+    assert (model.id, model.context_tokens) == (MODEL, 1000)
+    assert not stub.Cancel(pb.CancelRequest(id="nobody")).was_running
+    session.script = steps(piece("a"), HANG)
+    chunks = stub.Chat(chat(id="mine-2"))
+    assert next(chunks).id == "mine-2"
+    assert stub.Cancel(pb.CancelRequest(id="mine-2")).was_running
+    assert session.cancelled == ["nobody", "mine-2"]
+    chunks.cancel()
+    assert session.closed.wait(WAIT_S)
+
+
+# ── calls that end early ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("first", [(), (piece("Hel"),)])
+def test_a_client_that_cancels_closes_the_call(
+    stub: Any, session: FakeSession, first: tuple[Any, ...]
+) -> None:
+    session.script = steps(*first, HANG)
+    chunks = stub.Chat(chat())
+    assert session.opened.wait(WAIT_S)
+    if first:
+        assert next(chunks).text == "Hel"
+    chunks.cancel()
+    assert session.closed.wait(WAIT_S)
+
+
+def test_a_client_that_does_not_read_is_let_go_when_it_cancels(
+    stub: Any, session: FakeSession
+) -> None:
+    session.script = lambda _: (piece("x" * 1000) for _ in range(100_000))
+    chunks = stub.Chat(chat())
+    assert next(chunks).text
+    chunks.cancel()
+    assert session.closed.wait(WAIT_S)
+
+
+def test_a_lost_connection_closes_the_call(served: Served, session: FakeSession) -> None:
+    session.script = steps(piece("Hel"), HANG)
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.port}") as channel:
+        stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+        chunks = stub.Chat(chat())
+        assert next(chunks).text == "Hel"
+    assert session.closed.wait(WAIT_S)
+
+
+def test_the_clients_deadline_is_the_requests_deadline(stub: Any, session: FakeSession) -> None:
+    before = unix_ms()
+    list(stub.Chat(chat(), timeout=30))
+    list(stub.Chat(chat()))
+    own, default = (call.deadline_unix_ms - before for call in session.calls)
+    assert own == pytest.approx(30_000, abs=5000)
+    assert default == pytest.approx(600_000, abs=5000)
+
+
+def test_a_deadline_that_passes_closes_the_call(stub: Any, session: FakeSession) -> None:
+    session.script = steps(HANG)
+    assert failed(stub.Chat(chat(), timeout=0.2)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert session.closed.wait(WAIT_S)
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("first", [(), (piece("Hel"),)])
+@pytest.mark.parametrize(
+    ("error", "code", "metadata"),
+    [
+        (
+            QueueFull("full", retry_after_ms=1500),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            {"pdserve-error-kind": "queue_full", "grpc-retry-pushback-ms": "1500"},
+        ),
+        (
+            InvalidField("messages", "is odd"),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            {"pdserve-error-kind": "invalid_field", "pdserve-error-field": "messages"},
+        ),
+        (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED, {}),
+        (WorkerLost("dead"), grpc.StatusCode.UNAVAILABLE, {}),
+    ],
+)
+def test_an_error_ends_the_call_with_its_status(
+    stub: Any,
+    session: FakeSession,
+    error: PdserveError,
+    code: grpc.StatusCode,
+    metadata: dict[str, str],
+    first: tuple[Any, ...],
+) -> None:
+    session.script = steps(*first, error)
+    raised: Any = failed(stub.Chat(chat()))
+    assert raised.code() is code
+    assert raised.details() == str(error)
+    assert metadata.items() <= dict(raised.trailing_metadata()).items()
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.GenerateRequest(), "prompt"),
+        (pb.GenerateRequest(text=""), "text"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, VOCAB_SIZE])), "token_ids.ids.1"),
+        (pb.GenerateRequest(text="x" * 2000), "text"),
+        (pb.GenerateRequest(text="x", id="a b"), "id"),
+        (pb.GenerateRequest(text="x", id="x" * 65), "id"),
+        (pb.GenerateRequest(text="x", model="gpt-9"), "model"),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(n=0)), "n"),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(n=10**9)), "n"),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(max_tokens=0)), "max_tokens"),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(max_tokens=2**63)), "max_tokens"),
+        (
+            pb.GenerateRequest(text="x", parameters=pb.Parameters(temperature=float("nan"))),
+            "temperature",
+        ),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(top_p=0)), "top_p"),
+        (
+            pb.GenerateRequest(text="x", parameters=pb.Parameters(logit_bias={1: float("inf")})),
+            "logit_bias",
+        ),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(stop=[""])), "stop.0"),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(logprobs=21)), "logprobs"),
+        (pb.GenerateRequest(text="x", parameters=pb.Parameters(service_class=9)), "service_class"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_bad_request_is_refused_by_name(
+    stub: Any, session: FakeSession, request_: pb.GenerateRequest, field: str
+) -> None:
+    raised: Any = failed(stub.Generate(request_))
+    assert raised.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+    assert dict(raised.trailing_metadata())["pdserve-error-field"] == field
+    assert session.calls == []
+
+
+def test_a_chat_without_messages_is_refused(stub: Any) -> None:
+    raised: Any = failed(stub.Chat(pb.ChatRequest()))
+    assert dict(raised.trailing_metadata())["pdserve-error-field"] == "messages"
+
+
+def test_a_message_over_the_bound_is_refused(stub: Any, session: FakeSession) -> None:
+    raised: Any = failed(stub.Generate(pb.GenerateRequest(text="x" * 200_000)))
+    assert raised.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert session.calls == []
+
+
+# ── what else the port offers ────────────────────────────────────────────────────────────────────
+
+
+def test_health(channel: grpc.Channel) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    for service in ("", "pdserve.v1.Inference"):
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as unknown:
+        stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_describes_the_service(channel: grpc.Channel) -> None:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="pdserve.v1.Inference"),
+    ]
+    listed, described = stub.ServerReflectionInfo(iter(asked))
+    names = {service.name for service in listed.list_services_response.service}
+    assert {"pdserve.v1.Inference", "grpc.health.v1.Health"} <= names
+    file = descriptor_pb2.FileDescriptorProto.FromString(
+        described.file_descriptor_response.file_descriptor_proto[0]
+    )
+    methods = [method.name for method in file.service[0].method]
+    assert methods == ["Generate", "Chat", "Cancel", "ListModels"]
+
+
+def test_calls_are_counted(stub: Any, session: FakeSession, metrics: FrontMetrics) -> None:
+    labels = {"front": "grpc", "operation": "generate", "status": "OK"}
+
+    def count() -> float:
+        return metrics.registry.get_sample_value("pdserve_requests_total", labels) or 0
+
+    before = count()
+    list(stub.Generate(pb.GenerateRequest(text="x")))
+    assert count() == before + 1
+
+
+def test_a_taken_port_is_a_config_error(served: Served, session: FakeSession) -> None:
+    config = GatewayConfig(grpc_port=served.server.port)
+    with pytest.raises(ConfigError, match=f"grpc_port is {served.server.port}"):
+        served.run(serve_grpc(session, config=config))
+
+
+def test_a_stopped_server_cancels_what_runs(session: FakeSession) -> None:
+    served = Served(session, FrontMetrics())
+    session.script = steps(piece("Hel"), HANG)
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.port}") as channel:
+        stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+        chunks = stub.Chat(chat())
+        assert next(chunks).text == "Hel"
+        served.stop()
+        assert session.closed.wait(WAIT_S)
+        assert failed(chunks).code() is grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,177 @@
+"""Where membership is kept: the same behaviour in a file and in a real Redis."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.errors import ConfigError, StoreError, StoreUnavailable
+from pdserve.ids import HostId, StoreId
+from pdserve.kvstore.master import Master
+from pdserve.kvstore.metadata import (
+    TIMEOUT_S,
+    EmbeddedMetadata,
+    Member,
+    Metadata,
+    RedisMetadata,
+)
+from pdserve.messages import Address
+from tests.integration.store_nodes import PATIENCE_S, content, filler, keys_of, read, running_node
+
+ADDRESS = Address(HostId("h"), "/tmp/s.sock", "10.0.0.1:7")
+
+
+def member(name: str, epoch: int) -> Member:
+    return Member(StoreId(name), ADDRESS, epoch)
+
+
+class RedisServer:
+    """A real one, without persistence, on a free port."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.process = subprocess.Popen(
+            [
+                *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1"),
+                *("--save", "", "--appendonly", "no", "--dir", str(directory)),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        until_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                RedisMetadata(self.url).members()
+            except StoreUnavailable:
+                assert time.monotonic() < until_s, "Redis did not start"
+                assert self.process.poll() is None, "Redis ended"
+            else:
+                return
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    try:
+        server = RedisServer(tmp_path)
+    except FileNotFoundError:
+        pytest.skip("redis-server is not installed")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["file", "redis"])
+def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Metadata]:
+    """Each call is another process's view of the same table."""
+    if request.param == "file":
+        return lambda: EmbeddedMetadata(tmp_path / "metadata.sqlite")
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return lambda: RedisMetadata(server.url)
+
+
+def test_epochs_only_grow_whoever_asks(connect: Callable[[], Metadata]) -> None:
+    one, two = connect(), connect()
+    assert [one.next_epoch(), two.next_epoch(), one.next_epoch()] == [1, 2, 3]
+
+
+def test_members_come_and_go(connect: Callable[[], Metadata]) -> None:
+    one, two = connect(), connect()
+    assert one.members() == ()
+    one.register(member("b", 1))
+    two.register(member("a", 2))
+    assert two.members() == (member("a", 2), member("b", 1))
+    two.remove(StoreId("b"), 1)
+    two.remove(StoreId("b"), 1)
+    assert one.members() == (member("a", 2),)
+
+
+def test_an_older_epoch_neither_replaces_nor_removes_a_younger_one(
+    connect: Callable[[], Metadata],
+) -> None:
+    table = connect()
+    table.register(member("a", 5))
+    with pytest.raises(StoreError, match="later epoch than 4"):
+        table.register(member("a", 4))
+    table.remove(StoreId("a"), 4)
+    assert table.members() == (member("a", 5),)
+    table.register(member("a", 6))
+    assert table.members() == (member("a", 6),)
+
+
+def test_the_master_fences_predecessors(connect: Callable[[], Metadata]) -> None:
+    one, two = Master(connect()), Master(connect())
+    before = one.join(StoreId("a"), ADDRESS)
+    after = two.join(StoreId("a"), ADDRESS)
+    assert after.epoch > before.epoch
+    assert one.check(StoreId("a"), after.epoch) == after
+    with pytest.raises(StoreError, match=f"under epoch {after.epoch}, not under {before.epoch}"):
+        one.check(StoreId("a"), before.epoch)
+    one.leave(before)
+    assert two.members() == (after,)
+    two.leave(after)
+    with pytest.raises(StoreError, match="is no member"):
+        one.check(StoreId("a"), after.epoch)
+
+
+def test_a_lost_redis_is_said_quickly_and_without_its_password(redis_server: RedisServer) -> None:
+    table = RedisMetadata(f"redis://:secret@127.0.0.1:{redis_server.port}/0")
+    redis_server.kill()
+    calls: list[Callable[[], object]] = [
+        table.next_epoch,
+        table.members,
+        lambda: table.register(member("a", 1)),
+        lambda: table.remove(StoreId("a"), 1),
+    ]
+    began_s = time.monotonic()
+    for call in calls:
+        with pytest.raises(StoreUnavailable, match="cannot use Redis at 127") as caught:
+            call()
+        assert "secret" not in str(caught.value)
+    assert time.monotonic() - began_s < len(calls) * TIMEOUT_S
+
+
+def test_a_redis_that_hangs_is_given_up(redis_server: RedisServer) -> None:
+    table = RedisMetadata(redis_server.url)
+    table.members()
+    os.kill(redis_server.process.pid, signal.SIGSTOP)
+    with pytest.raises(StoreUnavailable):
+        table.members()
+
+
+def test_losing_redis_does_not_stop_a_live_node(redis_server: RedisServer, tmp_path: Path) -> None:
+    with running_node(tmp_path, "--redis-url", redis_server.url) as node:
+        (registered,) = RedisMetadata(redis_server.url).members()
+        assert registered.address == node.address
+        client = node.client("w")
+        redis_server.kill()
+        assert client.put(keys_of("a", 2), 0, filler("a")) == 2
+        assert read(client, keys_of("a", 2)) == [content("a", 0), content("a", 1)]
+        late = node.client("late", remote=True)
+        assert read(late, keys_of("a", 1)) == [content("a", 0)]
+        client.close()
+        late.close()
+        assert node.stop() == 0, "it could not take its entry back, and ends all the same"
+
+
+def test_a_redis_address_that_is_none_is_a_mistake_in_the_settings() -> None:
+    with pytest.raises(ConfigError, match="redis_url"):
+        RedisMetadata("http://127.0.0.1:1")
+
+
+def test_a_metadata_file_that_is_none_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.sqlite"
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(StoreUnavailable, match="cannot use the metadata in"):
+        EmbeddedMetadata(path)
+    with pytest.raises(StoreUnavailable, match="cannot use the metadata in"):
+        EmbeddedMetadata(tmp_path / "missing" / "metadata.sqlite")

@@ -1,0 +1,185 @@
+"""Goal: whatever order things happen in, every request that is not cancelled gets exactly the
+tokens of a single loop, and in the end every block, pin and ticket is back.
+
+Method: two prefill and two decode workers with small pools. Moves do not happen when they are
+submitted but when the dice say so, one at a time per worker; the dice also submit, cancel, preempt,
+and take stores down and up again. What the loops tell the router is answered as a router would.
+"""
+
+import random
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pdserve.engine import mover as mover_module
+from pdserve.engine.mover import Mover
+from pdserve.engine.moves import Move
+from pdserve.engine.outputs import ToRouter
+from pdserve.ids import RequestId
+from pdserve.kvstore.keys import block_keys
+from pdserve.lifecycle import Event
+from pdserve.messages import Cancel, Preempt, Progress, Request, WorkerFailed
+from tests.unit.engine import rig as rig_module
+from tests.unit.engine.fakes import BLOCK_TOKENS
+from tests.unit.engine.rig import NAMESPACE, SAMPLINGS, Rig, plain, prompt, request
+
+ROUNDS = 150
+SETTLE_ROUNDS_MAX = 20_000
+ATTEMPTS_MAX = 30
+
+
+class LateMover(Mover):
+    """Runs moves when told to, in the order that the thread would."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        self.late: deque[tuple[Move, Any]] = deque()
+        self.offers: deque[tuple[Move, Any]] = deque()
+        super().__init__(*args, **keywords)
+
+    def submit(self, move: Move, owner: Any = None) -> None:
+        self.late.append((move, owner))
+
+    def offer(self, move: Move, owner: Any = None) -> bool:
+        if len(self.offers) >= 2:
+            return False
+        self.offers.append((move, owner))
+        return True
+
+    def take_back_offered(self) -> list[Move]:
+        moves = [move for move, _ in self.offers]
+        self.offers.clear()
+        return moves
+
+    def run_one(self) -> bool:
+        queue = self.late or self.offers
+        if not queue:
+            return False
+        super().submit(*queue.popleft())
+        return True
+
+
+class World:
+    def __init__(self, seed: int, *, faults: bool) -> None:
+        self.dice = random.Random(seed)
+        self.rig = Rig(one_host=self.dice.random() < 0.5)
+        for name in ("p0", "p1"):
+            self.rig.prefill(name, blocks=14, chunk_tokens=8)
+        for name in ("d0", "d1"):
+            self.rig.decode(name, blocks=14, running_max=4)
+        self.loops = [*self.rig.prefills.values(), *self.rig.decodes.values()]
+        self.movers: list[LateMover] = [loop._mover for loop in self.loops]  # type: ignore[misc]
+        self.faults = faults
+        self.asked: dict[RequestId, Request] = {}
+        self.first: dict[RequestId, Request] = {}
+        self.cancelled: set[RequestId] = set()
+
+    def submit(self) -> None:
+        number = len(self.first)
+        asked = request(
+            f"r{number}",
+            prompt(self.dice.randrange(1, 30), salt=self.dice.randrange(3)),
+            sampling=self.dice.choice(list(SAMPLINGS.values())),
+            max_tokens=self.dice.randrange(1, 20),
+            choice=number,
+        )
+        self.first[asked.request] = asked
+        self.dispatch(asked)
+
+    def dispatch(self, asked: Request) -> None:
+        self.asked[asked.request] = asked
+        prefill, decode = self.dice.choice(("p0", "p1")), self.dice.choice(("d0", "d1"))
+        self.rig.send(asked, prefill=prefill, decode=decode)
+
+    def step(self, loop: Any) -> None:
+        for output in self.rig.step(loop):
+            if isinstance(output, ToRouter):
+                self.answer(output.message)
+        while self.rig.parked:
+            handoff = self.rig.parked.pop()
+            if handoff.request.request in self.cancelled:
+                self.rig.stores[handoff.store].abort(handoff.ticket)
+            else:
+                self.rig.resume(handoff, self.dice.choice(("d0", "d1")))
+        for each in self.loops:
+            each.pool.check()
+
+    def answer(self, message: object) -> None:
+        if not isinstance(message, Progress | WorkerFailed):
+            return
+        asked = self.asked[message.request]
+        if message.request in self.cancelled:
+            if isinstance(message, Progress) and message.event is Event.ADOPTED:
+                self.cancel(message.request)  # it crossed its hand-off
+        elif message.attempt != asked.attempt:
+            return
+        elif isinstance(message, WorkerFailed):
+            assert asked.attempt < ATTEMPTS_MAX
+            tokens = asked.tokens[: asked.prompt_tokens] + self.rig.tokens(asked.request)
+            keys = block_keys(NAMESPACE, tokens, BLOCK_TOKENS)
+            self.dispatch(replace(asked, attempt=asked.attempt + 1, tokens=tokens, block_keys=keys))
+        elif message.event is Event.PREEMPTED:
+            self.dispatch(asked)
+
+    def cancel(self, name: RequestId) -> None:
+        self.cancelled.add(name)
+        for loop in self.loops:
+            loop.handle(Cancel(name))
+
+    def play(self) -> None:
+        for _ in range(ROUNDS):
+            match self.dice.randrange(12):
+                case 0:
+                    self.submit()
+                case 1 if self.first and self.dice.random() < 0.3:
+                    self.cancel(self.dice.choice(list(self.first)))
+                case 2 if self.first:
+                    asked = self.asked[self.dice.choice(list(self.first))]
+                    for prefill in self.rig.prefills.values():
+                        prefill.handle(Preempt(asked.request, asked.attempt))
+                case 3 if self.faults:
+                    store = self.dice.choice(list(self.rig.stores.values()))
+                    store.down = self.dice.random() < 0.2
+                case 4 if self.faults:
+                    store = self.dice.choice(list(self.rig.stores.values()))
+                    store.full = self.dice.random() < 0.2
+                case 5 | 6 | 7:
+                    self.dice.choice(self.movers).run_one()
+                case _:
+                    self.step(self.dice.choice(self.loops))
+
+    def settle(self) -> None:
+        """Everything that is left gets done, stores up and no dice thrown but for routing."""
+        for store in self.rig.stores.values():
+            store.down = store.full = False
+        for _ in range(SETTLE_ROUNDS_MAX):
+            moved = [mover.run_one() for mover in self.movers]
+            busy = [loop for loop in self.loops if loop.busy()]
+            for loop in busy:
+                self.step(loop)
+            if not busy and not any(moved):
+                return
+        raise AssertionError("it never settles")
+
+
+@pytest.fixture(autouse=True)
+def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rig_module, "Mover", LateMover)
+    assert mover_module.Mover is not LateMover
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("faults", [False, True], ids=["calm", "faults"])
+def test_any_order_gives_the_same_tokens_and_leaves_nothing(seed: int, *, faults: bool) -> None:
+    world = World(seed, faults=faults)
+    world.play()
+    world.settle()
+    for name, asked in world.first.items():
+        if name not in world.cancelled:
+            assert world.rig.tokens(name) == plain(asked), f"{name} of seed {seed}"
+    if faults:  # an abort that met a store that was down: the connection's end does it there
+        for store in world.rig.stores.values():
+            store.tickets.clear()
+            store.claims.clear()
+    world.rig.check_idle()

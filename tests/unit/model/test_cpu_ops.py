@@ -1,0 +1,231 @@
+"""The C++ kernels against the torch path, on the shapes that break kernels."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pdserve.model.cpu import library
+from pdserve.model.cpu_ops import cpu_ops
+from pdserve.model.ops import BatchLayout, LinearWeight
+from pdserve.model.torch_ops import TorchOps
+from tests.unit.model.conftest import ops_named
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Both round a float32 result once; the float32 results differ by the order of their sums.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+CHANNELS = [1, 15, 16, 17, 64, 576]
+
+
+def close(ours: Tensor, reference: Tensor) -> None:
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def layout(runs: list[tuple[int, int]], block_tokens: int, blocks: list[list[int]]) -> BatchLayout:
+    """Of runs (start, length) whose blocks are given."""
+    tables = torch.zeros(len(runs), max(map(len, blocks)), dtype=torch.int32)
+    positions, slots = [], []
+    for row, ((start, length), table) in enumerate(zip(runs, blocks, strict=True)):
+        tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        for position in range(start, start + length):
+            positions.append(position)
+            slots.append(table[position // block_tokens] * block_tokens + position % block_tokens)
+    ends = torch.tensor([0] + [length for _, length in runs]).cumsum(0)
+    return BatchLayout(
+        positions_N=torch.tensor(positions),
+        slots_N=torch.tensor(slots),
+        starts_R1=ends.int(),
+        tables_RB=tables,
+        contexts_R=torch.tensor([start + length for start, length in runs], dtype=torch.int32),
+        longest_run=max(length for _, length in runs),
+        longest_context=max(start + length for start, length in runs),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norms_equal_the_reference(channels: int, dtype: torch.dtype) -> None:
+    ours, reference = ops_named("cpu"), TorchOps()
+    x, residual = draw(5, channels, dtype=dtype), draw(5, channels, dtype=dtype, scale=3)
+    weight = draw(channels, dtype=dtype)
+    close(ours.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    for got, wanted in zip(
+        ours.add_rms_norm(x, residual, weight, 1e-5),
+        reference.add_rms_norm(x, residual, weight, 1e-5),
+        strict=True,
+    ):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_swiglu_equals_the_reference_far_from_zero_too(channels: int, dtype: torch.dtype) -> None:
+    gate_up = draw(4, 2 * channels, dtype=dtype, scale=30)
+    close(ops_named("cpu").silu_mul(gate_up), TorchOps().silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_16_bit_numbers_are_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    """A norm with weight 0 is a way to pass every bit pattern through load and store: x + 0."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.float16)
+    x = x[~x.isnan()].to(dtype).reshape(1, -1)
+    third = torch.full_like(x, 1 / 3)
+    for other in (torch.zeros_like(x), third):
+        _, total = ops_named("cpu").add_rms_norm(x, other, torch.zeros_like(x[0]), 1e-5)
+        assert torch.equal(total, (x.float() + other.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 16, 24, 64, 128])
+def test_rotary_and_cache_equal_the_reference_and_touch_nothing_else(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    heads, kv_heads, block_tokens, layers = 4, 2, 5, 3
+    batch = layout([(0, 7), (11, 1)], block_tokens, [[6, 2], [4, 3, 0]])
+    qkv = draw(8, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # rows apart, as in a fused product
+    rope = draw(32, head_dim, dtype=torch.float32)
+    pools = [draw(7, layers, 2, kv_heads, block_tokens, head_dim, dtype=dtype) for _ in range(2)]
+    turned = [
+        ops.rope_and_cache(q, k, v, rope, batch, pool, 1)
+        for ops, pool in zip((ops_named("cpu"), TorchOps()), pools, strict=True)
+    ]
+    close(turned[0], turned[1])
+    close(pools[0], pools[1])
+    before = draw(7, layers, 2, kv_heads, block_tokens, head_dim, dtype=dtype)
+    assert torch.equal(pools[0][:, [0, 2]], before[:, [0, 2]])  # the other layers
+    assert torch.equal(pools[0][[1, 5]], before[[1, 5]])  # the other blocks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "runs"),
+    [
+        (4, 2, 16, [(0, 1)]),  # one token, itself alone
+        (4, 2, 64, [(63, 1), (64, 1), (65, 1)]),  # around the end of a tile
+        (9, 3, 64, [(0, 64), (0, 65), (10, 100)]),  # a tile, one more, a chunk
+        (4, 4, 128, [(0, 97)]),  # no groups; more queries than a task takes
+        (7, 1, 24, [(0, 40), (130, 3)]),  # odd sizes
+    ],
+)
+def test_attention_equals_the_reference(
+    heads: int, kv_heads: int, head_dim: int, runs: list[tuple[int, int]], dtype: torch.dtype
+) -> None:
+    block_tokens = 16
+    free = iter(torch.randperm(64, generator=torch.Generator().manual_seed(7)).tolist())
+    blocks = [
+        [next(free) for _ in range(-(-(start + length) // block_tokens))] for start, length in runs
+    ]
+    batch = layout(runs, block_tokens, blocks)
+    q = draw(len(batch.positions_N), heads, head_dim, dtype=dtype)
+    pool = draw(64, 2, 2, kv_heads, block_tokens, head_dim, dtype=dtype)
+    scale = head_dim**-0.5
+    ours = ops_named("cpu").attention(q, batch, pool, 1, scale)
+    close(ours, TorchOps().attention(q, batch, pool, 1, scale))
+    close(ours, sdpa(q, batch, runs, pool[:, 1], blocks, scale))
+
+
+def sdpa(
+    q_NHD: Tensor,
+    batch: BatchLayout,
+    runs: list[tuple[int, int]],
+    pool_P2GTD: Tensor,
+    blocks: list[list[int]],
+    scale: float,
+) -> Tensor:
+    """torch's own attention in float32, run by run."""
+    outs = []
+    for row, ((start, length), table) in enumerate(zip(runs, blocks, strict=True)):
+        begin = int(batch.starts_R1[row])
+        kv = pool_P2GTD[table].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : start + length]
+        seen = torch.arange(start + length) <= torch.arange(start, start + length)[:, None]
+        q = q_NHD[begin : begin + length].float().transpose(0, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q[None], kv[:1], kv[1:], attn_mask=seen, scale=scale, enable_gqa=True
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs).to(q_NHD.dtype)
+
+
+def test_a_token_after_the_query_cannot_be_seen_even_as_nan() -> None:
+    """KV behind the context is never read: a freed block may hold anything."""
+    batch = layout([(3, 1)], 16, [[0]])
+    pool = draw(1, 1, 2, 1, 16, 16, dtype=torch.float32)
+    q = draw(1, 1, 16, dtype=torch.float32)
+    clean = ops_named("cpu").attention(q, batch, pool, 0, 1.0)
+    pool[:, :, :, :, 4:] = torch.nan
+    assert torch.equal(ops_named("cpu").attention(q, batch, pool, 0, 1.0), clean)
+
+
+@pytest.mark.parametrize("outputs", [960, 576])
+def test_a_packed_bfloat16_layer_equals_the_plain_one(outputs: int) -> None:
+    ops = TorchOps()
+    weight = LinearWeight(draw(outputs, 1536, dtype=torch.bfloat16, scale=0.05))
+    packed = ops.pack(weight)
+    if not packed.packed:
+        pytest.skip("needs a CPU on which oneDNN has bfloat16")
+    for rows in (2, 3, 16, 65):
+        x = draw(rows, 1536, dtype=torch.bfloat16)
+        assert torch.equal(ops.linear(x, packed), torch.nn.functional.linear(x, weight.weight_OC))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [64, 1536, 4096])
+def test_a_row_of_a_linear_layer_does_not_depend_on_its_company(
+    inputs: int, dtype: torch.dtype
+) -> None:
+    ops = TorchOps()
+    weight = ops.pack(LinearWeight(draw(96, inputs, dtype=dtype, scale=0.05)))
+    x = draw(130, inputs, dtype=dtype)
+    full = ops.linear(x, weight)
+    for rows in (1, 2, 3, 4, 5, 8, 15, 16, 17, 64, 129):
+        assert torch.equal(ops.linear(x[1 : 1 + rows], weight), full[1 : 1 + rows]), rows
+
+
+def test_calls_are_counted() -> None:
+    ops = ops_named("cpu")
+    ops.rms_norm(draw(1, 4, dtype=torch.float32), draw(4, dtype=torch.float32), 1e-5)
+    assert ops.calls() == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda ops: ops.rms_norm(torch.zeros(2, 4), torch.zeros(5), 1e-5),
+        lambda ops: ops.rms_norm(torch.zeros(2, 4), torch.zeros(4, dtype=torch.bfloat16), 1e-5),
+        lambda ops: ops.rms_norm(torch.zeros(4, 2).T, torch.zeros(4), 1e-5),
+        lambda ops: ops.silu_mul(torch.zeros(2, 5)),
+        lambda ops: ops.add_rms_norm(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4), 1e-5),
+    ],
+)
+def test_tensors_that_a_kernel_would_read_wrongly_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="do not fit together"):
+        wrong(ops_named("cpu"))
+
+
+def test_without_a_compiler_the_torch_path_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PDSERVE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    library.load_library.cache_clear()
+    try:
+        assert type(cpu_ops()) is TorchOps
+        assert "install g++" in caplog.text
+    finally:
+        library.load_library.cache_clear()
+
+
+def test_only_one_openmp_runtime_is_in_the_process() -> None:
+    ops_named("cpu")
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
+    assert len(runtimes) == 1

@@ -103,17 +103,16 @@ def _compiler() -> Finding:
 
 
 def _device(config: ClusterConfig) -> Iterator[Finding]:
-    import torch
+    from pdserve.model.machine import machine
 
-    cuda = torch.cuda.is_available()
-    if config.model.device == "cuda" and not cuda:
+    found = machine()
+    if config.model.device == "cuda" and found.gpu is None:
         yield Finding(
             False, "model.device is cuda, torch sees no CUDA device", "set model.device=cpu"
         )
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    yield Finding(True, f"torch {torch.__version__} on {device}")
-    driver = Path("/proc/driver/nvidia/version").exists()
-    if driver and not cuda:
+    device = found.gpu or f"CPU, {len(os.sched_getaffinity(0))} cores"
+    yield Finding(True, f"torch {found.torch} on {device}")
+    if Path("/proc/driver/nvidia/version").exists() and found.gpu is None:
         yield Finding(
             False, "an NVIDIA driver is here, torch is a CPU build", "install torch with CUDA"
         )

@@ -44,6 +44,7 @@ from pdserve.wire.postbox import Postbox
 if TYPE_CHECKING:
     from pdserve.engine.outputs import Load, Output
     from pdserve.engine.thread import EngineThread
+    from pdserve.kvstore.answers import StoreStat
     from pdserve.kvstore.client import StoreClient
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class WorkerShell:
         self._reported_ns = 0
         self._draining = False
         self._store_lost: str | None = None
+        self._store_stat: dict[str, int] = {}  # of the host's store, as this worker last saw it
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────
 
@@ -258,7 +260,7 @@ class WorkerShell:
             blocks_removed=load.blocks_removed if load else (),
             store_added=tuple(store_added),
             store_removed=tuple(store_removed),
-            counters=load.counters if load else {},
+            counters={**(load.counters if load else {}), **self._store_stat},
         )
         if load is not None:
             self._load = load.without_deltas()
@@ -307,9 +309,25 @@ class WorkerShell:
             await asyncio.sleep(STORE_CHANGES_S)
             try:
                 changes = await asyncio.to_thread(self._watching.changes, after)
+                stat = store_counters(await asyncio.to_thread(self._watching.stat))
             except (StoreUnavailable, PdserveError) as error:
                 self._store_lost = str(error)
                 return
             after = changes.sequence
-            if self.role is Role.PREFILL and (changes.added or changes.removed):
+            stirred = stat != self._store_stat
+            self._store_stat = stat
+            if self.role is Role.PREFILL and (changes.added or changes.removed or stirred):
                 self._report(store_added=changes.added, store_removed=changes.removed)
+
+
+def store_counters(stat: "StoreStat") -> dict[str, int]:
+    """What an operator wants to see of a host's store, under names of their own."""
+    return {
+        "store_slots": stat.slots_total,
+        "store_free": stat.slots_available,
+        "store_committed": stat.slots_committed,
+        "store_reserved": stat.slots_reserved,
+        "store_pinned": stat.slots_pinned,
+        "store_tickets": stat.tickets,
+        "store_evicted": stat.evicted_count,
+    }

@@ -160,6 +160,7 @@ class DecodeLoop:
             context_tokens=self._runner.architecture.context_tokens,
         )
         if handoff.unsent or sequence.ending:
+            self._note_takeover(sequence)
             self._say_tokens(sequence, handoff.unsent, timed=True)
         stream = Stream(sequence, handoff)
         self._streams[request.request] = stream

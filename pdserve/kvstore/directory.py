@@ -25,8 +25,11 @@ _LOCK_NAME = "lock"
 class NodeDirectory:
     """Made by ``take_directory``; exists until ``remove``, or until its process has died."""
 
-    def __init__(self, root: Path, path: Path, lock: int) -> None:
+    def __init__(self, root: Path, path: Path, lock: int, dead: tuple[StoreId, ...]) -> None:
         self.path = path
+        self.dead = dead
+        """Nodes whose folders were removed to make room for this one."""
+
         self._root = root
         self._lock = lock
 
@@ -51,7 +54,7 @@ def take_directory(shared: Path, store_id: StoreId) -> NodeDirectory:
     """
     root = root_of(shared)
     with _locked(root):
-        _remove_stale(root)
+        dead = tuple(_remove_stale(root))
         path = root / store_id
         try:
             path.mkdir(mode=0o700)
@@ -59,7 +62,7 @@ def take_directory(shared: Path, store_id: StoreId) -> NodeDirectory:
             raise ConfigError(f"a live store node has {path}; give this one another id") from None
         lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return NodeDirectory(root, path, lock)
+    return NodeDirectory(root, path, lock, dead)
 
 
 def root_of(shared: Path) -> Path:
@@ -89,7 +92,7 @@ def _locked(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_stale(root: Path) -> None:
+def _remove_stale(root: Path) -> Iterator[StoreId]:
     for path in root.iterdir():
         try:
             lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
@@ -105,5 +108,6 @@ def _remove_stale(root: Path) -> None:
             if socket_path:
                 Path(socket_path).unlink(missing_ok=True)
             shutil.rmtree(path)
+            yield StoreId(path.name)
         finally:
             os.close(lock)

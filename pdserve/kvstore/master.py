@@ -4,6 +4,8 @@ Every join draws a fresh epoch. Whoever speaks for a node says the epoch it join
 is older than the entry belongs to a predecessor that does not know of its own end, and is refused.
 """
 
+from collections.abc import Sequence
+
 from pdserve.errors import StoreError
 from pdserve.ids import StoreId
 from pdserve.kvstore.metadata import Member, Metadata
@@ -16,9 +18,14 @@ class Master:
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
 
-    def join(self, store_id: StoreId, address: Address) -> Member:
-        """Enter a node under a fresh epoch, which fences its predecessors of the same id."""
+    def join(self, store_id: StoreId, address: Address, *, dead: Sequence[StoreId] = ()) -> Member:
+        """Enter a node under a fresh epoch, which fences its predecessors of the same id.
+
+        ``dead`` are nodes of its host that it found dead: their entries go.
+        """
         member = Member(store_id, address, self._metadata.next_epoch())
+        for each in dead:
+            self._metadata.remove(each, member.epoch)
         self._metadata.register(member)
         return member
 

@@ -72,7 +72,7 @@ async def run_node(
         metadata = _metadata(settings)
         if metadata is not None:
             master = Master(metadata)
-            member = master.join(settings.store_id, listener.address)
+            member = master.join(settings.store_id, listener.address, dead=directory.dead)
             ending.callback(_leave, master, member)
         warming = asyncio.create_task(_prefault(path, stopped))
         ending.push_async_callback(_finish, warming)

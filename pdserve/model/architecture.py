@@ -151,7 +151,7 @@ def _of_directory(directory: Path) -> Architecture:
     def number(name: str) -> int:
         value = config.get(name)
         if not isinstance(value, int):
-            raise ConfigError(f"{directory.name}/config.json: {name} is {value!r}, must be a number")
+            raise ConfigError(f"{directory.name}/config.json: {name} is {value!r}, not a number")
         return value
 
     heads = number("num_attention_heads")

@@ -49,9 +49,7 @@ class CpuOps(TorchOps):
         fits = fits and x_NC.is_contiguous() and residual_NC.is_contiguous()
         _check(fits, x_NC, residual_NC, weight_C)
         out_NC, sum_NC = torch.empty_like(x_NC), torch.empty_like(x_NC)
-        self._call(
-            "add_rms_norm", x_NC, residual_NC, weight_C, out_NC, sum_NC, rows, channels, eps
-        )
+        self._call("add_rms_norm", x_NC, residual_NC, weight_C, out_NC, sum_NC, rows, channels, eps)
         return out_NC, sum_NC
 
     def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:

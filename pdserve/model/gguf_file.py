@@ -1,9 +1,9 @@
 """Reading a GGUF file's header: metadata and where each tensor lies.
 
 The layout is public and small: magic, version, counts, key/value pairs, tensor entries, then the
-tensors, each aligned. The ``gguf`` package reads it too, but builds an array object per token of the
-vocabulary (two seconds for 49,152 of them); a start of a worker should not wait for that. Arrays
-are skipped here: nothing in ``model`` needs one. Dequantising stays with ``gguf``.
+tensors, each aligned. The ``gguf`` package reads it too, but builds an array object per token of
+the vocabulary (two seconds for 49,152 of them); a start of a worker should not wait for that.
+Arrays are skipped here: nothing in ``model`` needs one. Dequantising stays with ``gguf``.
 """
 
 import mmap
@@ -67,7 +67,7 @@ class GgufFile:
             value = float(value)
         if not isinstance(value, kind):
             raise ConfigError(f"{self.path.name}: {name} is {value!r}, must be {kind.__name__}")
-        return cast(Value, value)
+        return value
 
     def tensor(self, name: str) -> GgufTensor:
         if name not in self.tensors:

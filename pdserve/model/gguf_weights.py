@@ -7,6 +7,7 @@ the second. ``_halves`` undoes that.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.gguf_file import GgufFile
+
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -70,8 +73,8 @@ def _our_name(stored: str) -> str:
     return stored
 
 
-def _halves(values: np.ndarray, head_count: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Rows (or bias entries) of each head from pairs side by side to first halves, second halves."""
+def _halves(values: FloatArray, head_count: int) -> FloatArray:
+    """Rows (or bias entries) of each head: from pairs side by side to first, then second halves."""
     rows = values.shape[0]
     if rows % (2 * head_count):
         return values  # a wrong shape; whoever checks shapes says so with the right words

@@ -113,7 +113,7 @@ def _ops_of(config: ModelConfig, device: torch.device) -> Ops:
             )
         from pdserve.model.triton_ops import TritonOps
 
-        return TritonOps()
+        return TritonOps(deterministic=config.deterministic)
     if device.type != "cpu":
         raise ConfigError(f"model.kernels is cpu, the device is {device.type}; use auto or triton")
     return cpu_ops()

@@ -7,11 +7,14 @@ bytes, exact to the bit. Who holds which block is decided elsewhere; nothing her
 
 import math
 import threading
+from typing import Any
 
 import numpy as np
 import torch
 
 from pdserve.model.architecture import Architecture
+
+ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
 
 LAYOUT = "layer,kv,head,token,dim/1"
 """Name and version of the order of bytes in a block; part of what blocks must agree on."""
@@ -84,7 +87,7 @@ class KvPool:
         self._check(target)
         self.tensor[target].copy_(self.tensor[source])
 
-    def _as_array(self, block: int, buffer: memoryview) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    def _as_array(self, block: int, buffer: memoryview) -> ByteArray:
         self._check(block)
         if buffer.nbytes != self.block_bytes:
             raise ValueError(f"the buffer has {buffer.nbytes} bytes, a block {self.block_bytes}")

@@ -39,7 +39,8 @@ class Rope:
 
 def frequencies(rope: Rope, head_dim: int) -> FloatArray:
     """[D/2] radians per position."""
-    plain = rope.base ** (-np.arange(0, head_dim, 2) / head_dim)
+    exponents: FloatArray = -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    plain: FloatArray = np.power(rope.base, exponents)
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "factors":
@@ -130,9 +131,7 @@ def rope_of_gguf(file: GgufFile, family: str, head_dim: int, context_tokens: int
     if kind == "linear":
         return Rope(base=base, kind="linear", factor=factor)
     if kind == "yarn":
-        original = file.field(
-            f"{family}.rope.scaling.original_context_length", int, context_tokens
-        )
+        original = file.field(f"{family}.rope.scaling.original_context_length", int, context_tokens)
         return Rope(
             base=base,
             kind="yarn",

@@ -13,6 +13,7 @@ Shape letters as in ``ops.py``; V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from pdserve.model.ops import BatchLayout, Ops
 from pdserve.model.pool import KvPool
 from pdserve.model.rope import rope_table
 from pdserve.model.weights import LayerWeights, Weights
+
+
+IntArray = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class ModelRunner:
         shape = self.architecture
         heads, kv_heads, head_dim = shape.head_count, shape.kv_head_count, shape.head_dim
         qkv_NXD = self.ops.linear(x_NC, layer.qkv).view(-1, heads + 2 * kv_heads, head_dim)
-        q_NHD, k_NGD, v_NGD = qkv_NXD.split((heads, kv_heads, kv_heads), dim=1)
+        q_NHD, k_NGD, v_NGD = torch.split(qkv_NXD, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm_D is not None and layer.k_norm_D is not None:
             q_NHD = self._head_norm(q_NHD, layer.q_norm_D)
             k_NGD = self._head_norm(k_NGD, layer.k_norm_D)
@@ -153,5 +157,5 @@ class ModelRunner:
             if not 0 <= min(run.tokens) <= max(run.tokens) < self.architecture.vocab_size:
                 raise ValueError(f"a token is outside 0..{self.architecture.vocab_size}")
 
-    def _on_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _on_device(self, array: IntArray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

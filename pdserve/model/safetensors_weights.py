@@ -27,7 +27,7 @@ class SafetensorsWeights:
         self._file_of: dict[str, Any] = {}
         for path in paths:
             try:
-                file = safe_open(path, framework="pt")
+                file: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"cannot read {path}: {error}; download it again") from error
             self._file_of.update(dict.fromkeys(file.keys(), file))

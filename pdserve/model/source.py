@@ -2,7 +2,7 @@
 
 A source is one of four things, tried in this order:
 
-* the default model's name: a GGUF file that an installed package brings, looked for in a few places;
+* the default model's name: a GGUF file, looked for in a package that brings it and a few folders;
 * a ``.gguf`` file;
 * a directory with ``config.json`` and ``*.safetensors``, or with exactly one ``.gguf`` file;
 * a hub id, ``organisation/name`` or ``organisation/name:file.gguf``, downloaded once into the hub's
@@ -150,7 +150,7 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
             "set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ConfigError(f"{repository} has no revision {revision!r}; see its branches") from error
+        raise ConfigError(f"there is no {wanted}; see its branches on the hub") from error
     except errors.LocalEntryNotFoundError as error:
         raise ConfigError(
             f"{wanted} is not in the local cache and the hub cannot be reached ({error}); connect, "

@@ -21,8 +21,8 @@ from pdserve.model.ops import BatchLayout, LinearWeight
 _QUERIES = 16
 _POSITIONS = 64
 _PACKED_ROWS_MIN = 2
-"""oneDNN cuts a sum over many inputs elsewhere when there is one row only: measured with float32 and
-bfloat16, from 1,536 inputs on. From two rows on a row's bits are its own, for 1, 2 and 4 threads."""
+"""oneDNN cuts a sum over many inputs elsewhere when there is one row only: seen with float32 and
+bfloat16, from 1,536 inputs on. From two rows on a row's bits are its own, for 1 to 8 threads."""
 
 _PLAIN_ROWS_MIN = 16
 """The same, and MKL's float32 products need four rows for each of a few threads."""
@@ -43,7 +43,8 @@ class TorchOps:
         the numbers of rows and threads up to a larger bound."""
         mkldnn = torch.ops.mkldnn
         plain = weight.weight_OC
-        if plain.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if plain.device.type != "cpu" or not has_onednn:
             return weight
         if plain.dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
             return weight
@@ -134,7 +135,7 @@ def _turned(x_NGD: Tensor, rope_N1D: Tensor) -> Tensor:
 
 
 def _tiles(pool_P2GTD: Tensor, table_B: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """A run's keys, transposed, and values, in float32 tiles at absolute positions; zeros behind."""
+    """A run's keys, transposed, and values: float32 tiles at absolute positions, zeros behind."""
     kv_heads, block_tokens, head_dim = pool_P2GTD.shape[2:]
     blocks = -(-context // block_tokens)
     kv_2GXD = (

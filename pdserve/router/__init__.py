@@ -6,6 +6,7 @@ shell in ``pdserve.cluster`` carries both; the simulator drives the same cores i
 
     core         events in, commands out: start reading here
     planner      what to do next: resume, dispatch, preempt
+    endings      how a request leaves before its time
     state        every request that is somewhere, in exactly one place
     levels       the order of waiting prompts: skip-join levels
     placement    the two choices: a prefill worker, a decode worker

@@ -26,7 +26,6 @@ from pdserve.messages import (
     ChunkDone,
     Handoff,
     Hello,
-    Lost,
     Progress,
     Refused,
     Report,
@@ -36,6 +35,7 @@ from pdserve.messages import (
 )
 from pdserve.router import planner
 from pdserve.router.commands import Command, ToGateway, ToWorker
+from pdserve.router.endings import drop, free_ticket, lose
 from pdserve.router.fleet import Worker
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import Entry, RouterState
@@ -69,7 +69,7 @@ class RouterCore:
         if known is not None and known.request.attempt >= request.attempt:
             self.state.counters["stale_submits"] += 1  # sent again after we seemed to be gone
             return []
-        commands = [] if known is None else self._drop(known, Event.CLIENT_GONE, "replaced")
+        commands = [] if known is None else drop(self.state, known, Event.CLIENT_GONE, "replaced")
         self.state.counters["arrived"] += 1
         refusal = self._refusal(request, now_ns)
         if refusal is None:
@@ -85,7 +85,9 @@ class RouterCore:
             self.state.counters["stale_cancels"] += 1
             return []
         self._gone_gateways.pop(entry.request.reply_to, None)
-        return self._drop(entry, Event.CLIENT_GONE, "cancelled") + planner.plan(self.state, now_ns)
+        return drop(self.state, entry, Event.CLIENT_GONE, "cancelled") + planner.plan(
+            self.state, now_ns
+        )
 
     def on_gateway_hello(self, gateway: Address, now_ns: int) -> list[Command]:
         """It is back: its requests run on without a limit."""
@@ -153,7 +155,8 @@ class RouterCore:
         request = handoff.request
         entry = self._entry(request.request, request.attempt)
         if entry is None or entry.decode != worker:
-            return self._unwanted(decode, request.request, request.attempt)
+            self.state.counters["stale_events"] += 1
+            return free_ticket(self.state, handoff)
         self._imply(entry, Event.PARKED)
         self.state.park(entry, handoff)
         return planner.plan(self.state, now_ns)
@@ -166,7 +169,7 @@ class RouterCore:
             self.state.counters["stale_events"] += 1
             return []
         self.state.counters["worker_failures"] += 1
-        return self._lose(entry, worker) + planner.plan(self.state, now_ns)
+        return lose(self.state, entry, worker) + planner.plan(self.state, now_ns)
 
     def on_worker_lost(self, worker: WorkerId, now_ns: int) -> list[Command]:
         known = self.state.fleet.get(worker)
@@ -183,7 +186,7 @@ class RouterCore:
         for request in self.state.deadlines.due(now_ns):
             entry = self.state.entries[request]
             error = DeadlineExceeded(f"the deadline passed while the request was {entry.phase}")
-            commands += self._drop(entry, Event.GAVE_UP, "refused")
+            commands += drop(self.state, entry, Event.GAVE_UP, "refused")
             commands.append(_refused(entry.request, error))
             self.state.counters["deadlines_passed"] += 1
         for worker in self.state.fleet.all():
@@ -194,7 +197,7 @@ class RouterCore:
             del self._gone_gateways[gateway]
             for entry in list(self.state.entries.values()):
                 if entry.request.reply_to == gateway:
-                    commands += self._drop(entry, Event.CLIENT_GONE, "cancelled")
+                    commands += drop(self.state, entry, Event.CLIENT_GONE, "cancelled")
         return commands + planner.plan(self.state, now_ns)
 
     def next_tick_ns(self) -> int | None:
@@ -291,30 +294,10 @@ class RouterCore:
 
     # ── ways out ─────────────────────────────────────────────────────────────────────────────────
 
-    def _drop(self, entry: Entry, event: Event, counter: str) -> list[Command]:
-        """Forget it here, and have it stopped wherever it may be."""
-        holders = _holders(entry)
-        self.state.leave(entry, event, counter)
-        return [
-            ToWorker(holder, Cancel(entry.id))
-            for holder in holders
-            if self.state.fleet.get(holder) is not None
-        ]
-
-    def _lose(self, entry: Entry, worker: WorkerId) -> list[Command]:
-        """Its worker cannot go on with it. The other end, if any, is told to stop."""
-        commands = [
-            command
-            for command in self._drop(entry, Event.WORKER_LOST, "lost")
-            if not (isinstance(command, ToWorker) and command.worker == worker)
-        ]
-        lost = Lost(entry.id, entry.request.attempt, worker)
-        return [*commands, ToGateway(entry.request.reply_to, lost)]
-
     def _forget_worker(self, worker: Worker) -> list[Command]:
         commands: list[Command] = []
         for request in list(worker.held):
-            commands += self._lose(self.state.entries[request], worker.id)
+            commands += lose(self.state, self.state.entries[request], worker.id)
         self.state.fleet.remove(worker)
         return commands
 
@@ -326,19 +309,8 @@ class RouterCore:
             handoff = entry.handoff
             assert handoff is not None
             if not self.state.fleet.has_store(handoff.store):
-                commands += self._lose(entry, handoff.route.decode)
+                commands += lose(self.state, entry, handoff.route.decode)
         return commands
-
-
-def _holders(entry: Entry) -> tuple[WorkerId, ...]:
-    """Workers that may have something of it.
-
-    While it is prefilling that includes decode, which may have been handed it a moment ago; while
-    it is parked, the worker that parked it, which answers for its ticket.
-    """
-    if entry.handoff is not None:
-        return (entry.handoff.route.decode,)
-    return tuple(holder for holder in (entry.prefill, entry.decode) if holder is not None)
 
 
 def _may_fail(entry: Entry) -> tuple[WorkerId | None, ...]:

@@ -22,6 +22,7 @@ from pdserve.ids import WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import Dispatch, Preempt, Refused, Resume, Role, Route
 from pdserve.router.commands import Command, ToGateway, ToWorker
+from pdserve.router.endings import drop
 from pdserve.router.fleet import Worker
 from pdserve.router.placement import (
     PrefillOption,
@@ -59,7 +60,7 @@ def _resume_parked(state: RouterState) -> list[Command]:
         handoff = entry.handoff
         assert handoff is not None
         if _is_hopeless(state, len(handoff.tokens)):
-            commands.append(_refuse_hopeless(state, entry, len(handoff.tokens)))
+            commands += _refuse_hopeless(state, entry, len(handoff.tokens))
             continue
         workers = _open_decodes(state)
         least_blocks = _least_blocks(workers, len(handoff.tokens))
@@ -132,7 +133,7 @@ def _next_step(state: RouterState) -> _Step | None:
 def _take(state: RouterState, step: _Step, now_ns: int) -> list[Command]:
     match step:
         case _Refuse(entry):
-            return [_refuse_hopeless(state, entry, len(entry.request.tokens))]
+            return _refuse_hopeless(state, entry, len(entry.request.tokens))
         case _Demote(entry, work_ns):
             state.demote_waiting(entry, work_ns)
             return []
@@ -252,7 +253,7 @@ def _is_hopeless(state: RouterState, tokens: int) -> bool:
     return bool(sizes) and tokens + 1 > max(sizes)
 
 
-def _refuse_hopeless(state: RouterState, entry: Entry, tokens: int) -> Command:
+def _refuse_hopeless(state: RouterState, entry: Entry, tokens: int) -> list[Command]:
     largest = max(state.fleet.of(Role.DECODE), key=lambda worker: worker.hello.block_count).hello
     error: OutOfBlocks | PromptTooLong
     if tokens > entry.request.prompt_tokens:
@@ -263,9 +264,9 @@ def _refuse_hopeless(state: RouterState, entry: Entry, tokens: int) -> Command:
         )
     else:
         error = PromptTooLong(tokens, largest.block_count * largest.block_tokens)
-    state.leave(entry, Event.GAVE_UP, "refused")
     refused = Refused(entry.id, entry.request.attempt, ErrorInfo.of(error))
-    return ToGateway(entry.request.reply_to, refused)
+    commands = drop(state, entry, Event.GAVE_UP, "refused")
+    return [*commands, ToGateway(entry.request.reply_to, refused)]
 
 
 def _known(state: RouterState, worker: WorkerId) -> Worker:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pdserve.clock import MS
-from pdserve.ids import RequestId, WorkerId
+from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Role
 from pdserve.router.fleet import Worker
@@ -15,6 +15,7 @@ class WorkerSnapshot:
     worker: WorkerId
     role: Role
     pid: int
+    host: HostId
     running: int
     waiting: int
     held: int  # requests the router sent there and has not seen leave
@@ -64,6 +65,7 @@ def _worker(worker: Worker) -> WorkerSnapshot:
         worker=worker.id,
         role=worker.hello.role,
         pid=worker.hello.pid,
+        host=worker.hello.address.host,
         running=worker.running,
         waiting=worker.waiting,
         held=len(worker.held),

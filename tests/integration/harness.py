@@ -165,6 +165,16 @@ def wait_for(what: str, condition: Callable[[], bool], *, timeout_s: float = WAI
         time.sleep(0.02)
 
 
+def wait_until_equal(
+    what: str, actual: Callable[[], object], expected: object, *, timeout_s: float = 10.0
+) -> None:
+    """Reports lag by up to a second: looks until they say ``expected``; fails with the difference."""
+    deadline = time.monotonic() + timeout_s
+    while (last := actual()) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert last == expected, f"{what}: {last} is not {expected}"
+
+
 def gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -86,7 +86,7 @@ def test_grpc_chats_cancels_and_reflects(cluster: TestCluster) -> None:
     with grpc.insecure_channel(cluster.cluster.grpc) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         request = inference_pb2.ChatRequest(
-            messages=[inference_pb2.Message(role="user", content="Say something.")],
+            messages=[inference_pb2.ChatMessage(role="user", content="Say something.")],
             max_tokens=12,
             temperature=0.0,
         )

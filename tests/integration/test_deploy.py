@@ -203,3 +203,39 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:
     assert all((ROOT / source).exists() for source in copied)
     users = [line.split()[1] for line in lines if line.startswith("USER ")]
     assert users == ["pdserve"]
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_prometheus_scrapes_the_port_that_the_gateway_serves() -> None:
+    jobs = {job["job_name"]: job for job in document("prometheus.yml")["scrape_configs"]}
+    (group,) = jobs["pdserve"]["static_configs"]
+    assert group["targets"] == [f"localhost:{ClusterConfig().gateway.http_port}"]
+
+
+def test_every_figure_of_the_dashboard_is_one_that_the_gateway_has() -> None:
+    from pdserve.cluster.http.metrics import FrontMetrics
+
+    metrics = FrontMetrics()
+    with metrics.follow("http", "chat") as meter:
+        meter.status = "200"
+    snapshot = {
+        "queue_by_level": [1, 0],
+        "oldest_wait_ms": 5,
+        "parked": 0,
+        "workers": [
+            {"worker": "w", "role": "decode", "running": 1, "waiting": 0}
+            | {"free_blocks": 3, "block_count": 4}
+        ],
+    }
+    known = set(re.findall(r"pdserve_\w+", metrics.render(snapshot).decode()))
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    shown = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"pdserve_\w+", target["expr"])
+    }
+    assert shown
+    assert shown <= known

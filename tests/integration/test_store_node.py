@@ -43,7 +43,9 @@ def test_an_orderly_end_leaves_nothing(tmp_path: Path, how: str) -> None:
 
 
 def test_a_killed_node_is_noticed_at_once_and_cleaned_up_by_the_next(tmp_path: Path) -> None:
-    with running_node(tmp_path, "--store-id", "first") as node:
+    table = tmp_path / "metadata.sqlite"
+    metadata = ("--metadata", str(table))
+    with running_node(tmp_path, "--store-id", "first", *metadata) as node:
         client, remote = node.client("w"), node.client("x", remote=True)
         client.put(keys_of("a", 2), 0, filler("a"))
         claim = client.claim(keys_of("a", 2))
@@ -54,7 +56,9 @@ def test_a_killed_node_is_noticed_at_once_and_cleaned_up_by_the_next(tmp_path: P
                 each.claim(keys_of("a", 2))
         client.release(claim)
     assert len(leftovers(tmp_path)) == 2
-    with running_node(tmp_path, "--store-id", "second") as successor:
+    assert [member.store_id for member in EmbeddedMetadata(table).members()] == ["first"]
+    with running_node(tmp_path, "--store-id", "second", *metadata) as successor:
+        assert [member.store_id for member in EmbeddedMetadata(table).members()] == ["second"]
         assert [path.name for path in root_of(tmp_path / "shared").iterdir()] == ["second"]
         assert [path.name for path in (tmp_path / "sockets").iterdir()] == ["second.sock"]
         fresh = successor.client("w")

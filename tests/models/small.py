@@ -98,7 +98,8 @@ def _weights(
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
 
     def matrix(rows: int, columns: int, gain: float = 1.5) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * (gain * columns**-0.5)
+        scale = gain * float(columns) ** -0.5
+        return torch.randn(rows, columns, generator=generator) * scale
 
     def around_one(count: int) -> Tensor:
         return 1 + 0.2 * torch.randn(count, generator=generator)
@@ -128,7 +129,7 @@ def _weights(
 
 
 def _peaked_head(vocab: int, hidden: int, generator: torch.Generator) -> Tensor:
-    head = torch.randn(vocab, hidden, generator=generator) * (0.3 * hidden**-0.5)
+    head = torch.randn(vocab, hidden, generator=generator) * (0.3 * float(hidden) ** -0.5)
     candidates = torch.randperm(vocab - _FIRST_LIKELY_TOKEN, generator=generator)
     likely = candidates[:_LIKELY_TOKENS] + _FIRST_LIKELY_TOKEN
     lengths = torch.exp(0.5 * torch.randn(likely.numel(), generator=generator))
@@ -156,7 +157,9 @@ def _convert_tokenizer(source: Path, directory: Path) -> dict[str, Any]:
     tokens = list(metadata["tokenizer.ggml.tokens"])
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(
-        models.BPE({token: index for index, token in enumerate(tokens)}, merges, byte_fallback=False)
+        models.BPE(
+            {token: index for index, token in enumerate(tokens)}, merges, byte_fallback=False
+        )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -5,8 +5,8 @@
 Compiles what each kernel file's ``configurations()`` names, asks the assembler's own figures of
 the result, prints a table, and ends with exit code 1 when a kernel keeps variables in slow memory
 because its registers are too few (a *spill*), needs more shared memory than the generation has, or
-does not compile at all. Kernels launched in one way only on a machine with a GPU would otherwise
-be found broken there, and a spill would never be found, only felt.
+does not compile at all. Otherwise a broken kernel would be found at its first launch on such a GPU,
+and a spill would never be found, only felt.
 """
 
 import argparse

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 
 from pdserve.decode.stream import Stage, Stream
+from pdserve.engine.moves import Park
 from pdserve.engine.outputs import ToGateway
 from pdserve.errors import IllegalTransition
 from pdserve.ids import TicketId
 from pdserve.messages import Cancel, FinishReason, Handoff, Request, WorkerFailed
+from tests.unit.engine import rig as rig_module
 from tests.unit.engine.fakes import EOS, FakeStore
-from tests.unit.engine.rig import SAMPLINGS, Rig, plain, prompt, request
+from tests.unit.engine.rig import SAMPLINGS, LateMover, Rig, plain, prompt, request
 
 
 class Inbox:
@@ -59,6 +61,21 @@ def test_timing_comes_with_the_first_tokens_and_with_the_last() -> None:
     last = deltas[-1].timing
     assert last is not None
     assert (last.prefill, last.decode) == ("p0", "d0")
+
+
+def test_handoff_time_runs_from_the_first_token_to_the_takeover(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+    monkeypatch.setattr("pdserve.prefill.loop.unix_us", lambda: 1000)
+    (handoff,) = handoffs(rig, [request(max_tokens=3)])
+    decode = rig.decode()
+    instants = iter((1700, 1900))  # it arrives, its blocks have arrived
+    monkeypatch.setattr("pdserve.decode.loop.unix_us", lambda: next(instants))
+    decode.handle(handoff)
+    rig.run()
+    timings = [delta.timing for delta in rig.deltas[request().request] if delta.timing]
+    assert [timing.handoff_us for timing in timings] == [700, 900]
 
 
 def test_sequences_join_and_leave_a_running_batch() -> None:
@@ -139,6 +156,62 @@ def test_out_of_blocks_the_latest_are_parked_and_go_on_elsewhere() -> None:
     assert other.load().counters["resumed"] == parked
     assert rig.events("r0") == ["prefill_done", "adopted", "ended"]  # the oldest stays
     rig.check_idle()
+
+
+def test_while_one_is_on_its_way_out_no_more_leave_than_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four streams of three blocks where there are 15: three get a fourth block and the last
+    leaves. While its bytes are on their way the others wait for its three blocks."""
+    monkeypatch.setattr(rig_module, "Mover", LateMover)
+    rig = Rig()
+    asked = [request(f"r{i}", prompt(9, salt=i), max_tokens=20) for i in range(4)]
+    given = handoffs_late(rig, asked)
+    decode = rig.decode(blocks=15)
+    mover = decode._mover
+    assert isinstance(mover, LateMover)
+    for handoff in given:
+        decode.handle(handoff)
+    while mover.run_one() or decode.busy():
+        rig.step(decode)
+        if any(isinstance(move, Park) for move, _ in mover.late):
+            break
+    for _ in range(10):
+        rig.step(decode)
+    assert decode.pool.free_count == 0
+    assert sum(isinstance(move, Park) for move, _ in mover.late) == 1
+    assert not decode.busy()
+
+
+def handoffs_late(rig: Rig, asked: list[Request]) -> list[Handoff]:
+    inbox = Inbox()
+    rig.decodes["d0"] = inbox  # type: ignore[assignment]
+    prefill = rig.prefill()
+    mover = prefill._mover
+    assert isinstance(mover, LateMover)
+    for one in asked:
+        rig.send(one)
+    while prefill.busy() or mover.run_one():
+        rig.step(prefill)
+    del rig.decodes["d0"]
+    return inbox.handoffs
+
+
+def test_who_comes_in_leaves_a_block_to_each_that_runs() -> None:
+    """Five of eight blocks are free after the first; the second needs four and would leave one,
+    the third would leave none for the two that run."""
+    rig = Rig()
+    asked = [request(f"r{i}", prompt(length, salt=i)) for i, length in enumerate((9, 13, 3))]
+    given = handoffs(rig, asked)
+    decode = rig.decode(blocks=8)
+    for handoff in given:
+        decode.handle(handoff)
+    rig.step(decode)
+    assert (decode.load().running, decode.load().waiting) == (2, 1)
+    rig.resume_on = "d0"
+    rig.run()
+    for one in asked:
+        assert rig.tokens(one.request) == plain(one)
 
 
 def test_parked_on_the_only_worker_everybody_still_ends() -> None:

@@ -1,5 +1,6 @@
 """Prefill and decode loops on fake models and fake stores, and the wires between them."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from pdserve.config import PoolConfig, StoreConfig
 from pdserve.decode.loop import DecodeLoop
 from pdserve.engine.mover import Mover
+from pdserve.engine.moves import Move
 from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
 from pdserve.ids import RequestId, WorkerId
 from pdserve.kvstore.keys import block_keys, namespace_digest
@@ -45,6 +47,7 @@ from tests.unit.engine.fakes import (
 NAMESPACE = namespace_digest(model="fake")
 GATEWAY = address("gateway")
 STEPS_MAX = 2000
+OFFERS_MAX = 2
 GREEDY = Sampling(temperature=0.0)
 SAMPLINGS = {
     "greedy": GREEDY,
@@ -109,6 +112,36 @@ def plain(asked: Request) -> tuple[int, ...]:
         )
         tokens.append(sample(torch.from_numpy(np.stack([logits_of(kv)])), [row])[0].token)
     return tuple(tokens[asked.prompt_tokens :])
+
+
+class LateMover(Mover):
+    """Runs moves when told to, in the order that the thread would."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        self.late: deque[tuple[Move, Any]] = deque()
+        self.offers: deque[tuple[Move, Any]] = deque()
+        super().__init__(*args, **keywords)
+
+    def submit(self, move: Move, owner: Any = None) -> None:
+        self.late.append((move, owner))
+
+    def offer(self, move: Move, owner: Any = None) -> bool:
+        if len(self.offers) >= OFFERS_MAX:
+            return False
+        self.offers.append((move, owner))
+        return True
+
+    def take_back_offered(self) -> list[Move]:
+        moves = [move for move, _ in self.offers]
+        self.offers.clear()
+        return moves
+
+    def run_one(self) -> bool:
+        queue = self.late or self.offers
+        if not queue:
+            return False
+        super().submit(*queue.popleft())
+        return True
 
 
 class Rig:

@@ -127,7 +127,7 @@ def test_a_second_attempt_continues_where_the_first_was_lost() -> None:
 def test_the_choices_of_one_call_share_their_prompt() -> None:
     """Arrived together, they compute the prompt's full blocks once and hold them once."""
     rig = Rig()
-    prefill, decode = rig.prefill(chunk_tokens=16), rig.decode()
+    prefill, decode = rig.prefill(chunk_tokens=64), rig.decode()
     asked = [
         request(f"r{i}", prompt(18), choice=i, sampling=SAMPLINGS["seeded"], max_tokens=3)
         for i in range(4)

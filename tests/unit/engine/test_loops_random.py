@@ -7,57 +7,25 @@ and take stores down and up again. What the loops tell the router is answered as
 """
 
 import random
-from collections import deque
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pdserve.engine import mover as mover_module
-from pdserve.engine.mover import Mover
-from pdserve.engine.moves import Move
+from pdserve.decode.loop import DecodeLoop
 from pdserve.engine.outputs import ToRouter
 from pdserve.ids import RequestId
 from pdserve.kvstore.keys import block_keys
 from pdserve.lifecycle import Event
 from pdserve.messages import Cancel, Preempt, Progress, Request, WorkerFailed
+from pdserve.prefill.loop import PrefillLoop
 from tests.unit.engine import rig as rig_module
 from tests.unit.engine.fakes import BLOCK_TOKENS
-from tests.unit.engine.rig import NAMESPACE, SAMPLINGS, Rig, plain, prompt, request
+from tests.unit.engine.rig import NAMESPACE, SAMPLINGS, LateMover, Rig, plain, prompt, request
 
 ROUNDS = 150
 SETTLE_ROUNDS_MAX = 20_000
 ATTEMPTS_MAX = 30
-
-
-class LateMover(Mover):
-    """Runs moves when told to, in the order that the thread would."""
-
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        self.late: deque[tuple[Move, Any]] = deque()
-        self.offers: deque[tuple[Move, Any]] = deque()
-        super().__init__(*args, **keywords)
-
-    def submit(self, move: Move, owner: Any = None) -> None:
-        self.late.append((move, owner))
-
-    def offer(self, move: Move, owner: Any = None) -> bool:
-        if len(self.offers) >= 2:
-            return False
-        self.offers.append((move, owner))
-        return True
-
-    def take_back_offered(self) -> list[Move]:
-        moves = [move for move, _ in self.offers]
-        self.offers.clear()
-        return moves
-
-    def run_one(self) -> bool:
-        queue = self.late or self.offers
-        if not queue:
-            return False
-        super().submit(*queue.popleft())
-        return True
 
 
 class World:
@@ -68,8 +36,13 @@ class World:
             self.rig.prefill(name, blocks=14, chunk_tokens=8)
         for name in ("d0", "d1"):
             self.rig.decode(name, blocks=14, running_max=4)
-        self.loops = [*self.rig.prefills.values(), *self.rig.decodes.values()]
-        self.movers: list[LateMover] = [loop._mover for loop in self.loops]  # type: ignore[misc]
+        self.loops: list[PrefillLoop | DecodeLoop] = [
+            *self.rig.prefills.values(),
+            *self.rig.decodes.values(),
+        ]
+        movers = [loop._mover for loop in self.loops]
+        self.movers = [mover for mover in movers if isinstance(mover, LateMover)]
+        assert len(self.movers) == 4
         self.faults = faults
         self.asked: dict[RequestId, Request] = {}
         self.first: dict[RequestId, Request] = {}
@@ -166,7 +139,6 @@ class World:
 @pytest.fixture(autouse=True)
 def _late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig_module, "Mover", LateMover)
-    assert mover_module.Mover is not LateMover
 
 
 @pytest.mark.parametrize("seed", range(25))

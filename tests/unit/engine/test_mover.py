@@ -1,12 +1,13 @@
 """The mover: order, answers instead of exceptions, and what happens when a store goes away."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
 from pdserve.engine.mover import OFFERED_MAX, Mover
 from pdserve.engine.moves import Abort, Adopt, Move, Moved, OpenTicket, Park, Push, Put, Restore
-from pdserve.errors import BlockMissing, StoreUnavailable, TicketGone
+from pdserve.errors import BlockMissing, OutOfBlocks, StoreUnavailable, TicketGone
 from pdserve.ids import BlockId, BlockKey, RequestId, TicketId
 from pdserve.messages import Address
 from tests.unit.engine.fakes import BLOCK_BYTES, FakePool, FakeStore, address
@@ -88,6 +89,18 @@ def test_adopting_another_number_of_blocks_than_expected_fails() -> None:
     moved = parts.one(Adopt(LOCAL, ticket, blocks(5)))
     assert isinstance(moved.error, BlockMissing)
     parts.stores[LOCAL].check_idle()
+
+
+def test_a_park_that_fails_leaves_no_ticket() -> None:
+    class Full(FakeStore):
+        def push_tail(self, ticket: TicketId, fill: Callable[[memoryview], None]) -> None:
+            raise OutOfBlocks(1, 0, retry_after_ms=1)
+
+    parts, full = Parts(), Full()
+    parts.mover = Mover(parts.pool, lambda _: full, LOCAL, threaded=False)
+    moved = parts.one(Park(LOCAL, RequestId("r"), 0, KEYS[:1], blocks(1), BlockId(2)))
+    assert isinstance(moved.error, OutOfBlocks)
+    full.check_idle()
 
 
 def test_an_aborted_ticket_is_gone_and_aborting_twice_is_fine() -> None:

@@ -30,6 +30,7 @@ def test_the_folders_of_the_dead_are_removed_with_their_sockets(tmp_path: Path) 
     half_made = root_of(tmp_path) / "half-made"
     half_made.mkdir()
     alive = take_directory(tmp_path, StoreId("alive"))
+    assert alive.dead == ("dead",)
     assert not socket_path.exists()
     assert list(root_of(tmp_path).iterdir()) == [alive.path]
     alive.remove()

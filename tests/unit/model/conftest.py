@@ -30,6 +30,12 @@ def ops_named(name: str) -> Ops:
     return CpuOps(library)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compiled() -> None:
+    """Before the first test: a compilation waits for a process, which no unit test may."""
+    load_library()
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Two OpenMP threads on a busy machine wait for each other longer than they compute."""
@@ -51,9 +57,7 @@ def runner_of() -> RunnerOf:
     ) -> ModelRunner:
         files = ModelFiles("small", "gguf" if path.is_file() else "safetensors", path)
         architecture = read_architecture(files)
-        source = (
-            GgufWeights(path, architecture) if path.is_file() else SafetensorsWeights(path)
-        )
+        source = GgufWeights(path, architecture) if path.is_file() else SafetensorsWeights(path)
         ops, device = ops_named(kernels), torch.device("cpu")
         weights = build_weights(architecture, source, ops, dtype=dtype, device=device)
         pool = KvPool(

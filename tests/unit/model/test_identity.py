@@ -8,6 +8,7 @@ single tokens, and sequences that move to another pool, as bytes, in the middle.
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.models.small import write_small_model
 from tests.unit.model.conftest import RunnerOf
 
 BLOCK_TOKENS = 16
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "head dim 16, groups of 2": {"hidden": 64, "heads": 4, "kv_heads": 2},
     "head dim 24, groups of 3, odd sizes": {"hidden": 72, "heads": 3, "kv_heads": 1, "ffn": 100},
     "one layer of SmolLM2": {"hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "layers": 1},
@@ -106,9 +107,7 @@ def test_company_chunks_and_moves_change_no_bit(
 ) -> None:
     directory = write_small_model(tmp_path, **SHAPES[shape])
     chance = random.Random(f"{shape} {kernels}")
-    runners = [
-        runner_of(directory, kernels=kernels, dtype=dtype, block_count=64) for _ in range(2)
-    ]
+    runners = [runner_of(directory, kernels=kernels, dtype=dtype, block_count=64) for _ in range(2)]
     sequences = draw_sequences(runners[0], chance, count=6, longest=150)
 
     steps = run_in_company(runners, sequences, chance)

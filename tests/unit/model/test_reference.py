@@ -14,6 +14,8 @@ from pdserve.model.runner import ModelRunner, Run
 from tests.models.small import Family, write_small_model
 from tests.unit.model.conftest import RunnerOf
 
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 462, 64, 338, 327, 9, 50, 288, 419, 7, 169, 399]
 NEW_TOKENS = 16
 LLAMA3 = {
@@ -57,7 +59,8 @@ def reference_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
 def our_greedy(runner: ModelRunner) -> tuple[list[int], torch.Tensor]:
     """Prompt and generated tokens, and the logits of the positions that chose the latter."""
     blocks = list(range(runner.pool.block_count))
-    tokens, rows = list(PROMPT), []
+    tokens = list(PROMPT)
+    rows: list[torch.Tensor] = []
     for _ in range(NEW_TOKENS):
         start = len(tokens) - 1 if rows else 0
         rows.append(runner.step([Run(tokens[start:], start, blocks)])[0])
@@ -131,7 +134,7 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"
 
 
-def pairs_side_by_side(weight: np.ndarray, heads: int) -> np.ndarray:  # type: ignore[type-arg]
+def pairs_side_by_side(weight: FloatArray, heads: int) -> FloatArray:
     """What converters do to q and k of the architecture "llama"."""
     rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return rows.swapaxes(1, 2).reshape(weight.shape)

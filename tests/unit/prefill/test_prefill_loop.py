@@ -13,6 +13,7 @@ from pdserve.messages import (
     Handoff,
     Preempt,
     Request,
+    Timing,
     WorkerFailed,
 )
 from pdserve.prefill.loop import TICKET_SLICE_MS, WAITING_MAX
@@ -326,6 +327,16 @@ def test_preempt_at_any_step_keeps_what_was_computed(
         rig.run_prefills()
     assert inbox.handoffs[0].unsent[0].token == plain(asked)[0]
     assert rig.runners["p0"].computed_tokens + rig.runners["p1"].computed_tokens == 30
+
+
+def test_what_a_resumed_prompt_finds_is_not_told_as_cached(rig: Rig, inbox: Inbox) -> None:
+    prefill = rig.prefill()
+    asked = request(tokens=prompt(14))
+    seed_store(rig, asked, count=2)
+    dispatch = rig.dispatch(asked)
+    prefill.handle(replace(dispatch, timing=Timing(preempted_count=1, cached_tokens=4)))
+    run_prefill(rig)
+    assert inbox.handoffs[0].timing.cached_tokens == 4
 
 
 def test_a_preempt_for_another_attempt_is_ignored(rig: Rig, inbox: Inbox) -> None:

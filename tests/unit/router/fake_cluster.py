@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from pdserve.clock import MS
 from pdserve.errors import ErrorInfo
-from pdserve.ids import RequestId, WorkerId
+from pdserve.ids import RequestId, TicketId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Cancel,
@@ -87,6 +87,7 @@ class FakeCluster:
         self.workers: dict[str, FakeWorker] = {}
         self.wanted: dict[RequestId, Request] = {}  # the attempt the gateway waits for
         self.lost: deque[Request] = deque()  # to be submitted again
+        self.tickets: set[TicketId] = set()  # of parked requests: their blocks are pinned
         self._born = 0
 
     # ── what a driver may do ─────────────────────────────────────────────────────────────────────
@@ -101,11 +102,12 @@ class FakeCluster:
         self._carry_out(self.core.on_hello(said, self.now_ns))
 
     def kill(self, worker: str) -> None:
-        del self.workers[worker]
+        self._forget_tickets(self.workers.pop(worker))
         self._carry_out(self.core.on_worker_lost(WorkerId(worker), self.now_ns))
 
     def reconnect(self, worker: str) -> None:
         """What was on its way in either direction is gone."""
+        self._forget_tickets(self.workers[worker])
         self.workers[worker].inbox.clear()
         self.workers[worker].outbox.clear()
         self._carry_out(self.core.on_hello(self.workers[worker].hello, self.now_ns))
@@ -157,9 +159,9 @@ class FakeCluster:
                         self._hand_back(here, job)
             case Cancel(request):
                 here.jobs.pop(request, None)
-                here.arriving = deque(
-                    handoff for handoff in here.arriving if handoff.request.request != request
-                )
+                for handoff in [h for h in here.arriving if h.request.request == request]:
+                    here.arriving.remove(handoff)
+                    self.tickets.discard(handoff.ticket)
                 here.say()
 
     def hear(self, worker: str) -> None:
@@ -246,19 +248,36 @@ class FakeCluster:
         if here.arriving and len(here.jobs) < RUNNING_MAX:
             handoff = here.arriving[0]
             job = Job(handoff.request, handoff, len(handoff.tokens))
-            if here.draining:
+            earlier = here.jobs.get(job.request.request)
+            if earlier is not None and earlier.request.attempt > job.request.attempt:
+                self.tickets.discard(here.arriving.popleft().ticket)
+            elif here.draining:
                 here.arriving.popleft()
                 here.outbox.append(handoff)
             elif here.used_blocks + -(-job.tokens // build.BLOCK_TOKENS) <= POOL_BLOCKS:
-                here.arriving.popleft()
+                self.tickets.discard(here.arriving.popleft().ticket)
                 here.jobs[job.request.request] = job
                 event = Progress(job.request.request, job.request.attempt, Event.ADOPTED)
                 here.say(event)
 
     def _park(self, here: FakeWorker, job: Job) -> None:
         del here.jobs[job.request.request]
-        here.outbox.append(build.handoff(job.request, here.hello, tokens=job.tokens))
+        parked = build.handoff(job.request, here.hello, tokens=job.tokens)
+        self._born += 1
+        parked = replace(parked, ticket=TicketId(f"t{self._born}"))
+        self.tickets.add(parked.ticket)
+        here.outbox.append(parked)
         here.say()
+
+    def _forget_tickets(self, here: FakeWorker) -> None:
+        """What it was about to say or to take up cannot be asked of it any more."""
+        for message in (*here.inbox, *here.outbox):
+            if isinstance(message, Resume):
+                self.tickets.discard(message.handoff.ticket)
+            elif isinstance(message, Handoff):
+                self.tickets.discard(message.ticket)
+        if here.hello.worker not in self.workers:
+            self.tickets -= {handoff.ticket for handoff in here.arriving}
 
     # ── what the shell does ──────────────────────────────────────────────────────────────────────
 
@@ -317,6 +336,7 @@ class FakeCluster:
                 break
         assert not self.core.state.entries, "something never ends"
         assert not self.wanted, "the gateway waits for something that nobody knows of"
+        assert not self.tickets, "blocks of parked requests stay pinned for ever"
         for known in self.core.state.fleet.all():
             assert (len(known.held), known.reserved_blocks) == (0, 0)
 

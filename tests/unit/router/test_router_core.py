@@ -146,9 +146,26 @@ def test_a_parked_request_that_outgrew_every_worker_is_refused() -> None:
     core.on_submit(asked, 0)
     p0.event(asked, Event.PREFILL_DONE)
     parked = handoff(asked, d0.hello, tokens=64)
-    (command,) = core.on_parked(parked, WorkerId("d0"), 0)
-    assert isinstance(command.message, Refused)
-    assert command.message.error.kind == "out_of_blocks"
+    commands = core.on_parked(parked, WorkerId("d0"), 0)
+    refused = commands[-1].message
+    assert isinstance(refused, Refused)
+    assert refused.error.kind == "out_of_blocks"
+    # Its ticket is freed by whoever takes it up and is stopped.
+    assert told(commands)[:-1] == ["d0 <- resume r, decode d0", "d0 <- cancel r"]
+
+
+def test_a_parked_attempt_that_nobody_will_resume_is_freed_around_a_later_one() -> None:
+    core, (_, d0, _) = core_with(hello("p0"), hello("d0"), hello("d1"))
+    asked = request("r", 32)
+    core.on_submit(asked, 0)
+    core.on_submit(request("r", 32, attempt=1), 0)  # again by way of d0
+    parked = handoff(asked, d0.hello)
+    assert told(core.on_parked(parked, WorkerId("d0"), 0)) == [
+        "d1 <- resume r, decode d0",
+        "d1 <- cancel r",
+    ]
+    core.on_worker_lost(WorkerId("d1"), 0)
+    assert told(core.on_parked(parked, WorkerId("d0"), 0)) == ["d0 <- resume r, decode d0"]
 
 
 def test_without_workers_requests_wait() -> None:
@@ -359,6 +376,16 @@ def test_unknown_workers_are_not_heard() -> None:
     assert core.on_failed(replace(failed, attempt=3), WorkerId("p0"), 0) == []
     assert core.on_cancel(RequestId("unknown"), 0) == []
     assert core.snapshot(0).counters["stale_events"] == 4
+
+
+def test_a_late_word_of_an_old_attempt_does_not_stop_the_new_one() -> None:
+    """A cancel names no attempt, and the new one is bound to the same worker."""
+    core, (_, d0) = core_with(hello("p0"), hello("d0"))
+    core.on_submit(request("r", 32), 0)
+    core.on_submit(request("r", 32, attempt=1), 0)
+    assert d0.event(request("r", 32), Event.ADOPTED) == []
+    core.on_cancel(RequestId("r"), 0)
+    assert told(d0.event(request("r", 32), Event.ADOPTED)) == ["d0 <- cancel r"]
 
 
 def test_attempts_given_up_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,216 @@
+"""Each Triton kernel against what the GPU can do: copy bandwidth or the rate of a dense matmul.
+
+    python -m bench.kernels [--json FILE] [--quick]
+
+The shapes are Llama-3-8B's, in bf16. A kernel that moves data is compared with a device-to-device
+copy of 512 MiB, prefill attention with a square matrix product; both are measured in turn with it.
+What is moved is larger than the cache of any GPU, and so is not read from there the second time.
+Calls are recorded into a CUDA graph, so that what is timed is the GPU and not Python. Without a
+CUDA device every row says that it was skipped.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.frame import Options, Row, interleave, row, run, skipped
+from pdserve.model.kernels.attention import paged_attention
+from pdserve.model.kernels.blocks import gather_blocks, scatter_blocks
+from pdserve.model.kernels.norm import add_rms_norm
+from pdserve.model.kernels.rope import rope_and_cache
+from pdserve.model.kernels.silu import silu_mul
+
+DTYPE = torch.bfloat16
+CALLS = 20  # in one graph: a launch of it, some 10 µs, is then a small part
+ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the measured batches are, and what model they are of."""
+
+    device: str = "cuda"
+    tokens: int = 8192  # of a prefill step
+    sequences: int = 64  # of a decode step
+    context: int = 4096
+    long_context: int = 65_536  # of one sequence alone
+    hidden: int = 4096
+    ffn: int = 14_336
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_tokens: int = 16
+    moved_blocks: int = 8192  # of one layer
+    copy_bytes: int = 1 << 30  # read and written, together
+    matmul: int = 8192
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=DTYPE, device=self.device)
+
+    def integers(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One call, and what it does: bytes read and written, or floating-point operations."""
+
+    call: Callable[[], object]
+    amount: float
+
+
+def copy(sizes: Sizes) -> Work:
+    source = torch.empty(sizes.copy_bytes // 2, dtype=torch.uint8, device=sizes.device)
+    target = torch.empty_like(source)
+    return Work(lambda: target.copy_(source), sizes.copy_bytes)
+
+
+def matmul(sizes: Sizes) -> Work:
+    a, b = (sizes.randn(sizes.matmul, sizes.matmul) for _ in range(2))
+    return Work(lambda: a @ b, 2 * sizes.matmul**3)
+
+
+def norm(sizes: Sizes) -> Work:
+    x, residual = (sizes.randn(sizes.tokens, sizes.hidden) for _ in range(2))
+    weight = sizes.randn(sizes.hidden)
+    return Work(lambda: add_rms_norm(x, residual, weight, 1e-5), 4 * x.nbytes)
+
+
+def swiglu(sizes: Sizes) -> Work:
+    gate_up = sizes.randn(sizes.tokens, 2 * sizes.ffn)
+    return Work(lambda: silu_mul(gate_up), gate_up.nbytes * 3 / 2)
+
+
+def rope(sizes: Sizes) -> Work:
+    qkv = sizes.randn(sizes.tokens, sizes.heads + 2 * sizes.kv_heads, sizes.head_dim)
+    q, k, v = (
+        qkv[:, : sizes.heads],
+        qkv[:, sizes.heads : -sizes.kv_heads],
+        qkv[:, -sizes.kv_heads :],
+    )
+    table = torch.rand(sizes.tokens, sizes.head_dim, device=sizes.device)
+    positions = torch.arange(sizes.tokens, device=sizes.device)
+    pool = _pool(sizes, math.ceil(sizes.tokens / sizes.block_tokens))
+    return Work(
+        lambda: rope_and_cache(q, k, v, table, positions, positions, pool),
+        2 * qkv.nbytes + table.nbytes,
+    )
+
+
+def prefill(sizes: Sizes, *, deterministic: bool) -> Work:
+    amount = 4 * sizes.heads * sizes.head_dim * sizes.tokens * (sizes.tokens + 1) / 2
+    return Work(_attention(sizes, 1, sizes.tokens, sizes.tokens, deterministic), amount)
+
+
+def decode(sizes: Sizes, sequences: int, context: int) -> Work:
+    kv_bytes = 2 * sizes.kv_heads * sizes.head_dim * DTYPE.itemsize
+    return Work(_attention(sizes, sequences, 1, context, True), sequences * context * kv_bytes)
+
+
+def gather(sizes: Sizes) -> Work:
+    pool, blocks = _moved(sizes)
+    return Work(lambda: gather_blocks(pool, blocks), 2 * blocks.numel() * pool[0].nbytes)
+
+
+def scatter(sizes: Sizes) -> Work:
+    pool, blocks = _moved(sizes)
+    staging = gather_blocks(pool, blocks)
+    return Work(lambda: scatter_blocks(staging, blocks, pool), 2 * staging.nbytes)
+
+
+BYTES = ("GB/s", "device copy", copy)
+OPERATIONS = ("GFLOP/s", "dense matmul", matmul)
+
+MEASURES: dict[str, tuple[tuple[str, str, Callable[[Sizes], Work]], Callable[[Sizes], Work]]] = {
+    "add_rms_norm, 8,192 tokens": (BYTES, norm),
+    "silu_mul, 8,192 tokens": (BYTES, swiglu),
+    "rope_and_cache, 8,192 tokens": (BYTES, rope),
+    "gather_blocks, 8,192 blocks": (BYTES, gather),
+    "scatter_blocks, 8,192 blocks": (BYTES, scatter),
+    "decode attention, 64 × 4,096": (
+        BYTES,
+        lambda sizes: decode(sizes, sizes.sequences, sizes.context),
+    ),
+    "decode attention, 1 × 65,536": (BYTES, lambda sizes: decode(sizes, 1, sizes.long_context)),
+    "prefill attention, 8,192": (OPERATIONS, lambda sizes: prefill(sizes, deterministic=True)),
+    "prefill attention, 8,192, larger tiles": (
+        OPERATIONS,
+        lambda sizes: prefill(sizes, deterministic=False),
+    ),
+}
+
+
+def measure(options: Options) -> Iterator[Row]:
+    for name, ((unit, reference, limit_of), work_of) in MEASURES.items():
+        if not torch.cuda.is_available():
+            yield skipped(name, unit, "needs a CUDA device")
+            continue
+        ours, limit = _rate_of(work_of(Sizes())), _rate_of(limit_of(Sizes()))
+        samples = interleave(options.rounds(ROUNDS), ours=ours, limit=limit)
+        yield row(
+            name, samples["ours"], unit, reference=reference, reference_samples=samples["limit"]
+        )
+
+
+def _rate_of(work: Work) -> Callable[[], float]:
+    """Measures 10**9 bytes or operations per second."""
+    work.call()  # compiled outside of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            work.call()
+
+    def rate() -> float:
+        begin, end = _event(), _event()
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        elapsed_ms: float = begin.elapsed_time(end)
+        return work.amount * CALLS / (elapsed_ms * 1e6)
+
+    return rate
+
+
+def _event() -> Any:  # torch has no types for it
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _pool(sizes: Sizes, block_count: int) -> torch.Tensor:
+    return sizes.randn(block_count, 2, sizes.kv_heads, sizes.block_tokens, sizes.head_dim)
+
+
+def _moved(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pool of one layer as rows, twice as large as what is moved, and every other block of it."""
+    pool = _pool(sizes, 2 * sizes.moved_blocks).flatten(1)
+    return pool, sizes.integers(list(range(0, 2 * sizes.moved_blocks, 2)))
+
+
+def _attention(
+    sizes: Sizes, sequences: int, length: int, context: int, deterministic: bool
+) -> Callable[[], object]:
+    q = sizes.randn(sequences * length, sizes.heads, sizes.head_dim)
+    blocks_each = math.ceil(context / sizes.block_tokens)
+    pool = _pool(sizes, sequences * blocks_each)
+    tables = torch.randperm(sequences * blocks_each, device=sizes.device).int()
+    tables = tables.view(sequences, blocks_each)
+    starts = sizes.integers([length * run for run in range(sequences + 1)])
+    contexts = sizes.integers([context] * sequences)
+    return lambda: paged_attention(
+        q,
+        starts,
+        tables,
+        contexts,
+        pool,
+        sizes.head_dim**-0.5,
+        longest_run=length,
+        longest_context=context,
+        deterministic=deterministic,
+    )
+
+
+if __name__ == "__main__":
+    run("kernels", measure)

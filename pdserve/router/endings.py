@@ -1,0 +1,51 @@
+"""How a request leaves before its time, and what workers must be told so that nothing stays behind.
+
+A cancel goes to every worker that may have something of the request; one that has nothing ignores
+it. Parked is the exception: no worker has it, and its blocks stay pinned in a store until somebody
+uses their ticket. Only decode workers do that, so one is made to take the request up and told to
+stop, in one breath.
+"""
+
+from pdserve.ids import WorkerId
+from pdserve.lifecycle import Event
+from pdserve.messages import Cancel, Handoff, Lost, Resume, Role
+from pdserve.router.commands import Command, ToGateway, ToWorker
+from pdserve.router.state import Entry, RouterState
+
+
+def drop(state: RouterState, entry: Entry, event: Event, counter: str) -> list[Command]:
+    """Forget it here, and have it stopped wherever it may be."""
+    # While it is prefilling, decode may have been handed it a moment ago.
+    holders = [holder for holder in (entry.prefill, entry.decode) if holder is not None]
+    handoff = entry.handoff
+    state.leave(entry, event, counter)
+    if handoff is not None:
+        return free_ticket(state, handoff)
+    return [
+        ToWorker(holder, Cancel(entry.id))
+        for holder in holders
+        if state.fleet.get(holder) is not None
+    ]
+
+
+def lose(state: RouterState, entry: Entry, worker: WorkerId) -> list[Command]:
+    """Its worker cannot go on with it: the gateway is told, and the other end, if any."""
+    commands: list[Command] = [
+        command
+        for command in drop(state, entry, Event.WORKER_LOST, "lost")
+        if not (isinstance(command, ToWorker) and command.worker == worker)
+    ]
+    lost = Lost(entry.id, entry.request.attempt, worker)
+    return [*commands, ToGateway(entry.request.reply_to, lost)]
+
+
+def free_ticket(state: RouterState, handoff: Handoff) -> list[Command]:
+    """Nobody will resume this. A cancel names no attempt: where a later attempt is, it is left out,
+    and the later attempt's arrival ends this one."""
+    request = handoff.request.request
+    workers = state.fleet.of(Role.DECODE)
+    if not workers:
+        return []
+    worker = min(workers, key=lambda w: (request in w.held, w.id != handoff.route.decode, w.id))
+    resume: Command = ToWorker(worker.id, Resume(handoff))
+    return [resume] if request in worker.held else [resume, ToWorker(worker.id, Cancel(request))]

@@ -1,0 +1,124 @@
+"""The header of a GGUF file, compared with its own package; broken files."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from pdserve.errors import ConfigError
+from pdserve.model.architecture import read_architecture
+from pdserve.model.gguf_file import GgufFile
+from pdserve.model.source import ModelFiles
+
+
+def write(path: Path, architecture: str = "llama") -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(77)
+    writer.add_layer_norm_rms_eps(0.5)
+    writer.add_bool("a.flag", True)
+    writer.add_token_list(["a", "bc", ""])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_string("text", "größer")
+    writer.add_tensor("weight", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.add_tensor("odd", np.ones(3, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "small.gguf"
+    write(path)
+    return path
+
+
+def test_fields_are_read_and_arrays_passed_over(path: Path) -> None:
+    file = GgufFile(path)
+    assert file.field("llama.context_length", int) == 77
+    assert file.field("llama.attention.layer_norm_rms_epsilon", float) == 0.5
+    assert file.field("text", str) == "größer"
+    assert file.metadata["a.flag"] is True
+    assert "numbers" not in file.metadata
+    assert file.field("absent", int, 3) == 3
+
+
+def test_tensors_come_out_in_their_shape(path: Path) -> None:
+    file = GgufFile(path)
+    assert np.array_equal(file.dequantised("weight"), np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert file.dequantised("odd").tolist() == [1.0, 1.0, 1.0]
+
+
+def test_its_own_package_finds_the_same(path: Path) -> None:
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    ours = GgufFile(path).tensors
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.offset == theirs[name].data_offset
+        assert tensor.shape == tuple(theirs[name].shape[::-1])
+
+
+def test_every_truncation_is_refused(path: Path) -> None:
+    content = path.read_bytes()
+    header = GgufFile(path).tensors["weight"].offset
+    for length in range(1, header, 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(ConfigError):
+            GgufFile(path).dequantised("weight")
+    path.write_bytes(content[: header + 40])
+    with pytest.raises(ConfigError, match="ends within the tensor weight"):
+        GgufFile(path).dequantised("weight")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"PK\x03\x04" + bytes(40), "is not a GGUF file"),
+        (b"GGUF" + (9).to_bytes(4, "little") + bytes(40), "version 9"),
+        (b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 40, "not a whole GGUF file"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        GgufFile(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        GgufFile(tmp_path / "none.gguf")
+
+
+def test_a_missing_field_a_wrong_kind_and_a_missing_tensor_are_named(path: Path) -> None:
+    file = GgufFile(path)
+    with pytest.raises(ConfigError, match=r"lacks the field llama\.block_count"):
+        file.field("llama.block_count", int)
+    with pytest.raises(ConfigError, match="text is 'größer', must be int"):
+        file.field("text", int)
+    with pytest.raises(ConfigError, match="lacks the tensor none"):
+        file.dequantised("none")
+
+
+def test_a_type_that_cannot_be_read_is_named_with_its_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "new.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    kind = gguf.GGMLQuantizationType.Q8_K
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    writer.add_tensor("weight", np.zeros((1, block_bytes), dtype=np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match="tensor weight has type Q8_K"):
+        GgufFile(path).dequantised("weight")
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "other.gguf"
+    write(path, architecture="mamba")
+    with pytest.raises(ConfigError, match="'mamba'; known: llama, qwen2, qwen3"):
+        read_architecture(ModelFiles("other", "gguf", path))

@@ -1,0 +1,168 @@
+"""What a step refuses, what weights refuse, and what loading makes of the settings."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pdserve.config import ModelConfig
+from pdserve.errors import ConfigError
+from pdserve.model import load
+from pdserve.model.architecture import read_architecture
+from pdserve.model.load import kv_identity, load_runner
+from pdserve.model.runner import ModelRunner, Run
+from pdserve.model.source import ModelFiles
+from tests.models.small import write_small_model
+from tests.unit.model.conftest import RunnerOf
+
+
+@pytest.fixture
+def runner(tmp_path: Path, runner_of: RunnerOf) -> ModelRunner:
+    return runner_of(write_small_model(tmp_path, layers=1, context_tokens=64), block_count=8)
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ([], "at least one run"),
+        ([Run([], 0, [0])], "positions 0 to 0"),
+        ([Run([1], -1, [0])], "positions -1 to 0"),
+        ([Run([1], 64, [0, 1, 2, 3, 4])], "positions 64 to 65"),
+        ([Run([1] * 17, 0, [0])], "has 1 blocks of 16"),
+        ([Run([1], 0, [8])], "not all in 0..8"),
+        ([Run([1], 0, [-1])], "not all in 0..8"),
+        ([Run([512], 0, [0])], "outside 0..512"),
+        ([Run([1], 0, [0]), Run([-1], 0, [1])], "outside 0..512"),
+    ],
+)
+def test_a_step_refuses_what_it_could_not_compute_and_writes_nothing(
+    runner: ModelRunner, runs: list[Run], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        runner.step(runs)
+    assert not runner.pool.tensor.any()
+
+
+def test_the_last_position_of_the_context_can_be_used(runner: ModelRunner) -> None:
+    assert runner.step([Run([1] * 64, 0, [0, 1, 2, 3])]).shape == (1, 512)
+
+
+def test_a_step_in_which_nobody_wants_logits_still_writes_its_keys(runner: ModelRunner) -> None:
+    assert runner.step([Run([1, 2], 0, [3], wants_logits=False)]).shape == (0, 512)
+    assert runner.pool.tensor[3, 0, :, :, :2].any()
+
+
+def changed_weights(directory: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    path = write_small_model(directory, layers=1) / "model.safetensors"
+    state: dict[str, Any] = load_file(path) | change
+    save_file({name: value for name, value in state.items() if value is not None}, path)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model.norm.weight": None}, "lack model.norm.weight"),
+        ({"model.norm.weight": torch.ones(3)}, r"shape \(3,\), the architecture says \(64,\)"),
+        ({"model.extra.weight": torch.ones(3)}, "model.extra.weight among them"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, "only some of"),
+    ],
+)
+def test_weights_that_do_not_fit_the_architecture_are_refused(
+    tmp_path: Path, runner_of: RunnerOf, change: dict[str, torch.Tensor | None], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        runner_of(changed_weights(tmp_path, change))
+
+
+def test_a_family_with_biases_must_bring_them(tmp_path: Path, runner_of: RunnerOf) -> None:
+    path = write_small_model(tmp_path, family="qwen2", layers=1) / "model.safetensors"
+    state = load_file(path)
+    save_file({name: value for name, value in state.items() if "bias" not in name}, path)
+    with pytest.raises(ConfigError, match=r"lack model.layers.0.self_attn.q_proj.bias"):
+        runner_of(tmp_path)
+
+
+def test_a_damaged_safetensors_file_is_refused(tmp_path: Path, runner_of: RunnerOf) -> None:
+    path = write_small_model(tmp_path, layers=1) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="download it again"):
+        runner_of(tmp_path)
+
+
+def test_what_old_checkpoints_carry_beside_the_weights_is_passed_over(
+    tmp_path: Path, runner_of: RunnerOf
+) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    runner = runner_of(changed_weights(tmp_path, {name: torch.ones(8)}))
+    assert runner.step([Run([1], 0, [0])]).shape == (1, 512)
+
+
+def config_of(directory: Path, **fields: Any) -> ModelConfig:
+    return ModelConfig(source=str(write_small_model(directory, layers=1)), device="cpu", **fields)
+
+
+def test_loading_fills_the_bytes_it_may_take(tmp_path: Path) -> None:
+    config = config_of(tmp_path, context_tokens=100)
+    # a block: 1 layer, keys and values, 2 heads, 16 tokens, 16 channels, 2 bytes
+    runner = load_runner(config, block_count=None, pool_bytes=10 * 2048 + 1, threads=1)
+    assert runner.pool.block_count == 10
+    assert runner.pool.tensor.dtype == torch.bfloat16
+    assert runner.architecture.context_tokens == 100
+    assert torch.get_num_threads() == 1
+
+
+def test_a_count_of_blocks_wins_over_bytes(tmp_path: Path) -> None:
+    runner = load_runner(
+        config_of(tmp_path, dtype="float32"), block_count=3, pool_bytes=0, threads=1
+    )
+    assert runner.pool.block_count == 3
+    assert runner.pool.tensor.dtype == torch.float32
+
+
+def test_a_pool_too_small_for_two_blocks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a block of this model has 2048; at least 2"):
+        load_runner(config_of(tmp_path), block_count=None, pool_bytes=4095)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"):
+        load_runner(config_of(tmp_path, kernels="triton"), block_count=2, pool_bytes=0)
+
+
+def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        load.device_of(ModelConfig(device="cuda"))
+
+
+def test_blocks_agree_on_everything_that_changes_their_bytes(tmp_path: Path) -> None:
+    directory = write_small_model(tmp_path / "one", layers=1)
+    files = ModelFiles("small", "safetensors", directory)
+    architecture = read_architecture(files)
+    plain = kv_identity(files, architecture, ModelConfig(device="cpu"))
+    others = [
+        kv_identity(files, architecture, ModelConfig(device="cpu", dtype="float32")),
+        kv_identity(files, architecture, ModelConfig(device="cpu", block_tokens=32)),
+    ]
+    other = ModelFiles(
+        "small", "safetensors", write_small_model(tmp_path / "two", layers=1, seed=1)
+    )
+    others.append(kv_identity(other, architecture, ModelConfig(device="cpu")))
+    assert all(plain != identity for identity in others)
+    shorter = ModelConfig(device="cpu", context_tokens=100, served_name="other")
+    assert kv_identity(files, architecture, shorter) == plain
+
+
+def test_loading_says_nothing_when_all_is_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_runner(config_of(tmp_path), block_count=2, pool_bytes=0, threads=1)
+    assert not caplog.records

@@ -160,6 +160,10 @@ class Cancel:
     """The client does not want it any more. Also router → worker."""
 
     request: RequestId
+    attempt: int | None = None  # this one and earlier ones; None: whichever is there
+
+    def covers(self, attempt: int) -> bool:
+        return self.attempt is None or attempt <= self.attempt
 
 
 # ── router → gateway ─────────────────────────────────────────────────────────────────────────────

@@ -151,6 +151,7 @@ class RouterService:
 
     async def _serve_gateway(self, address: Address, peer: _Peer, connection: Connection) -> None:
         self._gateways[address] = peer
+        self._carry_out(self._core.on_gateway_hello(address, monotonic()))
         try:
             while True:
                 match (await connection.receive()).message:

@@ -94,7 +94,8 @@ class DecodeLoop:
             case Cancel():
                 # One that overtook its hand-off finds nothing; the router, told that the request
                 # was adopted, says it again.
-                if stream := self._streams.get(message.request):
+                stream = self._streams.get(message.request)
+                if stream and message.covers(stream.sequence.request.attempt):
                     self._let_go(stream)
             case _:
                 assert_never(message)

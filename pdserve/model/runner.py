@@ -25,7 +25,6 @@ from pdserve.model.pool import KvPool
 from pdserve.model.rope import rope_table
 from pdserve.model.weights import LayerWeights, Weights
 
-
 IntArray = np.ndarray[Any, np.dtype[Any]]
 
 

@@ -100,7 +100,8 @@ class PrefillLoop:
                 if prompt and prompt.sequence.request.attempt == message.attempt:
                     self._preempt(prompt)
             case Cancel():
-                if prompt := self._prompts.get(message.request):
+                prompt = self._prompts.get(message.request)
+                if prompt and message.covers(prompt.sequence.request.attempt):
                     self._let_go(prompt)
             case _:
                 assert_never(message)
@@ -369,6 +370,9 @@ class PrefillLoop:
     def _on_computed(self, prompt: Prompt, chunk: int, share_us: int) -> None:
         sequence, first = prompt.sequence, prompt.sequence.full_blocks
         sequence.kv_count += chunk
+        sequence.timing = replace(
+            sequence.timing, step_us=sequence.timing.step_us + share_us
+        )
         prompt.computed_tokens += chunk
         self._counters["prompt_tokens_computed"] += chunk
         for index, key in enumerate(sequence.keys(sequence.full_blocks)[first:], first):

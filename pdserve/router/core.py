@@ -35,7 +35,7 @@ from pdserve.messages import (
 )
 from pdserve.router import planner
 from pdserve.router.commands import Command, ToGateway, ToWorker
-from pdserve.router.endings import drop, free_ticket, lose
+from pdserve.router.endings import drop, free_orphans, free_ticket, lose
 from pdserve.router.fleet import Worker
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import Entry, RouterState
@@ -131,9 +131,11 @@ class RouterCore:
         commands: list[Command] = []
         known = self.state.fleet.get(hello.worker)
         if known is not None:
-            stops: list[Command] = [ToWorker(hello.worker, Cancel(r)) for r in known.held]
-            commands = self._forget_worker(known) + stops
+            held = [self.state.entries[request].request for request in known.held]
+            commands = self._forget_worker(known)
+            commands += [ToWorker(known.id, Cancel(r.request, r.attempt)) for r in held]
         self.state.fleet.add(hello, now_ns)
+        commands += free_orphans(self.state)
         return commands + planner.plan(self.state, now_ns)
 
     def on_report(self, report: Report, now_ns: int) -> list[Command]:
@@ -283,13 +285,10 @@ class RouterCore:
             self.state.adopt(entry)
 
     def _unwanted(self, worker: Worker, request: RequestId, attempt: int) -> list[Command]:
-        """A worker has an attempt that is not its own to have; one given up is stopped.
-
-        Not, however, when a later attempt is bound to the same worker: a cancel names no attempt.
-        """
+        """A worker took up an attempt that is not its own to have; one given up is stopped."""
         self.state.counters["stale_events"] += 1
-        if attempt <= self.state.unwanted.get(request, -1) and request not in worker.held:
-            return [ToWorker(worker.id, Cancel(request))]
+        if attempt <= self.state.unwanted.get(request, -1):
+            return [ToWorker(worker.id, Cancel(request, attempt))]
         return []
 
     # ── ways out ─────────────────────────────────────────────────────────────────────────────────

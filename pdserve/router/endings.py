@@ -3,7 +3,7 @@
 A cancel goes to every worker that may have something of the request; one that has nothing ignores
 it. Parked is the exception: no worker has it, and its blocks stay pinned in a store until somebody
 uses their ticket. Only decode workers do that, so one is made to take the request up and told to
-stop, in one breath.
+stop, in one breath; where there is none, the next to come is.
 """
 
 from pdserve.ids import WorkerId
@@ -18,11 +18,12 @@ def drop(state: RouterState, entry: Entry, event: Event, counter: str) -> list[C
     # While it is prefilling, decode may have been handed it a moment ago.
     holders = [holder for holder in (entry.prefill, entry.decode) if holder is not None]
     handoff = entry.handoff
+    attempt = entry.request.attempt
     state.leave(entry, event, counter)
     if handoff is not None:
         return free_ticket(state, handoff)
     return [
-        ToWorker(holder, Cancel(entry.id))
+        ToWorker(holder, Cancel(entry.id, attempt))
         for holder in holders
         if state.fleet.get(holder) is not None
     ]
@@ -40,12 +41,23 @@ def lose(state: RouterState, entry: Entry, worker: WorkerId) -> list[Command]:
 
 
 def free_ticket(state: RouterState, handoff: Handoff) -> list[Command]:
-    """Nobody will resume this. A cancel names no attempt: where a later attempt is, it is left out,
-    and the later attempt's arrival ends this one."""
-    request = handoff.request.request
+    """Nobody will resume this. Preferably not where a later attempt is to run."""
+    request = handoff.request
     workers = state.fleet.of(Role.DECODE)
     if not workers:
+        state.orphans.append(handoff)
         return []
-    worker = min(workers, key=lambda w: (request in w.held, w.id != handoff.route.decode, w.id))
-    resume: Command = ToWorker(worker.id, Resume(handoff))
-    return [resume] if request in worker.held else [resume, ToWorker(worker.id, Cancel(request))]
+    choice = min(
+        workers, key=lambda w: (request.request in w.held, w.id != handoff.route.decode, w.id)
+    )
+    return [
+        ToWorker(choice.id, Resume(handoff)),
+        ToWorker(choice.id, Cancel(request.request, request.attempt)),
+    ]
+
+
+def free_orphans(state: RouterState) -> list[Command]:
+    """A decode worker has come: it can free what was left while there was none."""
+    orphans = list(state.orphans)
+    state.orphans.clear()
+    return [command for handoff in orphans for command in free_ticket(state, handoff)]

@@ -11,7 +11,7 @@ refused or cancelled leaves through ``leave``, from wherever it is.
 """
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from pdserve.clock import MS
@@ -24,6 +24,10 @@ from pdserve.router.levels import Ladder, LevelQueue
 
 UNWANTED_MAX = 4096
 """Attempts given up that are remembered, in case a worker comes up with one after all."""
+
+ORPHANS_MAX = 1024
+"""Tickets remembered while no decode worker is there to free them; beyond, the oldest is left to
+its store."""
 
 DEAD_DEADLINES_MAX = 64
 """Deadlines of requests that are over, kept beyond as many as there are live ones."""
@@ -114,6 +118,7 @@ class RouterState:
         self.deadlines = Deadlines()
         self.counters: Counter[str] = Counter()
         self.unwanted: dict[RequestId, int] = {}  # the last attempt given up; oldest first
+        self.orphans: deque[Handoff] = deque(maxlen=ORPHANS_MAX)  # tickets to be freed
         self.queued_work_ns = 0
         self._unix_zero_ms = unix_zero_ms
         self._order = 0

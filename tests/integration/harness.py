@@ -168,7 +168,7 @@ def wait_for(what: str, condition: Callable[[], bool], *, timeout_s: float = WAI
 def wait_until_equal(
     what: str, actual: Callable[[], object], expected: object, *, timeout_s: float = 10.0
 ) -> None:
-    """Reports lag by up to a second: looks until they say ``expected``; fails with the difference."""
+    """Reports lag by up to a second: looks until they say ``expected``, or fails with both."""
     deadline = time.monotonic() + timeout_s
     while (last := actual()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -49,7 +49,10 @@ def test_short_prompts_overtake_a_running_long_one(default_model: Path, workers:
     with running(config) as cluster:
         asyncio.run(stream_tokens(cluster.url, _prompt(0, 40), 2))
         before = cluster.counter("prefill", "prompt_tokens_computed")
-        long, shorts, order = asyncio.run(_long_then_shorts(cluster, crowd=workers))
+        steps = cluster.counter("prefill", "steps")
+        long, shorts, order = asyncio.run(
+            _long_then_shorts(cluster, crowd=workers, after_steps=steps + 2 * workers)
+        )
         assert long.error is None
         assert all(short.error is None for short in shorts)
         assert order[-1] == "long", f"first tokens came as {order}"
@@ -65,7 +68,7 @@ def test_short_prompts_overtake_a_running_long_one(default_model: Path, workers:
 
 
 async def _long_then_shorts(
-    cluster: TestCluster, *, crowd: int
+    cluster: TestCluster, *, crowd: int, after_steps: int
 ) -> tuple[Stream, list[Stream], list[str]]:
     """``crowd`` long prompts, and after two chunks eight short ones; the order of first tokens."""
     order: list[str] = []
@@ -86,12 +89,9 @@ async def _long_then_shorts(
             )
             for index in range(crowd)
         ]
-        while True:
-            status = await asyncio.to_thread(cluster.status)
-            chunks = sum(w["counters"].get("chunks", 0) for w in status["workers"])
-            if chunks >= 1 + 2 * crowd:  # one of the warm-up
-                break
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(
+            wait_for, "two chunks", lambda: cluster.counter("prefill", "steps") >= after_steps
+        )
         shorts = await asyncio.gather(
             *(
                 stream_tokens(

@@ -211,8 +211,8 @@ def _line(command: Command) -> str:
             )
         case ToWorker(worker, Preempt(request, _)):
             return f"{worker} <- preempt {request}"
-        case ToWorker(worker, Cancel(request)):
-            return f"{worker} <- cancel {request}"
+        case ToWorker(worker, Cancel(request, attempt)):
+            return f"{worker} <- cancel {request}/{attempt}"
         case ToWorker(worker, Resume(handoff)):
             return f"{worker} <- resume {handoff.request.request}, decode {handoff.route.decode}"
         case ToGateway(gateway, Refused(request, attempt, error)):

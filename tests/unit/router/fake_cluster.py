@@ -157,11 +157,14 @@ class FakeCluster:
                     here.preempted.add(request)
                     if request != next(iter(here.jobs)):
                         self._hand_back(here, job)
-            case Cancel(request):
-                here.jobs.pop(request, None)
+            case Cancel(request, attempt):
+                job = here.jobs.get(request)
+                if job is not None and _stops(attempt, job.request):
+                    del here.jobs[request]
                 for handoff in [h for h in here.arriving if h.request.request == request]:
-                    here.arriving.remove(handoff)
-                    self.tickets.discard(handoff.ticket)
+                    if _stops(attempt, handoff.request):
+                        here.arriving.remove(handoff)
+                        self.tickets.discard(handoff.ticket)
                 here.say()
 
     def hear(self, worker: str) -> None:
@@ -342,3 +345,7 @@ class FakeCluster:
 
     def _busy(self) -> bool:
         return any(w.inbox or w.outbox or w.jobs or w.arriving for w in self.workers.values())
+
+
+def _stops(attempt: int | None, request: Request) -> bool:
+    return attempt is None or request.attempt <= attempt

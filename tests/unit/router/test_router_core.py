@@ -121,8 +121,8 @@ def test_a_later_attempt_replaces_an_earlier_one() -> None:
     core, (p0, _) = core_with(hello("p0"), hello("d0"))
     core.on_submit(request("r", 32), 0)
     assert told(core.on_submit(request("r", 40, prompt_tokens=32, attempt=1), 0)) == [
-        "p0 <- cancel r",
-        "d0 <- cancel r",
+        "p0 <- cancel r/0",
+        "d0 <- cancel r/0",
         "p0 <- dispatch r, decode d0, level 1, queued 0 ms",
     ]
     p0.event(request("r", 32), Event.PREFILL_DONE)  # of the old attempt
@@ -151,7 +151,7 @@ def test_a_parked_request_that_outgrew_every_worker_is_refused() -> None:
     assert isinstance(refused, Refused)
     assert refused.error.kind == "out_of_blocks"
     # Its ticket is freed by whoever takes it up and is stopped.
-    assert told(commands)[:-1] == ["d0 <- resume r, decode d0", "d0 <- cancel r"]
+    assert told(commands)[:-1] == ["d0 <- resume r, decode d0", "d0 <- cancel r/0"]
 
 
 def test_a_parked_attempt_that_nobody_will_resume_is_freed_around_a_later_one() -> None:
@@ -162,10 +162,8 @@ def test_a_parked_attempt_that_nobody_will_resume_is_freed_around_a_later_one() 
     parked = handoff(asked, d0.hello)
     assert told(core.on_parked(parked, WorkerId("d0"), 0)) == [
         "d1 <- resume r, decode d0",
-        "d1 <- cancel r",
+        "d1 <- cancel r/0",
     ]
-    core.on_worker_lost(WorkerId("d1"), 0)
-    assert told(core.on_parked(parked, WorkerId("d0"), 0)) == ["d0 <- resume r, decode d0"]
 
 
 def test_without_workers_requests_wait() -> None:
@@ -378,14 +376,12 @@ def test_unknown_workers_are_not_heard() -> None:
     assert core.snapshot(0).counters["stale_events"] == 4
 
 
-def test_a_late_word_of_an_old_attempt_does_not_stop_the_new_one() -> None:
-    """A cancel names no attempt, and the new one is bound to the same worker."""
+def test_a_late_word_of_an_old_attempt_stops_that_attempt_and_no_other() -> None:
     core, (_, d0) = core_with(hello("p0"), hello("d0"))
     core.on_submit(request("r", 32), 0)
     core.on_submit(request("r", 32, attempt=1), 0)
-    assert d0.event(request("r", 32), Event.ADOPTED) == []
-    core.on_cancel(RequestId("r"), 0)
-    assert told(d0.event(request("r", 32), Event.ADOPTED)) == ["d0 <- cancel r"]
+    assert told(d0.event(request("r", 32), Event.ADOPTED)) == ["d0 <- cancel r/0"]
+    assert core.snapshot(0).phases["prefilling"] == 1
 
 
 def test_attempts_given_up_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +391,21 @@ def test_attempts_given_up_are_remembered_up_to_a_bound(monkeypatch: pytest.Monk
         core.on_submit(request(f"r{index}", 8), 0)
         core.on_cancel(RequestId(f"r{index}"), 0)
     assert list(core.state.unwanted) == ["r2", "r3", "r4"]
+
+
+def test_a_ticket_waits_for_the_next_decode_worker_to_free_it() -> None:
+    core, (p0, d0, _) = core_with(hello("p0"), hello("d0"), hello("p1"))
+    asked = request("r", 32)
+    core.on_submit(asked, 0)
+    p0.event(asked, Event.PREFILL_DONE)
+    d0.report(draining=True)
+    core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
+    core.on_worker_lost(WorkerId("d0"), 0)
+    assert core.on_cancel(asked.request, 0) == []
+    assert core.on_hello(hello("p2"), 0) == []
+    freed = ["d1 <- resume r, decode d0", "d1 <- cancel r/0"]
+    assert told(core.on_hello(hello("d1"), 0)) == freed
+    assert core.on_hello(hello("d2"), 0) == []
 
 
 # ── losses and time ──────────────────────────────────────────────────────────────────────────────

@@ -232,9 +232,10 @@ class WorkerShell:
                 self._postbox.post(address, TokenBatch(self.worker, tuple(batch)))
             except CapacityError:
                 self._cancel_all(batch)  # a gateway that does not read has no use for more
+        # Room that the router does not hear of is room that nobody uses: every change is told.
+        changed = self._load is None or _fullness(load) != _fullness(self._load)
         self._load = load
-        due = monotonic() - self._reported_ns > STORE_CHANGES_S * S
-        if progress or chunks or load.blocks_added or load.blocks_removed or due:
+        if progress or chunks or load.blocks_added or load.blocks_removed or changed:
             self._report(progress, chunks)
 
     def _report(
@@ -318,6 +319,10 @@ class WorkerShell:
             self._store_stat = stat
             if self.role is Role.PREFILL and (changes.added or changes.removed or stirred):
                 self._report(store_added=changes.added, store_removed=changes.removed)
+
+
+def _fullness(load: "Load") -> tuple[int, int, int]:
+    return load.running, load.waiting, load.free_blocks
 
 
 def store_counters(stat: "StoreStat") -> dict[str, int]:

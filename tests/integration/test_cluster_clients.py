@@ -87,8 +87,7 @@ def test_grpc_chats_cancels_and_reflects(cluster: TestCluster) -> None:
         stub = inference_pb2_grpc.InferenceStub(channel)
         request = inference_pb2.ChatRequest(
             messages=[inference_pb2.ChatMessage(role="user", content="Say something.")],
-            max_tokens=12,
-            temperature=0.0,
+            parameters=inference_pb2.Parameters(max_tokens=12, temperature=0.0),
         )
         text = "".join(chunk.text for chunk in stub.Chat(request, timeout=60))
         http_text = _client(cluster).chat.completions.create(

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.integration.harness import (
+    Deployed,
     Stream,
     TestCluster,
     deployed,
@@ -23,6 +24,7 @@ LONG_TOKENS = 1500
 SHORT_TOKENS = 32
 SHORT_COUNT = 8
 CHUNK_TOKENS = 128
+PARKED_TOKENS = 2500
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -110,51 +112,49 @@ async def _long_then_shorts(
 
 
 def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_model: Path) -> None:
-    """Six streams of 20 blocks; a pool of 84 blocks holds four of them to their end."""
+    """Six streams that grow to 163 blocks each; a pool of 660 holds four of them to their end."""
     config = settings(
         small_model,
         model={"dtype": "float32"},
-        decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 84},
+        decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 660},
     )
     prompts = [_prompt(seed, 100) for seed in range(6)]
-    with deployed(config) as cluster:
-        first_pid = cluster.pids("decode")[0]
 
-        async def all_of_them() -> list[Stream]:
-            async with httpx.AsyncClient(timeout=300) as client:
-                tasks = [
-                    asyncio.create_task(
-                        stream_tokens(
-                            cluster.url,
-                            prompt,
-                            220,
-                            client=client,
-                            temperature=0.7 if index % 2 else 0.0,
-                            seed=index,
-                        )
+    async def all_of_them(url: str) -> list[Stream]:
+        async with httpx.AsyncClient(timeout=300) as client:
+            return await asyncio.gather(
+                *(
+                    stream_tokens(
+                        url,
+                        prompt,
+                        PARKED_TOKENS,
+                        client=client,
+                        temperature=0.7 if index % 2 else 0.0,
+                        seed=index,
                     )
                     for index, prompt in enumerate(prompts)
-                ]
-                return await asyncio.gather(*tasks)
-
-        async def with_a_second_worker() -> list[Stream]:
-            streams = asyncio.create_task(all_of_them())
-            await asyncio.to_thread(
-                wait_for, "two parked streams", lambda: cluster.status()["parked"] >= 2
+                )
             )
-            await asyncio.to_thread(cluster.deploy, decode_replicas=2)
-            return await streams
 
-        crowded = asyncio.run(with_a_second_worker())
+    async def while_a_second_worker_comes(cluster: Deployed) -> list[Stream]:
+        streams = asyncio.create_task(all_of_them(cluster.url))
+        await asyncio.to_thread(cluster.deploy, decode_replicas=2)
+        await asyncio.to_thread(
+            wait_for, "two parked streams", lambda: cluster.counter("decode", "parked") >= 2
+        )
+        return await streams
+
+    with deployed(config) as cluster:
+        first_pid = cluster.pids("decode")[0]
+        crowded = asyncio.run(while_a_second_worker_comes(cluster))
         assert [stream.error for stream in crowded] == [None] * 6
         resumed = {
             worker["pid"]: worker["counters"].get("resumed", 0)
             for worker in cluster.workers("decode")
         }
         assert sum(count for pid, count in resumed.items() if pid != first_pid) >= 2
-        for index, (prompt, stream) in enumerate(zip(prompts, crowded, strict=True)):
-            alone = cluster.tokens(prompt, 220, temperature=0.7 if index % 2 else 0.0, seed=index)
-            assert stream.tokens == alone
+        roomy = asyncio.run(all_of_them(cluster.url))
+        assert [stream.tokens for stream in crowded] == [stream.tokens for stream in roomy]
 
 
 @pytest.mark.parametrize(

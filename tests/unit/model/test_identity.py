@@ -160,3 +160,21 @@ def test_the_block_size_changes_no_bit(tmp_path: Path, runner_of: RunnerOf) -> N
     )
 
     assert torch.equal(by_16, by_5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(
+    tmp_path: Path, runner_of: RunnerOf, dtype: torch.dtype
+) -> None:
+    """Prefill and decode workers may have different numbers of them, and share blocks."""
+    directory = write_small_model(tmp_path, **SHAPES["one layer of SmolLM2"])
+    tokens = [index * 13 % 512 for index in range(200)]
+    runner = runner_of(directory, dtype=dtype)
+    by_threads = {}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        logits_RV = runner.step([Run(tokens, 0, list(range(16))), Run([7], 0, [20])])
+        by_threads[threads] = logits_RV, kv_of(runner, list(range(21)))
+    for threads in (2, 3):
+        assert torch.equal(by_threads[threads][0], by_threads[1][0])
+        assert by_threads[threads][1] == by_threads[1][1]

@@ -22,8 +22,8 @@ from pdserve.prefill.loop import PrefillLoop
 from pdserve.text.tokenizer import Tokenizer, load_tokenizer
 
 FLIP_ENV = "PDSERVE_FAULT_FLIP_BLOCK"
-"""For tests of the checksum: the n-th block that this worker pushes has one byte flipped on its
-way, for every n in this comma-separated list."""
+"""For tests of the checksum: the n-th block that a prefill worker moves has one bit flipped on its
+way, for every n in this comma-separated list. Prefill workers alone: who reads it must find it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class WorkerParts:
     def block_count(self) -> int:
         return self.runner.pool.block_count
 
+    def kernel_calls(self) -> dict[str, int]:
+        """How often each operation ran, under the name of the path that ran it."""
+        ops = self.runner.ops
+        return {f"calls_{ops.name}_{name}": count for name, count in ops.calls().items()}
+
     def open_store(self, store: Address, host: HostId, worker: WorkerId) -> StoreClient:
         settings = self.config.store
         return StoreClient(
@@ -50,8 +55,11 @@ class WorkerParts:
             owner=worker,
             verify=settings.verify,
             shared_memory=settings.shared_memory,
-            corrupt=_flipper(os.environ.get(FLIP_ENV, "")),
+            corrupt=self._corrupt(),
         )
+
+    def _corrupt(self) -> Callable[[memoryview], None] | None:
+        return _flipper(os.environ.get(FLIP_ENV, "")) if self.role is Role.PREFILL else None
 
     def start_engine(
         self,
@@ -108,6 +116,6 @@ def _flipper(which: str) -> Callable[[memoryview], None] | None:
         nonlocal count
         count += 1
         if count in blocks:
-            data[len(data) // 2] ^= 0x40
+            data[-1] ^= 0x40  # of the last value's exponent: seen in every answer
 
     return flip

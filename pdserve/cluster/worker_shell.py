@@ -69,6 +69,7 @@ class WorkerShell:
         self._host = host
         self._engine: EngineThread | None = None
         self._watching: StoreClient | None = None
+        self._kernel_calls: Callable[[], dict[str, int]] = dict
         self._link: RouterLink | None = None
         self._listener: Listener | None = None
         self._hello: Hello | None = None
@@ -96,6 +97,7 @@ class WorkerShell:
         from pdserve.cluster.worker_parts import build_parts
 
         parts = await asyncio.to_thread(build_parts, self._config, self.role)
+        self._kernel_calls = parts.kernel_calls
         store = await find_store(parts.block_bytes)
         client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)
         self._engine = parts.start_engine(self.worker, store, self._host, self._emit)
@@ -261,7 +263,11 @@ class WorkerShell:
             blocks_removed=load.blocks_removed if load else (),
             store_added=tuple(store_added),
             store_removed=tuple(store_removed),
-            counters={**(load.counters if load else {}), **self._store_stat},
+            counters={
+                **(load.counters if load else {}),
+                **self._store_stat,
+                **self._kernel_calls(),
+            },
         )
         if load is not None:
             self._load = load.without_deltas()

@@ -175,6 +175,27 @@ def wait_until_equal(
     assert last == expected, f"{what}: {last} is not {expected}"
 
 
+def held(cluster: TestCluster) -> int:
+    """Whatever a request can hold, anywhere: 0 at rest."""
+    status = cluster.status()
+    total = (
+        sum(status["queue_lengths"])
+        + status["parked"]
+        + sum(
+            count
+            for phase, count in status["phases"].items()
+            if phase not in ("finished", "aborted", "failed")
+        )
+    )
+    for worker in status["workers"]:
+        total += worker["running"] + worker["waiting"]
+        total += worker["block_count"] - worker["free_blocks"]
+        total += worker["counters"].get("store_pinned", 0) + worker["counters"].get(
+            "store_tickets", 0
+        )
+    return int(total)
+
+
 def gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)

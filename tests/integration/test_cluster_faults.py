@@ -9,7 +9,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.integration.harness import Stream, TestCluster, stream_tokens, wait_for
+from tests.integration.harness import Stream, TestCluster, held, stream_tokens, wait_for
 
 STREAMS = 12
 OUTPUT_TOKENS = 120
@@ -73,7 +73,7 @@ def test_a_killed_worker_costs_no_token(cluster: TestCluster, role: str, at: int
 
 
 def test_cancelling_in_any_phase_gives_everything_back(cluster: TestCluster) -> None:
-    wait_for("quiet", lambda: _held(cluster) == 0)
+    wait_for("quiet", lambda: held(cluster) == 0)
     chance = random.Random(5)
     prompts = _prompts(seed=99, length=1200)
 
@@ -89,25 +89,4 @@ def test_cancelling_in_any_phase_gives_everything_back(cluster: TestCluster) -> 
             )
 
     asyncio.run(all_of_them())
-    wait_for("everything to be given back", lambda: _held(cluster) == 0, timeout_s=5)
-
-
-def _held(cluster: TestCluster) -> int:
-    """Whatever a request can hold, anywhere: 0 at rest."""
-    status = cluster.status()
-    held = (
-        sum(status["queue_lengths"])
-        + status["parked"]
-        + sum(
-            count
-            for phase, count in status["phases"].items()
-            if phase not in ("finished", "aborted", "failed")
-        )
-    )
-    for worker in status["workers"]:
-        held += worker["running"] + worker["waiting"]
-        held += worker["block_count"] - worker["free_blocks"]
-        held += worker["counters"].get("store_pinned", 0) + worker["counters"].get(
-            "store_tickets", 0
-        )
-    return int(held)
+    wait_for("everything to be given back", lambda: held(cluster) == 0, timeout_s=5)

@@ -97,10 +97,11 @@ def row(
     reference: str = "",
     reference_samples: Sequence[float] = (),
     bar: Bar | None = None,
+    at: float | None = None,
 ) -> Row:
-    """The row of some samples, compared by medians."""
-    value = statistics.median(samples)
-    reference_value = statistics.median(reference_samples) if reference_samples else None
+    """The row of some samples, compared by medians, or by the percentile ``at`` of both."""
+    value = _summary(samples, at)
+    reference_value = _summary(reference_samples, at) if reference_samples else None
     ratio = value / reference_value if reference_value else None
     return Row(
         name=name,
@@ -113,6 +114,10 @@ def row(
         holds=bar.holds(value, ratio) if bar is not None else None,
         spread=(percentile(samples, 0.1), percentile(samples, 0.9)),
     )
+
+
+def _summary(samples: Sequence[float], at: float | None) -> float:
+    return statistics.median(samples) if at is None else percentile(samples, at)
 
 
 def skipped(name: str, unit: str, reason: str) -> Row:

@@ -315,7 +315,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The worker has drained and leaves."""
+    """Worker → router: it has drained and leaves. Router → worker, which drains: nothing is bound
+    to it any more, nor will be."""
 
     worker: WorkerId
 

@@ -109,7 +109,7 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
 class Router:
     """The deployment around ``RouterService``."""
 
-    async def __init__(self, tree: dict[str, Any]) -> None:
+    async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits
         self._config = from_tree(tree)
         self._service = RouterService(self._config.router, host=local_host_id())
         await self._service.start(directory_of(self._config), tcp_host=tcp_host_of(self._config))
@@ -138,7 +138,9 @@ class Router:
 class Worker:
     """The deployment of both pools; its replicas are the workers."""
 
-    async def __init__(self, role: str, tree: dict[str, Any], router: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits
+        self, role: str, tree: dict[str, Any], router: DeploymentHandle
+    ) -> None:
         config = from_tree(tree)
         pool = config.prefill if role == Role.PREFILL else config.decode
         _set_threads(pool)
@@ -170,7 +172,7 @@ class Worker:
 class Gateway:
     """The ingress: our ASGI application, behind Serve's proxy and on a server of its own."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits
         self, tree: dict[str, Any], router: DeploymentHandle, *_pools: DeploymentHandle
     ) -> None:
         from pdserve.cluster.front import Front

@@ -7,6 +7,7 @@ Three acts on a real cluster with the real model; every figure is measured while
 3. A long document is asked about twice; in between, others push it out of the workers' memory.
 """
 
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +34,8 @@ STORY_TOKENS = 90
 KILL_AFTER_TOKENS = 25
 
 BARS = "▁▂▃▄▅▆▇█"
+BAR_S_MIN = 0.01
+BAR_S_MAX = 10.0
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -56,7 +60,9 @@ def main() -> None:
     )
     console.print("[bold]pdserve demo[/]: about 90 seconds, all figures measured as you watch\n")
     console.print(
-        f"[bold]1[/] {CHAT_COUNT} chats arrive behind a prompt of {LONG_PROMPT_TOKENS} tokens"
+        f"[bold]1[/] {CHAT_COUNT} chats arrive behind a prompt of {LONG_PROMPT_TOKENS} tokens: the "
+        f"wait for each token\n  [dim]{BARS[0]} {BAR_S_MIN * 1000:.0f} ms … {BARS[-1]} "
+        f"{BAR_S_MAX:.0f} s, logarithmic; the first bar of a chat is its first token[/]"
     )
     unpreempted = replace(config, router=replace(config.router, preemption=False))
     with local_cluster(unpreempted) as cluster:
@@ -77,7 +83,9 @@ def main() -> None:
             _killed_in_mid_sentence(cluster.http),
             _asked_twice(cluster.http),
         ]
-    table = Table("", "without", "with", title="\nmeasured just now", title_justify="left")
+    table = Table(title="\nmeasured just now", title_justify="left", box=box.SIMPLE_HEAD)
+    for column, width in (("", 38), ("without", 9), ("with", 26)):
+        table.add_column(column, width=width)
     for line in lines:
         table.add_row(line.what, line.without, line.with_)
     console.print(table)
@@ -124,17 +132,18 @@ def _wait_until_prefilling(url: str) -> None:
 
 
 def _show_gaps(title: str, gaps: Sequence[Sequence[float]]) -> None:
-    longest = max(max(row) for row in gaps)
-    cells = "  ".join("".join(_bar(gap / longest) for gap in row) for row in gaps)
-    firsts, empty = _firsts(gaps), ""
+    firsts = _firsts(gaps)
+    cells = "  ".join("".join(map(_bar, row)) for row in gaps)
     console.print(f"  {title:>14}  {cells}")
     console.print(
-        f"  {empty:>14}  [dim]first token after {_ms(min(firsts))} to {_ms(max(firsts))}; "
-        f"a full bar is {_ms(longest)}[/]"
+        f"  {'chats':>14}  [dim]first token after {_ms(min(firsts))} to {_ms(max(firsts))}, gaps up "
+        f"to {_ms(max(_gaps(gaps)))}[/]"
     )
 
 
-def _bar(ratio: float) -> str:
+def _bar(gap_s: float) -> str:
+    """Logarithmic, the same scale in every row: an eighth more for each factor of 2.4."""
+    ratio = math.log(max(gap_s, BAR_S_MIN) / BAR_S_MIN) / math.log(BAR_S_MAX / BAR_S_MIN)
     return BARS[min(int(ratio * len(BARS)), len(BARS) - 1)]
 
 
@@ -178,9 +187,9 @@ def _killed_in_mid_sentence(url: str) -> Line:
     same = "".join(parts) == expected
     console.print(f"\n[dim]  longest pause {pause_s:.1f} s; same text as undisturbed: {same}[/]")
     return Line(
-        "decode worker killed in mid-sentence",
-        "the stream ends",
-        f"goes on after {pause_s:.1f} s, text {'equal' if same else 'DIFFERENT'}",
+        "decode worker killed, the stream",
+        "ends",
+        f"resumes in {pause_s:.1f} s, {'same' if same else 'OTHER'} text",
     )
 
 
@@ -204,7 +213,7 @@ def _asked_twice(url: str) -> Line:
     console.print(
         f"  first token after {_ms(first_s)}; again, from host memory, after {_ms(again_s)}"
     )
-    return Line("first token, long document asked again", _ms(first_s), _ms(again_s))
+    return Line("long document asked again, first token", _ms(first_s), _ms(again_s))
 
 
 def _first_token_s(url: str, tokens: list[int]) -> float:

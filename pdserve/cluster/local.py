@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pdserve.config import ClusterConfig, MiB, to_tree
 from pdserve.errors import ConfigError
@@ -33,12 +32,6 @@ class LocalCluster:
     http: str  # base URL
     grpc: str  # "host:port", or "" without gRPC
     directory: Path
-
-    def status(self) -> dict[str, Any]:
-        """Serve's own view, as ``serve status`` prints it."""
-        from ray import serve
-
-        return serve.status().applications[APP].deployments
 
 
 def interrupt_once() -> None:
@@ -67,8 +60,8 @@ def local_cluster(
         ConfigError: the application does not start; the message carries the worker's own words.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ray_address is None else "token")
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
-    # Ray counts this process's threads towards its own default; the workers set theirs.
+    # Ray tells its driver of every worker that dies; here that is supervision's daily work.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     import ray
     from ray import serve
 

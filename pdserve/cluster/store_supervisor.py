@@ -112,7 +112,7 @@ class StoreSupervisor:
         log.info("application %s is gone, so is its store", self._app)
         for node, _ in self._nodes.values():
             await asyncio.to_thread(_end, node)
-        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+        ray.actor.exit_actor()
 
 
 def _end(node: subprocess.Popen[bytes]) -> None:

@@ -80,6 +80,8 @@ class WorkerShell:
         self._report_sequence = 0
         self._reported_ns = 0
         self._draining = False
+        self._unbound = False  # the router has nothing for this worker any more
+        self._tickets_own = (0, 0)  # when asked, and how many end with this worker
         self._store_lost: str | None = None
         self._store_stat: dict[str, int] = {}  # of the host's store, as this worker last saw it
 
@@ -132,8 +134,12 @@ class WorkerShell:
             return
         self._draining = True
         engine.drain()
+        self._report()
         deadline_ns = monotonic() + int(timeout_s * S)
         while engine.alive and not self._idle() and monotonic() < deadline_ns:
+            await asyncio.sleep(0.02)
+        idle_ns = monotonic()
+        while self._is_needed(idle_ns) and monotonic() < deadline_ns:
             await asyncio.sleep(0.02)
         await self._postbox.flush()
         if self._link is not None:
@@ -173,8 +179,21 @@ class WorkerShell:
         return dict(self._load.counters) if self._load else {}
 
     def _idle(self) -> bool:
+        """Nothing is here, and nothing more will come."""
         load = self._load
-        return load is None or (load.running == 0 and load.waiting == 0)
+        empty = load is None or (load.running == 0 and load.waiting == 0)
+        return empty and (self._unbound or not self._is_heard())
+
+    def _is_needed(self, since_ns: int) -> bool:
+        """What was parked ends with this process unless somebody has adopted it by then."""
+        asked_ns, tickets = self._tickets_own
+        return (
+            self._is_heard() and self._store_lost is None and (asked_ns < since_ns or tickets > 0)
+        )
+
+    def _is_heard(self) -> bool:
+        """Without a router nobody would take over."""
+        return self._link is not None and self._link.connected
 
     # ── what comes in ────────────────────────────────────────────────────────────────────────────
 
@@ -183,9 +202,16 @@ class WorkerShell:
         return self._hello
 
     def hear(self, message: object) -> None:
-        self._submit(message)
+        if isinstance(message, Goodbye):
+            self._unbound = True
+        else:
+            self._submit(message)
 
     def reconnected(self) -> None:
+        """A new router knows nothing of what runs here, and the old one has given it up."""
+        from pdserve.engine.outputs import GiveUp
+
+        self._submit(GiveUp())
         self._report()
 
     async def _listen(self, connection: Connection) -> None:
@@ -316,13 +342,16 @@ class WorkerShell:
             await asyncio.sleep(STORE_CHANGES_S)
             try:
                 changes = await asyncio.to_thread(self._watching.changes, after)
-                stat = store_counters(await asyncio.to_thread(self._watching.stat))
+                asked_ns = monotonic()
+                stat = await asyncio.to_thread(self._watching.stat)
             except (StoreUnavailable, PdserveError) as error:
                 self._store_lost = str(error)
                 return
             after = changes.sequence
-            stirred = stat != self._store_stat
-            self._store_stat = stat
+            self._tickets_own = (asked_ns, stat.tickets_own)
+            counters = store_counters(stat)
+            stirred = counters != self._store_stat
+            self._store_stat = counters
             if self.role is Role.PREFILL and (changes.added or changes.removed or stirred):
                 self._report(store_added=changes.added, store_removed=changes.removed)
 

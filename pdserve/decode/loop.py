@@ -24,8 +24,8 @@ from pdserve.decode.stream import Stage, Stream
 from pdserve.engine.blocks import blocks_for
 from pdserve.engine.device import Device
 from pdserve.engine.mover import Mover
-from pdserve.engine.moves import Abort, Adopt, Moved, Park, Put
-from pdserve.engine.outputs import Load, Output, ToGateway, ToRouter
+from pdserve.engine.moves import Abort, Adopt, Forsake, Moved, Park, Put
+from pdserve.engine.outputs import GiveUp, Load, Output, ToGateway, ToRouter
 from pdserve.engine.runner import Runner
 from pdserve.engine.sayings import delta, failed, progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
@@ -83,7 +83,7 @@ class DecodeLoop:
 
     # ── Loop ─────────────────────────────────────────────────────────────────────────────────────
 
-    def handle(self, message: Handoff | Resume | Cancel) -> None:
+    def handle(self, message: Handoff | Resume | Cancel | GiveUp) -> None:
         self._active = True
         match message:
             case Handoff():
@@ -97,6 +97,8 @@ class DecodeLoop:
                 stream = self._streams.get(message.request)
                 if stream and message.covers(stream.sequence.request.attempt):
                     self._let_go(stream)
+            case GiveUp():
+                self._give_up()
             case _:
                 assert_never(message)
 
@@ -360,12 +362,24 @@ class DecodeLoop:
     # ── letting go ───────────────────────────────────────────────────────────────────────────────
 
     def _end(self, stream: Stream) -> None:
+        self._say(progress(stream.sequence, Event.ENDED))
+        self._offer_blocks(stream)
+        self._let_go(stream)
+
+    def _give_up(self) -> None:
+        """What was parked ends too: its tickets are this worker's, and only the router that is gone
+        knew them."""
+        self._device.submit(Forsake(self._mover.local))
+        for stream in list(self._streams.values()):
+            if stream.stage is Stage.RUNNING:
+                self._offer_blocks(stream)  # the next attempt finds them
+            self._let_go(stream)
+
+    def _offer_blocks(self, stream: Stream) -> None:
         sequence, full = stream.sequence, stream.sequence.full_blocks
-        self._say(progress(sequence, Event.ENDED))
         if self._store.offload and full:
             put = Put(self._mover.local, sequence.keys(full), tuple(sequence.blocks[:full]))
             self._device.offer(put)
-        self._let_go(stream)
 
     def _fail(self, stream: Stream, error: PdserveError) -> None:
         self._say(failed(stream.sequence, error))

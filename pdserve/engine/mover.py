@@ -20,6 +20,7 @@ from pdserve.engine.moves import (
     ANY_READER,
     Abort,
     Adopt,
+    Forsake,
     Move,
     Moved,
     OpenTicket,
@@ -234,6 +235,8 @@ class Mover:
 
     def _carry_out(self, move: Move) -> tuple[int, TicketId | None]:
         """How many blocks, and which ticket."""
+        if isinstance(move, Forsake):
+            self._forget_client(move.store)
         store = self._client(move.store)
         count, ticket = len(blocks_touched(move)), None
         match move:
@@ -257,6 +260,8 @@ class Mover:
                 count = store.put(move.keys, 0, self._filler(move.blocks, 0))
             case Park():
                 ticket = self._park(store, move)
+            case Forsake():
+                pass  # and connected again
             case _:
                 assert_never(move)
         return count, ticket

@@ -87,7 +87,14 @@ class Park:
     tail: BlockId | None
 
 
-Move = Restore | OpenTicket | Push | Abort | Adopt | Put | Park
+@dataclass(frozen=True, slots=True)
+class Forsake:
+    """Hang up on the store: whatever this worker still holds there by its connection ends."""
+
+    store: Address
+
+
+Move = Restore | OpenTicket | Push | Abort | Adopt | Put | Park | Forsake
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +111,7 @@ class Moved:
 def blocks_touched(move: Move) -> tuple[BlockId, ...]:
     """The device blocks that must stay as they are until the move is done."""
     match move:
-        case OpenTicket() | Abort():
+        case OpenTicket() | Abort() | Forsake():
             return ()
         case Adopt():
             return tuple(block for block in move.blocks if block is not None)

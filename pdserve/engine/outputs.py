@@ -56,6 +56,12 @@ class Load:
         return replace(self, blocks_added=(), blocks_removed=())
 
 
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """To a loop: the router that gave out what is here is gone. All of it comes back, from the
+    gateways and as later attempts, so nobody waits for these."""
+
+
 class Loop(Protocol):
     """All methods are called from one thread."""
 

@@ -54,6 +54,7 @@ class StoreStat:
     writes: int
     tickets: int  # those in the queue included
     tickets_queued: int
+    tickets_own: int  # that end with a connection of the asker's name
     connections: int
     evicted_count: int
     condemned_count: int

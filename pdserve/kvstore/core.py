@@ -339,8 +339,9 @@ class StoreCore:
         """Slots whose header in the arena is out of date."""
         return {slot: self._slots[slot] for slot in sorted(self._slots.take_changed())}
 
-    def stat(self) -> StoreStat:
+    def stat(self, asker: OwnerId | None = None) -> StoreStat:
         """Linear in the arena."""
+        name = None if asker is None else self._owners[asker].name
         return StoreStat(
             slots_total=self._slots.slot_count,
             slots_free=self._slots.free_count,
@@ -354,6 +355,10 @@ class StoreCore:
             writes=sum(len(owner.writes) for owner in self._owners.values()),
             tickets=self.tickets.count,
             tickets_queued=self.tickets.queued_count,
+            tickets_own=sum(
+                ticket.is_writers and self._owners[ticket.writer].name == name
+                for ticket in self.tickets
+            ),
             connections=len(self._owners),
             evicted_count=self._slots.evicted_count,
             condemned_count=self._slots.condemned_count,

@@ -99,7 +99,7 @@ class StoreServer:
             case protocol.ListChanges(after):
                 return core.changes(after)
             case protocol.AskStat():
-                return core.stat()
+                return core.stat(owner)
             case protocol.SealTicket(ticket):
                 core.seal(owner, ticket)
             case protocol.AbortTicket(ticket):

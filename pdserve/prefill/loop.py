@@ -25,7 +25,7 @@ from pdserve.engine.blocks import blocks_for
 from pdserve.engine.device import Device
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
-from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
+from pdserve.engine.outputs import GiveUp, Load, Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.sayings import delta, failed, progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
@@ -90,7 +90,7 @@ class PrefillLoop:
 
     # ── Loop ─────────────────────────────────────────────────────────────────────────────────────
 
-    def handle(self, message: Dispatch | Preempt | Cancel) -> None:
+    def handle(self, message: Dispatch | Preempt | Cancel | GiveUp) -> None:
         self._active = True
         match message:
             case Dispatch():
@@ -102,6 +102,9 @@ class PrefillLoop:
             case Cancel():
                 prompt = self._prompts.get(message.request)
                 if prompt and message.covers(prompt.sequence.request.attempt):
+                    self._let_go(prompt)
+            case GiveUp():
+                for prompt in list(self._prompts.values()):
                     self._let_go(prompt)
             case _:
                 assert_never(message)
@@ -370,9 +373,7 @@ class PrefillLoop:
     def _on_computed(self, prompt: Prompt, chunk: int, share_us: int) -> None:
         sequence, first = prompt.sequence, prompt.sequence.full_blocks
         sequence.kv_count += chunk
-        sequence.timing = replace(
-            sequence.timing, step_us=sequence.timing.step_us + share_us
-        )
+        sequence.timing = replace(sequence.timing, step_us=sequence.timing.step_us + share_us)
         prompt.computed_tokens += chunk
         self._counters["prompt_tokens_computed"] += chunk
         for index, key in enumerate(sequence.keys(sequence.full_blocks)[first:], first):

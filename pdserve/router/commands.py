@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from pdserve.ids import WorkerId
-from pdserve.messages import Address, Cancel, Dispatch, Lost, Preempt, Refused, Resume
+from pdserve.messages import Address, Cancel, Dispatch, Goodbye, Lost, Preempt, Refused, Resume
 
 
 @dataclass(frozen=True, slots=True)
 class ToWorker:
     worker: WorkerId
-    message: Dispatch | Preempt | Cancel | Resume
+    message: Dispatch | Preempt | Cancel | Resume | Goodbye
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from pdserve.messages import (
     Address,
     Cancel,
     ChunkDone,
+    Goodbye,
     Handoff,
     Hello,
     Progress,
@@ -148,7 +149,10 @@ class RouterCore:
         commands: list[Command] = []
         for progress in report.progress:
             commands += self._on_progress(worker, progress, now_ns)
-        return commands + planner.plan(self.state, now_ns)
+        commands += planner.plan(self.state, now_ns)
+        if worker.draining and not worker.held:
+            commands.append(ToWorker(worker.id, Goodbye(worker.id)))
+        return commands
 
     def on_parked(self, handoff: Handoff, worker: WorkerId, now_ns: int) -> list[Command]:
         decode = self._heard(worker, now_ns)
@@ -287,7 +291,8 @@ class RouterCore:
     def _unwanted(self, worker: Worker, request: RequestId, attempt: int) -> list[Command]:
         """A worker took up an attempt that is not its own to have; one given up is stopped."""
         self.state.counters["stale_events"] += 1
-        if attempt <= self.state.unwanted.get(request, -1):
+        entry = self.state.entries.get(request)
+        if entry is None or attempt < entry.request.attempt:
             return [ToWorker(worker.id, Cancel(request, attempt))]
         return []
 

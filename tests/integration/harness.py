@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -236,7 +237,7 @@ def deployed(config: ClusterConfig) -> Iterator[Deployed]:
         dashboard_port=0,
         object_store_memory=80 << 20,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         _temp_dir=str(directory / "r"),
         _node_ip_address="127.0.0.1",
     )

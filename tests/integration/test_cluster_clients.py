@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from typing import Any
 
 import grpc
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from tests.integration.harness import TestCluster, wait_for
 
-CHAT = [{"role": "user", "content": "Say something."}]
+CHAT: Any = [{"role": "user", "content": "Say something."}]
 
 
 def _client(cluster: TestCluster) -> openai.OpenAI:
@@ -84,7 +85,7 @@ def test_grpc_chats_cancels_and_reflects(cluster: TestCluster) -> None:
     from pdserve.proto.v1 import inference_pb2, inference_pb2_grpc
 
     with grpc.insecure_channel(cluster.cluster.grpc) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]
         request = inference_pb2.ChatRequest(
             messages=[inference_pb2.ChatMessage(role="user", content="Say something.")],
             parameters=inference_pb2.Parameters(max_tokens=12, temperature=0.0),

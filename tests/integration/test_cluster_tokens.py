@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -68,7 +69,7 @@ def test_alone_is_in_company_is_seeded(cluster: TestCluster) -> None:
         [chance.randrange(20, 40_000) for _ in range(chance.randrange(1, 200))] for _ in range(64)
     ]
 
-    def fields(index: int) -> dict[str, float | int]:
+    def fields(index: int) -> dict[str, Any]:
         if index % 2 == 0:
             return {"temperature": 0.0}
         return {

@@ -99,10 +99,10 @@ def _weights(
 
     def matrix(rows: int, columns: int, gain: float = 1.5) -> Tensor:
         scale = gain * float(columns) ** -0.5
-        return torch.randn(rows, columns, generator=generator) * scale
+        return torch.randn(rows, columns, generator=generator).mul_(scale)
 
     def around_one(count: int) -> Tensor:
-        return 1 + 0.2 * torch.randn(count, generator=generator)
+        return torch.randn(count, generator=generator).mul_(0.2).add_(1)
 
     state = {
         "model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator),
@@ -129,7 +129,8 @@ def _weights(
 
 
 def _peaked_head(vocab: int, hidden: int, generator: torch.Generator) -> Tensor:
-    head = torch.randn(vocab, hidden, generator=generator) * (0.3 * float(hidden) ** -0.5)
+    head = torch.randn(vocab, hidden, generator=generator)
+    head *= 0.3 * float(hidden) ** -0.5
     candidates = torch.randperm(vocab - _FIRST_LIKELY_TOKEN, generator=generator)
     likely = candidates[:_LIKELY_TOKENS] + _FIRST_LIKELY_TOKEN
     lengths = torch.exp(0.5 * torch.randn(likely.numel(), generator=generator))

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.frame import ROOT
@@ -98,7 +99,7 @@ def _do(runner: "ModelRunner", work: Work) -> Done:
         loop.add(prompt, room_tokens=room_tokens)
     began_s = time.perf_counter()
     prefill_ms = [
-        _timed_ms(lambda s=sequence: loop.prefill(s, CHUNK_TOKENS)) for sequence in loop.sequences
+        _timed_ms(partial(loop.prefill, sequence, CHUNK_TOKENS)) for sequence in loop.sequences
     ]
     step_ms = [_timed_ms(loop.decode) for _ in range(work.generated_tokens - 1)]
     return Done(time.perf_counter() - began_s, prefill_ms, step_ms)

@@ -3,9 +3,9 @@
     python -m bench.end_to_end [--json FILE] [--quick]
 
 One cluster on this machine, as ``pdserve serve`` starts it, asked over HTTP through our own server
-by a client on the same machine; beside it the bare engine, a process with the same model, dtype and
-threads and nothing around it (``bare_engine``), in turn with the cluster and never at its side. What
-a decode step loses to sockets, threads and pushes is measured in one process by ``engine_step``.
+by a client on the same machine. In turn with it the bare engine (``bare_engine``): a process with
+the same model, dtype and threads, and nothing around it. What a decode step loses to sockets,
+threads and pushes is measured within one process, by ``engine_step``.
 """
 
 import asyncio

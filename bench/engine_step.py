@@ -190,9 +190,11 @@ async def main(store: Address, sink: Address, rounds: int, pushed_blocks: int) -
 
     samples: dict[str, list[float]] = {"plain": [], "loop": []}
     for index in range(rounds):
-        turns = [lambda: plain_turn(plain), lambda: loop_turn(loop, pusher, pushed_blocks)]
-        for name, turn in list(zip(samples, turns, strict=True))[:: 1 if index % 2 == 0 else -1]:
-            samples[name] += await turn()
+        for name in list(samples) if index % 2 == 0 else reversed(samples):
+            if name == "plain":
+                samples[name] += await plain_turn(plain)
+            else:
+                samples[name] += await loop_turn(loop, pusher, pushed_blocks)
     print(json.dumps(samples), flush=True)
 
     loop.gated = False

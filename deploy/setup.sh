@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv
-say() { printf '\033[2m%s\033[0m\n' "$*"; }
+say() { if [[ -t 1 ]]; then printf '\033[2m%s\033[0m\n' "$*"; else printf '%s\n' "$*"; fi; }
 
 python_is_new_enough() {
   "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {

@@ -136,8 +136,8 @@ def _show_gaps(title: str, gaps: Sequence[Sequence[float]]) -> None:
     cells = "  ".join("".join(map(_bar, row)) for row in gaps)
     console.print(f"  {title:>14}  {cells}")
     console.print(
-        f"  {'chats':>14}  [dim]first token after {_ms(min(firsts))} to {_ms(max(firsts))}, gaps up "
-        f"to {_ms(max(_gaps(gaps)))}[/]"
+        f"           chats  [dim]first token after {_ms(min(firsts))} to {_ms(max(firsts))}, gaps "
+        f"up to {_ms(max(_gaps(gaps)))}[/]"
     )
 
 

@@ -1,17 +1,23 @@
 """``pdserve serve``: start, prove that it works with one real chat, say what to try, serve."""
 
+import json
+import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
 from pdserve.cluster.chat_command import ask
+from pdserve.cluster.http_client import get_json
 from pdserve.cluster.local import LocalCluster, interrupt_once, local_cluster
 from pdserve.config import ClusterConfig
 
 START_S_TYPICAL = 20
 FIRST_CHAT = "What is the capital of France, and what is it known for?"
 FIRST_CHAT_TOKENS = 64
+HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
 
 
 def run(config: ClusterConfig, *, ray_address: str | None, first_chat: bool) -> None:
@@ -55,23 +61,24 @@ def _show_first_chat(console: Console, cluster: LocalCluster, begun: float) -> N
 
 
 def _show_next(console: Console, cluster: LocalCluster) -> None:
-    console.print("\nTry next:")
+    lines = ["", "Try next:"]
+    here = Path(os.path.relpath(sys.executable)).parent
     if cluster.http:
-        console.print(
-            f"  curl {cluster.http}/v1/chat/completions -H 'content-type: application/json' \\\n"
-            '       -d \'{"messages": [{"role": "user", "content": "Hello!"}]}\'\n'
-            f"  python -c \"import openai; print(openai.OpenAI(base_url='{cluster.http}/v1', "
-            "api_key='-').chat.completions.create(model='default', messages=[{'role': 'user', "
-            "'content': 'Hello!'}]).choices[0].message.content)\"\n"
-            f"  pdserve top --url {cluster.http}",
-            markup=False,
-            soft_wrap=True,
+        model = get_json(cluster.http, "/v1/models")["data"][0]["id"]
+        program = (
+            f"import openai; c = openai.OpenAI(base_url='{cluster.http}/v1', api_key='-'); "
+            f"print(c.completions.create(model='{model}', prompt='Hello').choices[0].text)"
         )
+        lines += [
+            f"  curl {cluster.http}/v1/chat/completions -H 'content-type: application/json' \\",
+            f"       -d '{json.dumps(HELLO)}'",
+            f'  python -c "{program}"',
+            f"  {here / 'pdserve'} chat --url {cluster.http}",
+            f"  {here / 'pdserve'} top --url {cluster.http}",
+        ]
     if cluster.grpc:
-        console.print(
-            f'  grpcurl -plaintext -d \'{{"messages": [{{"role": "user", "content": '
-            f'"Hello!"}}]}}\' {cluster.grpc} pdserve.v1.Inference/Chat',
-            markup=False,
-            soft_wrap=True,
+        lines.append(
+            f"  grpcurl -plaintext -d '{json.dumps(HELLO)}' {cluster.grpc} pdserve.v1.Inference/Chat"
         )
-    console.print("Ctrl-C stops everything.")
+    lines.append("Ctrl-C stops everything.")
+    console.print("\n".join(lines), markup=False, soft_wrap=True)

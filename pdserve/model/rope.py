@@ -42,7 +42,7 @@ def frequencies(rope: Rope, head_dim: int) -> FloatArray:
     exponents: FloatArray = -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain: FloatArray = np.power(rope.base, exponents)
     if rope.kind == "linear":
-        return np.divide(plain, rope.factor)
+        return plain / np.asarray(rope.factor)
     if rope.kind == "factors":
         return plain / np.asarray(rope.factors)
     if rope.kind == "llama3":

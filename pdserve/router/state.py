@@ -22,9 +22,6 @@ from pdserve.messages import ChunkDone, Handoff, Request, Role, Timing
 from pdserve.router.fleet import Fleet, Worker
 from pdserve.router.levels import Ladder, LevelQueue
 
-UNWANTED_MAX = 4096
-"""Attempts given up that are remembered, in case a worker comes up with one after all."""
-
 ORPHANS_MAX = 1024
 """Tickets remembered while no decode worker is there to free them; beyond, the oldest is left to
 its store."""
@@ -117,7 +114,6 @@ class RouterState:
         self.parked: dict[RequestId, None] = {}  # first parked, first resumed
         self.deadlines = Deadlines()
         self.counters: Counter[str] = Counter()
-        self.unwanted: dict[RequestId, int] = {}  # the last attempt given up; oldest first
         self.orphans: deque[Handoff] = deque(maxlen=ORPHANS_MAX)  # tickets to be freed
         self.queued_work_ns = 0
         self._unix_zero_ms = unix_zero_ms
@@ -280,14 +276,6 @@ class RouterState:
         self.deadlines.remove(entry.id)
         del self.entries[entry.id]
         self.counters[counter] += 1
-        if entry.phase is not Phase.FINISHED:
-            self._remember_unwanted(entry.request)
-
-    def _remember_unwanted(self, request: Request) -> None:
-        self.unwanted.pop(request.request, None)
-        self.unwanted[request.request] = request.attempt
-        if len(self.unwanted) > UNWANTED_MAX:
-            del self.unwanted[next(iter(self.unwanted))]
 
     def _join(self, entry: Entry) -> None:
         self.queue.push(entry.id, virtual_ns=entry.virtual_ns, order=entry.order, level=entry.level)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,7 @@ class Stream:
     tokens: list[int]
     first_s: float | None = None  # after sending
     ended_s: float = 0.0
+    pause_s: float = 0.0  # the longest between two tokens
     finish: str | None = None
     error: str | None = None
     cached_tokens: int = 0
@@ -102,6 +104,7 @@ async def stream_tokens(
     }
     result = Stream([])
     begun = time.monotonic()
+    latest_s = 0.0
     async with contextlib.AsyncExitStack() as stack:
         if client is None:
             client = await stack.enter_async_context(httpx.AsyncClient(timeout=300))
@@ -120,8 +123,11 @@ async def stream_tokens(
                 break
             for choice in event["choices"]:
                 for token in choice.get("token_ids") or ():
+                    now_s = time.monotonic() - begun
                     if result.first_s is None:
-                        result.first_s = time.monotonic() - begun
+                        result.first_s = latest_s = now_s
+                    result.pause_s = max(result.pause_s, now_s - latest_s)
+                    latest_s = now_s
                     result.tokens.append(token)
                     if on_token is not None:
                         on_token(len(result.tokens))
@@ -132,6 +138,49 @@ async def stream_tokens(
             result.timing = event.get("pdserve") or result.timing
     result.ended_s = time.monotonic() - begun
     return result
+
+
+def random_prompts(count: int, *, seed: int, length: int) -> list[list[int]]:
+    chance = random.Random(seed)
+    return [[chance.randrange(20, 40_000) for _ in range(length)] for _ in range(count)]
+
+
+def storm(
+    cluster: TestCluster,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    at: int | None = None,
+    strike: Callable[[], None] | None = None,
+) -> list[Stream]:
+    """All prompts at once, half of them seeded; ``strike`` when ``at`` tokens have come in all."""
+    seen = 0
+
+    def on_token(_: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == at and strike is not None:
+            strike()
+
+    async def all_of_them() -> list[Stream]:
+        async with httpx.AsyncClient(timeout=300) as client:
+            return await asyncio.gather(
+                *(
+                    stream_tokens(
+                        cluster.url,
+                        prompt,
+                        count,
+                        client=client,
+                        on_token=on_token,
+                        temperature=0.8 if index % 2 else 0.0,
+                        seed=index,
+                        presence_penalty=0.5 if index % 3 == 0 else 0.0,
+                    )
+                    for index, prompt in enumerate(prompts)
+                )
+            )
+
+    return asyncio.run(all_of_them())
 
 
 def settings(source: Path | str, **parts: Any) -> ClusterConfig:
@@ -195,6 +244,29 @@ def held(cluster: TestCluster) -> int:
             "store_tickets", 0
         )
     return int(total)
+
+
+def processes(mark: str) -> list[int]:
+    """Those that this process started, themselves or further down, with ``mark`` in their command
+    line. Ray writes an actor's name there."""
+    parents: dict[int, int] = {}
+    commands: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has just ended
+                status = (entry / "stat").read_text().rpartition(")")[2].split()
+                if status[0] != "Z":
+                    parents[int(entry.name)] = int(status[1])
+                    commands[int(entry.name)] = (entry / "cmdline").read_text()
+    ours = {os.getpid()}
+    while new := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= new
+    return sorted(pid for pid in ours - {os.getpid()} if mark in commands[pid].replace("\0", " "))
+
+
+def replicas(deployment: str) -> list[int]:
+    """The processes of a deployment."""
+    return processes(f"ray::ServeReplica:{APP}:{deployment}")
 
 
 def gone(pid: int) -> bool:

@@ -15,6 +15,7 @@ from pdserve.messages import (
     Cancel,
     ChunkDone,
     Dispatch,
+    Goodbye,
     Handoff,
     Hello,
     Lost,
@@ -201,7 +202,7 @@ def told(commands: list[Command]) -> list[str]:
     return [_line(command) for command in commands]
 
 
-def _line(command: Command) -> str:
+def _line(command: Command) -> str:  # noqa: PLR0911
     match command:
         case ToWorker(worker, Dispatch(request, route, timing)):
             again = f", preempted {timing.preempted_count}" if timing.preempted_count else ""
@@ -215,6 +216,8 @@ def _line(command: Command) -> str:
             return f"{worker} <- cancel {request}/{attempt}"
         case ToWorker(worker, Resume(handoff)):
             return f"{worker} <- resume {handoff.request.request}, decode {handoff.route.decode}"
+        case ToWorker(worker, Goodbye(_)):
+            return f"{worker} <- goodbye"
         case ToGateway(gateway, Refused(request, attempt, error)):
             retry = f" (retry after {error.retry_after_ms} ms)" if error.retry_after_ms else ""
             return f"{gateway.unix_path[1:]} <- refused {request}/{attempt}: {error.message}{retry}"

@@ -384,13 +384,24 @@ def test_a_late_word_of_an_old_attempt_stops_that_attempt_and_no_other() -> None
     assert core.snapshot(0).phases["prefilling"] == 1
 
 
-def test_attempts_given_up_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "UNWANTED_MAX", 3)
-    core, _ = core_with()
-    for index in range(5):
-        core.on_submit(request(f"r{index}", 8), 0)
-        core.on_cancel(RequestId(f"r{index}"), 0)
-    assert list(core.state.unwanted) == ["r2", "r3", "r4"]
+def test_an_attempt_that_the_router_never_knew_is_stopped() -> None:
+    """A predecessor gave it out, and died."""
+    _, (_, d0) = core_with(hello("p0"), hello("d0"))
+    assert told(d0.event(request("r", 32), Event.ADOPTED)) == ["d0 <- cancel r/0"]
+    assert d0.event(request("r", 32), Event.ENDED) == []
+
+
+def test_a_worker_that_drains_is_told_when_nothing_is_bound_to_it() -> None:
+    core, (p0, d0, d1) = core_with(hello("p0"), hello("d0"), hello("d1"))
+    asked = request("r", 32)
+    core.on_submit(asked, 0)
+    assert d0.report(draining=True) == []
+    p0.event(asked, Event.PREFILL_DONE)
+    assert d0.event(asked, Event.ADOPTED) == []
+    resumed = core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
+    assert told(resumed) == ["d1 <- resume r, decode d1"]
+    assert told(d0.report()) == ["d0 <- goodbye"]
+    assert d1.report() == []
 
 
 def test_a_ticket_waits_for_the_next_decode_worker_to_free_it() -> None:

@@ -53,6 +53,10 @@ log = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 1.0
 """The router answers an expired request itself; this long after, the session stops waiting."""
 
+LOST_AGAIN_S = 0.25
+"""Before the third attempt, and twice as long before each further one: what broke two in a row may
+need a moment to be noticed. All attempts at once would be used up by one broken worker."""
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
@@ -218,7 +222,10 @@ class GatewaySession:
                 running, delivery = self._find(request)
                 if running and delivery and delivery.request.attempt == attempt:
                     log.info("%s lost worker %s, attempt %d follows", request, worker, attempt + 1)
-                    self._again(delivery)
+                    delay_s = LOST_AGAIN_S * 2 ** (attempt - 1) if attempt else 0.0
+                    asyncio.get_running_loop().call_later(
+                        delay_s, self._again_if_still, request, attempt
+                    )
             case _:
                 log.warning("the router sent a %s, which no gateway expects", type(message))
 
@@ -228,6 +235,11 @@ class GatewaySession:
             for delivery in running.requests.values():
                 if not delivery.finished:
                     self._again(delivery)
+
+    def _again_if_still(self, request: RequestId, attempt: int) -> None:
+        _, delivery = self._find(request)
+        if delivery and not delivery.finished and delivery.request.attempt == attempt:
+            self._again(delivery)
 
     def _again(self, delivery: Delivery) -> None:
         tokens = delivery.tokens_so_far()

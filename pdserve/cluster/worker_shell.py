@@ -345,7 +345,7 @@ class WorkerShell:
                 asked_ns = monotonic()
                 stat = await asyncio.to_thread(self._watching.stat)
             except (StoreUnavailable, PdserveError) as error:
-                self._store_lost = str(error)
+                await self._leave(str(error))
                 return
             after = changes.sequence
             self._tickets_own = (asked_ns, stat.tickets_own)
@@ -354,6 +354,17 @@ class WorkerShell:
             self._store_stat = counters
             if self.role is Role.PREFILL and (changes.added or changes.removed or stirred):
                 self._report(store_added=changes.added, store_removed=changes.removed)
+
+    async def _leave(self, reason: str) -> None:
+        """Without a store no request gets past this worker: nothing more must come here, and
+        supervision replaces it together with the node."""
+        from pdserve.engine.outputs import GiveUp
+
+        log.error("%s lost its store node: %s", self.worker, reason)
+        self._store_lost = reason
+        assert self._link is not None
+        await self._link.close()  # the router takes this worker for lost, at once
+        self._submit(GiveUp())
 
 
 def _fullness(load: "Load") -> tuple[int, int, int]:

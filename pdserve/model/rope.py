@@ -42,9 +42,9 @@ def frequencies(rope: Rope, head_dim: int) -> FloatArray:
     exponents: FloatArray = -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain: FloatArray = np.power(rope.base, exponents)
     if rope.kind == "linear":
-        return plain / np.asarray(rope.factor)
+        return plain / rope.factor
     if rope.kind == "factors":
-        return plain / np.asarray(rope.factors)
+        return plain / np.asarray(rope.factors, dtype=np.float64)
     if rope.kind == "llama3":
         low, high = rope.low_frequency_factor, rope.high_frequency_factor
         turns = rope.original_context * plain / (2 * math.pi)

@@ -7,7 +7,7 @@ import pytest
 
 from pdserve.config import ModelConfig
 from pdserve.errors import ConfigError
-from tests.integration.harness import TestCluster, running, settings
+from tests.integration.harness import TestCluster, end_shared, settings, shared
 from tests.models.small import write_small_model
 
 
@@ -28,14 +28,26 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -
     return write_small_model(tmp_path_factory.mktemp("model"), tokenizer_from=default_model)
 
 
-@pytest.fixture(scope="module")
-def cluster(small_model: Path) -> Iterator[TestCluster]:
-    """One prefill worker, two decode workers, the small model in float32."""
-    config = settings(
-        small_model,
-        model={"source": str(small_model), "dtype": "float32", "served_name": "small"},
-        decode={"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512},
-        prefill={"chunk_tokens": 256, "threads": 1, "pool_blocks": 512},
+@pytest.fixture
+def cluster(small_model: Path) -> TestCluster:
+    """One prefill worker, two decode workers, the small model in float32. Shared: look at counters
+    before and after, and leave it as quiet as you found it."""
+    return shared(
+        settings(
+            small_model,
+            model={"dtype": "float32", "served_name": "small"},
+            decode={"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512},
+            prefill={"chunk_tokens": 256, "threads": 1, "pool_blocks": 512},
+        )
     )
-    with running(config) as running_cluster:
-        yield running_cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_cluster_ends() -> Iterator[None]:
+    yield
+    end_shared()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those who share the cluster stand together, at the end, so that it starts once."""
+    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))

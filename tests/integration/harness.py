@@ -203,8 +203,26 @@ def settings(source: Path | str, **parts: Any) -> ClusterConfig:
 
 @contextlib.contextmanager
 def running(config: ClusterConfig, *, ray_address: str | None = None) -> Iterator[TestCluster]:
+    end_shared()  # a process has one Ray at a time
     with local_cluster(config, ray_address=ray_address) as cluster:
         yield TestCluster(cluster, config)
+
+
+_shared: list[tuple[TestCluster, contextlib.ExitStack]] = []
+
+
+def shared(config: ClusterConfig) -> TestCluster:
+    """A cluster that stays up for the next test that asks, until somebody needs another one."""
+    if not _shared:
+        stack = contextlib.ExitStack()
+        _shared.append((stack.enter_context(running(config)), stack))
+    return _shared[0][0]
+
+
+def end_shared() -> None:
+    while _shared:
+        _, stack = _shared.pop()
+        stack.close()
 
 
 def wait_for(what: str, condition: Callable[[], bool], *, timeout_s: float = WAIT_S) -> None:
@@ -264,6 +282,30 @@ def processes(mark: str) -> list[int]:
     return sorted(pid for pid in ours - {os.getpid()} if mark in commands[pid].replace("\0", " "))
 
 
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """What running clusters have on this machine: processes, shared memory, directories."""
+
+    pids: tuple[int, ...]
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def of_this_process(cls) -> "Traces":
+        paths = set[Path]()
+        for node in processes("pdserve.kvstore.node"):
+            maps = Path(f"/proc/{node}/maps").read_text().splitlines()
+            paths |= {Path(line.split()[-1]).parent for line in maps if "/dev/shm/" in line}
+            words = Path(f"/proc/{node}/cmdline").read_text().split("\0")
+            paths.add(Path(words[words.index("--directory") + 1]).parent)
+        return cls(tuple(processes("")), tuple(sorted(paths)))
+
+    def remaining(self) -> list[int | Path]:
+        return [
+            *(pid for pid in self.pids if not gone(pid)),
+            *(path for path in self.paths if path.exists()),
+        ]
+
+
 def replicas(deployment: str) -> list[int]:
     """The processes of a deployment."""
     return processes(f"ray::ServeReplica:{APP}:{deployment}")
@@ -301,6 +343,7 @@ def deployed(config: ClusterConfig) -> Iterator[Deployed]:
     import ray
     from ray import serve
 
+    end_shared()
     os.environ["RAY_AUTH_MODE"] = "disabled"
     directory = Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp"))
     config = dataclasses.replace(config, directory=str(directory / "s"))

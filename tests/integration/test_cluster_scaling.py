@@ -9,7 +9,18 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.harness import Stream, deployed, running, settings, stream_tokens, wait_for
+from tests.integration.harness import (
+    Stream,
+    deployed,
+    held,
+    random_prompts,
+    running,
+    settings,
+    storm,
+    stream_tokens,
+    wait_for,
+    wait_until_equal,
+)
 
 SCALE_UP_S = 30.0
 
@@ -114,3 +125,30 @@ def _assert_all_whole(load: Load) -> None:
     """No failed request, no gap, no duplicate: each stream has all its tokens, and no more."""
     assert [stream.error for _, stream in load.done if stream.error] == []
     assert {len(stream.tokens) for _, stream in load.done} == {load.output_tokens}
+
+
+@pytest.mark.slow
+def test_a_decode_worker_that_leaves_hands_its_streams_over(small_model: Path) -> None:
+    """They go on at the other worker from where they were, and nothing is computed again."""
+    config = settings(
+        small_model,
+        model={"dtype": "float32"},
+        decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 512},
+    )
+    with deployed(config) as cluster:
+        cluster.deploy(decode_replicas=2)
+        wait_for("two decode workers", lambda: len(cluster.pids("decode")) == 2)
+        prompts = random_prompts(4, seed=7, length=300)
+        calm = storm(cluster, prompts, 1600)
+        before = cluster.status()["counters"]
+        shrinking = threading.Thread(target=lambda: cluster.deploy(decode_replicas=1))
+        struck = storm(cluster, prompts, 1600, at=40, strike=shrinking.start)
+        shrinking.join(60)
+        assert [stream.error for stream in struck] == [None] * len(prompts)
+        assert [stream.tokens for stream in struck] == [stream.tokens for stream in calm]
+        wait_for("one decode worker", lambda: len(cluster.pids("decode")) == 1)
+        wait_until_equal("held at rest", lambda: held(cluster), 0)
+        after = cluster.status()["counters"]
+        assert after.get("parks", 0) > before.get("parks", 0), "it left while it had streams"
+        assert after["resumes"] == after["parks"]
+        assert after.get("lost", 0) == before.get("lost", 0), "no new attempt was needed"

@@ -1,6 +1,6 @@
 """``kernels.cpp`` as a loaded library: compiled once per machine, kept in a cache folder.
 
-The file's name is a digest of all that goes in: source, compiler, flags, this CPU's features and
+The file's name is a digest of all that goes in: sources, compiler, flags, this CPU's features and
 the OpenMP runtime. So a cache folder on a shared disk serves unlike machines, and a new source
 never meets an old library. Processes that start together compile once: the first holds a file lock,
 the others wait for it, at most as long as a compilation may take.
@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
 _COMPILE_TIMEOUT_S = 300
 _logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def _built() -> Path:
     runtime = _loaded_openmp()
     features = _cpu_features()
     digest = hashlib.blake2b(digest_size=12)
-    for part in (_SOURCE.read_text(), version, " ".join(_FLAGS), str(runtime), features):
+    sources = _SOURCE.read_text(), _HEADER.read_text()
+    for part in (*sources, version, " ".join(_FLAGS), str(runtime), features):
         digest.update(part.encode() + b"\0")
     target = cache_directory() / f"{digest.hexdigest()}.so"
     if target.exists():

@@ -1,0 +1,131 @@
+// 16 floats at once: from and to memory in three types, and the arithmetic that kernels.cpp adds to
+// the compiler's own. Vectors are GCC's, which the compiler maps to what the machine has.
+//
+// Every operation treats its lanes alike, and a remainder is a whole vector with zeros behind: so a
+// value's bits do not depend on its lane, nor on whether its row ends there.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Int __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Half __attribute__((vector_size(32)));
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+inline Vec all(float x) { return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+// ── 16 elements of memory to and from a vector ──────────────────────────────────────────────────
+
+inline Bits widened(const void* from) {
+    Half half;
+    std::memcpy(&half, from, sizeof half);
+    return __builtin_convertvector(half, Bits);
+}
+
+inline void store_narrowed(void* to, Bits bits) {
+    const Half half = __builtin_convertvector(bits, Half);
+    std::memcpy(to, &half, sizeof half);
+}
+
+inline Vec load(const float* from) {
+    Vec x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+inline Vec load(const bfloat16* from) { return (Vec)(widened(from) << 16); }
+inline Vec load(const float16* from) {
+    const Bits half = widened(from);
+    const Bits magnitude = (half & 0x7fff) << 13;
+    // Times 2^112 moves the exponent from half's bias to float's, denormals included.
+    const Bits finite = (Bits)((Vec)magnitude * all(0x1p112f));
+    const Bits special = (Bits)((half & 0x7c00) == 0x7c00);  // infinity, NaN
+    return (Vec)(((special & (magnitude | 0x7f800000)) | (~special & finite)) |
+                 ((half & 0x8000) << 16));
+}
+
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bfloat16* to, Vec x) {
+    const Bits bits = (Bits)x;
+    const Bits nan = (Bits)(x != x);
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    store_narrowed(to, (nan & 0x7fc0) | (~nan & rounded));
+}
+inline void store(float16* to, Vec x) {
+    const Bits sign = ((Bits)x >> 16) & 0x8000;
+    const Bits bits = (Bits)x & 0x7fffffff;
+    const Bits nan = (Bits)(bits > 0x7f800000);
+    const Bits large = (Bits)(bits >= 0x477ff000);       // rounds to infinity
+    const Bits tiny = (Bits)(bits < 0x38800000);         // denormal as a half
+    const Bits normal = (bits + 0xc8000fff + ((bits >> 13) & 1)) >> 13;
+    const Bits denormal = (Bits)((Vec)bits + all(0.5f)) - 0x3f000000;  // the addition rounds
+    const Bits finite = (tiny & denormal) | (~tiny & normal);
+    store_narrowed(to, sign | (nan & 0x7e00) | (~nan & large & 0x7c00) | (~nan & ~large & finite));
+}
+
+// The first `count` < 16 elements; the other lanes are zero, or are not written.
+template <class T> Vec load_first(const T* from, int64_t count) {
+    T padded[LANES] = {};
+    std::memcpy(padded, from, count * sizeof(T));
+    return load(padded);
+}
+template <class T> void store_first(T* to, Vec x, int64_t count) {
+    T padded[LANES];
+    store(padded, x);
+    std::memcpy(to, padded, count * sizeof(T));
+}
+template <class T> inline Vec load_at(const T* row, int64_t index, int64_t size) {
+    return index + LANES <= size ? load(row + index) : load_first(row + index, size - index);
+}
+template <class T> inline void store_at(T* row, int64_t index, int64_t size, Vec x) {
+    if (index + LANES <= size) store(row + index, x);
+    else store_first(row + index, x, size - index);
+}
+
+// ── arithmetic ──────────────────────────────────────────────────────────────────────────────────
+
+inline float sum_of(Vec x) {
+    for (int step = LANES / 2; step > 0; step /= 2)
+        for (int lane = 0; lane < step; ++lane) x[lane] += x[lane + step];
+    return x[0];
+}
+
+inline float max_of(Vec x) {
+    for (int step = LANES / 2; step > 0; step /= 2)
+        for (int lane = 0; lane < step; ++lane) x[lane] = std::max(x[lane], x[lane + step]);
+    return x[0];
+}
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x to about 1 ulp; exactly 1 at 0, exactly 0 below -87 (so at minus infinity), and for NaN, NaN.
+inline Vec exp_of(Vec x) {
+    const Vec low = all(-87.0f), high = all(88.0f);
+    Vec bounded = x < low ? low : x;
+    bounded = bounded > high ? high : bounded;
+    const Vec magic = all(0x1.8p23f);  // adding it rounds to a whole number
+    const Vec whole = (bounded * 1.44269504f + magic) - magic;
+    Vec rest = bounded - whole * 0.693359375f;
+    rest = rest - whole * -2.12194440e-4f;
+    Vec sum = all(1.9875691500e-4f);
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * (rest * rest) + rest + 1.0f;
+    const Int exponent = __builtin_convertvector(whole, Int) << 23;
+    const Vec result = (Vec)((Int)sum + exponent);
+    return x < low ? all(0.0f) : result;
+}
+
+}  // namespace

@@ -12,8 +12,9 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ OBJECT_STORE_BYTES = 80 * MiB
 """Ray's own shared memory. No request, token or block goes through it."""
 
 REMOVE_S_MAX = 5.0
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,11 @@ def interrupt_once() -> None:
     cleaning up that follows. Also where a shell had them ignored."""
 
     def interrupt(*_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING_SIGNALS:
         signal.signal(number, interrupt)
 
 
@@ -70,6 +72,7 @@ def local_cluster(
         config = replace(config, directory=str(own_directory / "s"))
     try:
         progress("starting Ray")
+        handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
         if ray_address is None:
             ray.init(
                 include_dashboard=False,
@@ -82,6 +85,7 @@ def local_cluster(
             )
         else:
             ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        _restore(handlers)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         logging.getLogger("ray").setLevel(logging.ERROR)
         progress("starting Serve")
@@ -91,6 +95,14 @@ def local_cluster(
     finally:
         progress("stopping")
         end(own_directory)
+
+
+def _restore(handlers: Mapping[signal.Signals, object]) -> None:
+    """Ray takes SIGTERM for itself; who had it before us is to have it again."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def _run(config: ClusterConfig, directory: Path) -> LocalCluster:

@@ -38,6 +38,8 @@ def cluster(small_model: Path) -> TestCluster:
             model={"dtype": "float32", "served_name": "small"},
             decode={"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512},
             prefill={"chunk_tokens": 256, "threads": 1, "pool_blocks": 512},
+            # Quanta for so small a model, and a first guess of its speed that is far too good.
+            router={"first_quantum_ms": 1.0, "prefill_tokens_per_s": 5_000_000},
         )
     )
 

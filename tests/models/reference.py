@@ -48,8 +48,7 @@ def reference_tokens(
 
 
 def reference_model(model: Path, *, scratch: Path) -> Any:
-    """The network alone, in float32, on the CPU; called with [1, N] token ids. Never trained: it comes
-    in evaluation mode."""
+    """The network alone, in float32, on the CPU; called with [1, N] token ids."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(dir=scratch) as directory:

@@ -8,7 +8,8 @@
 //     a register block, a tile of queries or a thread never changes a row's operations.
 //   * No -ffast-math. Products and sums fuse alike in every instantiation of a template; the
 //     identity test would show a compiler that does otherwise.
-// Arithmetic is float32; inputs and outputs are float32, bfloat16 or float16, rounded to nearest even (vectors.h).
+// Arithmetic is float32; inputs and outputs are float32, bfloat16 or float16, rounded to nearest even.
+// How 16 of them are loaded, stored and computed with: vectors.h.
 //
 // Shape letters as in ops.py: N tokens, H query heads, G key/value heads, D channels of a head,
 // T tokens of a block, R runs, B blocks of a table.

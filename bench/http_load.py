@@ -61,7 +61,7 @@ def ask(url: str, prompt: Sequence[int], generated_tokens: int) -> Answer:
         lines = [(time.perf_counter(), line) for line in response]
     finally:
         connection.close()
-    return _answer(sent_s, first_byte_s, lines, generated_tokens)
+    return read_events(sent_s, first_byte_s, lines, generated_tokens)
 
 
 def ask_all(url: str, prompts: Sequence[Sequence[int]], generated_tokens: int) -> list[Answer]:
@@ -79,9 +79,10 @@ def ask_all(url: str, prompts: Sequence[Sequence[int]], generated_tokens: int) -
     return answers
 
 
-def _answer(
+def read_events(
     sent_s: float, first_byte_s: float, lines: Sequence[tuple[float, bytes]], generated_tokens: int
 ) -> Answer:
+    """An answer from its lines, each with the time at which it came."""
     token_s: list[float] = []
     timing: dict[str, Any] = {}
     cached_tokens = 0

@@ -47,7 +47,9 @@ class WorkerParts:
         ops = self.runner.ops
         return {f"calls_{ops.name}_{name}": count for name, count in ops.calls().items()}
 
-    def open_store(self, store: Address, host: HostId, worker: WorkerId) -> StoreClient:
+    def open_store(
+        self, store: Address, host: HostId, worker: WorkerId, *, warm: bool = False
+    ) -> StoreClient:
         settings = self.config.store
         return StoreClient(
             store,
@@ -55,6 +57,7 @@ class WorkerParts:
             owner=worker,
             verify=settings.verify,
             shared_memory=settings.shared_memory,
+            warm=warm,
             corrupt=self._corrupt(),
         )
 
@@ -68,8 +71,11 @@ class WorkerParts:
         host: HostId,
         emit: Callable[[Sequence[Output], Load], None],
     ) -> EngineThread:
+        warm = self.role is Role.PREFILL  # the first token waits for its pushes
         mover = Mover(
-            self.runner.pool, lambda address: self.open_store(address, host, worker), store
+            self.runner.pool,
+            lambda address: self.open_store(address, host, worker, warm=warm),
+            store,
         )
         config = self.config
         make = PrefillLoop if self.role is Role.PREFILL else DecodeLoop

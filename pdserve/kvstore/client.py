@@ -76,6 +76,7 @@ class StoreClient:
         owner: str,
         verify: bool = True,
         shared_memory: bool = True,
+        warm: bool = False,
         corrupt: Corrupt | None = None,
     ) -> None:
         """Connect to a node.
@@ -85,6 +86,8 @@ class StoreClient:
             owner: who this is; tickets name their reader so.
             verify: False delivers bytes as they come.
             shared_memory: False sends bytes over the socket even on the node's host.
+            warm: pay for the first touch of shared memory now, beside everything else, for a client
+                whose writes somebody waits for.
             corrupt: for tests; called on bytes on their way, after their checksum was taken.
 
         Raises:
@@ -103,7 +106,7 @@ class StoreClient:
             self._transfer: Transfer
             if shared_memory and address.host == host:
                 path = Path(welcome.arena_path)
-                self._transfer = SharedMemory(
+                self._transfer = shared = SharedMemory(
                     self._call,
                     open_arena(path, self.store_id, writable=False),
                     lambda: open_arena(path, self.store_id, writable=True),
@@ -111,6 +114,8 @@ class StoreClient:
                     verify=verify,
                     corrupt=corrupt,
                 )
+                if warm:
+                    shared.warm()
             else:
                 self._transfer = Sockets(
                     self._call, self.block_bytes, self._counters, verify=verify, corrupt=corrupt

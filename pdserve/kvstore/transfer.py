@@ -8,6 +8,7 @@ A block whose checksum failed on a socket is sent again, up to ``TRANSIT_ATTEMPT
 all: the fault may have been the way's. In shared memory there is no way that could have one.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -80,6 +81,11 @@ class SharedMemory:
         self._verify = verify
         self._corrupt = corrupt
         self._verified: dict[SlotId, int] = {}  # the generation; at most one per slot
+
+    def warm(self) -> None:
+        """Make the first write to each slot as fast as later ones; goes on in the background."""
+        self._writable = self._open_writable()
+        threading.Thread(target=self._writable.populate, name="arena warming", daemon=True).start()
 
     def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
         if self._writable is None:

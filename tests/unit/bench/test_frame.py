@@ -28,6 +28,11 @@ def test_a_row_compares_medians() -> None:
     assert (made.bar, made.holds) == ("≤ 1.5×", False)
 
 
+def test_a_row_compares_percentiles_where_told() -> None:
+    made = row("p99", range(1, 101), "ms", reference="bare", reference_samples=[1, 33], at=0.99)
+    assert (made.value, made.reference_value, made.ratio) == (99, 33, 3)
+
+
 @pytest.mark.parametrize(
     ("bar", "holds", "text"),
     [

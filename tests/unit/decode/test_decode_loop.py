@@ -6,7 +6,7 @@ import pytest
 
 from pdserve.decode.stream import Stage, Stream
 from pdserve.engine.moves import Park
-from pdserve.engine.outputs import ToGateway
+from pdserve.engine.outputs import GiveUp, ToGateway
 from pdserve.errors import IllegalTransition
 from pdserve.ids import TicketId
 from pdserve.messages import Cancel, FinishReason, Handoff, Request, WorkerFailed
@@ -348,6 +348,26 @@ def test_cancel_at_any_step_gives_everything_back(before: int) -> None:
     assert rig.tokens("r0") == plain(asked[0])
     for handoff in rig.parked:  # nobody cancelled these: the router has them
         rig.d_store.abort(handoff.ticket)
+    rig.check_idle()
+
+
+@pytest.mark.parametrize("before", range(0, 30, 3))
+def test_when_the_router_is_gone_everything_ends_and_comes_back_cheaply(before: int) -> None:
+    """Running, waiting, parked, on its way in or out: nothing of it is wanted any more."""
+    rig = Rig()
+    asked = [request(f"r{i}", prompt(14, salt=i), max_tokens=20) for i in range(4)]
+    given = handoffs(rig, asked)
+    decode = rig.decode(blocks=18)
+    for handoff in given:
+        decode.handle(handoff)
+    for _ in range(before):
+        rig.step(decode)
+    decode.handle(GiveUp())
+    rig.step(decode)
+    said = {name: len(deltas) for name, deltas in rig.deltas.items()}
+    rig.run()
+    assert {name: len(deltas) for name, deltas in rig.deltas.items()} == said
+    assert (decode.load().running, decode.load().waiting) == (0, 0)
     rig.check_idle()
 
 

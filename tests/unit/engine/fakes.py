@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordLevel
 
+from pdserve.engine.moves import ANY_READER
 from pdserve.errors import BlockMissing, ChecksumMismatch, OutOfBlocks, StoreUnavailable, TicketGone
 from pdserve.ids import BlockKey, HostId, RequestId, TicketId
 from pdserve.messages import Address
@@ -228,7 +229,9 @@ class FakeStore:
         return claim
 
     def close(self) -> None:
+        """What was parked is its writer's until somebody adopts it."""
         self.calls.append("close")
+        self.tickets = {t: each for t, each in self.tickets.items() if each.reader != ANY_READER}
 
     def check_idle(self) -> None:
         assert not self.tickets

@@ -1,6 +1,7 @@
 """The arena file: geometry, headers, and who may map what."""
 
 import mmap
+import resource
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,15 @@ def test_a_checksum_covers_key_and_payload() -> None:
     assert block_checksum(None, memoryview(payload)) != checksum
     payload[99] ^= 1
     assert block_checksum(KEY, memoryview(payload)) != checksum
+
+
+def test_a_populated_mapping_is_written_without_page_faults(tmp_path: Path) -> None:
+    geometry = Geometry(500, mmap.PAGESIZE)
+    create_arena(tmp_path / "arena", geometry, STORE)
+    arena = open_arena(tmp_path / "arena", STORE, writable=True)
+    arena.populate()
+    data = memoryview(b"x" * mmap.PAGESIZE)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for slot in range(geometry.slot_count):
+        arena.write(SlotId(slot), data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < geometry.slot_count // 10

@@ -286,6 +286,22 @@ def test_tickets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 # ── whose it is ──────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_writer_can_ask_what_would_end_with_it() -> None:
+    core = StoreCore(4)
+    writer, beside, reader = core.connect("p"), core.connect("p"), core.connect("d")
+    open_ticket(core, writer, T1, 1, reader=ANYBODY)
+    open_ticket(core, writer, T2, 1, reader="d")
+    assert [core.stat(each).tickets_own for each in (writer, beside, reader)] == [2, 2, 0]
+    push(core, writer, T2, chain("b", 1))
+    core.seal(writer, T2)  # the reader's from now on
+    assert core.stat(beside).tickets_own == 1
+    push(core, writer, T1, chain("a", 1))
+    core.seal(writer, T1)
+    assert core.stat(beside).tickets_own == 1, "until somebody has adopted it"
+    core.adopt(reader, T1)
+    assert core.stat(beside).tickets_own == 0
+
+
 def test_a_sealed_ticket_dies_with_the_last_connection_of_its_reader() -> None:
     core = StoreCore(2)
     writer = core.connect("p")

@@ -20,6 +20,8 @@ from tests.unit.model.conftest import RunnerOf
 BLOCK_TOKENS = 16
 SHAPES: dict[str, dict[str, Any]] = {
     "head dim 16, groups of 2": {"hidden": 64, "heads": 4, "kv_heads": 2},
+    # The only groups whose register blocks have every number of rows.
+    "head dim 64, groups of 1": {"hidden": 128, "heads": 2, "kv_heads": 2},
     "head dim 24, groups of 3, odd sizes": {"hidden": 72, "heads": 3, "kv_heads": 1, "ffn": 100},
     "one layer of SmolLM2": {"hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "layers": 1},
 }

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from pdserve.engine.outputs import GiveUp
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey
 from pdserve.messages import (
@@ -290,14 +291,17 @@ def test_a_request_whose_last_token_was_delivered_already_just_ends(rig: Rig, in
 
 
 @pytest.mark.parametrize("before", range(12))
-def test_cancel_at_any_step_gives_everything_back(rig: Rig, inbox: Inbox, before: int) -> None:
+@pytest.mark.parametrize("why", ["cancelled", "the router is gone"])
+def test_what_is_given_up_at_any_step_leaves_nothing(
+    rig: Rig, inbox: Inbox, before: int, why: str
+) -> None:
     prefill = rig.prefill()
     asked = request(tokens=prompt(30))
     seed_store(rig, asked, count=2)
     rig.send(asked)
     for _ in range(before):
         rig.step(prefill)
-    prefill.handle(Cancel(asked.request))
+    prefill.handle(Cancel(asked.request) if why == "cancelled" else GiveUp())
     run_prefill(rig)
     for handoff in inbox.handoffs:  # too late: decode's to drop
         rig.d_store.abort(handoff.ticket)

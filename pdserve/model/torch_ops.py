@@ -28,6 +28,23 @@ _PLAIN_ROWS_MIN = 16
 """The same, and MKL's float32 products need four rows for each of a few threads."""
 
 
+def linear(x_NC: Tensor, weight: LinearWeight) -> Tensor:
+    """``x @ weight.T + bias``; on a CPU a row's bits do not depend on the other rows."""
+    if x_NC.device.type != "cpu":
+        return functional.linear(x_NC, weight.weight_OC, weight.bias_O)
+    row_count = x_NC.shape[0]
+    rows_min = _PACKED_ROWS_MIN if weight.packed else _PLAIN_ROWS_MIN
+    if row_count < rows_min:
+        x_NC = functional.pad(x_NC, (0, 0, 0, rows_min - row_count))
+    if weight.packed:
+        y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_NC, weight.weight_OC, weight.bias_O, "none", [], ""
+        )
+    else:
+        y_NO = functional.linear(x_NC, weight.weight_OC, weight.bias_O)
+    return y_NO[:row_count]
+
+
 class TorchOps:
     name = "torch"
 
@@ -54,17 +71,7 @@ class TorchOps:
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         self._calls["linear"] += 1
-        row_count = x_NC.shape[0]
-        rows_min = _PACKED_ROWS_MIN if weight.packed else _PLAIN_ROWS_MIN
-        if row_count < rows_min:
-            x_NC = functional.pad(x_NC, (0, 0, 0, rows_min - row_count))
-        if weight.packed:
-            y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x_NC, weight.weight_OC, weight.bias_O, "none", [], ""
-            )
-        else:
-            y_NO = functional.linear(x_NC, weight.weight_OC, weight.bias_O)
-        return y_NO[:row_count]
+        return linear(x_NC, weight)
 
     def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         self._calls["rms_norm"] += 1

@@ -8,7 +8,6 @@ it is computed.
 from collections import Counter
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from pdserve.model.kernels.attention import paged_attention
@@ -16,9 +15,7 @@ from pdserve.model.kernels.norm import add_rms_norm, rms_norm
 from pdserve.model.kernels.rope import rope_and_cache
 from pdserve.model.kernels.silu import silu_mul
 from pdserve.model.ops import BatchLayout, LinearWeight
-
-_FLOAT32_ROWS_MIN = 4
-"""On a CPU torch multiplies fewer float32 rows with another routine, whose last bits differ."""
+from pdserve.model.torch_ops import linear
 
 
 class TritonOps:
@@ -40,10 +37,7 @@ class TritonOps:
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         self._calls["linear"] += 1
-        rows = x_NC.shape[0]
-        if x_NC.device.type == "cpu" and x_NC.dtype == torch.float32 and rows < _FLOAT32_ROWS_MIN:
-            x_NC = torch.nn.functional.pad(x_NC, (0, 0, 0, _FLOAT32_ROWS_MIN - rows))
-        return torch.nn.functional.linear(x_NC, weight.weight_OC, weight.bias_O)[:rows]
+        return linear(x_NC, weight)
 
     def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         self._calls["rms_norm"] += 1

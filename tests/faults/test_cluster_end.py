@@ -44,7 +44,9 @@ def test_requests_do_not_miss_a_killed_redis(small_model: Path, tmp_path: Path) 
     wait_until_equal("what is left", left.remaining, [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_serve_and_everything_it_started(
     small_model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

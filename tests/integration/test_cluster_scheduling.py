@@ -32,7 +32,7 @@ def _prompt(seed: int, length: int) -> list[int]:
     return [chance.randrange(20, 40_000) for _ in range(length)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_short_prompts_overtake_a_running_long_one(default_model: Path, workers: int) -> None:
     """With one worker the long prompt resumes on it; with two, on whichever is free."""
     config = settings(

@@ -226,3 +226,42 @@ def test_only_one_openmp_runtime_is_in_the_process() -> None:
     maps = Path("/proc/self/maps").read_text().splitlines()
     runtimes = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
     assert len(runtimes) == 1
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (40, 1), (41, 3), (500, 3)])
+def test_little_work_wakes_no_sleeping_thread(
+    monkeypatch: pytest.MonkeyPatch, rows: int, expected: int
+) -> None:
+    """1024 x 576 products of 40 rows and of 41 lie on either side of the bound."""
+    used: list[int] = []
+    plain = TorchOps.linear
+
+    def noting(self: TorchOps, x_NC: Tensor, weight: LinearWeight) -> Tensor:
+        used.append(torch.get_num_threads())
+        return plain(self, x_NC, weight)
+
+    monkeypatch.setattr(TorchOps, "linear", noting)
+    compiled = library.load_library()
+    if compiled is None:
+        pytest.skip("needs g++ for the C++ kernels")
+    sleeping = cpu_ops.CpuOps(compiled, threads_sleep=True)
+    weight = sleeping.pack(LinearWeight(draw(1024, 576, dtype=torch.bfloat16)))
+    x = draw(rows, 576, dtype=torch.bfloat16)
+    torch.set_num_threads(3)
+
+    result = sleeping.linear(x, weight)
+
+    assert (used, torch.get_num_threads()) == ([expected], 3)
+    assert torch.equal(result, cpu_ops.CpuOps(compiled).linear(x, weight))
+    assert used == [expected, 3], "threads that spin are all used"
+
+
+@pytest.mark.parametrize(("policy", "sleeps"), [("passive", True), ("ACTIVE", False), ("", False)])
+def test_openmp_says_whether_threads_sleep(
+    monkeypatch: pytest.MonkeyPatch, policy: str, sleeps: bool
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    ops = cpu_ops.cpu_ops()
+    if not isinstance(ops, cpu_ops.CpuOps):
+        pytest.skip("needs g++ for the C++ kernels")
+    assert ops.threads_sleep is sleeps

@@ -175,8 +175,9 @@ def test_the_number_of_threads_changes_no_bit(
     by_threads = {}
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        logits_RV = runner.step([Run(tokens, 0, list(range(16))), Run([7], 0, [20])])
-        by_threads[threads] = logits_RV, kv_of(runner, list(range(21)))
+        together_RV = runner.step([Run(tokens, 0, list(range(16))), Run([7], 0, [20])])
+        alone_RV = runner.step([Run([8], 200, list(range(16)))])
+        by_threads[threads] = torch.cat((together_RV, alone_RV)), kv_of(runner, list(range(21)))
     for threads in (2, 3):
         assert torch.equal(by_threads[threads][0], by_threads[1][0])
         assert by_threads[threads][1] == by_threads[1][1]

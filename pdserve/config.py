@@ -92,8 +92,9 @@ class PoolConfig(_Checked):
     running_max: int = 64
     """Sequences in one batch."""
 
-    chunk_tokens: int = 512
-    """Prompt tokens computed between two moments at which a prefill can be preempted."""
+    chunk_tokens: int = 256
+    """Prompt tokens computed between two moments at which a prefill can be preempted. A chunk's
+    blocks travel while the next one is computed, so smaller chunks hand over sooner."""
 
     pool_blocks: int | None = None
     """KV blocks in a worker's own memory; None takes ``pool_bytes``."""

@@ -264,7 +264,7 @@ def tcp_host_of(config: ClusterConfig) -> str | None:
 
 
 def _set_threads(pool: PoolConfig) -> None:
-    """Before torch is imported: both OpenMP runtimes read their settings when they load.
+    """Before torch is imported: OpenMP reads its settings when it loads.
 
     Passive waiting, because two pools with a thread per core share the cores: spinning threads of
     one would eat the other's time.

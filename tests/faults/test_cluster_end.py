@@ -22,6 +22,7 @@ from tests.integration.test_store_metadata import RedisServer
 STREAMS = 4
 
 
+@pytest.mark.slow
 def test_requests_do_not_miss_a_killed_redis(small_model: Path, tmp_path: Path) -> None:
     try:
         redis = RedisServer(tmp_path)

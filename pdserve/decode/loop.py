@@ -117,15 +117,7 @@ class DecodeLoop:
 
     def load(self) -> Load:
         waiting = sum(stream.stage is Stage.WAITING for stream in self._streams.values())
-        added, removed = self.pool.take_changes()
-        return Load(
-            running=len(self._streams) - waiting,
-            waiting=waiting,
-            free_blocks=self.pool.free_count,
-            blocks_added=added,
-            blocks_removed=removed,
-            counters=self._device.all_counters(),
-        )
+        return self._device.load(running=len(self._streams) - waiting, waiting=waiting)
 
     def drain(self) -> None:
         """Park everything; what is not here yet is adopted first, as room appears."""

@@ -10,6 +10,7 @@ from collections import Counter
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move, Moved, blocks_touched
+from pdserve.engine.outputs import Load
 
 
 class Device:
@@ -41,9 +42,18 @@ class Device:
                 self._drop(move)
         return self.pool.free_count >= block_count
 
-    def all_counters(self) -> dict[str, int]:
-        """The loop's own and those of the store clients; their names differ."""
-        return self.mover.counters() | dict(self.counters)
+    def load(self, *, running: int, waiting: int) -> Load:
+        """What the pool has to say beside a loop's own numbers; takes its changes of keys."""
+        added, removed = self.pool.take_changes()
+        return Load(
+            running=running,
+            waiting=waiting,
+            free_blocks=self.pool.free_count,
+            blocks_added=added,
+            blocks_removed=removed,
+            # The loop's own and those of the store clients; their names differ.
+            counters=self.mover.counters() | dict(self.counters),
+        )
 
     def _drop(self, move: Move) -> None:
         self.pool.release(blocks_touched(move))

@@ -125,15 +125,7 @@ class PrefillLoop:
 
     def load(self) -> Load:
         waiting = sum(prompt.stage is Stage.WAITING for prompt in self._prompts.values())
-        added, removed = self.pool.take_changes()
-        return Load(
-            running=len(self._prompts) - waiting,
-            waiting=waiting,
-            free_blocks=self.pool.free_count,
-            blocks_added=added,
-            blocks_removed=removed,
-            counters=self._device.all_counters(),
-        )
+        return self._device.load(running=len(self._prompts) - waiting, waiting=waiting)
 
     def drain(self) -> None:
         """What has begun is finished; what has not goes back to the router."""

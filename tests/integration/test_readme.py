@@ -28,39 +28,31 @@ def _ours(code: str, cluster: TestCluster) -> str:
     return code
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def _said(command: list[str]) -> str:
+    """What the command printed; it must end well and print something."""
+    ran = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.strip()
+    return ran.stdout
 
 
 @pytest.mark.parametrize("code", [c for c in COMMANDS if "make " not in c])
 def test_a_command_of_the_readme_runs(cluster: TestCluster, code: str) -> None:
-    ran = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", _ours(code, cluster)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env=_environment(),
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.strip()
-    assert '"error"' not in ran.stdout
+    said = _said(["bash", "-euo", "pipefail", "-c", _ours(code, cluster)])
+    assert '"error"' not in said
 
 
 @pytest.mark.parametrize("code", PROGRAMS)
 def test_a_program_of_the_readme_runs(cluster: TestCluster, code: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", _ours(code, cluster)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env=_environment(),
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+    _said([sys.executable, "-c", _ours(code, cluster)])
 
 
 def test_every_target_that_the_readme_names_exists() -> None:

@@ -123,6 +123,23 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """Why a request went where it did, at one dispatch or resumption. For people; nothing acts on
+    it. Times in microseconds, as predicted when it was taken."""
+
+    at_unix_us: int
+    reason: str  # "shortest key", "rescued", "resumed", "kept on prefill", …
+    waited_us: int  # since it was queued, preempted or parked
+    level: int
+    work_us: int  # of its uncached prefill
+    cached_tokens: int  # at the worker chosen
+    prefill: WorkerId | None
+    decode: WorkerId
+    price_us: int = 0  # of the choice: wait, fetch and prefill
+    others: tuple[tuple[WorkerId, int], ...] = ()  # the next best workers, and their prices
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Where a request's time went so far, and who spent it. Durations in microseconds.
 
@@ -140,6 +157,7 @@ class Timing:
     level: int = 0  # of the router's queue, at the last dispatch
     prefill: WorkerId | None = None
     decode: WorkerId | None = None
+    decisions: tuple[Decision, ...] = ()  # the router's, oldest first
 
 
 # ── gateway → router ─────────────────────────────────────────────────────────────────────────────
@@ -199,7 +217,8 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """Stop this prefill at the next chunk boundary, keep its blocks in the store, and say so."""
+    """To prefill: stop at the next chunk boundary, keep the blocks in the store, and say so. To
+    decode: park this request. Who does not have it, or is nearly done with it, ignores it."""
 
     request: RequestId
     attempt: int
@@ -275,6 +294,15 @@ class ChunkDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Attained:
+    """How far a decoding request has come."""
+
+    request: RequestId
+    attempt: int
+    generated_tokens: int  # of all attempts together
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFailed:
     """This worker cannot go on with this attempt (its blocks are gone, say); it is not dead."""
 
@@ -306,6 +334,7 @@ class Report:
     free_blocks: int  # of the device pool, idle cached ones included
     progress: tuple[Progress, ...] = ()
     chunks: tuple[ChunkDone, ...] = ()
+    attained: tuple[Attained, ...] = ()  # of what decodes here, about once a second
     blocks_added: tuple[BlockKey, ...] = ()  # to the device pool's prefix cache
     blocks_removed: tuple[BlockKey, ...] = ()
     store_added: tuple[BlockKey, ...] = ()  # to the host's store, by this worker or seen by it

@@ -64,7 +64,7 @@ class Ladder:
     def of(settings: RouterConfig) -> "Ladder":
         level_count = 1 if settings.policy == "fcfs" else settings.level_count
         quanta = quanta_ns(round(settings.first_quantum_ms * MS), level_count)
-        return Ladder(quanta, boosts_ns(quanta, settings.gamma_per_s))
+        return Ladder(quanta, boosts_ns(quanta, settings.gamma_per_s or 0.12))
 
     @property
     def last(self) -> int:

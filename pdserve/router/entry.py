@@ -1,0 +1,52 @@
+"""One live attempt of one request, as the router knows it. ``state`` moves it; orders rank it."""
+
+from dataclasses import dataclass
+
+from pdserve.ids import RequestId, WorkerId
+from pdserve.lifecycle import Phase
+from pdserve.messages import Decision, Handoff, Request
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    request: Request
+    order: int  # of arrival: who came first at equal times
+    arrived_ns: int  # kept through preemptions
+    deadline_ns: int
+    queued_at_ns: int  # when the wait now running began
+    phase: Phase = Phase.QUEUED
+    level: int = 0
+    work_ns: int = 0  # predicted prefill time of what is left, when it was last queued or reported
+    uncached_tokens: int = 0  # of which that is the time
+    computed_tokens: int = 0  # by chunk reports: KV exists for so many
+    cached_tokens: int = 0  # predicted for the prefill worker that holds it
+    chunk_seen: bool = False  # since its last dispatch
+    dispatched_ns: int = 0
+    queued_us: int = 0  # all waits together
+    prefill_us: int = 0  # all stretches that were preempted, together
+    preempted_count: int = 0
+    parked_count: int = 0
+    passed_over: int = 0  # later ones were dispatched before it because it fitted nowhere
+    preempting: bool = False  # a Preempt is on its way
+    bound_to: WorkerId | None = None  # chosen on arrival, where placement is not late
+    prefill: WorkerId | None = None
+    prefilled_by: WorkerId | None = None  # which may yet fail to hand it over
+    decode: WorkerId | None = None
+    reserved_blocks: int = 0
+    adopted_ns: int = 0
+    generated_tokens: int = 0  # by reports; of all attempts together
+    handoff: Handoff | None = None  # while parked
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.request
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Of its prefill; at least 1, because the last token is always computed."""
+        return max(1, self.total_tokens - max(self.computed_tokens, self.cached_tokens))

@@ -2,7 +2,7 @@
 
     python -m bench.engine_step STORE SINK ROUNDS PUSHED     JSON of two lists of milliseconds
 
-One process and one model. In turn: the runner stepped in a plain loop; and a ``DecodeLoop`` in its
+One process and one model. In turn: the runner stepped in a plain loop; and a worker's loop in its
 engine thread, whose tokens and reports leave over a socket from an asyncio loop, as a worker's do,
 while a mover puts ``PUSHED`` KV blocks into the store every ``PUSH_EVERY_S``. Both have
 ``SEQUENCES`` sequences of equal lengths. A time is from the beginning of a step to the beginning
@@ -25,8 +25,8 @@ from typing import Any
 
 from bench.http_load import random_tokens
 from bench.plain_loop import GREEDY, PlainLoop
+from pdserve.cluster.worker_parts import make_loop
 from pdserve.config import ModelConfig, PoolConfig, StoreConfig
-from pdserve.decode.loop import DecodeLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Put
 from pdserve.engine.outputs import Load, Loop, Output, ToGateway, ToRouter
@@ -161,7 +161,7 @@ async def main(store: Address, sink: Address, rounds: int, pushed_blocks: int) -
         return lambda address: StoreClient(address, host=local_host_id(), owner=owner)
 
     loop = GatedLoop(
-        DecodeLoop(
+        make_loop(
             worker=WORKER,
             runner=HalfRunner(runner),
             mover=Mover(runner.pool, connect(WORKER), store),

@@ -45,6 +45,7 @@ class Row:
     reference: str = ""  # the physical limit or the peer
     reference_value: float | None = None
     ratio: float | None = None  # value / reference_value
+    ratio_interval: tuple[float, float] | None = None  # between what 95 % of all repeats would lie
     bar: str = ""
     holds: bool | None = None  # None: nothing was promised
     spread: tuple[float, float] | None = None  # 10th and 90th percentile of the value
@@ -234,7 +235,7 @@ def cells(item: Row) -> list[str]:
         spread,
         item.reference,
         "" if item.reference_value is None else _short(item.reference_value),
-        "" if item.ratio is None else f"{item.ratio:.2f}×",
+        _ratio(item),
         item.bar,
         {None: "", True: "holds", False: "MISSED"}[item.holds],
     ]
@@ -242,13 +243,20 @@ def cells(item: Row) -> list[str]:
 
 _TITLES = ["measure", "value", "unit", "spread", "reference", "its value", "ratio", "bar", ""]
 _COLUMNS = [
-    (44, "<"), (9, ">"), (8, "<"), (17, ">"), (28, "<"), (9, ">"), (7, ">"), (12, "<"), (6, "<"),
+    (44, "<"), (9, ">"), (8, "<"), (17, ">"), (28, "<"), (9, ">"), (16, "<"), (12, "<"), (6, "<"),
 ]  # fmt: skip
 
 
 def _line(texts: Sequence[str]) -> str:
     pairs = zip(texts, _COLUMNS, strict=True)
     return " ".join(f"{text:{align}{width}}" for text, (width, align) in pairs).rstrip()
+
+
+def _ratio(item: Row) -> str:
+    if item.ratio is None:
+        return ""
+    interval = "" if item.ratio_interval is None else "{:.2f}–{:.2f}".format(*item.ratio_interval)
+    return f"{item.ratio:.2f}× {interval}".strip()
 
 
 def _short(value: float) -> str:

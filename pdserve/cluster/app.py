@@ -4,10 +4,11 @@
     serve deploy deploy/serve-config.yaml            with `args:` as in our configuration
     serve.run(build({"decode": {"replicas": 2}}))    from Python
 
-Four deployments: ``router``, ``prefill``, ``decode`` and the ingress, ``gateway``. Their replicas
-are the real processes, so Serve's numbers, health checks, restarts, placement and autoscaling act
-on what does the work. Serve's handles carry control only (where is the router, how many workers
-are wanted); requests, tokens and KV blocks go through our own sockets and shared memory.
+Four deployments: ``router``, ``prefill``, ``decode`` and the ingress, ``gateway``; without
+``prefill`` in ``aggregated`` mode. Their replicas are the real processes, so Serve's numbers,
+health checks, restarts, placement and autoscaling act on what does the work. Serve's handles carry
+control only (where is the router, how many workers are wanted); requests, tokens and KV blocks go
+through our own sockets and shared memory.
 """
 
 import asyncio
@@ -28,12 +29,15 @@ from ray.serve.handle import DeploymentHandle
 from pdserve.cluster.autoscaling import METRIC
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
+from pdserve.cluster.store_supervisor import ensure_store, supervisor_of_this_host
 from pdserve.cluster.worker_shell import WorkerShell
-from pdserve.config import ClusterConfig, PoolConfig, from_tree, to_tree
+from pdserve.config import ClusterConfig, PoolConfig, RouterConfig
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import HostId
 from pdserve.messages import Address, Role
+from pdserve.router.costs import CostModel
 from pdserve.router.scaling import wanted_replicas
+from pdserve.settings import from_tree, to_tree
 from pdserve.wire.hosts import local_host_id
 
 log = logging.getLogger(__name__)
@@ -53,6 +57,7 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
         ConfigError: a key is unknown or a value does not fit; nothing has been started.
     """
     config = from_tree(dict(args or {}))
+    costs_of(config.router)  # what is wrong with a profile is said here, not in a replica
     tree = to_tree(config)
     common: dict[str, Any] = {
         "health_check_period_s": HEALTH_PERIOD_S,
@@ -68,7 +73,7 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
         serve.deployment(name=role.value, **_pool_options(pool, config), **common)(Worker).bind(
             role.value, tree, router
         )
-        for role, pool in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
+        for role, pool in _pools_of(config).items()
     ]
     return serve.deployment(
         name="gateway",
@@ -76,6 +81,13 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **{**common, "max_ongoing_requests": config.gateway.streams_max},
     )(serve.ingress()(Gateway)).bind(tree, router, *pools)
+
+
+def _pools_of(config: ClusterConfig) -> dict[Role, PoolConfig]:
+    """In ``aggregated`` mode the workers of one pool do everything."""
+    if config.router.mode == "aggregated":
+        return {Role.DECODE: config.decode}
+    return {Role.PREFILL: config.prefill, Role.DECODE: config.decode}
 
 
 def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
@@ -88,7 +100,7 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
         "ray_actor_options": actor,
         "graceful_shutdown_timeout_s": config.drain_timeout_s + 15.0,
     }
-    if pool.replicas_max == pool.replicas:
+    if pool.replicas_most == pool.replicas:
         return {**options, "num_replicas": pool.replicas}
     scaling = config.autoscaling
     return {
@@ -96,7 +108,7 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
         "autoscaling_config": AutoscalingConfig(
             min_replicas=pool.replicas,
             initial_replicas=pool.replicas,
-            max_replicas=pool.replicas_max,
+            max_replicas=pool.replicas_most,
             upscale_delay_s=scaling.upscale_delay_s,
             downscale_delay_s=scaling.downscale_delay_s,
             metrics_interval_s=scaling.metrics_interval_s,
@@ -111,7 +123,9 @@ class Router:
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits
         self._config = from_tree(tree)
-        self._service = RouterService(self._config.router, host=local_host_id())
+        self._service = RouterService(
+            self._config.router, host=local_host_id(), costs=costs_of(self._config.router)
+        )
         await self._service.start(directory_of(self._config), tcp_host=tcp_host_of(self._config))
 
     async def address(self) -> tuple[str, str, str]:
@@ -125,11 +139,20 @@ class Router:
     async def snapshot(self) -> str:
         return json.dumps(asdict(self._service.snapshot()))
 
+    async def recording(self) -> str:
+        return json.dumps(self._service.recording())
+
     async def wanted(self, role: str) -> int:
         """Replicas that the pool of ``role`` should have, by the router's figures."""
         snapshot = self._service.snapshot()
         current = sum(w.role == role and not w.draining for w in snapshot.workers)
-        return wanted_replicas(Role(role), snapshot, self._config.autoscaling, current=current)
+        return wanted_replicas(
+            Role(role),
+            snapshot,
+            self._config.autoscaling,
+            current=current,
+            aggregated=self._config.router.mode == "aggregated",
+        )
 
     async def __del__(self) -> None:
         await self._service.close()
@@ -150,13 +173,13 @@ class Worker:
         app = serve.get_replica_context().app_name
         self._shell = WorkerShell(Role(role), config, host=host)
 
-        async def find_store(block_bytes: int) -> Address:
-            from pdserve.cluster.store_supervisor import ensure_store
-
-            return await ensure_store(app, directory, tcp_host, config.store, block_bytes)
-
+        # Now, although it is needed once the model is there: the two take seconds side by side.
+        supervisor = supervisor_of_this_host(app, directory, tcp_host, config.store)
         await self._shell.start(
-            directory, find_store, lambda: _find_router(router), tcp_host=tcp_host
+            directory,
+            lambda block_bytes: ensure_store(supervisor, block_bytes),
+            lambda: _find_router(router),
+            tcp_host=tcp_host,
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -179,7 +202,12 @@ class Gateway:
 
         config = from_tree(tree)
         self._session = await _open_session(config, router)
-        self._front = Front(self._session, config, _snapshots(router))
+        self._front = Front(
+            self._session,
+            config,
+            snapshot=_asking(router.snapshot),
+            recording=_asking(router.recording),
+        )
         await self._front.start()
 
     async def addresses(self) -> str:
@@ -225,15 +253,17 @@ async def _namespace(router: DeploymentHandle) -> str:
     return str(namespace)
 
 
-def _snapshots(router: DeploymentHandle) -> Any:
-    async def snapshot() -> dict[str, Any]:
+def _asking(method: Any) -> Any:
+    """A call of a method of the router's replica, which answers in JSON."""
+
+    async def ask() -> dict[str, Any]:
         try:
-            tree: dict[str, Any] = json.loads(await router.snapshot.remote())
+            tree: dict[str, Any] = json.loads(await method.remote())
         except ray.exceptions.RayError as error:
             raise StoreUnavailable(f"the router's replica does not answer: {error}") from error
         return tree
 
-    return snapshot
+    return ask
 
 
 async def _find_router(router: DeploymentHandle) -> Address:
@@ -249,10 +279,22 @@ def _plain(address: Address) -> tuple[str, str, str]:
     return address.host, address.unix_path, address.tcp
 
 
-def directory_of(config: ClusterConfig) -> Path:
-    """Where this host's sockets are; made on first use, for this user alone."""
+def costs_of(settings: RouterConfig) -> CostModel | None:
+    """Of the profile that is named, if one is."""
+    from pdserve.cluster.profiles import load_profile
+
+    return None if settings.profile is None else load_profile(settings.profile)
+
+
+def sockets_directory(config: ClusterConfig) -> Path:
+    """Where this host's sockets are, once there are any."""
     default = Path(tempfile.gettempdir()) / f"pdserve-{os.getuid()}"
-    directory = Path(config.directory) if config.directory else default
+    return Path(config.directory) if config.directory else default
+
+
+def directory_of(config: ClusterConfig) -> Path:
+    """The same directory, made on first use, for this user alone."""
+    directory = sockets_directory(config)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if directory.stat().st_uid != os.getuid():
         raise ConfigError(f"directory is {directory}, which belongs to somebody else; set another")

@@ -1,4 +1,5 @@
-"""The command line: ``pdserve serve | chat | status | top | doctor``.
+"""The command line: ``pdserve serve | chat | status | top | doctor``, and for planning ``profile |
+record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
 """
@@ -110,6 +111,100 @@ def doctor(
     raise typer.Exit(code=0 if examine(_config(model, {}, assignments or [])) else 1)
 
 
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting: part.field=value.")
+]
+
+
+@app.command()
+def profile(
+    model: Annotated[str | None, typer.Argument(help="As for serve.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the profile goes.")] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Measure what prefills, steps and moves cost here; up to two minutes."""
+    from pdserve.cluster.profile_command import profile as measure
+
+    measure(_config(model, {}, assignments or []), out=out)
+
+
+@app.command()
+def record(
+    file: Annotated[Path, typer.Argument(help="A new file; lengths and times, never text.")],
+    url: Url = DEFAULT_URL,
+    seconds: Annotated[float | None, typer.Option(help="Default: until Ctrl-C.")] = None,
+) -> None:
+    """Record what arrives at a running cluster, as a trace to simulate."""
+    from pdserve.cluster.record_command import record as fetch
+
+    fetch(url, file, seconds=seconds)
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="Mooncake, Azure, BurstGPT, or our recording.")],
+    config: Annotated[str | None, typer.Option(help="A CONFIG.yaml.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Compare these router policies.")] = None,
+    speed: Annotated[list[float] | None, typer.Option(help="How many times as fast.")] = None,
+    requests: Annotated[int | None, typer.Option(help="So many, repeating if need be.")] = None,
+    hosts: Annotated[int, typer.Option(help="That the workers are spread over.")] = 1,
+    seed: Annotated[int, typer.Option()] = 0,
+    ttft_ms: Annotated[float, typer.Option(help="Goal, for goodput.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="Goal, for goodput.")] = 100.0,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html")] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Play a trace through the production router, without a model, and show what it would do."""
+    from pdserve.cluster.simulate_command import Wish, run_simulations
+
+    wish = Wish(
+        policies=tuple(policy or ()),
+        speeds=tuple(speed or (1.0,)),
+        requests=requests,
+        hosts=hosts,
+        seed=seed,
+        ttft_goal_ms=ttft_ms,
+        tpot_goal_ms=tpot_ms,
+    )
+    settings = _config(config, {}, assignments or [])
+    run_simulations(trace, settings, wish, json_file=json_file, html_file=html_file)
+
+
+@app.command()
+def plan(
+    trace: Annotated[Path, typer.Argument(help="As for simulate.")],
+    slo: Annotated[str, typer.Option(help="ttft=500ms,tpot=50ms, or one of the two.")],
+    config: Annotated[str | None, typer.Option(help="A CONFIG.yaml.")] = None,
+    profile_name: Annotated[
+        str | None, typer.Option("--profile", help="A file, or a shipped profile's name.")
+    ] = None,
+    workers_max: Annotated[int, typer.Option()] = 64,
+    attainment: Annotated[float, typer.Option(help="Part within the objectives.")] = 0.9,
+    prefill_cost: Annotated[float, typer.Option(help="Of one prefill worker.")] = 1.0,
+    decode_cost: Annotated[float, typer.Option(help="Of one decode worker.")] = 1.0,
+    speed: Annotated[float, typer.Option(help="How many times as fast.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    assignments: Assignments = None,
+) -> None:
+    """Find the cheapest pools that keep the objectives on a trace."""
+    from pdserve.cluster.plan_command import plan as search
+
+    held = search(
+        trace,
+        slo=slo,
+        config=_config(config, {}, assignments or []),
+        profile=profile_name,
+        workers_max=workers_max,
+        attainment=attainment,
+        prefill_cost=prefill_cost,
+        decode_cost=decode_cost,
+        speed=speed,
+        as_json=as_json,
+    )
+    raise typer.Exit(code=0 if held else 1)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -119,7 +214,7 @@ def version() -> None:
 
 
 def _config(model: str | None, flags: dict[str, Any], assignments: list[str]) -> Any:
-    from pdserve.config import load
+    from pdserve.settings import load
 
     file = Path(model) if model is not None and model.endswith((".yaml", ".yml")) else None
     given = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]

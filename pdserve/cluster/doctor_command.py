@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pdserve.cluster.app import directory_of
+from pdserve.cluster.app import sockets_directory
 from pdserve.config import ClusterConfig, GiB
 from pdserve.errors import ConfigError
 
@@ -40,10 +40,7 @@ def _findings(config: ClusterConfig) -> Iterator[Finding]:
     yield from _ports(config)
     yield _compiler()
     yield from _device(config)
-    try:
-        yield Finding(True, f"sockets go to {directory_of(config)}")
-    except (ConfigError, OSError) as error:
-        yield Finding(False, f"no directory for sockets: {error}", "set `directory`")
+    yield _sockets(config)
 
 
 def _model(config: ClusterConfig) -> Finding:
@@ -116,3 +113,14 @@ def _device(config: ClusterConfig) -> Iterator[Finding]:
         yield Finding(
             False, "an NVIDIA driver is here, torch is a CPU build", "install torch with CUDA"
         )
+
+
+def _sockets(config: ClusterConfig) -> Finding:
+    """Looks at the directory, or at where it would be made, and makes nothing."""
+    directory = sockets_directory(config)
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if there == directory and there.stat().st_uid != os.getuid():
+        return Finding(False, f"{directory} belongs to somebody else", "set `directory`")
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        return Finding(False, f"no room for sockets: cannot write in {there}", "set `directory`")
+    return Finding(True, f"sockets go to {directory}")

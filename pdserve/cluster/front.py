@@ -26,10 +26,19 @@ Snapshot = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class Front:
-    def __init__(self, session: GatewaySession, config: ClusterConfig, snapshot: Snapshot) -> None:
+    def __init__(
+        self,
+        session: GatewaySession,
+        config: ClusterConfig,
+        *,
+        snapshot: Snapshot,
+        recording: Snapshot,
+    ) -> None:
         self._session = session
         self._config = config.gateway
-        self.app: FastAPI = create_app(session, config=config.gateway, snapshot=snapshot)
+        self.app: FastAPI = create_app(
+            session, config=config.gateway, snapshot=snapshot, recording=recording
+        )
         self.ports: dict[str, int] = {}
         self._grpc: GrpcServer | None = None
         self._http: uvicorn.Server | None = None

@@ -15,6 +15,7 @@ from contextlib import aclosing
 from typing import cast
 
 from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.cluster.why import why_log
 from pdserve.errors import PdserveError
 
 PENDING_PIECES_MAX = 256
@@ -36,11 +37,19 @@ async def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[lis
 
     async def pump(index: int, call: Call) -> None:
         iterator = cast("AsyncGenerator[Piece]", session.generate(call))
-        async with aclosing(iterator):
-            async for piece in iterator:
-                await room.acquire()
-                ready.append((index, piece))
-                wake.set()
+        why = why_log(call)
+        try:
+            async with aclosing(iterator):
+                async for piece in iterator:
+                    if why is not None:
+                        why.note(piece)
+                    await room.acquire()
+                    ready.append((index, piece))
+                    wake.set()
+        except PdserveError as error:
+            if why is not None:
+                why.failed(error)
+            raise
 
     pumps = [asyncio.create_task(pump(index, call)) for index, call in enumerate(calls)]
     for task in pumps:

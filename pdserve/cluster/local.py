@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdserve.config import ClusterConfig, MiB, to_tree
+from pdserve.config import ClusterConfig, MiB
 from pdserve.errors import ConfigError
+from pdserve.settings import to_tree
 
 APP = "pdserve"
 OBJECT_STORE_BYTES = 80 * MiB

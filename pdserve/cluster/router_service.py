@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import assert_never
 
 from pdserve.clock import S, monotonic
+from pdserve.cluster.recording import Recorder
 from pdserve.config import RouterConfig
-from pdserve.errors import PdserveError, QueueFull
+from pdserve.errors import PdserveError, QueueFull, StoreUnavailable
 from pdserve.ids import HostId, WorkerId
+from pdserve.lifecycle import Event
 from pdserve.messages import (
     Address,
     Cancel,
@@ -24,11 +26,13 @@ from pdserve.messages import (
     Goodbye,
     Hello,
     Parked,
+    Refused,
     Report,
     Submit,
     WorkerFailed,
 )
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
+from pdserve.router.costs import CostModel
 from pdserve.router.snapshot import RouterSnapshot
 from pdserve.wire.connection import Connection
 from pdserve.wire.listener import Listener
@@ -39,6 +43,9 @@ OUTBOX_MAX = 16_384
 """Frames that may wait for one peer. A peer so far behind is as good as gone: it is hung up on."""
 
 TICK_S_MAX = 0.25
+
+UNFETCHED_S_MAX = 10.0
+"""A recording that nobody fetches for so long is given up."""
 
 
 class _Peer:
@@ -66,8 +73,10 @@ class _Peer:
 
 
 class RouterService:
-    def __init__(self, settings: RouterConfig, *, host: HostId) -> None:
-        self._core = RouterCore(settings)
+    def __init__(
+        self, settings: RouterConfig, *, host: HostId, costs: CostModel | None = None
+    ) -> None:
+        self._core = RouterCore(settings, costs=costs)
         self._host = host
         self._workers: dict[WorkerId, _Peer] = {}
         self._gateways: dict[Address, _Peer] = {}
@@ -75,6 +84,9 @@ class RouterService:
         self._ticker: asyncio.Task[None] | None = None
         self._hanging_up: set[asyncio.Task[None]] = set()
         self.hello: Hello | None = None  # of the last worker that came; all agree on the model
+        self._recorder: Recorder | None = None
+        self._recording = ""  # its name
+        self._fetched_ns = 0
 
     async def start(self, directory: Path, *, tcp_host: str | None) -> Address:
         self._listener = await Listener.open(
@@ -101,6 +113,44 @@ class RouterService:
     def snapshot(self) -> RouterSnapshot:
         return self._core.snapshot(monotonic())
 
+    def recording(self) -> dict[str, object]:
+        """What has arrived since the last call; the first call begins a recording.
+
+        Raises:
+            StoreUnavailable: no worker has come yet, so nobody knows the size of a block.
+        """
+        self._fetched_ns = monotonic()
+        if self._recorder is None:
+            if self.hello is None:
+                raise StoreUnavailable("no worker has come yet; try again when one has")
+            self._recording = secrets.token_hex(4)
+            self._recorder = Recorder(
+                block_tokens=self.hello.block_tokens,
+                began_ns=self._fetched_ns,
+                tenant_key=secrets.token_bytes(16),
+            )
+        recorder = self._recorder
+        return {
+            "recording": self._recording,
+            "lines": recorder.take_lines(),
+            "lost": recorder.lost_count,
+        }
+
+    def _record(self, message: object) -> None:
+        """Enter what a peer said, if anybody records."""
+        recorder = self._recorder
+        if recorder is None:
+            return
+        match message:
+            case Submit(request):
+                recorder.on_request(request, monotonic())
+            case Cancel(request_id) | Refused(request_id):
+                recorder.on_given_up(request_id)
+            case Report(progress=events):
+                for event in events:
+                    if event.event is Event.ENDED:
+                        recorder.on_ended(event.request, event.total_tokens)
+
     async def _serve(self, connection: Connection) -> None:
         peer = _Peer(connection)
         pump = asyncio.create_task(peer.pump())
@@ -125,7 +175,9 @@ class RouterService:
         self._carry_out(self._core.on_hello(hello, monotonic()))
         try:
             while True:
-                match (await connection.receive()).message:
+                message = (await connection.receive()).message
+                self._record(message)
+                match message:
                     case Report() as report:
                         commands = self._core.on_report(report, monotonic())
                     case Parked(handoff):
@@ -154,7 +206,9 @@ class RouterService:
         self._carry_out(self._core.on_gateway_hello(address, monotonic()))
         try:
             while True:
-                match (await connection.receive()).message:
+                message = (await connection.receive()).message
+                self._record(message)
+                match message:
                     case Submit(request):
                         commands = self._core.on_submit(request, monotonic())
                     case Cancel(request_id):
@@ -171,6 +225,8 @@ class RouterService:
     async def _tick(self) -> None:
         while True:
             self._carry_out(self._core.on_tick(monotonic()))
+            if monotonic() - self._fetched_ns > UNFETCHED_S_MAX * S:
+                self._recorder = None
             due_ns = self._core.next_tick_ns()
             wait_s = TICK_S_MAX if due_ns is None else (due_ns - monotonic()) / S
             await asyncio.sleep(min(max(wait_s, 0.001), TICK_S_MAX))
@@ -181,6 +237,7 @@ class RouterService:
                 case ToWorker(worker, message):
                     peer = self._workers.get(worker)
                 case ToGateway(gateway, message):
+                    self._record(message)
                     peer = self._gateways.get(gateway)
                 case _:
                     assert_never(command)

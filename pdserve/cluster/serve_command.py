@@ -27,9 +27,11 @@ def run(config: ClusterConfig, *, ray_address: str | None, first_chat: bool) -> 
     def progress(what: str) -> None:
         console.print(f"[dim]{time.monotonic() - begun:5.1f} s[/]  {what} …")
 
+    workers = f"{config.prefill.replicas} prefill and {config.decode.replicas} decode workers"
+    if config.router.mode == "aggregated":
+        workers = f"{config.decode.replicas} workers that do both"
     console.print(
-        f"pdserve: {config.model.source}, {config.prefill.replicas} prefill and "
-        f"{config.decode.replicas} decode workers; the first start takes about "
+        f"pdserve: {config.model.source}, {workers}; the first start takes about "
         f"{START_S_TYPICAL} s on two cores"
     )
     interrupt_once()
@@ -78,7 +80,8 @@ def _show_next(console: Console, cluster: LocalCluster) -> None:
         ]
     if cluster.grpc:
         lines.append(
-            f"  grpcurl -plaintext -d '{json.dumps(HELLO)}' {cluster.grpc} pdserve.v1.Inference/Chat"
+            f"  grpcurl -plaintext -d '{json.dumps(HELLO)}' {cluster.grpc} "
+            "pdserve.v1.Inference/Chat"
         )
     lines.append("Ctrl-C stops everything.")
     console.print("\n".join(lines), markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import ray
-from ray import serve
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdserve.config import StoreConfig
@@ -105,7 +105,7 @@ class StoreSupervisor:
         while misses < APP_MISSES_MAX:
             await asyncio.sleep(APP_CHECK_S)
             try:
-                alive = self._app in (await asyncio.to_thread(serve.status)).applications
+                alive = await asyncio.to_thread(_is_running, self._app)
             except Exception:  # Serve itself may be gone, and says so in many ways
                 alive = False
             misses = 0 if alive else misses + 1
@@ -113,6 +113,12 @@ class StoreSupervisor:
         for node, _ in self._nodes.values():
             await asyncio.to_thread(_end, node)
         ray.actor.exit_actor()
+
+
+def _is_running(app: str) -> bool:
+    from ray import serve  # most of a second, which nobody is to wait for at a start
+
+    return app in serve.status().applications
 
 
 def _end(node: subprocess.Popen[bytes]) -> None:
@@ -130,16 +136,12 @@ def actor_name(app: str, node_id: str) -> str:
     return f"store-{app}-{node_id}"
 
 
-async def ensure_store(
-    app: str, directory: Path, tcp_host: str | None, settings: StoreConfig, block_bytes: int
-) -> Address:
-    """The address of this host's store node, which is started if need be.
-
-    Raises:
-        StoreUnavailable: it does not start.
-    """
+def supervisor_of_this_host(
+    app: str, directory: Path, tcp_host: str | None, settings: StoreConfig
+) -> ActorHandle:
+    """The application's supervisor on this host, started if there is none. Does not wait for it."""
     node_id = ray.get_runtime_context().get_node_id()
-    supervisor = (
+    return (
         ray.remote(StoreSupervisor)
         .options(
             name=actor_name(app, node_id),
@@ -151,6 +153,14 @@ async def ensure_store(
         )
         .remote(app, str(directory), tcp_host, settings)
     )
+
+
+async def ensure_store(supervisor: ActorHandle, block_bytes: int) -> Address:
+    """The address of the host's node for blocks of this size, which is started if need be.
+
+    Raises:
+        StoreUnavailable: it does not start.
+    """
     async with asyncio.timeout(READY_TIMEOUT_S):
         host, unix_path, tcp = await supervisor.ensure.remote(block_bytes)
     return Address(HostId(host), unix_path, tcp)

@@ -4,26 +4,34 @@ Apart from the shell because this is the only place of `cluster` that loads torc
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pdserve.config import ClusterConfig
-from pdserve.decode.loop import DecodeLoop
+from pdserve.clock import Clock, monotonic
+from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
+from pdserve.decode.streams import Streams
+from pdserve.engine.blocks import blocks_for
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.outputs import Load, Output
+from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.thread import EngineThread
+from pdserve.engine.workplace import Workplace
 from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.keys import namespace_digest
 from pdserve.messages import Address, Role
 from pdserve.model.load import kv_identity, load_runner
-from pdserve.model.runner import ModelRunner
-from pdserve.prefill.loop import PrefillLoop
+from pdserve.model.runner import ModelRunner, Run
+from pdserve.prefill.prompts import Prompts
 from pdserve.text.tokenizer import Tokenizer, load_tokenizer
 
 FLIP_ENV = "PDSERVE_FAULT_FLIP_BLOCK"
 """For tests of the checksum: the n-th block that a prefill worker moves has one bit flipped on its
 way, for every n in this comma-separated list. Prefill workers alone: who reads it must find it."""
+
+WARMING_TOKENS = 64
+"""Enough for every operation to take the path of a chunk, and bearable in Triton's interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class WorkerParts:
     runner: ModelRunner
     tokenizer: Tokenizer
     namespace: bytes
+    warming_calls: Mapping[str, int]
+    """Of each operation, those before the first request."""
 
     @property
     def block_bytes(self) -> int:
@@ -43,9 +53,12 @@ class WorkerParts:
         return self.runner.pool.block_count
 
     def kernel_calls(self) -> dict[str, int]:
-        """How often each operation ran, under the name of the path that ran it."""
+        """How often each operation ran for requests, under the name of the path that ran it."""
         ops = self.runner.ops
-        return {f"calls_{ops.name}_{name}": count for name, count in ops.calls().items()}
+        return {
+            f"calls_{ops.name}_{name}": count - self.warming_calls.get(name, 0)
+            for name, count in ops.calls().items()
+        }
 
     def open_store(
         self, store: Address, host: HostId, worker: WorkerId, *, warm: bool = False
@@ -77,16 +90,14 @@ class WorkerParts:
             lambda address: self.open_store(address, host, worker, warm=warm),
             store,
         )
-        config = self.config
-        make = PrefillLoop if self.role is Role.PREFILL else DecodeLoop
-        loop = make(
+        loop = make_loop(
             worker=worker,
             runner=self.runner,
             mover=mover,
             tokenizer=self.tokenizer,
             namespace=self.namespace,
-            settings=config.prefill if self.role is Role.PREFILL else config.decode,
-            store=config.store,
+            settings=_pool_settings(self.config, self.role),
+            store=self.config.store,
         )
         return EngineThread(loop, emit, name=worker)
 
@@ -95,7 +106,7 @@ def build_parts(config: ClusterConfig, role: Role) -> WorkerParts:
     """Loads the model for one worker. Seconds; call it off the event loop."""
     from pdserve.model.source import locate
 
-    settings = config.prefill if role is Role.PREFILL else config.decode
+    settings = _pool_settings(config, role)
     files = locate(config.model)
     runner = load_runner(
         config.model,
@@ -103,13 +114,57 @@ def build_parts(config: ClusterConfig, role: Role) -> WorkerParts:
         pool_bytes=settings.pool_bytes,
         threads=settings.threads,
     )
+    warm_up(runner)
     return WorkerParts(
         config=config,
         role=role,
         runner=runner,
         tokenizer=load_tokenizer(files.path),
         namespace=namespace_digest(**kv_identity(files, runner.architecture, config.model)),
+        warming_calls=dict(runner.ops.calls()),
     )
+
+
+def warm_up(runner: Runner) -> None:
+    """A small chunk and a decode step, on the blocks that are given out first.
+
+    What is compiled, packed or read from disk at first use is so before a request waits for it.
+    """
+    pool, context_tokens = runner.pool, runner.architecture.context_tokens
+    room_tokens = min(pool.block_count * pool.block_tokens, context_tokens)
+    chunk = min(WARMING_TOKENS, room_tokens - 1)
+    blocks = range(blocks_for(chunk + 1, pool.block_tokens))
+    runner.step([Run(tokens=(0,) * chunk, start=0, blocks=blocks)])
+    wait_for(runner.step([Run(tokens=(0,), start=chunk, blocks=blocks)]))
+
+
+def _pool_settings(config: ClusterConfig, role: Role) -> PoolConfig:
+    return config.prefill if role is Role.PREFILL else config.decode
+
+
+def make_loop(
+    *,
+    worker: WorkerId,
+    runner: Runner,
+    mover: Mover,
+    tokenizer: Tokenizer,
+    namespace: bytes,
+    settings: PoolConfig,
+    store: StoreConfig,
+    clock: Clock = monotonic,
+) -> EngineLoop:
+    """A loop that computes prompts and decodes, wired up."""
+    workplace = Workplace(
+        worker=worker,
+        runner=runner,
+        mover=mover,
+        tokenizer=tokenizer,
+        namespace=namespace,
+        store=store,
+    )
+    streams = Streams(workplace)
+    prompts = Prompts(workplace, keep=streams.keep)
+    return EngineLoop(workplace, runner, settings, prompts=prompts, streams=streams, clock=clock)
 
 
 def _flipper(which: str) -> Callable[[memoryview], None] | None:

@@ -1,6 +1,6 @@
 """One prefill or decode worker as a process: sockets around an engine thread. It decides nothing.
 
-    router ──Dispatch, Preempt, Cancel, Resume──► shell ──► engine thread (PrefillLoop, DecodeLoop)
+    router ──Dispatch, Preempt, Cancel, Resume──► shell ──► engine thread (EngineLoop)
     prefill ──Handoff──────────────────────────►   │
                                                    ▼
               Report, Parked ◄── link ◄── outputs of each step ──► postbox ──► decode, gateways
@@ -53,7 +53,7 @@ REPORT_S_MAX = 1.0
 """A report leaves at least this often, so that silence means trouble."""
 
 STORE_CHANGES_S = 0.1
-"""How often a prefill worker asks its store node what came and went."""
+"""How often a worker asks its store node what came and went."""
 
 STUCK_S = 20.0
 """A step that takes longer is a hang: the longest honest one, a full chunk on a loaded laptop
@@ -218,7 +218,7 @@ class WorkerShell:
         with contextlib.suppress(PdserveError):
             while True:
                 frame = await connection.receive()
-                if isinstance(frame.message, Handoff) and self.role is Role.DECODE:
+                if isinstance(frame.message, Handoff):
                     self._submit(frame.message)
                 else:
                     log.warning("%s sent a %s", connection.peer, type(frame.message).__name__)
@@ -263,7 +263,8 @@ class WorkerShell:
         # Room that the router does not hear of is room that nobody uses: every change is told.
         changed = self._load is None or _fullness(load) != _fullness(self._load)
         self._load = load
-        if progress or chunks or load.blocks_added or load.blocks_removed or changed:
+        deltas_of_keys = load.blocks_added or load.blocks_removed
+        if progress or chunks or deltas_of_keys or load.attained or changed:
             self._report(progress, chunks)
 
     def _report(
@@ -285,6 +286,7 @@ class WorkerShell:
             free_blocks=load.free_blocks if load else self.hello().block_count,
             progress=tuple(progress),
             chunks=tuple(chunks),
+            attained=load.attained if load else (),
             blocks_added=load.blocks_added if load else (),
             blocks_removed=load.blocks_removed if load else (),
             store_added=tuple(store_added),
@@ -352,8 +354,12 @@ class WorkerShell:
             counters = store_counters(stat)
             stirred = counters != self._store_stat
             self._store_stat = counters
-            if self.role is Role.PREFILL and (changes.added or changes.removed or stirred):
+            if self._tells_of_store() and (changes.added or changes.removed or stirred):
                 self._report(store_added=changes.added, store_removed=changes.removed)
+
+    def _tells_of_store(self) -> bool:
+        """Whoever may be given prompts says which prefixes its host has; others need not repeat."""
+        return self.role is Role.PREFILL or self._config.router.mode != "disaggregated"
 
     async def _leave(self, reason: str) -> None:
         """Without a store no request gets past this worker: nothing more must come here, and

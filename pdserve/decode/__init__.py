@@ -1,8 +1,8 @@
 """KV blocks from the store to tokens, one per running sequence and step.
 
-In: ``Handoff``, ``Resume``, ``Cancel``. Out: token deltas to the gateways, progress and parked
-requests to the router.
+In: ``Handoff``, ``Resume``, ``Preempt``, ``Cancel``; sequences whose prompts this worker computed.
+Out: token deltas to the gateways, progress and parked requests to the router.
 
-Start at ``loop.py``; ``stream.py`` is one sequence and its stages, ``room.py`` who yields when
-blocks run out.
+Start at ``streams.py``; ``stream.py`` is one sequence and its stages, ``room.py`` who yields when
+blocks run out. The loop around it is ``engine.loop``.
 """

@@ -1,6 +1,7 @@
 """One sequence at a decode worker, and the stages it goes through.
 
     WAITING ──> ADOPTING ──> RUNNING ──> PARKING ──> GONE
+                             ^ kept: its prompt was computed here
 
 and from each to GONE: the last token, a cancel, a failure. What a GONE stream still has under way
 comes back to nobody, and is cleaned up where it arrives.
@@ -11,6 +12,7 @@ from enum import StrEnum
 
 from pdserve.engine.sequence import Sequence
 from pdserve.errors import IllegalTransition
+from pdserve.ids import BlockKey
 from pdserve.messages import Handoff
 
 
@@ -34,9 +36,14 @@ _NEXT = {
 @dataclass(slots=True, eq=False)
 class Stream:
     sequence: Sequence
-    handoff: Handoff
+    handoff: Handoff | None  # None: kept, it came over no store
     stage: Stage = Stage.WAITING
     leaving_blocks: int = 0  # while PARKING: what its leaving will free
+
+    @property
+    def keys(self) -> tuple[BlockKey, ...]:
+        """Of the full blocks that the hand-off brings."""
+        return self.handoff.block_keys if self.handoff else ()
 
     def move_to(self, stage: Stage) -> None:
         if stage not in _NEXT[self.stage]:

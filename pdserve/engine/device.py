@@ -11,6 +11,7 @@ from pdserve.engine.blocks import BlockPool
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move, Moved, blocks_touched
 from pdserve.engine.outputs import Load
+from pdserve.messages import Attained
 
 
 class Device:
@@ -42,7 +43,7 @@ class Device:
                 self._drop(move)
         return self.pool.free_count >= block_count
 
-    def load(self, *, running: int, waiting: int) -> Load:
+    def load(self, *, running: int, waiting: int, attained: tuple[Attained, ...] = ()) -> Load:
         """What the pool has to say beside a loop's own numbers; takes its changes of keys."""
         added, removed = self.pool.take_changes()
         return Load(
@@ -51,6 +52,7 @@ class Device:
             free_blocks=self.pool.free_count,
             blocks_added=added,
             blocks_removed=removed,
+            attained=attained,
             # The loop's own and those of the store clients; their names differ.
             counters=self.mover.counters() | dict(self.counters),
         )

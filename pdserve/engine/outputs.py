@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from pdserve.ids import BlockKey
 from pdserve.messages import (
     Address,
+    Attained,
     ChunkDone,
     Handoff,
     Parked,
@@ -50,10 +51,11 @@ class Load:
     free_blocks: int  # idle cached ones included
     blocks_added: tuple[BlockKey, ...] = ()
     blocks_removed: tuple[BlockKey, ...] = ()
+    attained: tuple[Attained, ...] = ()  # about once a second
     counters: Mapping[str, int] = field(default_factory=dict)
 
     def without_deltas(self) -> "Load":
-        return replace(self, blocks_added=(), blocks_removed=())
+        return replace(self, blocks_added=(), blocks_removed=(), attained=())
 
 
 @dataclass(frozen=True, slots=True)

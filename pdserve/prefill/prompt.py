@@ -3,8 +3,8 @@
     WAITING ──> RESTORING ──> COMPUTING ──> SEALING ──> GONE
        │            └────┬────────┘                      ^
        │                 └──> LEAVING ───────────────────┤
-       └─────────────────────────────────────────────────┘ and there from each: cancel, failure
-
+       └─────────────────────────────────────────────────┘ and there from each: cancel, failure;
+                                                            from COMPUTING, what stays here
 ``GONE`` prompts are out of the loop's books, but moves they submitted may still answer; the answer
 finds the stage and knows that nobody wants it any more.
 """
@@ -41,6 +41,7 @@ _NEXT = {
 class Prompt:
     sequence: Sequence
     store: Address  # where its blocks go
+    stays: bool = False  # it is decoded here too: no ticket, nothing to hand over
     stage: Stage = Stage.WAITING
     ticket: TicketId | None = None
     ticket_tries: int = 0  # left, to get slots at the store

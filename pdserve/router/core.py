@@ -14,10 +14,13 @@ if a worker takes up an attempt that was given up, it is told so.
 Counters: ``arrived`` = ``finished`` + ``refused`` + ``lost`` + ``cancelled`` + ``replaced`` + live.
 """
 
+from collections import Counter
+from collections.abc import Callable
+
 from pdserve import clock
-from pdserve.clock import MS, S
+from pdserve.clock import MS, US, S
 from pdserve.config import RouterConfig
-from pdserve.errors import DeadlineExceeded, ErrorInfo, PdserveError, QueueFull, WorkerLost
+from pdserve.errors import DeadlineExceeded, ErrorInfo, PdserveError
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import (
@@ -31,36 +34,78 @@ from pdserve.messages import (
     Refused,
     Report,
     Request,
-    Role,
     WorkerFailed,
 )
-from pdserve.router import planner
+from pdserve.router import parking, planner
+from pdserve.router.admission import Admission, candidates
+from pdserve.router.bindings import binding_of
 from pdserve.router.commands import Command, ToGateway, ToWorker
+from pdserve.router.costs import CostModel, believed
+from pdserve.router.decode_orders import decode_order_of
 from pdserve.router.endings import drop, free_orphans, free_ticket, lose
+from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker
+from pdserve.router.goals import GoalControl
+from pdserve.router.orders.base import Order
+from pdserve.router.orders.skip_join import SkipJoin
+from pdserve.router.orders.table import order_of
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
-from pdserve.router.state import Entry, RouterState
+from pdserve.router.state import RouterState
 
 __all__ = ["Command", "RouterCore", "ToGateway", "ToWorker"]
 
 GATEWAY_GRACE_NS = 10 * S
 """How long requests of a gateway that hung up run on, in case it comes back."""
 
-RETRY_MS_MIN = 50
+
+DECODE_TAIL_RATIOS = {"mean": 3.0, "balanced": 1.25, "tail": 1.0, "slo": 1.25}
+"""How much worse than first come, first served the slowest answers may be predicted to become."""
 
 
 class RouterCore:
-    def __init__(self, settings: RouterConfig, *, unix_zero_ms: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: RouterConfig,
+        *,
+        costs: CostModel | None = None,
+        oracle: Callable[[RequestId], int] | None = None,
+        unix_zero_ms: int | None = None,
+    ) -> None:
         """
         Args:
             settings: levels, bounds and limits.
+            costs: predicted times of prefills, steps and moves; None: learned as it goes.
+            oracle: how many tokens a request will generate, for ``decode_policy: oracle`` alone.
             unix_zero_ms: wall time at the instant 0 of ``now_ns``, by which deadlines are turned
                 into instants; None takes it from this host's clocks, once.
         """
         if unix_zero_ms is None:
             unix_zero_ms = clock.unix_ms() - clock.monotonic() // MS
-        self.state = RouterState(settings, unix_zero_ms=unix_zero_ms)
+        costs = believed(settings.prefill_tokens_per_s) if costs is None else costs
+        self._goal = GoalControl(settings)
+        self.state = RouterState(
+            settings,
+            costs,
+            new_order=lambda counters: self._new_order(settings, costs, counters),
+            decode_order=decode_order_of(
+                settings.decode_policy,
+                costs,
+                moves_max=settings.preempted_max,
+                tail_ratio=DECODE_TAIL_RATIOS[settings.goal],
+            ),
+            oracle=oracle,
+            unix_zero_ms=unix_zero_ms,
+        )
+        self._admission = Admission()
+        self._binding = binding_of(
+            settings.placement, costs, stale_ns=round(settings.placement_stale_ms * MS)
+        )
         self._gone_gateways: dict[Address, int] = {}  # until when their requests run on
+
+    def _new_order(self, settings: RouterConfig, costs: CostModel, counters: Counter[str]) -> Order:
+        if settings.policy in ("skip_join", "fcfs"):
+            return SkipJoin(settings, self._goal.gamma_per_s, counters)
+        return order_of(settings, costs)
 
     # ── gateways ─────────────────────────────────────────────────────────────────────────────────
 
@@ -70,15 +115,35 @@ class RouterCore:
         if known is not None and known.request.attempt >= request.attempt:
             self.state.counters["stale_submits"] += 1  # sent again after we seemed to be gone
             return []
-        commands = [] if known is None else drop(self.state, known, Event.CLIENT_GONE, "replaced")
+        commands = (
+            [] if known is None else drop(self.state, known, Event.CLIENT_GONE, "replaced", now_ns)
+        )
         self.state.counters["arrived"] += 1
-        refusal = self._refusal(request, now_ns)
+        refusal = self._admission.refusal(self.state, request, now_ns)
         if refusal is None:
-            self.state.admit(request, now_ns)
+            self._admit(request, now_ns)
         else:
             self.state.counters["refused"] += 1
             commands.append(_refused(request, refusal))
         return commands + planner.plan(self.state, now_ns)
+
+    def _admit(self, request: Request, now_ns: int) -> None:
+        entry = self.state.admit(request, now_ns)
+        self._goal.arrived(now_ns, entry.work_ns)
+        self.state.enqueue(entry, self._bind(entry, now_ns), now_ns)
+
+    def _bind(self, entry: Entry, now_ns: int) -> WorkerId | None:
+        """The prefill worker it has to wait for, where placement does not wait."""
+        if self._binding is None:
+            return None
+        found = candidates(self.state, entry)
+        return self._binding.choose(entry.id, found, now_ns) if found else None
+
+    def _bind_again(self, worker: WorkerId, now_ns: int) -> None:
+        """Those who wait for that worker had better wait for another."""
+        for entry in list(self.state.lines.own(worker).ranked(now_ns)):
+            self.state.unbind(entry)
+            self.state.enqueue(entry, self._bind(entry, now_ns), now_ns)
 
     def on_cancel(self, request: RequestId, now_ns: int) -> list[Command]:
         entry = self.state.entries.get(request)
@@ -86,9 +151,8 @@ class RouterCore:
             self.state.counters["stale_cancels"] += 1
             return []
         self._gone_gateways.pop(entry.request.reply_to, None)
-        return drop(self.state, entry, Event.CLIENT_GONE, "cancelled") + planner.plan(
-            self.state, now_ns
-        )
+        commands = drop(self.state, entry, Event.CLIENT_GONE, "cancelled", now_ns)
+        return commands + planner.plan(self.state, now_ns)
 
     def on_gateway_hello(self, gateway: Address, now_ns: int) -> list[Command]:
         """It is back: its requests run on without a limit."""
@@ -99,27 +163,6 @@ class RouterCore:
         """Its requests run on for a grace; ``on_tick`` ends them unless it has come back."""
         self._gone_gateways[gateway] = now_ns + GATEWAY_GRACE_NS
         return []
-
-    def _refusal(self, request: Request, now_ns: int) -> PdserveError | None:
-        state, settings = self.state, self.state.settings
-        if request.attempt >= settings.attempts_max:
-            return WorkerLost(
-                f"attempt {request.attempt} of {settings.attempts_max}: workers died under every "
-                "one; see `pdserve status`, and try again"
-            )
-        if state.deadline_ns(request) <= now_ns:
-            return DeadlineExceeded("the deadline had passed when the request arrived")
-        # A second attempt has begun to answer: it is never turned away. There are no more of
-        # those than requests that ran at once.
-        if request.attempt == 0 and len(state.queue) >= settings.waiting_max:
-            workers = max(1, len(state.fleet.of(Role.PREFILL)))
-            retry_after_ms = max(RETRY_MS_MIN, state.queued_work_ns // workers // MS)
-            return QueueFull(
-                f"{len(state.queue)} requests wait already, waiting_max is "
-                f"{settings.waiting_max}; try again in {retry_after_ms} ms",
-                retry_after_ms=retry_after_ms,
-            )
-        return None
 
     # ── workers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -133,9 +176,10 @@ class RouterCore:
         known = self.state.fleet.get(hello.worker)
         if known is not None:
             held = [self.state.entries[request].request for request in known.held]
-            commands = self._forget_worker(known)
+            commands = self._forget_worker(known, now_ns)
             commands += [ToWorker(known.id, Cancel(r.request, r.attempt)) for r in held]
         self.state.fleet.add(hello, now_ns)
+        self._count_workers()
         commands += free_orphans(self.state)
         return commands + planner.plan(self.state, now_ns)
 
@@ -145,10 +189,20 @@ class RouterCore:
             return []
         self.state.fleet.apply(report, worker)
         for chunk in report.chunks:
-            self._on_chunk(worker, chunk)
+            self._on_chunk(worker, chunk, now_ns)
+        for attained in report.attained:
+            entry = self._entry(attained.request, attained.attempt)
+            if entry is not None and entry.decode == worker.id:
+                self.state.attained(entry, attained.generated_tokens)
         commands: list[Command] = []
         for progress in report.progress:
             commands += self._on_progress(worker, progress, now_ns)
+        self.state.fleet.refresh(worker)
+        if worker.draining and self._binding is not None:
+            self._bind_again(worker.id, now_ns)  # also what it has just handed back
+        self.state.blocks_came(report.store_added, now_ns)
+        if worker.prefills:
+            self.state.blocks_came(report.blocks_added, now_ns)
         commands += planner.plan(self.state, now_ns)
         if worker.draining and not worker.held:
             commands.append(ToWorker(worker.id, Goodbye(worker.id)))
@@ -163,8 +217,8 @@ class RouterCore:
         if entry is None or entry.decode != worker:
             self.state.counters["stale_events"] += 1
             return free_ticket(self.state, handoff)
-        self._imply(entry, Event.PARKED)
-        self.state.park(entry, handoff)
+        self._imply(entry, Event.PARKED, now_ns)
+        self.state.park(entry, handoff, now_ns)
         return planner.plan(self.state, now_ns)
 
     def on_failed(self, failed: WorkerFailed, worker: WorkerId, now_ns: int) -> list[Command]:
@@ -175,13 +229,13 @@ class RouterCore:
             self.state.counters["stale_events"] += 1
             return []
         self.state.counters["worker_failures"] += 1
-        return lose(self.state, entry, worker) + planner.plan(self.state, now_ns)
+        return lose(self.state, entry, worker, now_ns) + planner.plan(self.state, now_ns)
 
     def on_worker_lost(self, worker: WorkerId, now_ns: int) -> list[Command]:
         known = self.state.fleet.get(worker)
         if known is None:
             return []
-        commands = self._forget_worker(known) + self._lose_storeless()
+        commands = self._forget_worker(known, now_ns) + self._lose_storeless(now_ns)
         return commands + planner.plan(self.state, now_ns)
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
@@ -192,19 +246,27 @@ class RouterCore:
         for request in self.state.deadlines.due(now_ns):
             entry = self.state.entries[request]
             error = DeadlineExceeded(f"the deadline passed while the request was {entry.phase}")
-            commands += drop(self.state, entry, Event.GAVE_UP, "refused")
+            commands += drop(self.state, entry, Event.GAVE_UP, "refused", now_ns)
             commands.append(_refused(entry.request, error))
             self.state.counters["deadlines_passed"] += 1
         for worker in self.state.fleet.all():
             if worker.last_heard_ns + self._silence_ns <= now_ns:
                 self.state.counters["workers_silent"] += 1
-                commands += self._forget_worker(worker) + self._lose_storeless()
+                commands += self._forget_worker(worker, now_ns) + self._lose_storeless(now_ns)
         for gateway in [g for g, until_ns in self._gone_gateways.items() if until_ns <= now_ns]:
             del self._gone_gateways[gateway]
             for entry in list(self.state.entries.values()):
                 if entry.request.reply_to == gateway:
-                    commands += drop(self.state, entry, Event.CLIENT_GONE, "cancelled")
+                    commands += drop(self.state, entry, Event.CLIENT_GONE, "cancelled", now_ns)
+        self._steer(now_ns)
         return commands + planner.plan(self.state, now_ns)
+
+    def _steer(self, now_ns: int) -> None:
+        """Turn the boost a little further to the operator's goal."""
+        if self._goal.tick(now_ns):
+            for order in self.state.lines.all():
+                if isinstance(order, SkipJoin):
+                    order.set_gamma(self._goal.gamma_per_s)
 
     def next_tick_ns(self) -> int | None:
         """When ``on_tick`` has something to do, unless an event comes first; None: never."""
@@ -212,6 +274,7 @@ class RouterCore:
         instants = [] if deadline_ns is None else [deadline_ns]
         instants += [w.last_heard_ns + self._silence_ns for w in self.state.fleet.all()]
         instants += self._gone_gateways.values()
+        instants += [ns for ns in (self._goal.due_ns(), self.state.look_again_ns) if ns is not None]
         return min(instants, default=None)
 
     def snapshot(self, now_ns: int) -> RouterSnapshot:
@@ -235,18 +298,20 @@ class RouterCore:
         entry = self.state.entries.get(request)
         return entry if entry is not None and entry.request.attempt == attempt else None
 
-    def _on_chunk(self, worker: Worker, chunk: ChunkDone) -> None:
+    def _on_chunk(self, worker: Worker, chunk: ChunkDone, now_ns: int) -> None:
         entry = self._entry(chunk.request, chunk.attempt)
         if entry is None or entry.prefill != worker.id:
             self.state.counters["stale_events"] += 1
             return
-        tokens = chunk.computed_tokens - max(entry.computed_tokens, entry.cached_tokens)
+        before = max(entry.computed_tokens, entry.cached_tokens)
+        tokens = chunk.computed_tokens - before
         # The first chunk begins where the cached prefix really ended, which only the worker knows:
         # what cannot have been one chunk is no measurement.
         if 0 < tokens <= worker.hello.chunk_tokens and chunk.elapsed_us > 0:
-            worker.rate.observe(tokens, chunk.elapsed_us)
-            self.state.fleet.rate.observe(tokens, chunk.elapsed_us)
-        self.state.computed(entry, chunk)
+            predicted_ns = self.state.fleet.costs.prefill_ns(tokens, before)
+            worker.correction.observe(predicted_ns, chunk.elapsed_us * US)
+            self.state.fleet.correction.observe(predicted_ns, chunk.elapsed_us * US)
+        self.state.computed(entry, chunk, worker, now_ns)
 
     def _on_progress(self, worker: Worker, progress: Progress, now_ns: int) -> list[Command]:
         entry = self._entry(progress.request, progress.attempt)
@@ -256,21 +321,30 @@ class RouterCore:
             self.state.counters["stale_events"] += 1
             return []
         at_prefill = worker.id == entry.prefill
+        at_decode = worker.id == entry.decode
         match progress.event:
             case Event.PREEMPTED if at_prefill:
                 self._on_preempted(entry, progress, now_ns)
             case Event.PREFILL_DONE if at_prefill:
-                self.state.prefill_done(entry)
-            case Event.ADOPTED if not at_prefill and entry.phase is not Phase.DECODING:
-                self._imply(entry, Event.ADOPTED)
-                self.state.adopt(entry)
+                self.state.prefill_done(entry, now_ns)
+            case Event.ADOPTED if at_decode and entry.phase is not Phase.DECODING:
+                self._imply(entry, Event.ADOPTED, now_ns)
+                self.state.adopt(entry, now_ns)
             case Event.ENDED:
                 if not at_prefill:
-                    self._imply(entry, Event.ENDED)
-                self.state.leave(entry, Event.ENDED, "finished")
+                    self._imply(entry, Event.ENDED, now_ns)
+                    self._learn(entry, progress, now_ns)
+                self.state.leave(entry, Event.ENDED, "finished", now_ns)
             case _:
                 self.state.counters["stale_events"] += 1
         return []
+
+    def _learn(self, entry: Entry, progress: Progress, now_ns: int) -> None:
+        """From an answer that decode has ended."""
+        generated_tokens = progress.total_tokens - entry.request.prompt_tokens
+        if generated_tokens > 0:
+            entry.generated_tokens = generated_tokens
+            parking.finished(self.state, entry, now_ns)
 
     def _on_preempted(self, entry: Entry, progress: Progress, now_ns: int) -> None:
         if entry.chunk_seen or progress.computed_tokens > 0:
@@ -281,12 +355,12 @@ class RouterCore:
         entry.computed_tokens = max(entry.computed_tokens, progress.computed_tokens)
         self.state.requeue(entry, now_ns)
 
-    def _imply(self, entry: Entry, event: Event) -> None:
+    def _imply(self, entry: Entry, event: Event, now_ns: int) -> None:
         """Enter what must have come before decode's ``event``, though prefill's word is late."""
         if entry.phase is Phase.PREFILLING:
-            self.state.prefill_done(entry)
+            self.state.prefill_done(entry, now_ns)
         if entry.phase is Phase.HANDING_OFF and event is Event.ENDED:
-            self.state.adopt(entry)
+            self.state.adopt(entry, now_ns)
 
     def _unwanted(self, worker: Worker, request: RequestId, attempt: int) -> list[Command]:
         """A worker took up an attempt that is not its own to have; one given up is stopped."""
@@ -298,14 +372,24 @@ class RouterCore:
 
     # ── ways out ─────────────────────────────────────────────────────────────────────────────────
 
-    def _forget_worker(self, worker: Worker) -> list[Command]:
+    def _forget_worker(self, worker: Worker, now_ns: int) -> list[Command]:
         commands: list[Command] = []
-        for request in list(worker.held):
-            commands += lose(self.state, self.state.entries[request], worker.id)
+        for request in worker.held:
+            commands += lose(self.state, self.state.entries[request], worker.id, now_ns)
         self.state.fleet.remove(worker)
+        self._count_workers()
+        if self._binding is not None:
+            self._bind_again(worker.id, now_ns)
+            self.state.lines.drop(worker.id)
         return commands
 
-    def _lose_storeless(self) -> list[Command]:
+    def _count_workers(self) -> None:
+        for order in self.state.lines.all():
+            if isinstance(order, SkipJoin):
+                order.set_workers(self.state.fleet.prefill_count)
+        self._goal.set_workers(self.state.fleet.prefill_count)
+
+    def _lose_storeless(self, now_ns: int) -> list[Command]:
         """Parked requests whose blocks lie where no worker is left to reach them for us."""
         commands: list[Command] = []
         for request in list(self.state.parked):
@@ -313,7 +397,7 @@ class RouterCore:
             handoff = entry.handoff
             assert handoff is not None
             if not self.state.fleet.has_store(handoff.store):
-                commands += lose(self.state, entry, handoff.route.decode)
+                commands += lose(self.state, entry, handoff.route.decode, now_ns)
         return commands
 
 

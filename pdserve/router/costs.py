@@ -108,13 +108,16 @@ class Correction:
     """How much slower than predicted a worker is: measured over predicted time, fading.
 
     A quotient of two sums, so that long measurements count for more than short ones. Bounded, since
-    one odd measurement must not send everything elsewhere.
+    one odd measurement must not send everything elsewhere; unless the model is a mere belief.
     """
 
-    __slots__ = ("_measured_s", "_memory_s", "_predicted_s")
+    __slots__ = ("_bounded", "_measured_s", "_memory_s", "_predicted_s")
 
-    def __init__(self, *, prior_s: float = 0.25, memory_s: float = 8.0) -> None:
+    def __init__(
+        self, *, bounded: bool = True, prior_s: float = 0.25, memory_s: float = 8.0
+    ) -> None:
         """``prior_s`` of measurements outweigh the model, about ``memory_s`` are remembered."""
+        self._bounded = bounded
         self._memory_s = memory_s
         self._measured_s = self._predicted_s = prior_s
 
@@ -128,4 +131,5 @@ class Correction:
 
     @property
     def factor(self) -> float:
-        return min(SLOWEST, max(FASTEST, self._measured_s / self._predicted_s))
+        factor = self._measured_s / self._predicted_s
+        return min(SLOWEST, max(FASTEST, factor)) if self._bounded else factor

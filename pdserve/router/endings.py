@@ -8,18 +8,21 @@ stop, in one breath; where there is none, the next to come is.
 
 from pdserve.ids import WorkerId
 from pdserve.lifecycle import Event
-from pdserve.messages import Cancel, Handoff, Lost, Resume, Role
+from pdserve.messages import Cancel, Handoff, Lost, Resume
 from pdserve.router.commands import Command, ToGateway, ToWorker
-from pdserve.router.state import Entry, RouterState
+from pdserve.router.entry import Entry
+from pdserve.router.state import RouterState
 
 
-def drop(state: RouterState, entry: Entry, event: Event, counter: str) -> list[Command]:
+def drop(
+    state: RouterState, entry: Entry, event: Event, counter: str, now_ns: int
+) -> list[Command]:
     """Forget it here, and have it stopped wherever it may be."""
     # While it is prefilling, decode may have been handed it a moment ago.
-    holders = [holder for holder in (entry.prefill, entry.decode) if holder is not None]
+    holders = dict.fromkeys(h for h in (entry.prefill, entry.decode) if h is not None)
     handoff = entry.handoff
     attempt = entry.request.attempt
-    state.leave(entry, event, counter)
+    state.leave(entry, event, counter, now_ns)
     if handoff is not None:
         return free_ticket(state, handoff)
     return [
@@ -29,11 +32,11 @@ def drop(state: RouterState, entry: Entry, event: Event, counter: str) -> list[C
     ]
 
 
-def lose(state: RouterState, entry: Entry, worker: WorkerId) -> list[Command]:
+def lose(state: RouterState, entry: Entry, worker: WorkerId, now_ns: int) -> list[Command]:
     """Its worker cannot go on with it: the gateway is told, and the other end, if any."""
     commands: list[Command] = [
         command
-        for command in drop(state, entry, Event.WORKER_LOST, "lost")
+        for command in drop(state, entry, Event.WORKER_LOST, "lost", now_ns)
         if not (isinstance(command, ToWorker) and command.worker == worker)
     ]
     lost = Lost(entry.id, entry.request.attempt, worker)
@@ -41,14 +44,21 @@ def lose(state: RouterState, entry: Entry, worker: WorkerId) -> list[Command]:
 
 
 def free_ticket(state: RouterState, handoff: Handoff) -> list[Command]:
-    """Nobody will resume this. Preferably not where a later attempt is to run."""
+    """Nobody will resume this. Preferably not at a worker that drains, which might hand it back
+    before it reads the cancel, nor where a later attempt is to run."""
     request = handoff.request
-    workers = state.fleet.of(Role.DECODE)
+    workers = [worker for worker in state.fleet.all() if worker.decodes]
     if not workers:
         state.orphans.append(handoff)
         return []
     choice = min(
-        workers, key=lambda w: (request.request in w.held, w.id != handoff.route.decode, w.id)
+        workers,
+        key=lambda w: (
+            w.draining,
+            request.request in w.streams,
+            w.id != handoff.route.decode,
+            w.id,
+        ),
     )
     return [
         ToWorker(choice.id, Resume(handoff)),

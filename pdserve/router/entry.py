@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pdserve.ids import RequestId, WorkerId
+from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Decision, Handoff, Request
 
@@ -10,6 +10,8 @@ from pdserve.messages import Decision, Handoff, Request
 @dataclass(slots=True, eq=False)
 class Entry:
     request: Request
+    id: RequestId
+    total_tokens: int  # of its prompt and what earlier attempts delivered: what is prefilled
     order: int  # of arrival: who came first at equal times
     arrived_ns: int  # kept through preemptions
     deadline_ns: int
@@ -27,24 +29,19 @@ class Entry:
     preempted_count: int = 0
     parked_count: int = 0
     passed_over: int = 0  # later ones were dispatched before it because it fitted nowhere
+    deferred_ns: int | None = None  # since when it waits for a better worker than a free one
     preempting: bool = False  # a Preempt is on its way
+    watched: BlockKey | None = None  # while it waits: the next block that nobody has
     bound_to: WorkerId | None = None  # chosen on arrival, where placement is not late
     prefill: WorkerId | None = None
     prefilled_by: WorkerId | None = None  # which may yet fail to hand it over
     decode: WorkerId | None = None
     reserved_blocks: int = 0
+    context_tokens: int = 0  # counted at its decode worker
     adopted_ns: int = 0
     generated_tokens: int = 0  # by reports; of all attempts together
     handoff: Handoff | None = None  # while parked
     decisions: tuple[Decision, ...] = ()
-
-    @property
-    def id(self) -> RequestId:
-        return self.request.request
-
-    @property
-    def total_tokens(self) -> int:
-        return len(self.request.tokens)
 
     @property
     def uncomputed_tokens(self) -> int:

@@ -4,143 +4,300 @@ A *held* request is one this router sent there and has not seen leave: at a pref
 computes or is about to, at a decode worker what runs there or is on its way. Reports trail behind
 what was just sent, and know of work that a router before this one sent; so a worker is taken to be
 as busy as the larger of the two numbers says.
+
+What a choice compares (when a worker is free, how fast it is, what room it has) stands in arrays
+with one element per worker, its *slot*, so that the best of a thousand is found in microseconds.
+``refresh`` rewrites one worker's elements after anything about it has changed.
 """
 
-from collections.abc import Mapping
+import heapq
+import math
+from bisect import insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pdserve.clock import S
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.config import RouterConfig
 from pdserve.ids import RequestId, StoreId, WorkerId
 from pdserve.messages import Address, Hello, Report, Role
-from pdserve.router.placement import DecodeOption
-from pdserve.router.prefix_index import PrefixIndex
+from pdserve.router.costs import Correction, CostModel
+from pdserve.router.prefix_index import Hits, PrefixIndex
 
-HELD_MAX = 2
-"""Late binding: what a prefill worker runs, and one more to begin with at once afterwards."""
+HELD_MAX = 8
+"""Prompts at one prefill worker, however short."""
 
-RATE_PRIOR_TOKENS = 256
-"""How many measured tokens outweigh the configured rate."""
+SLOTS_GROW = 16
 
-RATE_MEMORY_TOKENS = 8192
-"""Older measurements fade: about so many tokens are remembered."""
+_ARRAYS = (
+    "start_ns",
+    "slow",
+    "closed",
+    "banned",
+    "room",
+    "step_ns",
+    "last_key_ns",
+    "streams",
+    "hands_off",
+)
 
-
-class PrefillRate:
-    """Tokens per second of prefill: measured, starting from what was configured.
-
-    A quotient of two sums, so that large chunks count for more than small ones.
-    """
-
-    def __init__(self, believed_tokens_per_s: int) -> None:
-        assert believed_tokens_per_s > 0
-        self._tokens = float(RATE_PRIOR_TOKENS)
-        self._elapsed_s = RATE_PRIOR_TOKENS / believed_tokens_per_s
-
-    def observe(self, tokens: int, elapsed_us: int) -> None:
-        assert tokens > 0
-        assert elapsed_us > 0
-        fade = max(0.0, 1 - tokens / RATE_MEMORY_TOKENS)
-        self._tokens = self._tokens * fade + tokens
-        self._elapsed_s = self._elapsed_s * fade + elapsed_us / 1e6
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self._tokens / self._elapsed_s
-
-    def work_ns(self, tokens: int) -> int:
-        return round(tokens * self._elapsed_s / self._tokens * S)
+Floats = NDArray[np.float64]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
     hello: Hello
+    slot: int
     last_heard_ns: int
-    rate: PrefillRate
+    correction: Correction
     free_blocks: int
+    prefills: bool  # may be sent prompts
+    decodes: bool  # may be sent hand-offs
     next_sequence: int | None = None  # of its reports; None before the first
     draining: bool = False
     running: int = 0  # by its last report, as are the next two
     waiting: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
-    held: dict[RequestId, None] = field(default_factory=dict)  # in the order they were sent
-    reserved_blocks: int = 0  # for those held that have not arrived yet
+    prompts: dict[RequestId, int] = field(default_factory=dict)
+    """To uncomputed tokens, in the order they were sent."""
+
+    streams: dict[RequestId, None] = field(default_factory=dict)
+    reserved_blocks: int = 0  # for streams that have not arrived yet
+    context_tokens: int = 0  # of all streams
+    free_at_ns: int = 0  # when it is predicted to be done with its prompts
 
     @property
     def id(self) -> WorkerId:
         return self.hello.worker
 
     @property
+    def held(self) -> list[RequestId]:
+        return [*self.prompts, *(r for r in self.streams if r not in self.prompts)]
+
+    @property
     def busy_count(self) -> int:
-        return max(len(self.held), self.running + self.waiting)
+        return max(len(self.prompts) + len(self.streams), self.running + self.waiting)
 
     @property
     def has_prefill_room(self) -> bool:
-        return not self.draining and self.busy_count < HELD_MAX
+        """Late binding: it takes the next prompts once what it has fits into one chunk, so that
+        they are there when that chunk is done."""
+        if not self.prefills or self.draining or len(self.prompts) >= HELD_MAX:
+            return False
+        if not self.decodes and self.running + self.waiting > HELD_MAX:
+            return False  # it has work from before we knew it
+        return sum(self.prompts.values()) <= self.hello.chunk_tokens
 
-    def chunk_ns(self) -> int:
-        return self.rate.work_ns(self.hello.chunk_tokens)
-
-    def decode_option(self) -> DecodeOption:
+    @property
+    def room_blocks(self) -> int:
+        """What a new stream may take, so that it and those there can each fill one more block
+        before somebody is parked; −1 when it takes none. One with nothing to do gives all."""
+        if not self.decodes or self.draining:
+            return -1
+        bound = max(len(self.streams), self.running + self.waiting if not self.prefills else 0)
+        if bound >= self.hello.running_max:
+            return -1
         free_blocks = self.free_blocks - self.reserved_blocks
-        return DecodeOption(
-            worker=self.id,
-            free_blocks=free_blocks,
-            used_blocks=self.hello.block_count - free_blocks,
-            bound=self.busy_count,
-            running_max=self.hello.running_max,
-        )
+        return free_blocks - (bound + 1 if bound else 0)
 
 
 class Fleet:
-    """All workers, by id; and, through the index, where blocks are."""
+    """All workers, by id and by slot; and, through the index, where blocks are."""
 
-    def __init__(self, *, believed_tokens_per_s: int) -> None:
-        self._believed_tokens_per_s = believed_tokens_per_s
-        self._workers: dict[WorkerId, Worker] = {}
-        self.rate = PrefillRate(believed_tokens_per_s)  # of all prefill workers together
+    def __init__(self, settings: RouterConfig, costs: CostModel) -> None:
+        self.costs = costs
         self.index = PrefixIndex()
+        self.correction = self._new_correction()  # of all prefill workers together
+        self.prefill_bits = 0  # bit set of the slots that may be sent prompts
+        self.open_count = 0  # workers with room for a prompt
+        self._mode = settings.mode
+        self.aggregated = settings.mode == "aggregated"
+        self.shares = settings.mode != "disaggregated"  # some workers do both
+        self.mixed = False  # more than one namespace
+        self._workers: dict[WorkerId, Worker] = {}
+        self._slots: list[Worker | None] = []
+        self._free: list[int] = []  # heap of slots without a worker
+        self._by_role: dict[Role, list[Worker]] = {role: [] for role in Role}
+        self._ordered: list[Worker] = []
+        self._largest: Hello | None = None  # the largest pool of those that decode
+        self.start_ns: Floats = np.empty(0)  # when it would begin with something new
+        self.slow: Floats = np.empty(0)  # how much slower it is than the cost model
+        self.closed: Floats = np.empty(0)  # 0 with room for a prompt, else infinite
+        self.banned: Floats = np.empty(0)  # 0 where prompts may go at all, else infinite
+        self.room: Floats = np.empty(0)  # blocks a new stream may take
+        self.step_ns: Floats = np.empty(0)  # predicted decode step with one stream more
+        self.last_key_ns: Floats = np.empty(0)  # of the last prompt in line, if it may yield
+        self.streams: Floats = np.empty(0)  # that a prompt here would hold up
+        self.hands_off: Floats = np.empty(0)  # 1 where prompts are handed to another worker
+
+    def _new_correction(self) -> Correction:
+        return Correction(bounded=self.costs.origin != "believed")
+
+    # ── who is there ─────────────────────────────────────────────────────────────────────────────
 
     def get(self, worker: WorkerId | None) -> Worker | None:
         return None if worker is None else self._workers.get(worker)
 
-    def of(self, role: Role) -> list[Worker]:
+    def at(self, slot: int) -> Worker:
+        worker = self._slots[slot]
+        assert worker is not None, f"no worker at slot {slot}"
+        return worker
+
+    def of(self, role: Role) -> Sequence[Worker]:
         """In the order of their ids, so that replayed traces stay identical."""
-        return [worker for _, worker in sorted(self._workers.items()) if worker.hello.role is role]
+        return self._by_role[role]
 
-    def all(self) -> list[Worker]:
-        return [worker for _, worker in sorted(self._workers.items())]
+    def all(self) -> Sequence[Worker]:
+        return self._ordered
 
-    def add(self, hello: Hello, now_ns: int) -> None:
+    @property
+    def prefill_count(self) -> int:
+        return self.prefill_bits.bit_count()
+
+    @property
+    def largest(self) -> Hello | None:
+        """What no worker's pool exceeds."""
+        return self._largest
+
+    def add(self, hello: Hello, now_ns: int) -> Worker:
         assert hello.worker not in self._workers, f"{hello.worker} is there already"
-        self._workers[hello.worker] = Worker(
+        slot = self._free_slot()
+        decodes = self._mode == "auto" or hello.role is Role.DECODE
+        prefilling = Role.DECODE if self.aggregated else Role.PREFILL
+        prefills = self._mode == "auto" or hello.role is prefilling
+        worker = Worker(
             hello=hello,
+            slot=slot,
             last_heard_ns=now_ns,
-            rate=PrefillRate(self._believed_tokens_per_s),
+            correction=self._new_correction(),
             free_blocks=hello.block_count,
+            prefills=prefills,
+            decodes=decodes,
+            free_at_ns=now_ns,
         )
+        self._slots[slot] = worker
+        self._workers[worker.id] = worker
+        if prefills:
+            self.prefill_bits |= 1 << slot
+        self.index.join(slot, hello.store_id)
+        insort(self._ordered, worker, key=_id_of)
+        insort(self._by_role[hello.role], worker, key=_id_of)
+        others = (self._ordered[0], self._ordered[-1])  # unless it is alone, one is another
+        self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
+        if hello.role is Role.DECODE:
+            self._largest = max(self._largest or hello, hello, key=_pool_tokens)
+        self.refresh(worker)
+        return worker
 
     def remove(self, worker: Worker) -> None:
+        slot = worker.slot
         del self._workers[worker.id]
-        self.index.forget(worker.id)
-        if not self._has_store_id(worker.hello.store_id):
-            self.index.forget(worker.hello.store_id)
+        self._slots[slot] = None
+        heapq.heappush(self._free, slot)
+        self.prefill_bits &= ~(1 << slot)
+        self._ordered.remove(worker)
+        self._by_role[worker.hello.role].remove(worker)
+        self.index.leave(slot, worker.hello.store_id)
+        self.open_count -= not self.closed[slot]
+        self._clear(slot)
+        self._recount()
+
+    def _recount(self) -> None:
+        decoding = [worker.hello for worker in self._by_role[Role.DECODE]]
+        self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
+        self._largest = max(decoding, key=_pool_tokens, default=None)
+
+    def _free_slot(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        first = len(self._slots)
+        self._slots += [None] * max(SLOTS_GROW, first)
+        for name in _ARRAYS:
+            setattr(self, name, np.resize(getattr(self, name), len(self._slots)))
+        for slot in range(first, len(self._slots)):
+            self._clear(slot)
+        self._free = list(range(first + 1, len(self._slots)))
+        return first
+
+    def _clear(self, slot: int) -> None:
+        self.start_ns[slot] = self.slow[slot] = self.step_ns[slot] = 1.0
+        self.closed[slot] = self.banned[slot] = math.inf
+        self.room[slot] = -1
+        self.last_key_ns[slot] = -math.inf
+        self.streams[slot] = self.hands_off[slot] = 0.0
+
+    # ── what changes ─────────────────────────────────────────────────────────────────────────────
 
     def apply(self, report: Report, worker: Worker) -> None:
         """Take over what a report says of the worker itself."""
-        if worker.next_sequence not in (None, report.sequence):
-            self.index.forget(worker.id)  # deltas were lost
+        if worker.next_sequence is not None and worker.next_sequence != report.sequence:
+            self.index.forget(worker.slot)  # deltas were lost
         worker.next_sequence = report.sequence + 1
         worker.draining = report.draining
         worker.running, worker.waiting = report.running, report.waiting
         worker.free_blocks = report.free_blocks
         worker.counters = report.counters
-        if worker.hello.role is Role.PREFILL:  # what lies in decode's pool is of no use to prefill
-            self.index.update(worker.id, report.blocks_added, report.blocks_removed)
-        self.index.update(worker.hello.store_id, report.store_added, report.store_removed)
+        if worker.prefills and (report.blocks_added or report.blocks_removed):
+            self.index.update(worker.slot, report.blocks_added, report.blocks_removed)
+        if report.store_added or report.store_removed:
+            self.index.update(worker.hello.store_id, report.store_added, report.store_removed)
+
+    def refresh(self, worker: Worker) -> None:
+        """Rewrite the worker's elements of the arrays."""
+        slot = worker.slot
+        if worker.prefills:
+            has_room = worker.has_prefill_room
+            self.open_count += has_room - (not self.closed[slot])
+            self.closed[slot] = 0.0 if has_room else math.inf
+            self.banned[slot] = math.inf if worker.draining else 0.0
+            self.slow[slot] = worker.correction.factor
+            self.start_ns[slot] = worker.free_at_ns
+            self.hands_off[slot] = worker.hello.role is Role.PREFILL
+        if worker.decodes:
+            self.room[slot] = worker.room_blocks
+            self.streams[slot] = len(worker.streams)
+            self.step_ns[slot] = self.costs.decode.step_ns(
+                len(worker.streams) + 1, worker.context_tokens
+            )
+
+    # ── predictions ──────────────────────────────────────────────────────────────────────────────
+
+    def work_ns(self, uncached_tokens: int, cached_tokens: int) -> int:
+        """A prefill at a worker of average speed."""
+        predicted_ns = self.costs.prefill_ns(uncached_tokens, cached_tokens)
+        return round(predicted_ns * self.correction.factor)
+
+    def hits(self, keys: Sequence[bytes]) -> Hits:
+        """Leading blocks that the workers which prefill can use."""
+        return self.index.hits(keys, self.prefill_bits)  # type: ignore[arg-type]
+
+    def slots_of(self, bits: int) -> NDArray[np.bool_]:
+        """A bit set of slots as a mask over the arrays."""
+        count = len(self._slots)
+        packed = np.frombuffer(bits.to_bytes(-(-count // 8), "little"), dtype=np.uint8)
+        return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)
 
     def has_store(self, store: Address) -> bool:
         """Whether any worker still speaks for that store node's host."""
         return any(worker.hello.store == store for worker in self._workers.values())
 
-    def _has_store_id(self, store_id: StoreId) -> bool:
-        return any(worker.hello.store_id == store_id for worker in self._workers.values())
+    def stores(self) -> set[StoreId]:
+        return {worker.hello.store_id for worker in self._workers.values()}
+
+    def check(self) -> None:
+        """Assert that arrays and workers agree. Linear; for tests."""
+        for slot, worker in enumerate(self._slots):
+            closed = worker is None or not worker.has_prefill_room
+            assert (self.closed[slot] == math.inf) == closed, f"slot {slot}"
+            room = -1 if worker is None else worker.room_blocks
+            assert self.room[slot] == room, f"slot {slot}"
+        assert self.open_count == sum(w.has_prefill_room for w in self.all())
+
+
+def _id_of(worker: Worker) -> WorkerId:
+    return worker.id
+
+
+def _pool_tokens(hello: Hello) -> int:
+    return hello.block_count * hello.block_tokens

@@ -1,85 +1,226 @@
-"""The two choices that make a route: a prefill worker, and a decode worker. Pure.
+"""Where a request goes: one price, in time, for every prefill worker; then a decode worker.
 
-A prefill worker's *price* is time: how long the request waits there, and how long its uncached
-part takes there. Cache hits and load in one currency, so neither needs a weight.
+    price(w) = wait at w + prefill of what w has not cached
+               + hand-off, if another worker is to decode + what its streams lose, if w decodes too
 
-A decode worker must have *room*, in sequences and in blocks. Blocks are counted for the tokens a
-request has now and a little growth, not for the most it might generate: what does not fit in the
-end is parked, and that is rarer than memory kept for tokens that never come.
+Cache hits, load, speed and interference in one currency, so none of them needs a weight. What a
+worker has cached is what its device pool and its host's store have together.
+
+Prices are compared over all workers at once, free or not. Where one that is not free yet would do
+the request cheaper and sooner (it has the prefix, say), the request is *deferred*: it waits for
+that worker; for no longer than it would gain, and never more than ``DEFER_MAX_NS``.
+
+A decode worker must have *room*, in sequences and in blocks, and is chosen by the step time it is
+predicted to have with one stream more. Blocks are counted for the tokens a request has now and a
+little growth, not for the most it might generate: what does not fit in the end is parked.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.ids import WorkerId
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.clock import MS, S
+from pdserve.router.entry import Entry
+from pdserve.router.fleet import Fleet, Floats, Worker
+from pdserve.router.prefix_index import Hits
+
+DEFER_MAX_NS = 1 * S
+
+KEPT_TOKENS_MAX = 16
+"""In ``auto`` mode a prefill worker may keep an answer of at most so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillOption:
-    """One prefill worker, in the eyes of one request."""
-
-    worker: WorkerId
-    wait_ns: int  # until it would begin there
-    work_ns: int  # of its uncached tokens, at that worker's rate
+class Choice:
+    prefill: Worker
+    decode: Worker
     cached_tokens: int
-    is_idle: bool
-    has_room: bool
-
-
-def choose_prefill(options: Sequence[PrefillOption]) -> PrefillOption | None:
-    """Where the request would be done first, or None: it had better wait.
-
-    It waits when a worker that is full now would still be done with it sooner than any that has
-    room; an idle worker, however, is never left idle. Ties go to the longer cached prefix, then to
-    the lower id.
-    """
-    ranked = sorted(options, key=lambda o: (o.wait_ns + o.work_ns, -o.cached_tokens, o.worker))
-    if ranked and ranked[0].has_room:
-        return ranked[0]
-    return next((option for option in ranked if option.is_idle and option.has_room), None)
+    uncached_tokens: int
+    work_ns: int  # at that worker
+    price_ns: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeOption:
-    """One decode worker. Blocks promised to requests on their way count as used."""
+class Deferred:
+    """It had better wait for a worker that is not free yet."""
 
-    worker: WorkerId
-    free_blocks: int
-    used_blocks: int
-    bound: int  # sequences that run there or are on their way
-    running_max: int
+    until_ns: int  # then it takes what is free
 
 
 def blocks_of(tokens: int, block_tokens: int) -> int:
     return -(-tokens // block_tokens)  # ceil
 
 
-def choose_decode(options: Sequence[DecodeOption], *, least_blocks: int) -> DecodeOption | None:
-    """The least loaded worker with room for a new request, or None. Ties go to the lower id."""
-    fitting = [option for option in options if _has_room(option, least_blocks)]
-    return min(fitting, key=lambda o: (o.used_blocks, o.worker), default=None)
+def usable_tokens(entry: Entry, blocks: int, block_tokens: int) -> int:
+    """Of so many cached leading blocks. What the request itself computed before it was preempted is
+    in the store, and counts wherever it goes; the last token is always computed."""
+    own_blocks = entry.computed_tokens // block_tokens
+    return min(max(blocks, own_blocks) * block_tokens, entry.total_tokens - 1)
 
 
-def choose_resume(
-    options: Sequence[DecodeOption], *, least_blocks: int, parked_by: WorkerId
-) -> DecodeOption | None:
-    """Where a parked request goes on, or None.
+def least_uncached(entry: Entry, hits: Hits, block_tokens: int) -> int:
+    """Tokens to compute at the worker that has most of them cached."""
+    blocks = hits[-1][0] if hits else 0
+    return entry.total_tokens - usable_tokens(entry, blocks, block_tokens)
 
-    The worker that parked it comes last, because it was short of blocks a moment ago.
+
+def choose_decode(fleet: Fleet, least_blocks: int, *, tpot_slo_ns: float | None) -> Worker | None:
+    """The worker with room whose step would be shortest, or None. Ties go to the lower slot."""
+    fits = _has_room(fleet, least_blocks)
+    if tpot_slo_ns is not None:
+        fits &= (fleet.step_ns <= tpot_slo_ns) | (fleet.step_ns <= fleet.costs.decode.step_ns(1, 0))
+    steps_ns = np.where(fits, fleet.step_ns, np.inf)
+    slot = int(steps_ns.argmin())
+    return fleet.at(slot) if steps_ns[slot] < np.inf else None
+
+
+def choose_resume(fleet: Fleet, least_blocks: int, *, parked_by: Worker | None) -> Worker | None:
+    """Where a parked request goes on, or None. The worker that parked it comes last, because it was
+    short of blocks a moment ago."""
+    steps_ns = np.where(_has_room(fleet, least_blocks), fleet.step_ns, np.inf)
+    slot = int(steps_ns.argmin())
+    if steps_ns[slot] == np.inf:
+        return None
+    if parked_by is not None and slot == parked_by.slot:
+        steps_ns[slot] = np.inf
+        other = int(steps_ns.argmin())
+        slot = other if steps_ns[other] < np.inf else slot
+    return fleet.at(slot)
+
+
+def _has_room(fleet: Fleet, least_blocks: int) -> NDArray[np.bool_]:
+    """The decode workers with room; a prefill worker decodes only what it keeps."""
+    has_room: NDArray[np.bool_] = fleet.room >= least_blocks
+    if fleet.shares:
+        has_room &= fleet.hands_off == 0
+    return has_room
+
+
+def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floats:
+    """What the request costs at each worker from the moment it begins there."""
+    # The widest group first, as a plain number; only what differs from it needs a mask.
+    widest = hits[0]
+    for hit in hits:
+        if hit[1].bit_count() > widest[1].bit_count():
+            widest = hit
+    works_ns: Floats | float = float(_work_ns(fleet, entry, widest[0], block_tokens))
+    if len(hits) > 1:
+        works_ns = np.full(len(fleet.start_ns), works_ns)
+        for hit in hits:
+            if hit is not widest:
+                works_ns[fleet.slots_of(hit[1])] = _work_ns(fleet, entry, hit[0], block_tokens)
+    if not fleet.shares:
+        return fleet.slow * works_ns
+    kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
+    own_ns = (fleet.slow + fleet.streams) * works_ns
+    own_ns += fleet.hands_off * fleet.costs.handoff.time_ns(kv_bytes)
+    return own_ns
+
+
+def _work_ns(fleet: Fleet, entry: Entry, blocks: int, block_tokens: int) -> int:
+    cached_tokens = usable_tokens(entry, blocks, block_tokens)
+    return fleet.costs.prefill_ns(entry.total_tokens - cached_tokens, cached_tokens)
+
+
+def place(
+    fleet: Fleet,
+    entry: Entry,
+    hits: Hits,
+    *,
+    block_tokens: int,
+    tpot_slo_ns: float | None,
+    now_ns: int,
+    only: Worker | None = None,
+) -> Choice | Deferred | None:
+    """The best route now, the advice to wait for a better one, or None: there is no room.
+
+    ``only``: the prefill worker to which it was bound.
     """
-    fitting = [option for option in options if _has_room(option, least_blocks)]
-    return min(
-        fitting, key=lambda o: (o.worker == parked_by, o.used_blocks, o.worker), default=None
+    least_blocks = blocks_of(entry.total_tokens + 1, block_tokens)
+    decode: Worker | None = None
+    if not fleet.aggregated:
+        decode = choose_decode(fleet, least_blocks, tpot_slo_ns=tpot_slo_ns)
+    if decode is None and not fleet.shares:
+        return None
+    own_ns = own_costs(fleet, entry, hits, block_tokens)
+    _rule_out(fleet, own_ns, decode, least_blocks)
+    done_ns = np.maximum(fleet.start_ns, now_ns)
+    done_ns += own_ns
+    if only is None:
+        opened_ns = done_ns + fleet.closed
+        slot = int(opened_ns.argmin())
+        if opened_ns[slot] == np.inf:
+            return None
+        if len(hits) > 1 or fleet.shares:
+            until_ns = _defer_until_ns(entry, own_ns, done_ns, slot, now_ns)
+            if until_ns > now_ns:
+                return Deferred(until_ns)
+    else:
+        slot = only.slot
+        if own_ns[slot] == np.inf:
+            return None
+    prefill = fleet.at(slot)
+    reason = "bound on arrival" if only is not None else "first done"
+    if fleet.shares and not fleet.hands_off[slot]:
+        decode, reason = prefill, f"{reason}, decodes too"
+    assert decode is not None
+    has_room = fleet.room[slot] >= least_blocks
+    if decode is not prefill and has_room and _keeps(fleet, entry, prefill, decode):
+        decode, reason = prefill, f"{reason}, keeps a short answer"
+    blocks = next(blocks for blocks, bits in hits if bits >> slot & 1)
+    cached_tokens = usable_tokens(entry, blocks, block_tokens)
+    work_ns = _work_ns(fleet, entry, blocks, block_tokens)
+    return Choice(
+        prefill=prefill,
+        decode=decode,
+        cached_tokens=cached_tokens,
+        uncached_tokens=entry.total_tokens - cached_tokens,
+        work_ns=round(work_ns * prefill.correction.factor),
+        price_ns=round(done_ns[slot]) - now_ns,
+        reason=reason,
     )
 
 
-def _has_room(option: DecodeOption, least_blocks: int) -> bool:
-    """Room for the blocks it needs now, and for one more for each sequence then there.
+def _rule_out(fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks: int) -> None:
+    """Price out the workers that draw no prompts, and those from which it could not go on."""
+    own_ns += fleet.banned
+    if fleet.shares:
+        # Who decodes it itself needs the room for it; who does not, needs somebody who has.
+        own_ns[(fleet.hands_off == 0) & (fleet.room < least_blocks)] = np.inf
+        if decode is None:
+            own_ns[fleet.hands_off == 1] = np.inf
+    elif fleet.mixed:
+        assert decode is not None
+        for worker in fleet.all():
+            if worker.hello.namespace != decode.hello.namespace:
+                own_ns[worker.slot] = np.inf
 
-    So every one of them can fill at least one more block before somebody is parked: no ping-pong.
-    A worker that has nothing else to do takes what fits.
+
+def _defer_until_ns(entry: Entry, own_ns: Floats, done_ns: Floats, slot: int, now_ns: int) -> int:
+    """Until when it is worth waiting for a worker that is not free, rather than take ``slot``.
+
+    Worth it is only what makes the request itself cheaper: its prefix, or no streams to hold up. A
+    shorter wait alone is a prediction, and being free is a fact.
     """
-    if option.bound >= option.running_max:
+    best = int(done_ns.argmin())
+    gain_ns = int(done_ns[slot] - done_ns[best])
+    if gain_ns < MS or own_ns[best] >= own_ns[slot]:
+        return now_ns
+    if entry.deferred_ns is None:
+        entry.deferred_ns = now_ns
+    return entry.deferred_ns + min(gain_ns, DEFER_MAX_NS)
+
+
+def _keeps(fleet: Fleet, entry: Entry, prefill: Worker, decode: Worker) -> bool:
+    """Whether a prefill worker had better generate a short answer itself: its steps, each of which
+    delays whoever waits there, against the hand-off and the other worker's longer steps."""
+    tokens = entry.request.stop.max_tokens
+    if tokens > KEPT_TOKENS_MAX:
         return False
-    growth_blocks = option.bound + 1 if option.bound else 0
-    return least_blocks + growth_blocks <= option.free_blocks
+    costs = fleet.costs
+    here_ns = tokens * costs.decode.step_ns(1, entry.total_tokens) * (1 + len(prefill.prompts))
+    there_ns = costs.handoff.time_ns(costs.kv_token_bytes * entry.total_tokens)
+    there_ns += round(tokens * fleet.step_ns[decode.slot])
+    return bool(here_ns < there_ns)

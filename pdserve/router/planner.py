@@ -1,85 +1,87 @@
 """What to do next, in this order: resume what is parked, dispatch what waits, preempt.
 
 *What has begun comes first*: while a request is parked for want of decode room, no new one is
-dispatched, so nothing new takes the room it waits for. The parked go in the order they came.
+dispatched, so nothing new takes the room it waits for.
 
-*Late binding*: a prefill worker is sent at most one request beyond the one it computes; all others
-wait here, where order is cheap to change. A route needs both ends, so a request also waits while no
-decode worker has room for it. Those behind it that fit may pass, but not more than
-``PASSED_OVER_MAX`` times: then everything waits for it.
+*Late binding*: a prefill worker is sent what fits into the chunk it computes next; all others wait
+here, where order is cheap to change. A route needs both ends, so a request also waits while no
+decode worker has room for it, or while the worker that has its prefix will be done sooner than a
+free one could be. Those behind it that fit may pass, but not more than ``PASSED_OVER_MAX`` times:
+then everything waits for it.
 
 *Preemption*: a prefill yields at a chunk boundary to one whose key is better than the key it would
 have itself for what is left of it, by more than a chunk; unless it is nearly done, or has yielded
-often enough. The one to yield to is either the next at the same worker, or the head of the queue
-when no worker has a place left for it: then the last in line somewhere is called back.
+often enough. The one to yield to is either the next at the same worker, or one at the head of the
+queue when no worker has a place left for it: then the worst of the last in line is called back.
 """
 
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from pdserve.clock import MS
 from pdserve.errors import ErrorInfo, OutOfBlocks, PromptTooLong
-from pdserve.ids import WorkerId
 from pdserve.lifecycle import Event
-from pdserve.messages import Dispatch, Preempt, Refused, Resume, Role, Route
+from pdserve.messages import Dispatch, Preempt, Refused, Resume, Route
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.endings import drop
+from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker
-from pdserve.router.placement import (
-    PrefillOption,
-    blocks_of,
-    choose_decode,
-    choose_prefill,
-    choose_resume,
-)
-from pdserve.router.state import Entry, RouterState
+from pdserve.router.orders.base import Order
+from pdserve.router.parking import resume_order, swaps
+from pdserve.router.placement import Choice, Deferred, blocks_of, choose_resume, place
+from pdserve.router.state import RouterState
 
-CANDIDATES_MAX = 16
+CANDIDATES_MAX = 32
 """How many waiting requests are looked at when those before them fit nowhere."""
 
 PASSED_OVER_MAX = 32
 """How often later requests may be dispatched before one that fits nowhere yet."""
+
+YIELDING_MAX = 8
+"""Prefills called back at once."""
 
 OUT_OF_BLOCKS_RETRY_MS = 1000
 
 
 def plan(state: RouterState, now_ns: int) -> list[Command]:
     """Every command that the books allow now; afterwards there is nothing left to do."""
-    commands = _resume_parked(state)
-    while not state.parked and (step := _next_step(state)) is not None:
-        commands += _take(state, step, now_ns)
-    return commands + _preempt(state)
+    state.look_again_ns = None
+    commands = swaps(state, now_ns) + _resume_parked(state, now_ns) if state.parked else []
+    if not state.parked:
+        commands += _dispatch_waiting(state, now_ns)
+    if state.settings.preemption:
+        commands += _preempt(state, now_ns)
+    state.touched.clear()
+    return commands
 
 
 # ── parked ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _resume_parked(state: RouterState) -> list[Command]:
+def _resume_parked(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
-    while state.parked:
-        entry = state.entries[next(iter(state.parked))]
-        handoff = entry.handoff
-        assert handoff is not None
-        if _is_hopeless(state, len(handoff.tokens)):
-            commands += _refuse_hopeless(state, entry, len(handoff.tokens))
+    for entry in resume_order(state, now_ns):
+        assert entry.handoff is not None
+        tokens = len(entry.handoff.tokens)
+        if _is_hopeless(state, tokens):
+            commands += _refuse_hopeless(state, entry, tokens, now_ns)
             continue
-        workers = _open_decodes(state)
-        least_blocks = _least_blocks(workers, len(handoff.tokens))
-        choice = choose_resume(
-            [worker.decode_option() for worker in workers],
-            least_blocks=least_blocks,
-            parked_by=handoff.route.decode,
+        decode = choose_resume(
+            state.fleet,
+            blocks_of(tokens + 1, state.block_tokens),
+            parked_by=state.fleet.get(entry.handoff.route.decode),
         )
-        if choice is None:
+        if decode is None:
             break
-        decode = _known(state, choice.worker)
-        state.resume(entry, decode, blocks=least_blocks)
+        handoff = state.resume(entry, decode, now_ns)
         route = replace(
             handoff.route,
             decode=decode.id,
             decode_address=decode.hello.address,
             decode_store=decode.hello.store,
         )
-        commands.append(ToWorker(decode.id, Resume(replace(handoff, route=route))))
+        timing = replace(handoff.timing, decisions=entry.decisions)
+        commands.append(ToWorker(decode.id, Resume(replace(handoff, route=route, timing=timing))))
     return commands
 
 
@@ -89,16 +91,8 @@ def _resume_parked(state: RouterState) -> list[Command]:
 @dataclass(frozen=True, slots=True)
 class _Send:
     entry: Entry
-    prefill: Worker
-    decode: Worker
-    blocks: int
-    passed: tuple[Entry, ...]  # better placed in the queue, but they fit nowhere
-
-
-@dataclass(frozen=True, slots=True)
-class _Demote:
-    entry: Entry
-    work_ns: int
+    choice: Choice
+    passed: tuple[Entry, ...]  # better placed in the queue, but they fit nowhere yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,155 +100,176 @@ class _Refuse:
     entry: Entry
 
 
-_Step = _Send | _Demote | _Refuse
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """Somebody's work is another than believed, and the order with it."""
 
 
-def _next_step(state: RouterState) -> _Step | None:
+def _dispatch_waiting(state: RouterState, now_ns: int) -> list[Command]:
+    commands: list[Command] = []
+    shared = state.lines.shared
+    while state.fleet.open_count and len(shared):
+        step = _next_step(state, shared, now_ns)
+        if step is None:
+            break
+        commands += _take(state, step, now_ns)
+    if len(state.lines) > len(shared):
+        commands += _dispatch_bound(state, now_ns)
+    return commands
+
+
+def _dispatch_bound(state: RouterState, now_ns: int) -> list[Command]:
+    """Those that were bound to a worker when they arrived: each waits for that one alone."""
+    commands: list[Command] = []
+    for worker in state.fleet.all():
+        if not worker.prefills:
+            continue
+        order = state.lines.own(worker.id)
+        while worker.has_prefill_room and len(order):
+            step = _next_step(state, order, now_ns, only=worker)
+            if step is None:
+                break
+            commands += _take(state, step, now_ns)
+    return commands
+
+
+def _next_step(
+    state: RouterState, order: Order, now_ns: int, *, only: Worker | None = None
+) -> _Send | _Refuse | _Again | None:
     """What becomes of the first waiting request of which anything can become; None: nothing."""
-    if not any(worker.has_prefill_room for worker in state.fleet.of(Role.PREFILL)):
-        return None
     passed: list[Entry] = []
-    for request in islice(state.queue.in_order(), CANDIDATES_MAX):
-        entry = state.entries[request]
-        if _is_hopeless(state, len(entry.request.tokens)):
+    tpot_slo_ms = state.settings.tpot_slo_ms
+    for entry in islice(order.ranked(now_ns), CANDIDATES_MAX):
+        if _is_hopeless(state, entry.total_tokens):
             return _Refuse(entry)
-        work_ns = state.least_work_ns(entry)
-        if state.ladder.level_of(work_ns) > entry.level:
-            return _Demote(entry, work_ns)  # the cached prefix it counted on is gone
-        send = _route(state, entry, tuple(passed))
-        if send is not None:
-            return send
-        if entry.passed_over >= PASSED_OVER_MAX:
+        hits = state.hits(entry)
+        if state.reconsider(entry, hits, now_ns):
+            return _Again()
+        choice = place(
+            state.fleet,
+            entry,
+            hits,
+            block_tokens=state.block_tokens,
+            tpot_slo_ns=None if tpot_slo_ms is None else tpot_slo_ms * MS,
+            only=only,
+            now_ns=now_ns,
+        )
+        if isinstance(choice, Choice):
+            return _Send(entry, choice, tuple(passed))
+        if isinstance(choice, Deferred):
+            state.look_again_ns = min(state.look_again_ns or choice.until_ns, choice.until_ns)
+        elif entry.passed_over >= PASSED_OVER_MAX:
             return None
         passed.append(entry)
     return None
 
 
-def _take(state: RouterState, step: _Step, now_ns: int) -> list[Command]:
+def _take(state: RouterState, step: _Send | _Refuse | _Again, now_ns: int) -> list[Command]:
     match step:
-        case _Refuse(entry):
-            return _refuse_hopeless(state, entry, len(entry.request.tokens))
-        case _Demote(entry, work_ns):
-            state.demote_waiting(entry, work_ns)
+        case _Again():
             return []
-        case _Send(entry, prefill, decode, blocks, passed):
+        case _Refuse(entry):
+            return _refuse_hopeless(state, entry, entry.total_tokens, now_ns)
+        case _Send(entry, choice, passed):
             for other in passed:
                 other.passed_over += 1
-            timing = state.dispatch(entry, prefill, decode, blocks=blocks, now_ns=now_ns)
-            route = Route(prefill.id, decode.id, decode.hello.address, decode.hello.store)
-            return [ToWorker(prefill.id, Dispatch(entry.request, route, timing))]
-
-
-def _route(state: RouterState, entry: Entry, passed: tuple[Entry, ...]) -> _Send | None:
-    workers = _open_decodes(state)
-    least_blocks = _least_blocks(workers, len(entry.request.tokens))
-    choice = choose_decode(
-        [worker.decode_option() for worker in workers], least_blocks=least_blocks
-    )
-    if choice is None:
-        return None
-    decode = _known(state, choice.worker)
-    options = [
-        _prefill_option(state, entry, worker)
-        for worker in state.fleet.of(Role.PREFILL)
-        if not worker.draining and worker.hello.namespace == decode.hello.namespace
-    ]
-    best = choose_prefill(options)
-    if best is None:
-        return None
-    return _Send(entry, _known(state, best.worker), decode, least_blocks, passed)
-
-
-def _prefill_option(state: RouterState, entry: Entry, worker: Worker) -> PrefillOption:
-    cached_tokens = state.cached_tokens(entry, worker)
-    key_ns = state.ladder.key_ns(entry.virtual_ns, entry.level)
-    wait_ns = 0
-    for request in worker.held:
-        ahead = state.entries[request]
-        yields = _yields(state, ahead, worker, key_ns)
-        wait_ns += worker.chunk_ns() if yields else worker.rate.work_ns(ahead.uncomputed_tokens)
-    return PrefillOption(
-        worker=worker.id,
-        wait_ns=wait_ns,
-        work_ns=worker.rate.work_ns(len(entry.request.tokens) - cached_tokens),
-        cached_tokens=cached_tokens,
-        is_idle=worker.busy_count == 0,
-        has_room=worker.has_prefill_room,
-    )
+            timing = state.dispatch(entry, choice, now_ns)
+            decode = choice.decode.hello
+            route = Route(choice.prefill.id, decode.worker, decode.address, decode.store)
+            return [ToWorker(choice.prefill.id, Dispatch(entry.request, route, timing))]
 
 
 # ── preemption ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _preempt(state: RouterState) -> list[Command]:
-    if not state.preempts:
-        return []
+def _preempt(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
-    for worker in state.fleet.of(Role.PREFILL):
-        held = [state.entries[request] for request in worker.held]
-        if len(held) > 1 and _yields(state, held[0], worker, state.key_now_ns(held[1])):
-            commands.append(_tell_to_yield(held[0], worker))
-    return commands + _call_back(state)
+    for name in state.touched:
+        worker = state.fleet.get(name)
+        if worker is None or not worker.prefills:
+            continue
+        if len(worker.prompts) > 1:
+            first, second = (state.entries[request] for request in islice(worker.prompts, 2))
+            if _yields(state, first, worker, second, now_ns):
+                commands.append(_tell_to_yield(state, first, worker))
+        _rank_last(state, worker, now_ns)
+    return commands + _call_back(state, now_ns)
 
 
-def _call_back(state: RouterState) -> list[Command]:
-    """Make a place for the head of the queue, if it beats somebody who is last in line.
+def _rank_last(state: RouterState, worker: Worker, now_ns: int) -> None:
+    """Enter how easily the last in line there would be called back."""
+    last = next(reversed(worker.prompts), None)
+    key_ns = float("-inf")
+    if last is not None:
+        entry = state.entries[last]
+        if entry.bound_to is None and _may_yield(state, entry, worker):
+            key_ns = state.lines.of(entry).key_ns(entry, now_ns)
+    state.fleet.last_key_ns[worker.slot] = key_ns
 
-    One at a time. What is called back gives up its decode reservation too, so it matters not
-    whether decode has room left.
+
+def _call_back(state: RouterState, now_ns: int) -> list[Command]:
+    """Make places for those that wait, where they beat the worst of those who are last in line.
+
+    What is called back gives up its decode reservation too, so it matters not whether decode has
+    room left. Each of those already told to yield makes a place for one before it.
     """
-    head = next(state.queue.in_order(), None)
-    if head is None or state.parked:
-        return []
-    entry = state.entries[head]
-    key_ns = state.ladder.key_ns(entry.virtual_ns, entry.level)
-    places = [worker for worker in state.fleet.of(Role.PREFILL) if worker.held]
-    lasts = [(state.entries[next(reversed(worker.held))], worker) for worker in places]
-    if any(last.preempting for last, _ in lasts):
-        return []
-    beaten = [(last, worker) for last, worker in lasts if _yields(state, last, worker, key_ns)]
-    if not beaten:
-        return []
-    last, worker = max(beaten, key=lambda pair: (state.key_now_ns(pair[0]), pair[0].order))
-    return [_tell_to_yield(last, worker)]
+    shared, fleet = state.lines.shared, state.fleet
+    commands: list[Command] = []
+    if state.parked or not len(fleet.last_key_ns):
+        return commands
+    while (told := len(state.yielding)) < min(YIELDING_MAX, len(shared)):
+        slot = int(fleet.last_key_ns.argmax())
+        if fleet.last_key_ns[slot] == float("-inf"):
+            break
+        entry = next(islice(shared.ranked(now_ns), told, None), None)
+        if entry is None or entry.deferred_ns is not None:
+            break
+        worker = fleet.at(slot)
+        last = state.entries[next(reversed(worker.prompts))]
+        if not _yields(state, last, worker, entry, now_ns):
+            break
+        fleet.last_key_ns[slot] = float("-inf")
+        commands.append(_tell_to_yield(state, last, worker))
+    return commands
 
 
-def _yields(state: RouterState, entry: Entry, worker: Worker, to_key_ns: int) -> bool:
-    """Whether a dispatched prefill should stop for another one with that key."""
+def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
     return (
-        state.preempts
-        and not entry.preempting
+        not entry.preempting
         and entry.preempted_count < state.settings.preempted_max
         and entry.uncomputed_tokens > worker.hello.chunk_tokens
-        and to_key_ns + worker.chunk_ns() < state.key_now_ns(entry)
+        and state.lines.of(entry).preempts
     )
 
 
-def _tell_to_yield(entry: Entry, worker: Worker) -> Command:
+def _yields(state: RouterState, entry: Entry, worker: Worker, waiting: Entry, now_ns: int) -> bool:
+    """Whether a dispatched prefill should stop for another one, of the same line."""
+    order = state.lines.of(entry)
+    if order is not state.lines.of(waiting) or not _may_yield(state, entry, worker):
+        return False
+    chunk_ns = state.fleet.costs.prefill_ns(worker.hello.chunk_tokens)
+    margin_ns = round(chunk_ns * worker.correction.factor)
+    return order.yields(entry, waiting, margin_ns, now_ns)
+
+
+def _tell_to_yield(state: RouterState, entry: Entry, worker: Worker) -> Command:
     entry.preempting = True
+    state.yielding[entry.id] = None
     return ToWorker(worker.id, Preempt(entry.id, entry.request.attempt))
 
 
 # ── decode room ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _open_decodes(state: RouterState) -> list[Worker]:
-    return [worker for worker in state.fleet.of(Role.DECODE) if not worker.draining]
-
-
-def _least_blocks(workers: list[Worker], tokens: int) -> int:
-    """For the tokens there are and the next one; block sizes agree within a cluster."""
-    return max((blocks_of(tokens + 1, w.hello.block_tokens) for w in workers), default=0)
-
-
 def _is_hopeless(state: RouterState, tokens: int) -> bool:
     """Whether there are decode workers, and it would not fit into any of them, however empty."""
-    sizes = [w.hello.block_count * w.hello.block_tokens for w in state.fleet.of(Role.DECODE)]
-    return bool(sizes) and tokens + 1 > max(sizes)
+    largest = state.fleet.largest
+    return largest is not None and tokens + 1 > largest.block_count * largest.block_tokens
 
 
-def _refuse_hopeless(state: RouterState, entry: Entry, tokens: int) -> list[Command]:
-    largest = max(state.fleet.of(Role.DECODE), key=lambda worker: worker.hello.block_count).hello
+def _refuse_hopeless(state: RouterState, entry: Entry, tokens: int, now_ns: int) -> list[Command]:
+    largest = state.fleet.largest
+    assert largest is not None
     error: OutOfBlocks | PromptTooLong
     if tokens > entry.request.prompt_tokens:
         error = OutOfBlocks(
@@ -265,11 +280,5 @@ def _refuse_hopeless(state: RouterState, entry: Entry, tokens: int) -> list[Comm
     else:
         error = PromptTooLong(tokens, largest.block_count * largest.block_tokens)
     refused = Refused(entry.id, entry.request.attempt, ErrorInfo.of(error))
-    commands = drop(state, entry, Event.GAVE_UP, "refused")
+    commands = drop(state, entry, Event.GAVE_UP, "refused", now_ns)
     return [*commands, ToGateway(entry.request.reply_to, refused)]
-
-
-def _known(state: RouterState, worker: WorkerId) -> Worker:
-    found = state.fleet.get(worker)
-    assert found is not None, f"{worker} was just chosen among those known"
-    return found

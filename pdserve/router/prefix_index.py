@@ -1,44 +1,124 @@
 """Who has which blocks, as far as their reports say. A hint: stale entries cost time, never bytes.
 
-A *location* is a worker's device pool or a host's store; to this file they are names. A prefix is
-usable at a set of locations up to the first block that none of them has. Deltas come with a
-worker's reports; where one was lost, the router forgets the location and learns it anew.
+A *location* is a worker's device pool or a host's store. Workers have small numbers, *slots*, and
+the index keeps for every block a bit set of the slots that can use it: those whose own pool has it,
+and those on the host whose store has it. Walking along a prompt's keys and intersecting the sets
+gives, for all workers at once, how long a prefix each one has; the walk ends where nobody has the
+next block.
+
+Deltas come with a worker's reports; where one was lost, the router forgets the location and learns
+it anew.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from pdserve.ids import BlockKey
+from pdserve.ids import BlockKey, StoreId
 
 LOCATION_KEYS_MAX = 1 << 18
 """Keys remembered per location; beyond, those added first are forgotten (which is a miss)."""
+
+Hits = tuple[tuple[int, int], ...]
+"""Pairs (blocks, bit set of slots): these workers have so many leading blocks. Sets are disjoint,
+block counts strictly ascend; together they cover the slots asked for."""
+
+
+@dataclass(slots=True)
+class _Location:
+    readers: int  # bit set of slots
+    keys: dict[BlockKey, None]  # oldest first
 
 
 class PrefixIndex:
     def __init__(self, *, location_keys_max: int = LOCATION_KEYS_MAX) -> None:
         assert location_keys_max > 0
         self._location_keys_max = location_keys_max
-        self._keys: dict[str, dict[BlockKey, None]] = {}  # oldest first
+        self._locations: dict[int | StoreId, _Location] = {}
+        self._in_pools: dict[BlockKey, int] = {}
+        self._in_stores: dict[BlockKey, int] = {}
 
-    def update(self, location: str, added: Iterable[BlockKey], removed: Iterable[BlockKey]) -> None:
+    # ── locations ────────────────────────────────────────────────────────────────────────────────
+
+    def join(self, slot: int, store: StoreId) -> None:
+        """The worker at ``slot`` uses its own pool and that store."""
+        assert slot not in self._locations, f"slot {slot} is taken"
+        self._locations[slot] = _Location(1 << slot, {})
+        at_store = self._locations.setdefault(store, _Location(0, {}))
+        self._read_by(at_store, at_store.readers | 1 << slot)
+
+    def leave(self, slot: int, store: StoreId) -> None:
+        self.forget(slot)
+        del self._locations[slot]
+        at_store = self._locations[store]
+        self._read_by(at_store, at_store.readers & ~(1 << slot))
+        if not at_store.readers:
+            del self._locations[store]
+
+    def _read_by(self, at_store: _Location, readers: int) -> None:
+        # Another store of the same host (an earlier incarnation) may hold the same keys: bits are
+        # set and cleared for this store's readers alone.
+        for key in at_store.keys:
+            others = self._in_stores.get(key, 0) & ~at_store.readers
+            _put(self._in_stores, key, others | readers)
+        at_store.readers = readers
+
+    # ── deltas ───────────────────────────────────────────────────────────────────────────────────
+
+    def update(
+        self, location: int | StoreId, added: Iterable[BlockKey], removed: Iterable[BlockKey]
+    ) -> None:
         """Removed first: a block that went and came again within one report is there."""
-        keys = self._keys.setdefault(location, {})
+        at = self._locations.get(location)
+        if at is None:
+            return
+        bits = self._bits_of(location)
         for key in removed:
-            keys.pop(key, None)
+            if key in at.keys:
+                del at.keys[key]
+                _put(bits, key, bits.get(key, 0) & ~at.readers)
         for key in added:
-            keys[key] = None
-        while len(keys) > self._location_keys_max:
-            del keys[next(iter(keys))]
+            at.keys[key] = None
+            bits[key] = bits.get(key, 0) | at.readers
+        while len(at.keys) > self._location_keys_max:
+            oldest = next(iter(at.keys))
+            del at.keys[oldest]
+            _put(bits, oldest, bits.get(oldest, 0) & ~at.readers)
 
-    def forget(self, location: str) -> None:
-        self._keys.pop(location, None)
+    def forget(self, location: int | StoreId) -> None:
+        at = self._locations.get(location)
+        if at is not None:
+            self.update(location, (), tuple(at.keys))
 
-    def prefix_blocks(self, keys: Sequence[BlockKey], locations: Iterable[str]) -> int:
-        """How many leading blocks are at one of these locations each."""
-        known = [self._keys[location] for location in locations if location in self._keys]
-        for count, key in enumerate(keys):
-            if not any(key in at for at in known):
-                return count
-        return len(keys)
+    # ── questions ────────────────────────────────────────────────────────────────────────────────
 
-    def key_count(self, location: str) -> int:
-        return len(self._keys.get(location, ()))
+    def hits(self, keys: Sequence[BlockKey], slots: int) -> Hits:
+        """How many leading blocks each of the workers in the bit set ``slots`` can use."""
+        in_pools, in_stores = self._in_pools, self._in_stores
+        found = []
+        left = slots
+        blocks = 0
+        for key in keys:
+            here = (in_pools.get(key, 0) | in_stores.get(key, 0)) & left
+            if here != left:
+                found.append((blocks, left & ~here))
+                left = here
+                if not left:
+                    return tuple(found)
+            blocks += 1
+        if left:
+            found.append((blocks, left))
+        return tuple(found)
+
+    def key_count(self, location: int | StoreId) -> int:
+        at = self._locations.get(location)
+        return 0 if at is None else len(at.keys)
+
+    def _bits_of(self, location: int | StoreId) -> dict[BlockKey, int]:
+        return self._in_pools if isinstance(location, int) else self._in_stores
+
+
+def _put(bits: dict[BlockKey, int], key: BlockKey, slots: int) -> None:
+    if slots:
+        bits[key] = slots
+    else:
+        bits.pop(key, None)

@@ -37,12 +37,24 @@ class DecodeLoad:
 
 
 def wanted_replicas(
-    role: Role, snapshot: RouterSnapshot, settings: AutoscalingConfig, *, current: int
+    role: Role,
+    snapshot: RouterSnapshot,
+    settings: AutoscalingConfig,
+    *,
+    current: int,
+    aggregated: bool = False,
 ) -> int:
-    """How many workers the pool of ``role`` should have, given that it is to have ``current``."""
+    """How many workers the pool of ``role`` should have, given that it is to have ``current``.
+
+    ``aggregated``: one pool does both, and needs what the busier of its two jobs needs.
+    """
     if role is Role.PREFILL:
-        return wanted_prefill(prefill_load(snapshot), settings, current=current)
-    return wanted_decode(decode_load(snapshot), settings, current=current)
+        return wanted_prefill(prefill_load(snapshot, role), settings, current=current)
+    wanted = wanted_decode(decode_load(snapshot), settings, current=current)
+    if aggregated:
+        waiting = wanted_prefill(prefill_load(snapshot, role), settings, current=current)
+        wanted = max(wanted, waiting)
+    return wanted
 
 
 def wanted_prefill(load: PrefillLoad, settings: AutoscalingConfig, *, current: int) -> int:
@@ -62,14 +74,15 @@ def wanted_decode(load: DecodeLoad, settings: AutoscalingConfig, *, current: int
     return current
 
 
-def prefill_load(snapshot: RouterSnapshot) -> PrefillLoad:
+def prefill_load(snapshot: RouterSnapshot, role: Role) -> PrefillLoad:
+    """Of the pool of ``role``, which computes prompts."""
     return PrefillLoad(
         oldest_wait_ms=snapshot.oldest_wait_ms,
         queued=sum(snapshot.queue_lengths),
         busy_workers=sum(
             max(worker.held, worker.running + worker.waiting) > 0
             for worker in snapshot.workers
-            if worker.role is Role.PREFILL
+            if worker.role is role
         ),
     )
 

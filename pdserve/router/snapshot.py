@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pdserve.clock import MS
+from pdserve.clock import MS, S
 from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Role
@@ -42,22 +42,30 @@ class RouterSnapshot:
 
 def snapshot_of(state: RouterState, now_ns: int) -> RouterSnapshot:
     """Linear in live requests and workers; for a few times a second."""
-    waiting = [state.entries[request] for request in state.queue.in_order()]
+    waiting = [entry for entry in state.entries.values() if entry.phase is Phase.QUEUED]
     oldest = min(waiting, key=lambda entry: (entry.queued_at_ns, entry.order), default=None)
     phases = dict.fromkeys(map(str, Phase), 0)
     for entry in state.entries.values():
         phases[str(entry.phase)] += 1
     return RouterSnapshot(
         workers=tuple(_worker(worker) for worker in state.fleet.all()),
-        queue_lengths=state.queue.lengths(),
+        queue_lengths=state.lines.lengths(),
         queued_work_ms=state.queued_work_ns // MS,
         oldest_wait_ms=0 if oldest is None else (now_ns - oldest.queued_at_ns) // MS,
         oldest_request=None if oldest is None else oldest.id,
         parked=len(state.parked),
         phases=phases,
-        prefill_tokens_per_s=round(state.fleet.rate.tokens_per_s),
+        prefill_tokens_per_s=_tokens_per_s(state),
         counters=dict(sorted(state.counters.items())),
     )
+
+
+RATE_TOKENS = 1024
+"""The length of prompt whose speed is shown."""
+
+
+def _tokens_per_s(state: RouterState) -> int:
+    return round(RATE_TOKENS * S / state.fleet.work_ns(RATE_TOKENS, 0))
 
 
 def _worker(worker: Worker) -> WorkerSnapshot:

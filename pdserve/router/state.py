@@ -1,127 +1,72 @@
 """Every request the router knows, each in exactly one place, and the moves between places.
 
-    QUEUED                 in the queue
-    PREFILLING             held by its prefill worker, and by its decode worker with blocks reserved
-    HANDING_OFF            held by its decode worker, with blocks reserved
-    DECODING               held by its decode worker, whose own reports count its blocks
+    QUEUED                 in a line: the shared one, or that of the worker it was bound to
+    PREFILLING             among its prefill worker's prompts, and its decode worker's streams, with
+                           blocks reserved
+    HANDING_OFF            among its decode worker's streams, with blocks reserved
+    DECODING               among its decode worker's streams, whose own reports count its blocks
     PARKED                 in the line of the parked, with its hand-off
 
 Nothing here decides; it keeps the books, and ``check`` audits them. A request that ends, is lost,
 refused or cancelled leaves through ``leave``, from wherever it is.
 """
 
-import heapq
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from pdserve.clock import MS
 from pdserve.config import RouterConfig
 from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.lifecycle import TERMINAL, Event, Phase, advance
-from pdserve.messages import ChunkDone, Handoff, Request, Role, Timing
+from pdserve.messages import ChunkDone, Decision, Handoff, Request, Timing
+from pdserve.router.costs import CostModel
+from pdserve.router.deadlines import Deadlines
+from pdserve.router.decode_base import DecodeOrder
+from pdserve.router.entry import Entry
 from pdserve.router.fleet import Fleet, Worker
-from pdserve.router.levels import Ladder, LevelQueue
+from pdserve.router.lines import Lines
+from pdserve.router.orders.base import Order
+from pdserve.router.placement import Choice, blocks_of, least_uncached
+from pdserve.router.prefix_index import Hits
 
 ORPHANS_MAX = 1024
 """Tickets remembered while no decode worker is there to free them; beyond, the oldest is left to
 its store."""
 
-DEAD_DEADLINES_MAX = 64
-"""Deadlines of requests that are over, kept beyond as many as there are live ones."""
-
-
-@dataclass(slots=True)
-class Entry:
-    """One live attempt of one request."""
-
-    request: Request
-    order: int  # of arrival
-    virtual_ns: int  # virtual arrival; kept through preemptions
-    queued_at_ns: int  # when the wait now running began
-    phase: Phase = Phase.QUEUED
-    level: int = 0
-    floor_level: int = 0  # it was demoted: no level above this one any more
-    level_served_us: int = 0  # compute time it got since it is in its level
-    work_ns: int = 0  # predicted, when it was queued
-    computed_tokens: int = 0  # by chunk reports: KV exists for so many
-    cached_tokens: int = 0  # predicted for the prefill worker that holds it
-    chunk_seen: bool = False  # since its last dispatch
-    dispatched_ns: int = 0
-    queued_us: int = 0  # all waits together
-    prefill_us: int = 0  # all stretches that were preempted, together
-    preempted_count: int = 0
-    passed_over: int = 0  # later ones were dispatched before it because it fitted nowhere
-    preempting: bool = False  # a Preempt is on its way
-    prefill: WorkerId | None = None
-    prefilled_by: WorkerId | None = None  # which may yet fail to hand it over
-    decode: WorkerId | None = None
-    reserved_blocks: int = 0
-    handoff: Handoff | None = None  # while parked
-
-    @property
-    def id(self) -> RequestId:
-        return self.request.request
-
-    @property
-    def uncomputed_tokens(self) -> int:
-        """Of its prefill; at least 1, because the last token is always computed."""
-        known_tokens = max(self.computed_tokens, self.cached_tokens)
-        return max(1, len(self.request.tokens) - known_tokens)
-
-
-class Deadlines:
-    """When which request must be over. Removal is lazy; the heap stays within twice its use."""
-
-    def __init__(self) -> None:
-        self._instants: dict[RequestId, int] = {}
-        self._heap: list[tuple[int, RequestId]] = []
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def add(self, request: RequestId, deadline_ns: int) -> None:
-        self._instants[request] = deadline_ns
-        heapq.heappush(self._heap, (deadline_ns, request))
-
-    def remove(self, request: RequestId) -> None:
-        self._instants.pop(request, None)
-        if len(self._heap) > 2 * len(self._instants) + DEAD_DEADLINES_MAX:
-            self._heap = [(instant, request) for request, instant in self._instants.items()]
-            heapq.heapify(self._heap)
-
-    def next_ns(self) -> int | None:
-        while self._heap and self._instants.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-    def due(self, now_ns: int) -> list[RequestId]:
-        """Takes out those whose deadline has passed, earliest first."""
-        passed = []
-        while (instant_ns := self.next_ns()) is not None and instant_ns <= now_ns:
-            _, request = heapq.heappop(self._heap)
-            del self._instants[request]
-            passed.append(request)
-        return passed
+DECISIONS_MAX = 8
+"""Of one request, the latest."""
 
 
 class RouterState:
-    def __init__(self, settings: RouterConfig, *, unix_zero_ms: int) -> None:
+    def __init__(
+        self,
+        settings: RouterConfig,
+        costs: CostModel,
+        *,
+        new_order: Callable[[Counter[str]], Order],
+        decode_order: DecodeOrder,
+        oracle: Callable[[RequestId], int] | None,
+        unix_zero_ms: int,
+    ) -> None:
         self.settings = settings
-        self.ladder = Ladder.of(settings)
-        self.queue = LevelQueue(self.ladder)
-        self.fleet = Fleet(believed_tokens_per_s=settings.prefill_tokens_per_s)
+        self.counters: Counter[str] = Counter()
+        self.fleet = Fleet(settings, costs)
+        self.lines = Lines(lambda: new_order(self.counters))
+        self.decode_order = decode_order
+        self.oracle = oracle
+        self.ask_swaps_ns = 0  # not before
         self.entries: dict[RequestId, Entry] = {}
         self.parked: dict[RequestId, None] = {}  # first parked, first resumed
+        self.yielding: dict[RequestId, None] = {}  # prefills told to yield, and not back yet
+        self.touched: dict[WorkerId, None] = {}  # workers whose prompts changed
+        self._watchers: dict[BlockKey, list[Entry]] = {}  # who waits, and lacks this block next
+        self.look_again_ns: int | None = None  # when somebody has waited enough for a better worker
         self.deadlines = Deadlines()
-        self.counters: Counter[str] = Counter()
         self.orphans: deque[Handoff] = deque(maxlen=ORPHANS_MAX)  # tickets to be freed
         self.queued_work_ns = 0
+        self.bound_work_ns: Counter[WorkerId | None] = Counter()  # the same, by line
         self._unix_zero_ms = unix_zero_ms
         self._order = 0
-
-    @property
-    def preempts(self) -> bool:
-        return self.settings.preemption and self.settings.policy != "fcfs"
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -133,73 +78,111 @@ class RouterState:
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
-    def cached_tokens(self, entry: Entry, worker: Worker) -> int:
-        """Leading tokens that this worker would not have to compute, as far as we know.
+    @property
+    def block_tokens(self) -> int:
+        """Block sizes agree within a cluster; 1 where nobody is there to say."""
+        largest = self.fleet.largest
+        return 1 if largest is None else largest.block_tokens
 
-        What the request itself computed before it was preempted is in the store, and counts
-        wherever it goes.
-        """
-        hello = worker.hello
-        keys: tuple[BlockKey, ...] = entry.request.block_keys
-        blocks = self.fleet.index.prefix_blocks(keys, (hello.worker, hello.store_id))
-        own_blocks = entry.computed_tokens // hello.block_tokens
-        tokens = max(blocks, own_blocks) * hello.block_tokens
-        return min(tokens, len(entry.request.tokens) - 1)
+    def hits(self, entry: Entry) -> Hits:
+        return self.fleet.hits(entry.request.block_keys)
 
-    def least_work_ns(self, entry: Entry) -> int:
-        """Its prefill at the worker that has most of it cached."""
-        workers = self.fleet.of(Role.PREFILL)
-        cached = max((self.cached_tokens(entry, worker) for worker in workers), default=0)
-        return self.fleet.rate.work_ns(len(entry.request.tokens) - cached)
-
-    def remaining_ns(self, entry: Entry) -> int:
-        return self.fleet.rate.work_ns(entry.uncomputed_tokens)
-
-    def key_now_ns(self, entry: Entry) -> int:
-        """Its key as if it joined now: it rises through the levels as its work shrinks."""
-        level = max(entry.floor_level, self.ladder.level_of(self.remaining_ns(entry)))
-        return self.ladder.key_ns(entry.virtual_ns, level)
+    def predict(self, entry: Entry, hits: Hits) -> None:
+        """Its work, at the worker that has most of it cached; to be looked at again once somebody
+        has the next block."""
+        keys = entry.request.block_keys
+        blocks = hits[-1][0] if hits else 0
+        entry.watched = keys[blocks] if blocks < len(keys) else None
+        if entry.watched is not None:
+            self._watchers.setdefault(entry.watched, []).append(entry)
+        uncached_tokens = least_uncached(entry, hits, self.block_tokens)
+        entry.uncached_tokens = uncached_tokens
+        cached_tokens = entry.total_tokens - uncached_tokens
+        entry.work_ns = self.fleet.work_ns(uncached_tokens, cached_tokens)
 
     # ── moves ────────────────────────────────────────────────────────────────────────────────────
 
     def admit(self, request: Request, now_ns: int) -> Entry:
-        entry = Entry(request, self._order, virtual_ns=now_ns, queued_at_ns=now_ns)
+        entry = Entry(
+            request,
+            request.request,
+            len(request.tokens),
+            self._order,
+            arrived_ns=now_ns,
+            deadline_ns=self.deadline_ns(request),
+            queued_at_ns=now_ns,
+        )
         self._order += 1
         self.entries[entry.id] = entry
-        self.deadlines.add(entry.id, self.deadline_ns(request))
-        entry.work_ns = self.least_work_ns(entry)
-        entry.level = self.ladder.level_of(entry.work_ns)
-        if entry.level > 0:
-            self.counters["skips"] += 1
-        self._join(entry)
+        self.deadlines.add(entry.id, entry.deadline_ns)
+        self.predict(entry, self.hits(entry))
         return entry
 
-    def demote(self, entry: Entry, level: int) -> None:
-        """It needs, or took, more than its level's quantum."""
-        assert level > entry.level
-        entry.level = entry.floor_level = level
-        entry.level_served_us = 0
-        self.counters["demotions"] += 1
+    def enqueue(self, entry: Entry, bound_to: WorkerId | None, now_ns: int) -> None:
+        entry.bound_to = bound_to
+        if bound_to is not None:
+            self.lines.own(bound_to)
+        self.lines.of(entry).push(entry, now_ns)
+        self._count(entry, 1)
 
-    def demote_waiting(self, entry: Entry, work_ns: int) -> None:
-        self._depart(entry)
-        entry.work_ns = work_ns
-        self.demote(entry, self.ladder.level_of(work_ns))
-        self._join(entry)
+    def unbind(self, entry: Entry) -> None:
+        """The worker it waited for is gone."""
+        self.lines.of(entry).remove(entry)
+        self.lines.of(entry).forget(entry)
+        self._unqueue(entry)
+        entry.bound_to = None
 
-    def dispatch(
-        self, entry: Entry, prefill: Worker, decode: Worker, *, blocks: int, now_ns: int
-    ) -> Timing:
-        self._depart(entry)
+    def reconsider(self, entry: Entry, hits: Hits, now_ns: int) -> bool:
+        """What of it is cached has changed while it waited: its work is another. Whether so."""
+        if least_uncached(entry, hits, self.block_tokens) == entry.uncached_tokens:
+            return False
+        self._unqueue(entry)
+        self.predict(entry, hits)
+        self._count(entry, 1)
+        self.lines.of(entry).refresh(entry, now_ns)
+        return True
+
+    def blocks_came(self, added: Iterable[BlockKey], now_ns: int) -> None:
+        """Workers have blocks that they did not have: those who wait for them have less to do."""
+        for key in added:
+            for entry in self._watchers.pop(key, ()):
+                if entry.watched == key and entry.phase is Phase.QUEUED:
+                    self.reconsider(entry, self.hits(entry), now_ns)
+
+    def dispatch(self, entry: Entry, choice: Choice, now_ns: int) -> Timing:
+        order = self.lines.of(entry)
+        order.dispatched(entry, now_ns)
+        order.remove(entry)
+        self._unqueue(entry)
         entry.phase = advance(entry.phase, Event.DISPATCHED)
-        entry.cached_tokens = self.cached_tokens(entry, prefill)
-        entry.queued_us += (now_ns - entry.queued_at_ns) // 1000
+        entry.cached_tokens = choice.cached_tokens
+        entry.uncached_tokens = choice.uncached_tokens
+        waited_us = (now_ns - entry.queued_at_ns) // 1000
+        entry.queued_us += waited_us
         entry.dispatched_ns = now_ns
+        entry.deferred_ns = None
+        prefill, decode = choice.prefill, choice.decode
         entry.prefill = prefill.id
-        prefill.held[entry.id] = None
-        self._bind(entry, decode, blocks)
+        prefill.prompts[entry.id] = entry.uncomputed_tokens
+        prefill.free_at_ns = max(prefill.free_at_ns, now_ns) + choice.work_ns
+        self._bind(entry, decode)
+        self._touch(prefill)
         self.counters["dispatches"] += 1
         self.counters[f"picks_level_{entry.level}"] += 1
+        self._decide(
+            entry,
+            Decision(
+                at_unix_us=self.unix_us(now_ns),
+                reason=choice.reason,
+                waited_us=waited_us,
+                level=entry.level,
+                work_us=choice.work_ns // 1000,
+                cached_tokens=choice.cached_tokens,
+                prefill=prefill.id,
+                decode=decode.id,
+                price_us=choice.price_ns // 1000,
+            ),
+        )
         return Timing(
             queued_us=entry.queued_us,
             prefill_us=entry.prefill_us,
@@ -208,129 +191,201 @@ class RouterState:
             level=entry.level,
             prefill=prefill.id,
             decode=decode.id,
+            decisions=entry.decisions,
         )
 
     def requeue(self, entry: Entry, now_ns: int) -> None:
-        """Preempted, or handed back unbegun. It keeps its virtual arrival."""
-        self._release(entry)
+        """Preempted, or handed back unbegun. It keeps its arrival, and its binding."""
+        self._release(entry, now_ns)
         entry.phase = advance(entry.phase, Event.PREEMPTED)
+        self.yielding.pop(entry.id, None)
         entry.preempting = entry.chunk_seen = False
         entry.cached_tokens = 0
         entry.prefill_us += (now_ns - entry.dispatched_ns) // 1000
         entry.queued_at_ns = now_ns
-        entry.work_ns = self.least_work_ns(entry)
-        entry.level = max(entry.floor_level, self.ladder.level_of(entry.work_ns))
-        entry.level_served_us = 0
-        self._join(entry)
+        self.predict(entry, self.hits(entry))
+        self.enqueue(entry, entry.bound_to, now_ns)
 
-    def computed(self, entry: Entry, chunk: ChunkDone) -> None:
-        """After a chunk: it rises as its work shrinks, and falls when it took too much of it."""
+    def computed(self, entry: Entry, chunk: ChunkDone, worker: Worker, now_ns: int) -> None:
+        """After a chunk: less is left of it, for its worker and for its order."""
         entry.chunk_seen = True
         entry.computed_tokens = chunk.computed_tokens
         entry.cached_tokens = min(entry.cached_tokens, chunk.computed_tokens)
-        entry.level_served_us += chunk.elapsed_us
-        if entry.computed_tokens >= len(entry.request.tokens):
-            return
-        level = max(entry.floor_level, self.ladder.level_of(self.remaining_ns(entry)))
-        overdrawn = entry.level_served_us * 1000 > self.ladder.quanta_ns[entry.level]
-        if level > entry.level:
-            self.demote(entry, level)
-        elif overdrawn and entry.level < self.ladder.last:
-            self.demote(entry, entry.level + 1)
-        elif level < entry.level:
-            entry.level, entry.level_served_us = level, 0
-            self.counters["promotions"] += 1
+        worker.prompts[entry.id] = entry.uncomputed_tokens
+        left_tokens = entry.total_tokens - entry.computed_tokens
+        factor = worker.correction.factor
+        worker.free_at_ns = now_ns + round(
+            factor * sum(map(self.fleet.costs.prefill_ns, worker.prompts.values()))
+        )
+        if left_tokens > 0:
+            entry.uncached_tokens = left_tokens
+            entry.work_ns = self.fleet.work_ns(left_tokens, entry.computed_tokens)
+            self.lines.of(entry).served(entry, chunk.elapsed_us, now_ns)
+        self._touch(worker)
 
-    def prefill_done(self, entry: Entry) -> None:
+    def prefill_done(self, entry: Entry, now_ns: int) -> None:
         entry.phase = advance(entry.phase, Event.PREFILL_DONE)
         entry.prefilled_by = entry.prefill
-        self._release_prefill(entry)
+        self._release_prefill(entry, now_ns)
+        self._forget_order(entry)
 
-    def adopt(self, entry: Entry) -> None:
+    def adopt(self, entry: Entry, now_ns: int) -> None:
         """From now on decode's own reports count its blocks."""
         entry.phase = advance(entry.phase, Event.ADOPTED)
+        entry.adopted_ns = now_ns
         self._release_blocks(entry)
 
-    def park(self, entry: Entry, handoff: Handoff) -> None:
+    def attained(self, entry: Entry, generated_tokens: int) -> None:
+        more = generated_tokens - entry.generated_tokens
+        decode = self.fleet.get(entry.decode)
+        if more > 0 and decode is not None:
+            entry.generated_tokens = generated_tokens
+            entry.context_tokens += more
+            decode.context_tokens += more
+
+    def park(self, entry: Entry, handoff: Handoff, now_ns: int) -> None:
         entry.phase = advance(entry.phase, Event.PARKED)
-        self._release(entry)
+        self._release(entry, now_ns)
         entry.handoff = handoff
+        entry.parked_count += 1
+        entry.preempting = False
+        entry.queued_at_ns = now_ns
+        entry.generated_tokens = len(handoff.tokens) - entry.request.prompt_tokens
         self.parked[entry.id] = None
         self.counters["parks"] += 1
 
-    def resume(self, entry: Entry, decode: Worker, *, blocks: int) -> None:
+    def resume(self, entry: Entry, decode: Worker, now_ns: int) -> Handoff:
+        """Its hand-off, to be sent to ``decode``, with this decision entered."""
+        handoff = entry.handoff
+        assert handoff is not None
         entry.phase = advance(entry.phase, Event.RESUMED)
         del self.parked[entry.id]
         entry.handoff = None
-        self._bind(entry, decode, blocks)
+        self._bind(entry, decode, tokens=len(handoff.tokens))
         self.counters["resumes"] += 1
+        self._decide(
+            entry,
+            Decision(
+                at_unix_us=self.unix_us(now_ns),
+                reason="resumed",
+                waited_us=(now_ns - entry.queued_at_ns) // 1000,
+                level=entry.level,
+                work_us=0,
+                cached_tokens=len(handoff.tokens) - 1,
+                prefill=None,
+                decode=decode.id,
+            ),
+        )
+        return handoff
 
-    def leave(self, entry: Entry, event: Event, counter: str) -> None:
+    def leave(self, entry: Entry, event: Event, counter: str, now_ns: int) -> None:
         """The one way out, from any phase. The worker's part, if any, is the caller's to cancel."""
         if entry.phase is Phase.QUEUED:
-            self._depart(entry)
+            self.lines.of(entry).remove(entry)
+            self._unqueue(entry)
         elif entry.phase is Phase.PARKED:
             del self.parked[entry.id]
         entry.phase = advance(entry.phase, event)
-        self._release(entry)
+        self._release(entry, now_ns)
+        self._forget_order(entry)
         self.deadlines.remove(entry.id)
         del self.entries[entry.id]
         self.counters[counter] += 1
 
-    def _join(self, entry: Entry) -> None:
-        self.queue.push(entry.id, virtual_ns=entry.virtual_ns, order=entry.order, level=entry.level)
-        self.queued_work_ns += entry.work_ns
+    def _unqueue(self, entry: Entry) -> None:
+        """Neither its work nor its wish for a block counts any more."""
+        self._count(entry, -1)
+        if entry.watched is not None:
+            watchers = self._watchers.get(entry.watched, [])
+            if entry in watchers:
+                watchers.remove(entry)
+            if not watchers:
+                self._watchers.pop(entry.watched, None)
+            entry.watched = None
 
-    def _depart(self, entry: Entry) -> None:
-        self.queue.remove(entry.id)
-        self.queued_work_ns -= entry.work_ns
+    def _count(self, entry: Entry, sign: int) -> None:
+        """Its work waits, or waits no more."""
+        self.queued_work_ns += sign * entry.work_ns
+        self.bound_work_ns[entry.bound_to] += sign * entry.work_ns
 
-    def _bind(self, entry: Entry, decode: Worker, blocks: int) -> None:
+    def _forget_order(self, entry: Entry) -> None:
+        """Its prefill is over."""
+        self.lines.of(entry).forget(entry)
+        self.yielding.pop(entry.id, None)
+        entry.bound_to = None
+        entry.preempting = False
+
+    def _decide(self, entry: Entry, decision: Decision) -> None:
+        entry.decisions = (*entry.decisions, decision)[-DECISIONS_MAX:]
+
+    def _touch(self, worker: Worker) -> None:
+        self.touched[worker.id] = None
+        self.fleet.refresh(worker)
+
+    def _bind(self, entry: Entry, decode: Worker, *, tokens: int | None = None) -> None:
+        tokens = entry.total_tokens if tokens is None else tokens
         entry.decode = decode.id
-        entry.reserved_blocks = blocks
-        decode.held[entry.id] = None
-        decode.reserved_blocks += blocks
+        entry.context_tokens = tokens
+        entry.reserved_blocks = blocks_of(tokens + 1, decode.hello.block_tokens)
+        decode.streams[entry.id] = None
+        decode.reserved_blocks += entry.reserved_blocks
+        decode.context_tokens += tokens
+        self.fleet.refresh(decode)
 
-    def _release(self, entry: Entry) -> None:
-        self._release_prefill(entry)
-        self._release_blocks(entry)
+    def _release(self, entry: Entry, now_ns: int) -> None:
+        self._release_prefill(entry, now_ns)
         decode = self.fleet.get(entry.decode)
         if decode is not None:
-            del decode.held[entry.id]
+            decode.reserved_blocks -= entry.reserved_blocks
+            decode.context_tokens -= entry.context_tokens
+            del decode.streams[entry.id]
+            self.fleet.refresh(decode)
+        entry.reserved_blocks = entry.context_tokens = 0
         entry.decode = None
 
-    def _release_prefill(self, entry: Entry) -> None:
+    def _release_prefill(self, entry: Entry, now_ns: int) -> None:
         prefill = self.fleet.get(entry.prefill)
         if prefill is not None:
-            del prefill.held[entry.id]
+            del prefill.prompts[entry.id]
+            if not prefill.prompts:
+                prefill.free_at_ns = now_ns
+            self._touch(prefill)
         entry.prefill = None
 
     def _release_blocks(self, entry: Entry) -> None:
         decode = self.fleet.get(entry.decode)
         if decode is not None:
             decode.reserved_blocks -= entry.reserved_blocks
+            self.fleet.refresh(decode)
         entry.reserved_blocks = 0
 
     # ── audit ────────────────────────────────────────────────────────────────────────────────────
 
     def check(self) -> None:
         """Assert the invariants. Linear in everything; for tests."""
-        self.queue.check()
+        for order in self.lines.all():
+            order.check()
         phases = {request: entry.phase for request, entry in self.entries.items()}
         assert not TERMINAL & set(phases.values())
         assert {r for r, phase in phases.items() if phase is Phase.PARKED} == set(self.parked)
-        assert len(self.queue) == sum(phase is Phase.QUEUED for phase in phases.values())
+        assert len(self.lines) == sum(phase is Phase.QUEUED for phase in phases.values())
+        queued_work_ns = 0
         for entry in self.entries.values():
-            assert (entry.id in self.queue) == (entry.phase is Phase.QUEUED)
+            assert (entry.id in self.lines.of(entry)) == (entry.phase is Phase.QUEUED)
+            queued_work_ns += entry.work_ns if entry.phase is Phase.QUEUED else 0
             assert (entry.handoff is not None) == (entry.phase is Phase.PARKED)
             assert (entry.prefill is not None) == (entry.phase is Phase.PREFILLING)
             assert (entry.decode is None) == (entry.phase in (Phase.QUEUED, Phase.PARKED))
-            for role, holder in ((Role.PREFILL, entry.prefill), (Role.DECODE, entry.decode)):
-                holders = [w.id for w in self.fleet.of(role) if entry.id in w.held]
-                assert holders == ([] if holder is None else [holder])
+            prefills = [w.id for w in self.fleet.all() if entry.id in w.prompts]
+            assert prefills == ([] if entry.prefill is None else [entry.prefill])
+            decodes = [w.id for w in self.fleet.all() if entry.id in w.streams]
+            assert decodes == ([] if entry.decode is None else [entry.decode])
+        assert self.queued_work_ns == queued_work_ns
+        assert set(self.yielding) <= {r for r, entry in self.entries.items() if entry.preempting}
         for worker in self.fleet.all():
-            held = [self.entries[request] for request in worker.held]
-            if worker.hello.role is Role.DECODE:
-                assert worker.reserved_blocks == sum(entry.reserved_blocks for entry in held)
-        queued = [self.entries[r].work_ns for r in self.queue.in_order()]
-        assert self.queued_work_ns == sum(queued)
+            streams = [self.entries[request] for request in worker.streams]
+            assert worker.reserved_blocks == sum(entry.reserved_blocks for entry in streams)
+            assert worker.context_tokens == sum(entry.context_tokens for entry in streams)
+            for request, tokens in worker.prompts.items():
+                assert tokens == self.entries[request].uncomputed_tokens
+        self.fleet.check()

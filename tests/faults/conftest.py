@@ -1,5 +1,5 @@
-"""Models for clusters that are shot at; see tests/integration/conftest.py."""
+"""Clusters that are shot at end as all others do."""
 
-from tests.integration.conftest import default_model, small_model
+from tests.integration.conftest import _ray_ends
 
-__all__ = ["default_model", "small_model"]
+__all__ = ["_ray_ends"]

@@ -10,6 +10,7 @@ import pytest
 from pdserve.kvstore.metadata import RedisMetadata
 from tests.integration.harness import (
     Traces,
+    end_ray,
     held,
     random_prompts,
     running,
@@ -30,7 +31,7 @@ def test_requests_do_not_miss_a_killed_redis(small_model: Path, tmp_path: Path) 
         pytest.skip("redis-server is not installed")
     config = settings(small_model, model={"dtype": "float32"}, store={"redis_url": redis.url})
     prompts = random_prompts(STREAMS, seed=5, length=200)
-    with running(config) as cluster:
+    with running(config, own_ray=True) as cluster:
         assert len(RedisMetadata(redis.url).members()) == 1
         calm = storm(cluster, prompts, 60)
         struck = storm(cluster, prompts, 60, at=STREAMS, strike=redis.kill)
@@ -56,6 +57,7 @@ def test_a_signal_ends_serve_and_everything_it_started(
         *("--set", "gateway.http_port=0", "--set", "gateway.grpc_port=-1"),
         *("--set", "store.arena_bytes=67108864", "--set", "tcp=false", "--no-first-chat"),
     ]
+    end_ray()  # what runs from here on is this command's
     serve = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert serve.stdout is not None

@@ -6,10 +6,9 @@ exception: its clients' connections die with it, so what must hold is that nothi
 
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -21,12 +20,12 @@ from tests.integration.harness import (
     processes,
     random_prompts,
     replicas,
-    running,
-    settings,
     storm,
+    storm_samplings,
     wait_for,
     wait_until_equal,
 )
+from tests.models.alone import tokens_alone
 
 STREAMS = 4
 OUTPUT_TOKENS = 1600
@@ -41,19 +40,14 @@ GIVEN_BACK_S = 20.0
 """The grace of requests whose gateway is gone, twice."""
 
 
+def _prompts() -> list[list[int]]:
+    return random_prompts(STREAMS, seed=3, length=300)
+
+
 @pytest.fixture(scope="module")
-def fortress(small_model: Path) -> Iterator[TestCluster]:
-    """Its HTTP port is fixed: a new gateway must be found where the old one was."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = settings(
-        small_model,
-        model={"dtype": "float32", "served_name": "small"},
-        gateway={"http_port": port, "grpc_port": -1},
-    )
-    with running(config) as cluster:
-        yield cluster
+def expected(small_model: Path) -> list[list[int]]:
+    """What the streams are when nobody strikes."""
+    return tokens_alone(small_model, _prompts(), storm_samplings(STREAMS), OUTPUT_TOKENS)
 
 
 def _serves(cluster: TestCluster) -> bool:
@@ -69,41 +63,37 @@ def _serves(cluster: TestCluster) -> bool:
     ids=["router", "store"],
 )
 def test_streams_go_on_where_they_were(
-    fortress: TestCluster, find: Callable[[], list[int]]
+    cluster: TestCluster, expected: list[list[int]], find: Callable[[], list[int]]
 ) -> None:
     """Long enough that a successor comes while they run; one more begins while there is none."""
-    prompts = random_prompts(STREAMS, seed=3, length=300)
-    calm = storm(fortress, prompts, OUTPUT_TOKENS)
-    calm_late = fortress.tokens(LATE, 20)
+    calm_late = cluster.tokens(LATE, 20)
     (pid,) = find()
-    late = threading.Thread(target=lambda: late_tokens.extend(fortress.tokens(LATE, 20)))
+    late = threading.Thread(target=lambda: late_tokens.extend(cluster.tokens(LATE, 20)))
     late_tokens: list[int] = []
 
     def strike() -> None:
         os.kill(pid, signal.SIGKILL)
         late.start()
 
-    struck = storm(fortress, prompts, OUTPUT_TOKENS, at=STRIKE_AT, strike=strike)
+    struck = storm(cluster, _prompts(), OUTPUT_TOKENS, at=STRIKE_AT, strike=strike)
     assert [stream.error for stream in struck] == [None] * STREAMS
-    assert [stream.tokens for stream in struck] == [stream.tokens for stream in calm]
+    assert [stream.tokens for stream in struck] == expected
     assert max(stream.pause_s for stream in struck) <= PAUSE_S_MAX
     late.join(PAUSE_S_MAX)
     assert late_tokens == calm_late
     wait_for("a successor", lambda: find() not in ([], [pid]))
-    wait_until_equal("held at rest", lambda: held(fortress), 0)
+    wait_until_equal("held at rest", lambda: held(cluster), 0)
 
 
-def test_a_killed_gateway_leaves_nothing_behind_and_is_replaced(fortress: TestCluster) -> None:
+def test_a_killed_gateway_leaves_nothing_behind_and_is_replaced(cluster: TestCluster) -> None:
     prompts = random_prompts(STREAMS, seed=4, length=300)
-    before = fortress.tokens(prompts[0], 10)
+    before = cluster.tokens(prompts[0], 10)
     (pid,) = replicas("gateway")
     broken: list[Exception] = []
 
     def clients() -> None:
         try:
-            storm(
-                fortress, prompts, 4000, at=STRIKE_AT, strike=lambda: os.kill(pid, signal.SIGKILL)
-            )
+            storm(cluster, prompts, 4000, at=STRIKE_AT, strike=lambda: os.kill(pid, signal.SIGKILL))
         except httpx.HTTPError as error:
             broken.append(error)
 
@@ -113,8 +103,8 @@ def test_a_killed_gateway_leaves_nothing_behind_and_is_replaced(fortress: TestCl
     assert not thread.is_alive()
     assert len(broken) == 1, "the clients' connections were the gateway's"
     begun_s = time.monotonic()
-    wait_for("a new gateway", lambda: _serves(fortress), timeout_s=PAUSE_S_MAX)
+    wait_for("a new gateway", lambda: _serves(cluster), timeout_s=PAUSE_S_MAX)
     left_s = GIVEN_BACK_S - (time.monotonic() - begun_s)
-    wait_until_equal("held at rest", lambda: held(fortress), 0, timeout_s=max(1.0, left_s))
+    wait_until_equal("held at rest", lambda: held(cluster), 0, timeout_s=max(1.0, left_s))
     assert pid not in replicas("gateway")
-    assert fortress.tokens(prompts[0], 10) == before
+    assert cluster.tokens(prompts[0], 10) == before

@@ -7,6 +7,7 @@ answered. ``GOLDEN=rewrite`` writes today's answers into the files; the diff is 
     at 250ms                        time moves to this instant, and the core is ticked
     worker p0 [host=h0] [chunk_tokens=128] [block_count=1000] [running_max=64]   says hello
     submit r1 tokens=32 [document=NAME] [attempt=0] [deadline_ms=…] [gateway=g0] [prompt_tokens=…]
+        [max_tokens=64] [tenant=NAME] [service_class=standard]
     cancel r1
     p0 chunk r1 128 [128]           128 tokens have KV now; the chunk took 128 ms
     p0 preempted|prefill_done|adopted|ended r1 [computed_tokens]

@@ -2,31 +2,36 @@
 
 ``running(config)`` is ``pdserve serve`` without the terminal. What tests look at from outside: the
 HTTP API, ``/cluster/status`` (the router's snapshot with every worker's counters), process ids.
+
+A start costs some twenty seconds of processor time, a third of it Ray's own. So Ray starts once for
+a whole run of tests and clusters come and go on it, each its own Serve with its own processes; and
+``shared(config)`` keeps a cluster for all tests that want the same settings.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import json
-import logging
 import os
 import random
-import subprocess
-import sys
+import shutil
+import socket
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from pdserve.cluster.local import APP, LocalCluster, end, local_cluster
-from pdserve.config import ClusterConfig, from_tree, to_tree
+from pdserve.cluster.local import APP, OBJECT_STORE_BYTES, LocalCluster, local_cluster
+from pdserve.config import ClusterConfig
+from pdserve.messages import Sampling
+from pdserve.settings import from_tree
 
 WAIT_S = 60.0
+RAY_JOB_CONFIG_JSON_ENV_VAR = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,8 @@ def storm(
     at: int | None = None,
     strike: Callable[[], None] | None = None,
 ) -> list[Stream]:
-    """All prompts at once, half of them seeded; ``strike`` when ``at`` tokens have come in all."""
+    """All prompts at once, drawn as ``storm_samplings`` says; ``strike`` when ``at`` tokens have
+    come in all."""
     seen = 0
 
     def on_token(_: int) -> None:
@@ -172,15 +178,28 @@ def storm(
                         count,
                         client=client,
                         on_token=on_token,
-                        temperature=0.8 if index % 2 else 0.0,
+                        temperature=sampling.temperature,
                         seed=index,
-                        presence_penalty=0.5 if index % 3 == 0 else 0.0,
+                        presence_penalty=sampling.presence_penalty,
                     )
-                    for index, prompt in enumerate(prompts)
+                    for index, (prompt, sampling) in enumerate(
+                        zip(prompts, storm_samplings(len(prompts)), strict=True)
+                    )
                 )
             )
 
     return asyncio.run(all_of_them())
+
+
+def storm_samplings(count: int) -> list[Sampling]:
+    """Half of them seeded, by their index; some with a penalty."""
+    return [
+        Sampling(
+            temperature=0.8 if index % 2 else 0.0,
+            presence_penalty=0.5 if index % 3 == 0 else 0.0,
+        )
+        for index in range(count)
+    ]
 
 
 def settings(source: Path | str, **parts: Any) -> ClusterConfig:
@@ -202,20 +221,44 @@ def settings(source: Path | str, **parts: Any) -> ClusterConfig:
 
 
 @contextlib.contextmanager
-def running(config: ClusterConfig, *, ray_address: str | None = None) -> Iterator[TestCluster]:
-    end_shared()  # a process has one Ray at a time
-    with local_cluster(config, ray_address=ray_address) as cluster:
-        yield TestCluster(cluster, config)
+def running(
+    config: ClusterConfig,
+    *,
+    ray_address: str | None = None,
+    own_ray: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[TestCluster]:
+    """``config`` served, on the run's Ray unless another is named.
+
+    Args:
+        own_ray: on a Ray that begins and ends with it, as for `pdserve serve`.
+        environment: more variables for every process of the cluster.
+    """
+    end_shared()  # a process is the driver of one Ray at a time
+    if own_ray:
+        end_ray()
+    elif ray_address is None:
+        ray_address = ray_address_of_the_run()
+    with contextlib.ExitStack() as stack:
+        if environment is not None:
+            stack.enter_context(_job_environment(environment))
+        yield TestCluster(
+            stack.enter_context(local_cluster(config, ray_address=ray_address)), config
+        )
 
 
 _shared: list[tuple[TestCluster, contextlib.ExitStack]] = []
 
 
-def shared(config: ClusterConfig) -> TestCluster:
-    """A cluster that stays up for the next test that asks, until somebody needs another one."""
+def shared(config: ClusterConfig, *, environment: Mapping[str, str] | None = None) -> TestCluster:
+    """A cluster that stays up for the next test that asks for the same, until one asks for another
+    or for a cluster of its own. Arguments are those of ``running``."""
+    if _shared and _shared[0][0].config != config:
+        end_shared()
     if not _shared:
         stack = contextlib.ExitStack()
-        _shared.append((stack.enter_context(running(config)), stack))
+        cluster = stack.enter_context(running(config, environment=environment))
+        _shared.append((cluster, stack))
     return _shared[0][0]
 
 
@@ -223,6 +266,59 @@ def end_shared() -> None:
     while _shared:
         _, stack = _shared.pop()
         stack.close()
+
+
+_ray: list[tuple[str, contextlib.ExitStack]] = []
+
+
+def ray_address_of_the_run() -> str:
+    """Of the run's Ray, which is started if need be."""
+    from ray.cluster_utils import Cluster
+
+    if not _ray:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        stack = contextlib.ExitStack()
+        directory = tempfile.mkdtemp(prefix="pd-", dir="/tmp")
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": len(os.sched_getaffinity(0)),
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+                "temp_dir": f"{directory}/r",
+            },
+        )
+        stack.callback(cluster.shutdown)
+        _ray.append((cluster.address, stack))
+    return _ray[0][0]
+
+
+def end_ray() -> None:
+    """After it, nothing of a cluster runs in this process's name."""
+    end_shared()
+    while _ray:
+        _, stack = _ray.pop()
+        stack.close()
+
+
+@contextlib.contextmanager
+def _job_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What Ray's own job submission uses: every process of the next driver's job gets these."""
+    os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR] = json.dumps(
+        {"runtime_env": {"env_vars": dict(variables)}}
+    )
+    try:
+        yield
+    finally:
+        del os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def wait_for(what: str, condition: Callable[[], bool], *, timeout_s: float = WAIT_S) -> None:
@@ -317,76 +413,3 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-class Deployed(TestCluster):
-    """A cluster under `serve deploy`: the real command, on a Ray with its dashboard."""
-
-    __test__ = False
-
-    def deploy(self, *, decode_replicas: int) -> None:
-        """Writes the Serve file with another `num_replicas` and deploys it."""
-        file = self.cluster.directory / "serve.yaml"
-        file.write_text(json.dumps(_serve_file(self.config, decode_replicas)))  # JSON is YAML
-        dashboard = self.cluster.grpc  # see ``deployed``
-        subprocess.run(
-            [Path(sys.executable).with_name("serve"), "deploy", str(file), "-a", dashboard],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-
-
-@contextlib.contextmanager
-def deployed(config: ClusterConfig) -> Iterator[Deployed]:
-    """`serve deploy` of ``config`` with one decode replica; ``deploy`` changes the number."""
-    import ray
-    from ray import serve
-
-    end_shared()
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    directory = Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp"))
-    config = dataclasses.replace(config, directory=str(directory / "s"))
-    context = ray.init(
-        include_dashboard=True,
-        dashboard_port=0,
-        object_store_memory=80 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=str(directory / "r"),
-        _node_ip_address="127.0.0.1",
-    )
-    try:
-        dashboard = f"http://{context.dashboard_url}"
-        cluster = Deployed(LocalCluster("", dashboard, directory), config)
-        cluster.deploy(decode_replicas=1)
-        wait_for("the application to run", _app_runs, timeout_s=120)
-        ports = json.loads(serve.get_app_handle(APP).addresses.remote().result(timeout_s=10))
-        yield Deployed(
-            LocalCluster(f"http://127.0.0.1:{ports['http']}", dashboard, directory), config
-        )
-    finally:
-        end(directory)
-
-
-def _app_runs() -> bool:
-    from ray import serve
-
-    app = serve.status().applications.get(APP)
-    assert app is None or app.status != "DEPLOY_FAILED", app
-    return app is not None and app.status == "RUNNING"
-
-
-def _serve_file(config: ClusterConfig, decode_replicas: int) -> dict[str, Any]:
-    return {
-        "proxy_location": "Disabled",
-        "applications": [
-            {
-                "name": APP,
-                "route_prefix": "/",
-                "import_path": "pdserve.cluster.app:build",
-                "args": to_tree(config),
-                "deployments": [{"name": "decode", "num_replicas": decode_replicas}],
-            }
-        ],
-    }

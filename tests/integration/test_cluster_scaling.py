@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.integration.deployed import deployed
 from tests.integration.harness import (
     Stream,
-    deployed,
+    TestCluster,
     held,
     random_prompts,
-    running,
     settings,
     storm,
     stream_tokens,
@@ -66,36 +66,22 @@ class Load:
             number += self.at_once
 
 
-def test_a_burst_brings_a_second_decode_worker_and_silence_takes_it_away(small_model: Path) -> None:
-    config = settings(
-        small_model,
-        model={"dtype": "float32"},
-        decode={
-            "replicas": 1,
-            "replicas_max": 2,
-            "threads": 1,
-            "pool_blocks": 512,
-            "running_max": 8,
-        },
-        autoscaling={
-            "upscale_delay_s": 0.5,
-            "downscale_delay_s": 2.0,
-            "metrics_interval_s": 0.5,
-        },
-    )
-    with running(config) as cluster:
-        with Load(cluster.url, at_once=24, output_tokens=200) as load:
-            begun = time.monotonic()
-            wait_for(
-                "a second decode worker",
-                lambda: len(cluster.pids("decode")) == 2,
-                timeout_s=SCALE_UP_S,
-            )
-            grown_s = time.monotonic() - begun
-        wait_for("one decode worker again", lambda: len(cluster.pids("decode")) == 1)
-        assert grown_s <= SCALE_UP_S
-        assert load.done
-        _assert_all_whole(load)
+def test_a_burst_brings_a_second_decode_worker_and_silence_takes_it_away(
+    careless_cluster: TestCluster,
+) -> None:
+    cluster = careless_cluster
+    with Load(cluster.url, at_once=24, output_tokens=200) as load:
+        begun = time.monotonic()
+        wait_for(
+            "a second decode worker",
+            lambda: len(cluster.pids("decode")) == 2,
+            timeout_s=SCALE_UP_S,
+        )
+        grown_s = time.monotonic() - begun
+    wait_for("one decode worker again", lambda: len(cluster.pids("decode")) == 1)
+    assert grown_s <= SCALE_UP_S
+    assert load.done
+    _assert_all_whole(load)
 
 
 @pytest.mark.slow
@@ -105,7 +91,7 @@ def test_serve_deploy_from_one_to_three_to_one_under_load(small_model: Path) -> 
         model={"dtype": "float32"},
         decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 512},
     )
-    with deployed(config) as cluster:
+    with deployed(config, by_command=True) as cluster:
         with Load(cluster.url, at_once=12, output_tokens=200) as load:
             for count in (3, 1):
                 cluster.deploy(decode_replicas=count)

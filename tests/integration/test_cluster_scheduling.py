@@ -9,16 +9,17 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pdserve.messages import Sampling
+from tests.integration.deployed import Deployed, deployed
 from tests.integration.harness import (
-    Deployed,
     Stream,
     TestCluster,
-    deployed,
     running,
     settings,
     stream_tokens,
     wait_for,
 )
+from tests.models.alone import tokens_alone
 
 LONG_TOKENS = 1500
 SHORT_TOKENS = 32
@@ -32,14 +33,17 @@ def _prompt(seed: int, length: int) -> list[int]:
     return [chance.randrange(20, 40_000) for _ in range(length)]
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_short_prompts_overtake_a_running_long_one(default_model: Path, workers: int) -> None:
-    """With one worker the long prompt resumes on it; with two, on whichever is free."""
+def test_short_prompts_overtake_a_running_long_one(real_cluster: TestCluster) -> None:
+    _assert_overtaken(real_cluster, workers=1)
+
+
+@pytest.mark.slow
+def test_a_preempted_prompt_goes_on_at_whichever_worker_is_free(default_model: Path) -> None:
     config = settings(
         default_model,
         prefill={
-            "replicas": workers,
-            "replicas_max": workers,
+            "replicas": 2,
+            "replicas_max": 2,
             "chunk_tokens": CHUNK_TOKENS,
             "threads": 2,
             "pool_blocks": 256,
@@ -49,24 +53,29 @@ def test_short_prompts_overtake_a_running_long_one(default_model: Path, workers:
         router={"prefill_tokens_per_s": 1000},
     )
     with running(config) as cluster:
-        asyncio.run(stream_tokens(cluster.url, _prompt(0, 40), 2))
-        before = cluster.counter("prefill", "prompt_tokens_computed")
-        steps = cluster.counter("prefill", "steps")
-        long, shorts, order = asyncio.run(
-            _long_then_shorts(cluster, crowd=workers, after_steps=steps + 2 * workers)
-        )
-        assert long.error is None
-        assert all(short.error is None for short in shorts)
-        assert order[-1] == "long", f"first tokens came as {order}"
-        assert long.timing is not None
-        assert long.timing["preempted_count"] >= 1
-        counters = cluster.status()["counters"]
-        assert counters["preemptions"] >= 1
-        computed = cluster.counter("prefill", "prompt_tokens_computed") - before
-        tokens = LONG_TOKENS * workers + SHORT_COUNT * SHORT_TOKENS
-        assert computed == tokens, "every prompt token is computed exactly once"
-        alone = cluster.tokens(_prompt(2, LONG_TOKENS), 4)
-        assert long.tokens == alone
+        _assert_overtaken(cluster, workers=2)
+
+
+def _assert_overtaken(cluster: TestCluster, *, workers: int) -> None:
+    """As many long prompts as workers, and eight short ones after two chunks of each."""
+    asyncio.run(stream_tokens(cluster.url, _prompt(0, 40), 2))
+    before = cluster.counter("prefill", "prompt_tokens_computed")
+    steps = cluster.counter("prefill", "steps")
+    long, shorts, order = asyncio.run(
+        _long_then_shorts(cluster, crowd=workers, after_steps=steps + 2 * workers)
+    )
+    assert long.error is None
+    assert all(short.error is None for short in shorts)
+    assert order[-1] == "long", f"first tokens came as {order}"
+    assert long.timing is not None
+    assert long.timing["preempted_count"] >= 1
+    counters = cluster.status()["counters"]
+    assert counters["preemptions"] >= 1
+    computed = cluster.counter("prefill", "prompt_tokens_computed") - before
+    tokens = LONG_TOKENS * workers + SHORT_COUNT * SHORT_TOKENS
+    assert computed == tokens, "every prompt token is computed exactly once"
+    alone = cluster.tokens(_prompt(2, LONG_TOKENS), 4)
+    assert long.tokens == alone
 
 
 async def _long_then_shorts(
@@ -119,6 +128,8 @@ def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_m
         decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 660},
     )
     prompts = [_prompt(seed, 100) for seed in range(6)]
+    samplings = [Sampling(temperature=0.7 if index % 2 else 0.0) for index in range(6)]
+    expected = tokens_alone(small_model, prompts, samplings, PARKED_TOKENS)
 
     async def all_of_them(url: str) -> list[Stream]:
         async with httpx.AsyncClient(timeout=300) as client:
@@ -129,10 +140,10 @@ def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_m
                         prompt,
                         PARKED_TOKENS,
                         client=client,
-                        temperature=0.7 if index % 2 else 0.0,
+                        temperature=sampling.temperature,
                         seed=index,
                     )
-                    for index, prompt in enumerate(prompts)
+                    for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
                 )
             )
 
@@ -153,8 +164,7 @@ def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_m
             for worker in cluster.workers("decode")
         }
         assert sum(count for pid, count in resumed.items() if pid != first_pid) >= 2
-        roomy = asyncio.run(all_of_them(cluster.url))
-        assert [stream.tokens for stream in crowded] == [stream.tokens for stream in roomy]
+        assert [stream.tokens for stream in crowded] == expected
 
 
 @pytest.mark.parametrize(

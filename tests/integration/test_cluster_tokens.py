@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import httpx
 import pytest
 
 from tests.integration.harness import Stream, TestCluster, running, settings, stream_tokens
+from tests.models.reference import best_tokens, reference_model, write_safetensors
+from tests.models.small import write_tokenizer
 
 OUTPUT_TOKENS = 64
 LENGTHS = (
@@ -35,31 +36,38 @@ def _prompts(lengths: tuple[int, ...]) -> list[list[int]]:
     return [tokens[index : index + length] for index, length in enumerate(lengths)]
 
 
-@pytest.fixture(scope="module")
-def whole(default_model: Path) -> Iterator[TestCluster]:
+@pytest.mark.parametrize("lengths", [(1, 33, 300), pytest.param(LENGTHS, marks=pytest.mark.slow)])
+def test_greedy_tokens_equal_those_of_transformers(
+    real_cluster: TestCluster, reference: Any, lengths: tuple[int, ...]
+) -> None:
+    _assert_as_transformers(real_cluster, reference, lengths)
+
+
+@pytest.mark.slow
+def test_a_safetensors_directory_answers_the_same(default_model: Path, tmp_path: Path) -> None:
+    """The real weights in the other format, which ``transformers`` then reads as they are. The
+    short test of it is the small model: tests/integration/test_cluster_triton.py."""
+    directory = write_safetensors(default_model, tmp_path / "smollm2")
+    write_tokenizer(default_model, directory)
     config = settings(
-        default_model,
+        directory,
         model={"dtype": "float32"},
         prefill={"threads": 2, "pool_blocks": 400, "chunk_tokens": 128},
         decode={"threads": 2, "pool_blocks": 600},
-        store={"arena_bytes": 1 << 30},
+        store={"arena_bytes": 512 << 20},
     )
     with running(config) as cluster:
-        yield cluster
+        _assert_as_transformers(cluster, reference_model(directory, scratch=tmp_path), LENGTHS)
 
 
-@pytest.mark.parametrize("lengths", [(1, 33, 300), pytest.param(LENGTHS, marks=pytest.mark.slow)])
-def test_greedy_tokens_equal_those_of_transformers(
-    whole: TestCluster, default_model: Path, tmp_path: Path, lengths: tuple[int, ...]
-) -> None:
-    from tests.models.reference import reference_tokens
-
+def _assert_as_transformers(cluster: TestCluster, reference: Any, lengths: tuple[int, ...]) -> None:
     prompts = _prompts(lengths)
-    expected = reference_tokens(default_model, prompts, OUTPUT_TOKENS, scratch=tmp_path)
-    fresh = [whole.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts]
-    assert fresh == expected
-    reused = [whole.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts]
-    assert reused == expected, "with the prefix out of the cache"
+    fresh = [cluster.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts]
+    for prompt, answer in zip(prompts, fresh, strict=True):
+        assert len(answer) == OUTPUT_TOKENS
+        assert answer == best_tokens(reference, prompt, answer), f"{len(prompt)} tokens"
+    reused = [cluster.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts]
+    assert reused == fresh, "with the prefix out of the cache"
 
 
 def test_alone_is_in_company_is_seeded(cluster: TestCluster) -> None:

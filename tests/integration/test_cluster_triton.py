@@ -1,33 +1,37 @@
 """The Triton path behind the whole cluster, in Triton's interpreter, on the CPU."""
 
-import os
 from pathlib import Path
 
-import pytest
+from tests.integration.harness import TestCluster, running, settings
+from tests.models.reference import reference_tokens
 
-from tests.integration.harness import running, settings
-from tests.models.small import write_small_model
+PROMPT = list(range(100, 140))
+OUTPUT_TOKENS = 6
 
 
-def test_the_triton_path_serves_and_its_kernels_ran(
-    tmp_path: Path, default_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_triton_path_serves_and_its_kernels_ran(small_model: Path, tmp_path: Path) -> None:
+    config = settings(
+        small_model,
+        model={"dtype": "float32", "kernels": "triton"},
+        prefill={"threads": 1, "pool_blocks": 32},
+        decode={"threads": 1, "pool_blocks": 32},
+        store={"arena_bytes": 16 << 20},
+    )
+    expected = reference_tokens(small_model, [PROMPT], OUTPUT_TOKENS, scratch=tmp_path)
+    with running(config, environment={"TRITON_INTERPRET": "1"}) as cluster:
+        assert [cluster.tokens(PROMPT, OUTPUT_TOKENS)] == expected
+        _assert_ran_on(cluster, "triton", "cpu")
+
+
+def test_the_cpu_path_serves_where_nobody_asks_for_another(
+    cluster: TestCluster, small_model: Path, tmp_path: Path
 ) -> None:
-    model = write_small_model(tmp_path / "tiny", tokenizer_from=default_model)
-    prompt = list(range(100, 140))
-    answers = {}
-    for kernels in ("cpu", "triton"):
-        monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
-        config = settings(
-            model,
-            model={"dtype": "float32", "kernels": kernels},
-            prefill={"threads": 1, "pool_blocks": 32},
-            decode={"threads": 1, "pool_blocks": 32},
-            store={"arena_bytes": 16 << 20},
-        )
-        with running(config) as cluster:
-            answers[kernels] = cluster.tokens(prompt, 6)
-            for role in ("prefill", "decode"):
-                for path in ("cpu", "triton"):
-                    ran = cluster.counter(role, f"calls_{path}_attention")
-                    assert (ran > 0) == (path == kernels), f"{role} ran {ran} on {path}"
-    assert answers["triton"] == answers["cpu"]
+    expected = reference_tokens(small_model, [PROMPT], OUTPUT_TOKENS, scratch=tmp_path)
+    assert [cluster.tokens(PROMPT, OUTPUT_TOKENS)] == expected
+    _assert_ran_on(cluster, "cpu", "triton")
+
+
+def _assert_ran_on(cluster: TestCluster, path: str, other: str) -> None:
+    for role in ("prefill", "decode"):
+        assert cluster.counter(role, f"calls_{path}_attention") > 0
+        assert cluster.counter(role, f"calls_{other}_attention") == 0

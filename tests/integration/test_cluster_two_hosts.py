@@ -1,6 +1,5 @@
 """Prefill on one host, decode on another: two raylets, two store nodes, and only TCP between."""
 
-import asyncio
 import os
 import random
 from collections.abc import Iterator
@@ -10,10 +9,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pdserve.config import ClusterConfig
-from tests.integration.harness import TestCluster, running, settings, stream_tokens
+from pdserve.cluster.local import OBJECT_STORE_BYTES
+from tests.integration.harness import TestCluster, running, settings
+from tests.models.reference import reference_tokens
 
-OBJECT_STORE_BYTES = 80 << 20
+OUTPUT_TOKENS = 16
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         hosts.shutdown()
 
 
-def test_blocks_cross_hosts_over_tcp_and_the_tokens_are_the_same(
-    two_hosts: str, small_model: Path
+def test_blocks_cross_hosts_over_tcp_and_the_tokens_are_right(
+    two_hosts: str, small_model: Path, tmp_path: Path
 ) -> None:
     chance = random.Random(3)
     prompts = [
@@ -52,25 +52,13 @@ def test_blocks_cross_hosts_over_tcp_and_the_tokens_are_the_same(
         decode={**pools, "resources": {"decode_host": 0.01}},
         tcp=True,
     )
-    apart = _generate(config, prompts, two_hosts)
-    ray.shutdown()
-    pools_together = settings(small_model, model={"dtype": "float32"})
-    together = _generate(pools_together, prompts, None)
-    assert apart == together
+    expected = reference_tokens(small_model, prompts, OUTPUT_TOKENS, scratch=tmp_path)
+    with running(config, ray_address=two_hosts) as cluster:
+        assert [cluster.tokens(prompt, OUTPUT_TOKENS) for prompt in prompts] == expected
+        _assert_remote(cluster, blocks=sum(-(-len(prompt) // 16) for prompt in prompts))
 
 
-def _generate(
-    config: ClusterConfig, prompts: list[list[int]], address: str | None
-) -> list[list[int]]:
-    with running(config, ray_address=address) as cluster:
-        tokens = [asyncio.run(stream_tokens(cluster.url, p, 16)).tokens for p in prompts]
-        blocks = sum(-(-len(prompt) // 16) for prompt in prompts)
-        if address is not None:
-            _assert_remote(cluster, blocks)
-        return tokens
-
-
-def _assert_remote(cluster: TestCluster, blocks: int) -> None:
+def _assert_remote(cluster: TestCluster, *, blocks: int) -> None:
     prefill, decode = cluster.workers("prefill")[0], cluster.workers("decode")[0]
     assert prefill["pid"] != decode["pid"]
     assert prefill["host"] != decode["host"]

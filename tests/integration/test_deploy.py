@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from pdserve.config import ClusterConfig, from_tree
+from pdserve.config import ClusterConfig
+from pdserve.settings import from_tree
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 ROOT = DEPLOY.parent
@@ -94,8 +95,8 @@ def test_every_pool_has_hosts_that_offer_what_it_asks_for() -> None:
         assert pool.resources == {name: 1.0}
         assert types[name]["resources"][name] >= 1
         assert types[name]["resources"]["GPU"] >= (pool.gpus or 0)
-        assert types[name]["max_workers"] >= pool.replicas_max
-    assert cluster["max_workers"] >= config.prefill.replicas_max + config.decode.replicas_max
+        assert types[name]["max_workers"] >= pool.replicas_most
+    assert cluster["max_workers"] >= config.prefill.replicas_most + config.decode.replicas_most
 
 
 def test_what_the_launcher_mounts_is_there() -> None:
@@ -151,7 +152,7 @@ def test_every_worker_group_offers_what_its_pool_asks_for() -> None:
             groups[name]["rayStartParams"]["resources"].strip("'\"").replace("\\", "")
         )
         assert offered == pool.resources
-        assert groups[name]["maxReplicas"] >= pool.replicas_max
+        assert groups[name]["maxReplicas"] >= pool.replicas_most
         (container,) = groups[name]["template"]["spec"]["containers"]
         assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == pool.gpus
         (mount,) = container["volumeMounts"]

@@ -10,16 +10,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
 import torch
 from tokenizers.models import WordLevel
 
+from pdserve.cluster.worker_parts import make_loop
 from pdserve.config import ModelConfig, PoolConfig, StoreConfig
-from pdserve.decode.loop import DecodeLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.thread import EngineThread
@@ -47,7 +47,6 @@ from pdserve.messages import (
 from pdserve.model.load import load_runner
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.model.sampler import SamplerRow, sample
-from pdserve.prefill.loop import PrefillLoop
 from pdserve.text.tokenizer import Tokenizer
 from tests.models.small import write_small_model
 
@@ -141,14 +140,13 @@ class Stage:
                 shared_memory=shared_memory,
             )
 
-        make: Any = PrefillLoop if name.startswith("p") else DecodeLoop
-        loop = make(
+        loop = make_loop(
             worker=WorkerId(name),
             runner=runner,
             mover=Mover(runner.pool, client, store),
             tokenizer=self.tokenizer,
             namespace=NAMESPACE,
-            settings=PoolConfig(chunk_tokens=64),
+            settings=PoolConfig(chunk_tokens=64, mixed_chunk_tokens=32),
             store=StoreConfig(),
         )
         self.engines[name] = EngineThread(
@@ -367,6 +365,52 @@ def test_streams_without_room_are_parked_and_go_on_elsewhere(
         assert stage.got[one.request] == alone.answer(one)
     assert stage.count("d0", "parked") >= 1
     assert stage.count("d1", "resumed") == stage.count("d0", "parked")
+
+
+@pytest.mark.parametrize("role", ["p", "d"])
+def test_a_worker_of_either_role_does_both(
+    stage: Stage, node: Node, alone: Alone, role: str
+) -> None:
+    """Long prompts arrive while streams run: chunks and tokens share steps, no bit changes."""
+    worker = f"{role}0"
+    stage.worker(worker, node.address)
+    streams = [request(f"s{i}", 1 + 13 * i, max_tokens=96, kind=i) for i in range(4)]
+    for one in streams:
+        stage.submit(one, prefill=worker, decode=worker)
+    stage.wait(lambda: all(stage.got[one.request] for one in streams))
+    late = [request(f"l{i}", 100 + 150 * i, kind=i) for i in range(3)]
+    for one in late:
+        stage.submit(one, prefill=worker, decode=worker)
+    stage.wait_finished()
+    for one in (*streams, *late):
+        assert stage.got[one.request] == alone.answer(one), one.request
+    assert stage.count(worker, "bytes_restored") == 0
+    chunks = [message for message in stage.said if isinstance(message, ChunkDone)]
+    beside = [b.computed_tokens - a.computed_tokens for a, b in pairwise(chunks_of(chunks, "l2"))]
+    assert 32 in beside, "no chunk of the late prompt was computed beside a stream"
+
+
+def chunks_of(chunks: list[ChunkDone], name: str) -> list[ChunkDone]:
+    return [chunk for chunk in chunks if chunk.request == name]
+
+
+def test_a_stream_preempted_by_message_goes_on_elsewhere(
+    stage: Stage, node: Node, alone: Alone
+) -> None:
+    stage.worker("p0", node.address)
+    stage.worker("d0", node.address)
+    stage.worker("d1", node.address)
+    stage.resume_on = "d1"
+    asked = [request(f"r{i}", 40 + i, max_tokens=200, kind=i) for i in range(2)]
+    stage.submit(asked[0])  # handed over
+    stage.submit(asked[1], prefill="d0", decode="d0")  # kept
+    stage.wait(lambda: all(len(stage.got[one.request]) >= 20 for one in asked))
+    for one in asked:
+        stage.engines["d0"].submit(Preempt(one.request, one.attempt))
+    stage.wait_finished()
+    for one in asked:
+        assert stage.got[one.request] == alone.answer(one)
+    assert (stage.count("d0", "parked"), stage.count("d1", "resumed")) == (2, 2)
 
 
 def test_a_flipped_byte_is_counted_and_the_answer_right(

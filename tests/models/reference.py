@@ -52,10 +52,20 @@ def reference_model(model: Path, *, scratch: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
-        if model.is_file():
-            _convert(model, Path(directory))
-        path = directory if model.is_file() else model
+        path = write_safetensors(model, Path(directory)) if model.is_file() else model
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def best_tokens(network: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """At every place of ``answer`` the best token after the prompt and what is before it there.
+
+    Equal to ``answer`` exactly when that is the greedy answer, at the price of one pass instead of
+    one per token.
+    """
+    tokens = torch.tensor([[*prompt, *answer[:-1]]])
+    best: list[int] = network(tokens, logits_to_keep=len(answer)).logits[0].argmax(-1).tolist()
+    return best
 
 
 @torch.inference_mode()
@@ -71,7 +81,10 @@ def _greedy(network: Any, prompt: Sequence[int], count: int) -> list[int]:
     return chosen
 
 
-def _convert(model: Path, directory: Path) -> None:
+def write_safetensors(model: Path, directory: Path) -> Path:
+    """The weights of a GGUF file as ``directory``, in float32: that of a model, less its tokeniser.
+    The directory is made if need be, and returned."""
+    directory.mkdir(parents=True, exist_ok=True)
     reader = gguf.GGUFReader(model)
 
     def field(name: str) -> Any:
@@ -101,6 +114,7 @@ def _convert(model: Path, directory: Path) -> None:
         "tie_word_embeddings": "lm_head.weight" not in tensors,
     }
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def _halves(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -60,7 +60,7 @@ def write_small_model(
         config: further fields of config.json, rope scaling for example.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = {} if tokenizer_from is None else _write_tokenizer(tokenizer_from, directory)
+    tokenizer = {} if tokenizer_from is None else write_tokenizer(tokenizer_from, directory)
     fields = {
         "architectures": [CLASS_OF_FAMILY[family]],
         "model_type": family,
@@ -138,7 +138,7 @@ def _peaked_head(vocab: int, hidden: int, generator: torch.Generator) -> Tensor:
     return head
 
 
-def _write_tokenizer(source: Path, directory: Path) -> dict[str, Any]:
+def write_tokenizer(source: Path, directory: Path) -> dict[str, Any]:
     """tokenizer.json and its configuration; returns the fields that config.json repeats."""
     if source.is_dir():
         for path in (*source.glob("tokenizer*.json"), *source.glob("chat_template.jinja")):

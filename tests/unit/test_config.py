@@ -18,11 +18,9 @@ from pdserve.config import (
     PoolConfig,
     RouterConfig,
     StoreConfig,
-    from_tree,
-    load,
-    to_tree,
 )
 from pdserve.errors import ConfigError
+from pdserve.settings import from_tree, load, to_tree
 
 
 def load_text(tmp_path: Path, text: str) -> ClusterConfig:
@@ -82,7 +80,10 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
             {"prefill": {"replicas": -1}},
             "prefill: PoolConfig: replicas is -1, must not be negative",
         ),
-        ({"prefill": {"replicas": 3}}, "replicas_max is 1, must be at least replicas and 1"),
+        (
+            {"prefill": {"replicas": 3, "replicas_max": 1}},
+            "replicas_max is 1, must be at least replicas and 1",
+        ),
         ({"prefill": {"pool_blocks": 1}}, "pool_blocks is 1, must be at least 2"),
         ({"gateway": {"http_port": 70000}}, "http_port is 70000, must be a port, 0 or -1"),
         ({"router": {"level_count": 17}}, "level_count is 17, must be at most 16"),

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pdserve.cluster.calls import Piece
+from pdserve.cluster.why import US_PER_MS, decision_report, time_report
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
 from pdserve.text.tokenizer import Tokenizer
 
 LOGPROB_MIN = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
-
-US_PER_MS = 1000
 
 
 @dataclass(slots=True)
@@ -234,16 +233,19 @@ def cached_tokens(timings: Iterable[Timing | None]) -> int:
 def timing_report(timing: Timing, *, first_token_us: int, total_us: int) -> dict[str, Any]:
     """The ``pdserve`` field of an answer: where the time went, and who spent it."""
     return {
-        "queue_ms": timing.queued_us / US_PER_MS,
-        "prefill_ms": timing.prefill_us / US_PER_MS,
-        "step_ms": timing.step_us / US_PER_MS,
-        "handoff_ms": timing.handoff_us / US_PER_MS,
+        **time_report(timing),
         "first_token_ms": first_token_us / US_PER_MS,
         "total_ms": total_us / US_PER_MS,
-        "cached_tokens": timing.cached_tokens,
-        "preempted_count": timing.preempted_count,
-        "parked_count": timing.parked_count,
-        "level": timing.level,
-        "prefill_worker": timing.prefill,
-        "decode_worker": timing.decode,
+    }
+
+
+def decisions_report(choices: Iterable[Choice]) -> dict[str, Any]:
+    """What that field has beside for who asks why: the router's decisions for every choice."""
+    return {
+        "decisions": [
+            {"choice": choice.index, **decision_report(decision)}
+            for choice in choices
+            if choice.timing is not None
+            for decision in choice.timing.decisions
+        ]
     }

@@ -48,12 +48,14 @@ def create_app(
     config: GatewayConfig,
     metrics: FrontMetrics | None = None,
     snapshot: Snapshot | None = None,
+    recording: Snapshot | None = None,
 ) -> FastAPI:
     """The application around ``session``.
 
     Args:
         metrics: to share with the gRPC front; found again as ``app.state.metrics``.
         snapshot: the router's figures, for ``/metrics`` and ``/cluster/status``.
+        recording: what has arrived since it was last asked, for ``/cluster/recording``.
     """
     app = FastAPI(title="pdserve", version=version())
     app.state.metrics = metrics or FrontMetrics()
@@ -65,6 +67,8 @@ def create_app(
     _add_models(app, session)
     _add_tokenizer(app, session, config)
     _add_operations(app, snapshot)
+    if recording is not None:
+        _add_answer(app, "/cluster/recording", recording)
     return app
 
 
@@ -169,16 +173,21 @@ def _add_operations(app: FastAPI, snapshot: Snapshot | None) -> None:
         return Response(data, headers={"content-type": METRICS_TYPE})
 
     if snapshot is not None:
+        _add_answer(app, "/cluster/status", snapshot)
 
-        @app.get("/cluster/status")
-        async def status() -> Response:
-            try:
-                async with asyncio.timeout(SNAPSHOT_WAIT_S):
-                    return JSONResponse(await snapshot())
-            except TimeoutError:
-                raise HTTPException(
-                    503, f"the router did not answer within {SNAPSHOT_WAIT_S:g} s; try again"
-                ) from None
+
+def _add_answer(app: FastAPI, path: str, ask: Snapshot) -> None:
+    """What the router answers, as JSON."""
+
+    @app.get(path)
+    async def answer() -> Response:
+        try:
+            async with asyncio.timeout(SNAPSHOT_WAIT_S):
+                return JSONResponse(await ask())
+        except TimeoutError:
+            raise HTTPException(
+                503, f"the router did not answer within {SNAPSHOT_WAIT_S:g} s; try again"
+            ) from None
 
 
 def _body_schema(body: type[BaseModel]) -> dict[str, Any]:

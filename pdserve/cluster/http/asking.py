@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pdserve.clock import unix_ms
@@ -23,6 +24,11 @@ COMPLETION_MAX_TOKENS = 16
 TIMEOUT_HEADER = "x-request-timeout-ms"
 TIMEOUT_MS_MAX = 24 * 3600 * 1000
 
+WHY_HEADER = "x-pdserve-why"
+WHY_WORDS: Mapping[str | None, bool] = MappingProxyType(
+    {None: False, "0": False, "false": False, "1": True, "true": True}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -34,6 +40,7 @@ class Asked:
     include_usage: bool  # a last chunk with the usage
     continuous_usage: bool  # usage in every chunk
     include_timing: bool
+    include_why: bool  # the router's decisions, and the timing
 
     @property
     def prompt_tokens(self) -> int:
@@ -130,6 +137,7 @@ def _asked(
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         include_timing=bool(body.include_timing),
+        include_why=why_of(headers) or bool(body.pdserve and body.pdserve.why),
     )
 
 
@@ -145,6 +153,15 @@ def timeout_of(headers: Mapping[str, str]) -> int | None:
             TIMEOUT_HEADER, f"is {shown(text)}, must be milliseconds from 1 to {TIMEOUT_MS_MAX}"
         )
     return int(text)
+
+
+def why_of(headers: Mapping[str, str]) -> bool:
+    """Whether the header asks for the router's decisions."""
+    text = headers.get(WHY_HEADER)
+    wanted = WHY_WORDS.get(text if text is None else text.lower())
+    if wanted is None:
+        raise InvalidField(WHY_HEADER, f"is {shown(text)}, must be 1, true, 0 or false")
+    return wanted
 
 
 def _echoes(session: Session, prompts: Sequence[str | list[int]]) -> list[str]:

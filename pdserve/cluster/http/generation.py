@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.calls import Piece, Session
 from pdserve.cluster.gathering import Numbered, batches
-from pdserve.cluster.http.answers import Choice, timing_report, usage
+from pdserve.cluster.http.answers import Choice, decisions_report, timing_report, usage
 from pdserve.cluster.http.asking import Asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_body, error_response, error_status
@@ -117,8 +117,8 @@ class _Answer:
         body = whole(self._asked, self._session.model_name, self._choices, self._usage())
         timing = self._timing()
         headers = {"x-pdserve-timing": json.dumps(timing)} if timing else {}
-        if timing and self._asked.include_timing:
-            body["pdserve"] = timing
+        if (said := self._said_of_itself(timing)) is not None:
+            body["pdserve"] = said
         data = json.dumps(body, ensure_ascii=False, allow_nan=False)
         await Response(data, 200, headers, "application/json")(scope, receive, send)
 
@@ -155,12 +155,18 @@ class _Answer:
     def _last(self, events: Events) -> str:
         asked = self._asked
         used = self._usage()
-        if not (asked.include_usage or asked.include_timing):
+        if not (asked.include_usage or asked.include_timing or asked.include_why):
             return ""
         return events.last(
-            used if asked.include_usage else None,
-            self._timing() if asked.include_timing else None,
+            used if asked.include_usage else None, self._said_of_itself(self._timing())
         )
+
+    def _said_of_itself(self, timing: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The ``pdserve`` field, as far as it was asked for."""
+        asked = self._asked
+        if timing is None or not (asked.include_timing or asked.include_why):
+            return None
+        return timing | (decisions_report(self._choices) if asked.include_why else {})
 
     def _note(self, batch: list[Numbered]) -> Iterator[tuple[Choice, Piece]]:
         self._meter.note(batch)

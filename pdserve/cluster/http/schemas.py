@@ -41,6 +41,14 @@ class Body(BaseModel):
     model: str | None = None
 
 
+class Extension(BaseModel):
+    """Ours, under a name of our own."""
+
+    model_config = ConfigDict(strict=True)
+
+    why: bool | None = Field(None, description="Say which decisions the router took, and why.")
+
+
 class _Generation(Body):
     """What both kinds of completion take."""
 
@@ -48,6 +56,7 @@ class _Generation(Body):
     stream_options: dict[str, Any] | None = None
     return_token_ids: bool | None = None
     include_timing: bool | None = Field(None, description="Ours: say where the time went.")
+    pdserve: Extension | None = None
 
     n: int | None = None
     max_tokens: int | None = None

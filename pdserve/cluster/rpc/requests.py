@@ -11,7 +11,7 @@ from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model,
 from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
-from pdserve.messages import FinishReason, ServiceClass, Timing, Token, TokenLogprob
+from pdserve.messages import Decision, FinishReason, ServiceClass, Timing, Token, TokenLogprob
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.text.tokenizer import Tokenizer
 
@@ -85,7 +85,10 @@ def chunk_of(call: Call, piece: Piece, tokenizer: Tokenizer) -> pb.GenerateChunk
     return chunk
 
 
-def timing_of(timing: Timing, *, first_token_us: int, total_us: int) -> pb.Timing:
+def timing_of(
+    timing: Timing, *, first_token_us: int, total_us: int, why: bool = False
+) -> pb.Timing:
+    """``why``: with the router's decisions."""
     return pb.Timing(
         queued_us=timing.queued_us,
         prefill_us=timing.prefill_us,
@@ -98,6 +101,7 @@ def timing_of(timing: Timing, *, first_token_us: int, total_us: int) -> pb.Timin
         level=timing.level,
         prefill_worker=timing.prefill,
         decode_worker=timing.decode,
+        decisions=[_decision(decision) for decision in timing.decisions] if why else (),
     )
 
 
@@ -146,6 +150,21 @@ def _parameters(message: pb.Parameters) -> Parameters:
 def _message(message: pb.ChatMessage) -> dict[str, str]:
     told = {"role": message.role, "content": message.content}
     return {**told, "name": message.name} if message.name else told
+
+
+def _decision(decision: Decision) -> pb.Decision:
+    return pb.Decision(
+        at_unix_us=decision.at_unix_us,
+        reason=decision.reason,
+        waited_us=decision.waited_us,
+        level=decision.level,
+        work_us=decision.work_us,
+        cached_tokens=decision.cached_tokens,
+        prefill_worker=decision.prefill,
+        decode_worker=decision.decode,
+        price_us=decision.price_us,
+        others=[pb.Price(worker=worker, price_us=price) for worker, price in decision.others],
+    )
 
 
 def _logprob(token: Token, tokenizer: Tokenizer) -> pb.TokenLogprob:

@@ -34,11 +34,11 @@ class Servicer(InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
         call = generate_call(self._session, self._config, request, context.time_remaining())
-        await self._serve("generate", call, context)
+        await self._serve("generate", call, context, why=request.why)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:  # noqa: N802
         call = chat_call(self._session, self._config, request, context.time_remaining())
-        await self._serve("chat", call, context)
+        await self._serve("chat", call, context, why=request.why)
 
     async def Cancel(self, request: pb.CancelRequest, _: Any) -> pb.CancelResponse:  # noqa: N802
         return pb.CancelResponse(was_running=self._session.cancel(request.id))
@@ -49,10 +49,12 @@ class Servicer(InferenceServicer):
         model = pb.Model(id=self._session.model_name, context_tokens=self._session.context_tokens)
         return pb.ListModelsResponse(models=[model])
 
-    async def _serve(self, operation: str, asked: Awaitable[Call], context: Any) -> None:
+    async def _serve(
+        self, operation: str, asked: Awaitable[Call], context: Any, *, why: bool
+    ) -> None:
         with self._metrics.follow("grpc", operation) as meter:
             try:
-                async with aclosing(self._chunks(await asked, meter)) as chunks:
+                async with aclosing(self._chunks(await asked, meter, why=why)) as chunks:
                     async for chunk in chunks:
                         await context.write(chunk)
                 meter.status = grpc.StatusCode.OK.name
@@ -63,7 +65,9 @@ class Servicer(InferenceServicer):
                 meter.status = status_of(error).grpc
                 await _abort(context, error)
 
-    async def _chunks(self, call: Call, meter: Meter) -> AsyncGenerator[pb.GenerateChunk]:
+    async def _chunks(
+        self, call: Call, meter: Meter, *, why: bool
+    ) -> AsyncGenerator[pb.GenerateChunk]:
         """The call's pieces as messages; the last one carries the usage."""
         open_count = call.n
         generated_tokens = 0
@@ -78,7 +82,7 @@ class Servicer(InferenceServicer):
                         timings[piece.choice] = piece.timing
                     if piece.finish is not None:
                         open_count -= 1
-                        _add_timing(chunk, timings.get(piece.choice), meter)
+                        _add_timing(chunk, timings.get(piece.choice), meter, why=why)
                     if open_count == 0:
                         meter.prompt_tokens = len(call.prompt)
                         meter.cached_tokens = cached_tokens(timings.values())
@@ -88,13 +92,14 @@ class Servicer(InferenceServicer):
                     yield chunk
 
 
-def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter) -> None:
+def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter, *, why: bool) -> None:
     if timing is not None:
         chunk.timing.CopyFrom(
             timing_of(
                 timing,
                 first_token_us=round((meter.first_token_s or 0.0) * US_PER_S),
                 total_us=round(meter.elapsed_s() * US_PER_S),
+                why=why,
             )
         )
 

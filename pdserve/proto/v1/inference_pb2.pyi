@@ -32,34 +32,38 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "parameters", "id", "add_special_tokens")
+    __slots__ = ("model", "text", "token_ids", "parameters", "id", "add_special_tokens", "why")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
     parameters: Parameters
     id: str
     add_special_tokens: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., id: _Optional[str] = ..., add_special_tokens: _Optional[bool] = ...) -> None: ...
+    why: bool
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., id: _Optional[str] = ..., add_special_tokens: _Optional[bool] = ..., why: _Optional[bool] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("model", "messages", "parameters", "id", "add_generation_prompt")
+    __slots__ = ("model", "messages", "parameters", "id", "add_generation_prompt", "why")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     parameters: Parameters
     id: str
     add_generation_prompt: bool
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., id: _Optional[str] = ..., add_generation_prompt: _Optional[bool] = ...) -> None: ...
+    why: bool
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., id: _Optional[str] = ..., add_generation_prompt: _Optional[bool] = ..., why: _Optional[bool] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content", "name")
@@ -187,7 +191,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queued_us", "prefill_us", "handoff_us", "first_token_us", "total_us", "cached_tokens", "preempted_count", "parked_count", "level", "prefill_worker", "decode_worker")
+    __slots__ = ("queued_us", "prefill_us", "handoff_us", "first_token_us", "total_us", "cached_tokens", "preempted_count", "parked_count", "level", "prefill_worker", "decode_worker", "decisions")
     QUEUED_US_FIELD_NUMBER: _ClassVar[int]
     PREFILL_US_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_US_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +203,7 @@ class Timing(_message.Message):
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
     queued_us: int
     prefill_us: int
     handoff_us: int
@@ -210,7 +215,40 @@ class Timing(_message.Message):
     level: int
     prefill_worker: str
     decode_worker: str
-    def __init__(self, queued_us: _Optional[int] = ..., prefill_us: _Optional[int] = ..., handoff_us: _Optional[int] = ..., first_token_us: _Optional[int] = ..., total_us: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preempted_count: _Optional[int] = ..., parked_count: _Optional[int] = ..., level: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ...) -> None: ...
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    def __init__(self, queued_us: _Optional[int] = ..., prefill_us: _Optional[int] = ..., handoff_us: _Optional[int] = ..., first_token_us: _Optional[int] = ..., total_us: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preempted_count: _Optional[int] = ..., parked_count: _Optional[int] = ..., level: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("at_unix_us", "reason", "waited_us", "level", "work_us", "cached_tokens", "prefill_worker", "decode_worker", "price_us", "others")
+    AT_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WAITED_US_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    WORK_US_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    PRICE_US_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    at_unix_us: int
+    reason: str
+    waited_us: int
+    level: int
+    work_us: int
+    cached_tokens: int
+    prefill_worker: str
+    decode_worker: str
+    price_us: int
+    others: _containers.RepeatedCompositeFieldContainer[Price]
+    def __init__(self, at_unix_us: _Optional[int] = ..., reason: _Optional[str] = ..., waited_us: _Optional[int] = ..., level: _Optional[int] = ..., work_us: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., price_us: _Optional[int] = ..., others: _Optional[_Iterable[_Union[Price, _Mapping]]] = ...) -> None: ...
+
+class Price(_message.Message):
+    __slots__ = ("worker", "price_us")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    PRICE_US_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    price_us: int
+    def __init__(self, worker: _Optional[str] = ..., price_us: _Optional[int] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("id",)

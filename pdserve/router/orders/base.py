@@ -4,8 +4,8 @@ An order holds the entries that wait for a prefill worker (all of them, or those
 worker) and ranks them. It may keep levels in ``entry.level``, and figures of its own by request.
 Time is an argument; an order has neither clock nor chance. Its calls, in the life of one entry:
 
-    push ──> [refresh] ──> remove ──> (runs) served, served, … ──> push again, preempted
-                                                             └──> forget, done or gone
+    push ──> [refresh] ──> dispatched, remove ──> (runs) served, … ──> push again, preempted
+                                                                 └──> forget, done or gone
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Order(Protocol):
         """``entry.work_ns`` has changed while it waits (its cached prefix came or went)."""
 
     def dispatched(self, entry: Entry, now_ns: int) -> None:
-        """It was sent to a worker (``remove`` has been called)."""
+        """It is sent to a worker; ``remove`` follows."""
 
     def served(self, entry: Entry, elapsed_us: int, now_ns: int) -> None:
         """A worker computed one more chunk of it; ``entry.work_ns`` is what is left."""
@@ -40,6 +40,10 @@ class Order(Protocol):
 
     def ranked(self, now_ns: int) -> Iterator[Entry]:
         """Those that wait, the next one first; lazily. The order is not changed meanwhile."""
+
+    def key_ns(self, entry: Entry, now_ns: int) -> float:
+        """Where it would stand if it waited now with what it has left: smaller goes first."""
+        ...
 
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
         """Whether ``running`` should stop at its next chunk boundary so that ``waiting`` goes

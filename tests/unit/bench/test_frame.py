@@ -123,3 +123,8 @@ def test_a_missed_bar_is_named_and_fails_the_run(capsys: pytest.CaptureFixture[s
 )
 def test_numbers_show_what_counts(value: float, text: str) -> None:
     assert cells(Row("x", value, "ms"))[1] == text
+
+
+def test_an_interval_stands_behind_its_ratio() -> None:
+    assert cells(Row("x", 1, "ms", ratio=0.5, ratio_interval=(0.456, 0.6)))[6] == "0.50× 0.46–0.60"
+    assert cells(Row("x", 1, "ms", ratio=0.5))[6] == "0.50×"

@@ -1,15 +1,16 @@
-"""Prefill and decode loops on fake models and fake stores, and the wires between them."""
+"""Prefill, decode and mixed workers on fake models and fake stores, and the wires between them."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from pdserve.cluster.worker_parts import make_loop
 from pdserve.config import PoolConfig, StoreConfig
-from pdserve.decode.loop import DecodeLoop
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move
 from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
@@ -32,7 +33,6 @@ from pdserve.messages import (
     TokenDelta,
 )
 from pdserve.model.sampler import SamplerRow, sample
-from pdserve.prefill.loop import PrefillLoop
 from tests.unit.engine.fakes import (
     BLOCK_TOKENS,
     EOS,
@@ -157,37 +157,32 @@ class Rig:
             self.d_address: self.d_store,
         }
         self.store_config = StoreConfig(offload=offload)
-        self.prefills: dict[str, PrefillLoop] = {}
-        self.decodes: dict[str, DecodeLoop] = {}
+        self.prefills: dict[str, EngineLoop] = {}
+        self.decodes: dict[str, EngineLoop] = {}
         self.runners: dict[str, FakeRunner] = {}
         self.deltas: dict[RequestId, list[TokenDelta]] = {}
         self.to_router: list[object] = []
         self.parked: list[Handoff] = []
         self.resume_on: str | None = None  # parked requests go there at once
 
-    def prefill(self, name: str = "p0", *, blocks: int = 64, chunk_tokens: int = 8) -> PrefillLoop:
-        settings = PoolConfig(chunk_tokens=chunk_tokens)
-        loop: PrefillLoop = self._make(PrefillLoop, name, self.p_address, blocks, settings)
-        self.prefills[name] = loop
-        return loop
+    def prefill(self, name: str = "p0", *, blocks: int = 64, chunk_tokens: int = 8) -> EngineLoop:
+        settings = PoolConfig(chunk_tokens=chunk_tokens, mixed_chunk_tokens=BLOCK_TOKENS)
+        self.prefills[name] = self._make(name, self.p_address, blocks, settings)
+        return self.prefills[name]
 
-    def decode(self, name: str = "d0", *, blocks: int = 64, running_max: int = 64) -> DecodeLoop:
-        settings = PoolConfig(running_max=running_max)
-        loop: DecodeLoop = self._make(DecodeLoop, name, self.d_address, blocks, settings)
-        self.decodes[name] = loop
-        return loop
+    def decode(
+        self, name: str = "d0", *, blocks: int = 64, running_max: int = 64, chunk_tokens: int = 8
+    ) -> EngineLoop:
+        settings = PoolConfig(
+            running_max=running_max, chunk_tokens=chunk_tokens, mixed_chunk_tokens=BLOCK_TOKENS
+        )
+        self.decodes[name] = self._make(name, self.d_address, blocks, settings)
+        return self.decodes[name]
 
-    def _make(
-        self,
-        make: Callable[..., Any],
-        name: str,
-        local: Address,
-        blocks: int,
-        settings: PoolConfig,
-    ) -> Any:
+    def _make(self, name: str, local: Address, blocks: int, settings: PoolConfig) -> EngineLoop:
         runner = self.runners[name] = FakeRunner(blocks)
         mover = Mover(runner.pool, lambda store: self.stores[store], local, threaded=False)
-        return make(
+        return make_loop(
             worker=WorkerId(name),
             runner=runner,
             mover=mover,
@@ -202,16 +197,20 @@ class Rig:
         return Dispatch(asked, route, Timing())
 
     def send(self, asked: Request, *, prefill: str = "p0", decode: str = "d0") -> None:
+        """``prefill`` may be a decode worker, and ``decode`` a prefill worker."""
         message = self.dispatch(asked, prefill=prefill, decode=decode)
-        self.prefills[prefill].handle(message)
+        self.worker(prefill).handle(message)
 
-    def step(self, loop: PrefillLoop | DecodeLoop) -> list[Output]:
+    def worker(self, name: str) -> EngineLoop:
+        return self.prefills[name] if name in self.prefills else self.decodes[name]
+
+    def step(self, loop: EngineLoop) -> list[Output]:
         """One step of one loop, its outputs delivered."""
         outputs = loop.step()
         for output in outputs:
             match output:
                 case ToDecode(where, handoff):
-                    self.decodes[where.host].handle(handoff)
+                    self.worker(where.host).handle(handoff)
                 case ToGateway(where, delta):
                     assert where == GATEWAY
                     self.deltas.setdefault(delta.request, []).append(delta)
@@ -226,7 +225,7 @@ class Rig:
 
     def resume(self, handoff: Handoff, decode: str) -> None:
         route = replace(handoff.route, decode=WorkerId(decode), decode_address=address(decode))
-        self.decodes[decode].handle(Resume(replace(handoff, route=route)))
+        self.worker(decode).handle(Resume(replace(handoff, route=route)))
 
     def run_prefills(self) -> None:
         self._run([*self.prefills.values()])
@@ -235,7 +234,7 @@ class Rig:
         """Step everybody in turn until nobody has anything to do."""
         self._run([*self.prefills.values(), *self.decodes.values()])
 
-    def _run(self, loops: Sequence[PrefillLoop | DecodeLoop]) -> None:
+    def _run(self, loops: Sequence[EngineLoop]) -> None:
         for _ in range(STEPS_MAX):
             busy = [loop for loop in loops if loop.busy()]
             if not busy:
@@ -268,7 +267,7 @@ class Rig:
     def check_idle(self) -> None:
         """Everything is back where it was before the first request."""
         for loop in (*self.prefills.values(), *self.decodes.values()):
-            if not isinstance(loop, PrefillLoop | DecodeLoop):
+            if not isinstance(loop, EngineLoop):
                 continue  # a test's stand-in
             load = loop.load()
             assert (load.running, load.waiting) == (0, 0)

@@ -1,9 +1,11 @@
 """Goal: whatever order things happen in, every request that is not cancelled gets exactly the
 tokens of a single loop, and in the end every block, pin and ticket is back.
 
-Method: two prefill and two decode workers with small pools. Moves do not happen when they are
-submitted but when the dice say so, one at a time per worker; the dice also submit, cancel, preempt,
-and take stores down and up again. What the loops tell the router is answered as a router would.
+Method: two prefill and two decode workers with small pools, and every request is prefilled and
+decoded where the dice say: on the usual workers, on one alone, or the other way round. Moves do
+not happen when they are submitted but when the dice say so, one at a time per worker; the dice also
+submit, cancel, preempt, and take stores down and up again. What the loops tell the router is
+answered as a router would.
 """
 
 import random
@@ -12,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from pdserve.decode.loop import DecodeLoop
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.outputs import ToRouter
 from pdserve.ids import RequestId
 from pdserve.kvstore.keys import block_keys
 from pdserve.lifecycle import Event
 from pdserve.messages import Cancel, Preempt, Progress, Request, WorkerFailed
-from pdserve.prefill.loop import PrefillLoop
 from tests.unit.engine import rig as rig_module
 from tests.unit.engine.fakes import BLOCK_TOKENS
 from tests.unit.engine.rig import NAMESPACE, SAMPLINGS, LateMover, Rig, plain, prompt, request
@@ -36,7 +37,7 @@ class World:
             self.rig.prefill(name, blocks=14, chunk_tokens=8)
         for name in ("d0", "d1"):
             self.rig.decode(name, blocks=14, running_max=4)
-        self.loops: list[PrefillLoop | DecodeLoop] = [
+        self.loops: list[EngineLoop] = [
             *self.rig.prefills.values(),
             *self.rig.decodes.values(),
         ]
@@ -63,6 +64,13 @@ class World:
     def dispatch(self, asked: Request) -> None:
         self.asked[asked.request] = asked
         prefill, decode = self.dice.choice(("p0", "p1")), self.dice.choice(("d0", "d1"))
+        match self.dice.randrange(4):
+            case 0:
+                prefill = decode
+            case 1:
+                decode = prefill
+            case 2:
+                prefill, decode = decode, prefill
         self.rig.send(asked, prefill=prefill, decode=decode)
 
     def step(self, loop: Any) -> None:
@@ -74,7 +82,7 @@ class World:
             if handoff.request.request in self.cancelled:
                 self.rig.stores[handoff.store].abort(handoff.ticket)
             else:
-                self.rig.resume(handoff, self.dice.choice(("d0", "d1")))
+                self.rig.resume(handoff, self.dice.choice(("d0", "d1", "p0")))
         for each in self.loops:
             each.pool.check()
 
@@ -109,8 +117,8 @@ class World:
                     self.cancel(self.dice.choice(list(self.first)))
                 case 2 if self.first:
                     asked = self.asked[self.dice.choice(list(self.first))]
-                    for prefill in self.rig.prefills.values():
-                        prefill.handle(Preempt(asked.request, asked.attempt))
+                    for loop in self.loops:
+                        loop.handle(Preempt(asked.request, asked.attempt))
                 case 3 if self.faults:
                     store = self.dice.choice(list(self.rig.stores.values()))
                     store.down = self.dice.random() < 0.2

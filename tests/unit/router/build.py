@@ -50,6 +50,8 @@ def settings(
         prefill_tokens_per_s=prefill_tokens_per_s,
         waiting_max=waiting_max,
         preemption=preemption,
+        gamma_per_s=0.12,
+        level_count=8,
         worker_silence_ms=worker_silence_ms,
     )
 
@@ -76,6 +78,8 @@ def request(
     max_tokens: int = 64,
     deadline_ms: int = FAR_MS,
     gateway: str = "g0",
+    tenant: str = "",
+    service_class: str = ServiceClass.STANDARD,
 ) -> Request:
     """``document`` is what its blocks' keys are of; by default its own."""
     return Request(
@@ -86,8 +90,8 @@ def request(
         tokens=tuple(range(tokens)),
         prompt_tokens=tokens if prompt_tokens is None else prompt_tokens,
         block_keys=keys(document or name, tokens // BLOCK_TOKENS),
-        tenant="",
-        service_class=ServiceClass.STANDARD,
+        tenant=tenant,
+        service_class=ServiceClass(service_class),
         sampling=Sampling(),
         stop=Stop(max_tokens=max_tokens),
         seed=0,

@@ -3,16 +3,22 @@
 Every connection is a queue: commands to a worker, events from a worker, hand-offs from a prefill
 worker to a decode worker. Whoever drives the cluster chooses which queue moves next, so events
 arrive in every order that separate connections allow. Time passes only in ``pass_time``.
+
+A worker of either role has prompts that it computes and streams that it decodes; which it is given
+is the router's choice. A prompt whose route ends where it begins becomes a stream there.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pdserve.clock import MS
+from pdserve.config import RouterConfig
 from pdserve.errors import ErrorInfo
 from pdserve.ids import RequestId, TicketId, WorkerId
-from pdserve.lifecycle import Event
+from pdserve.lifecycle import Event, Phase
 from pdserve.messages import (
+    Attained,
     Cancel,
     ChunkDone,
     Dispatch,
@@ -26,6 +32,8 @@ from pdserve.messages import (
     Request,
     Resume,
     Role,
+    Route,
+    ServiceClass,
     WorkerFailed,
 )
 from pdserve.router import planner
@@ -36,6 +44,8 @@ from tests.unit.router import build
 CHUNK_TOKENS = 64
 POOL_BLOCKS = 24
 RUNNING_MAX = 3
+ATTAINED_EVERY = 3
+"""Every so many reports say how far the streams are."""
 
 Said = Report | Handoff | WorkerFailed
 
@@ -43,8 +53,8 @@ Said = Report | Handoff | WorkerFailed
 @dataclass(slots=True)
 class Job:
     request: Request
-    route: Handoff | Dispatch
-    tokens: int  # prefill: with KV; decode: prompt and generated
+    route: Route
+    tokens: int  # a prompt: with KV; a stream: prompt and generated
 
 
 @dataclass(slots=True)
@@ -52,19 +62,23 @@ class FakeWorker:
     hello: Hello
     inbox: deque[object] = field(default_factory=deque)
     outbox: deque[Said] = field(default_factory=deque)
-    jobs: dict[RequestId, Job] = field(default_factory=dict)  # in the order they came
-    arriving: deque[Handoff] = field(default_factory=deque)  # at decode: not yet adopted
-    preempted: set[RequestId] = field(default_factory=set)
+    prompts: dict[RequestId, Job] = field(default_factory=dict)  # in the order they came
+    streams: dict[RequestId, Job] = field(default_factory=dict)
+    arriving: deque[Handoff] = field(default_factory=deque)  # not yet adopted
+    preempted: set[RequestId] = field(default_factory=set)  # of the prompts
     draining: bool = False
     sequence: int = 0
 
     @property
+    def jobs(self) -> list[Job]:
+        return [*self.prompts.values(), *self.streams.values()]
+
+    @property
     def used_blocks(self) -> int:
-        return sum(-(-job.tokens // build.BLOCK_TOKENS) for job in self.jobs.values())
+        return sum(-(-job.tokens // build.BLOCK_TOKENS) for job in self.streams.values())
 
     def say(self, *progress: Progress, chunks: tuple[ChunkDone, ...] = ()) -> None:
-        is_prefill = self.hello.role is Role.PREFILL
-        running = min(1, len(self.jobs)) if is_prefill else len(self.jobs)
+        running = min(1, len(self.prompts)) + len(self.streams)
         self.outbox.append(
             Report(
                 worker=self.hello.worker,
@@ -72,17 +86,30 @@ class FakeWorker:
                 draining=self.draining,
                 running=running,
                 waiting=len(self.jobs) - running + len(self.arriving),
-                free_blocks=POOL_BLOCKS if is_prefill else POOL_BLOCKS - self.used_blocks,
+                free_blocks=max(0, POOL_BLOCKS - self.used_blocks),
                 progress=progress,
                 chunks=chunks,
+                attained=() if self.sequence % ATTAINED_EVERY else self._attained(),
             )
         )
         self.sequence += 1
 
+    def _attained(self) -> tuple[Attained, ...]:
+        return tuple(
+            Attained(job.request.request, job.request.attempt, _generated(job))
+            for job in self.streams.values()
+        )
+
 
 class FakeCluster:
-    def __init__(self) -> None:
-        self.core = RouterCore(build.settings(waiting_max=8), unix_zero_ms=0)
+    def __init__(self, **settings: Any) -> None:
+        """``settings`` of the router, beside those that make everything happen soon."""
+        base = replace(
+            build.settings(waiting_max=8), rescue_after_ms=100.0, rescue_ratio=1.0, rescue_share=0.5
+        )
+        self.settings: RouterConfig = replace(base, **settings)
+        self._tokens_of: dict[RequestId, int] = {}  # that a request will generate
+        self.core = RouterCore(self.settings, oracle=self._tokens_of.__getitem__, unix_zero_ms=0)
         self.now_ns = 0
         self.workers: dict[str, FakeWorker] = {}
         self.wanted: dict[RequestId, Request] = {}  # the attempt the gateway waits for
@@ -111,18 +138,33 @@ class FakeCluster:
         self.workers[worker].inbox.clear()
         self.workers[worker].outbox.clear()
         self._carry_out(self.core.on_hello(self.workers[worker].hello, self.now_ns))
+        self.workers[worker].say()
 
-    def submit(self, tokens: int, max_tokens: int, document: str, deadline_ms: int) -> None:
+    def submit(
+        self,
+        tokens: int,
+        max_tokens: int,
+        document: str,
+        deadline_ms: int,
+        *,
+        tenant: str = "",
+        service_class: ServiceClass = ServiceClass.STANDARD,
+    ) -> None:
         name = f"r{self._born}"
         self._born += 1
-        request = build.request(
-            name,
-            tokens,
-            max_tokens=max_tokens,
-            document=document,
-            deadline_ms=self.now_ns // MS + deadline_ms,
+        request = replace(
+            build.request(
+                name,
+                tokens,
+                max_tokens=max_tokens,
+                document=document,
+                deadline_ms=self.now_ns // MS + deadline_ms,
+            ),
+            tenant=tenant,
+            service_class=service_class,
         )
         self.wanted[request.request] = request
+        self._tokens_of[request.request] = max_tokens
         self._carry_out(self.core.on_submit(request, self.now_ns))
 
     def submit_again(self) -> None:
@@ -146,21 +188,18 @@ class FakeCluster:
         if not here.inbox:
             return
         match here.inbox.popleft():
-            case Dispatch(request, _, _) as dispatch:
-                here.jobs[request.request] = Job(request, dispatch, 0)
+            case Dispatch(request, route, _):
+                here.prompts[request.request] = Job(request, route, 0)
                 here.say()
             case Resume(handoff):
                 here.arriving.append(handoff)
             case Preempt(request, attempt):
-                job = here.jobs.get(request)
-                if job is not None and job.request.attempt == attempt:
-                    here.preempted.add(request)
-                    if request != next(iter(here.jobs)):
-                        self._hand_back(here, job)
+                self._yield(here, request, attempt)
             case Cancel(request, attempt):
-                job = here.jobs.get(request)
-                if job is not None and _stops(attempt, job.request):
-                    del here.jobs[request]
+                for jobs in (here.prompts, here.streams):
+                    job = jobs.get(request)
+                    if job is not None and _stops(attempt, job.request):
+                        del jobs[request]
                 for handoff in [h for h in here.arriving if h.request.request == request]:
                     if _stops(attempt, handoff.request):
                         here.arriving.remove(handoff)
@@ -185,29 +224,40 @@ class FakeCluster:
         here = self.workers[worker]
         here.draining = True
         here.say()
-        for job in list(here.jobs.values()):
-            if here.hello.role is Role.DECODE:
-                self._park(here, job)
-            elif job.tokens == 0:
+        for job in list(here.streams.values()):
+            self._park(here, job)
+        for job in list(here.prompts.values()):
+            if job.tokens == 0:
                 self._hand_back(here, job)
 
     def fail(self, worker: str) -> None:
         """It cannot go on with its oldest job."""
         here = self.workers[worker]
         if here.jobs:
-            job = here.jobs.pop(next(iter(here.jobs)))
+            request = here.jobs[0].request
+            if here.prompts.pop(request.request, None) is None:
+                del here.streams[request.request]
             error = ErrorInfo("block_missing", "gone")
-            here.outbox.append(WorkerFailed(job.request.request, job.request.attempt, error))
+            here.outbox.append(WorkerFailed(request.request, request.attempt, error))
+            here.say()
 
     def work(self, worker: str) -> None:
-        """One step."""
+        """One step: a token of each stream, and a chunk of a prompt."""
         here = self.workers[worker]
-        if here.hello.role is Role.DECODE:
-            self._decode(here)
-        elif here.jobs:
-            self._prefill(here, next(iter(here.jobs.values())))
+        self._decode(here)
+        if here.prompts:
+            self._prefill(here, next(iter(here.prompts.values())))
 
     # ── what workers do ──────────────────────────────────────────────────────────────────────────
+
+    def _yield(self, here: FakeWorker, request: RequestId, attempt: int) -> None:
+        prompt, stream = here.prompts.get(request), here.streams.get(request)
+        if prompt is not None and prompt.request.attempt == attempt:
+            here.preempted.add(request)
+            if request != next(iter(here.prompts)):
+                self._hand_back(here, prompt)
+        elif stream is not None and stream.request.attempt == attempt:
+            self._park(here, stream)
 
     def _prefill(self, here: FakeWorker, job: Job) -> None:
         if job.request.request in here.preempted:
@@ -220,38 +270,47 @@ class FakeCluster:
         if job.tokens < total:
             here.say(chunks=(chunk,))
             return
-        del here.jobs[request]
+        del here.prompts[request]
         if job.request.stop.max_tokens == 1:
-            here.say(Progress(request, attempt, Event.ENDED), chunks=(chunk,))
+            here.say(_progress(job, Event.ENDED), chunks=(chunk,))
             self.wanted.pop(request, None)
             return
-        assert isinstance(job.route, Dispatch)
-        decode = self.workers.get(job.route.route.decode)
-        if decode is not None:
+        here.say(_progress(job, Event.PREFILL_DONE), chunks=(chunk,))
+        if job.route.decode == here.hello.worker:
+            self._keep(here, job)
+        elif job.route.decode in self.workers:
+            decode = self.workers[job.route.decode]
             handed = build.handoff(job.request, decode.hello)
-            decode.arriving.append(replace(handed, route=job.route.route))
-        here.say(Progress(request, attempt, Event.PREFILL_DONE), chunks=(chunk,))
+            decode.arriving.append(replace(handed, route=job.route))
+
+    def _keep(self, here: FakeWorker, job: Job) -> None:
+        """It stays, with its first token."""
+        job.tokens += 1
+        here.streams[job.request.request] = job
+        here.say(_progress(job, Event.ADOPTED))
+        if here.draining:
+            self._park(here, job)
 
     def _hand_back(self, here: FakeWorker, job: Job) -> None:
-        here.jobs.pop(job.request.request)
+        here.prompts.pop(job.request.request)
         here.preempted.discard(job.request.request)
         event = Progress(job.request.request, job.request.attempt, Event.PREEMPTED, job.tokens)
         here.say(event)
 
     def _decode(self, here: FakeWorker) -> None:
         """Everybody gets a token; who finds no block for it is parked, the newest first."""
-        for job in list(here.jobs.values()):
+        for job in list(here.streams.values()):
             job.tokens += 1
-            if job.tokens - len(job.request.tokens) >= job.request.stop.max_tokens:
-                del here.jobs[job.request.request]
-                here.say(Progress(job.request.request, job.request.attempt, Event.ENDED))
+            if _generated(job) >= job.request.stop.max_tokens:
+                del here.streams[job.request.request]
+                here.say(_progress(job, Event.ENDED))
                 self.wanted.pop(job.request.request, None)
         while here.used_blocks > POOL_BLOCKS:
-            self._park(here, here.jobs[next(reversed(here.jobs))])
-        if here.arriving and len(here.jobs) < RUNNING_MAX:
+            self._park(here, here.streams[next(reversed(here.streams))])
+        if here.arriving and len(here.streams) < RUNNING_MAX:
             handoff = here.arriving[0]
-            job = Job(handoff.request, handoff, len(handoff.tokens))
-            earlier = here.jobs.get(job.request.request)
+            job = Job(handoff.request, handoff.route, len(handoff.tokens))
+            earlier = here.streams.get(job.request.request)
             if earlier is not None and earlier.request.attempt > job.request.attempt:
                 self.tickets.discard(here.arriving.popleft().ticket)
             elif here.draining:
@@ -259,12 +318,11 @@ class FakeCluster:
                 here.outbox.append(handoff)
             elif here.used_blocks + -(-job.tokens // build.BLOCK_TOKENS) <= POOL_BLOCKS:
                 self.tickets.discard(here.arriving.popleft().ticket)
-                here.jobs[job.request.request] = job
-                event = Progress(job.request.request, job.request.attempt, Event.ADOPTED)
-                here.say(event)
+                here.streams[job.request.request] = job
+                here.say(_progress(job, Event.ADOPTED))
 
     def _park(self, here: FakeWorker, job: Job) -> None:
-        del here.jobs[job.request.request]
+        del here.streams[job.request.request]
         parked = build.handoff(job.request, here.hello, tokens=job.tokens)
         self._born += 1
         parked = replace(parked, ticket=TicketId(f"t{self._born}"))
@@ -303,24 +361,36 @@ class FakeCluster:
         state = self.core.state
         state.check()
         assert planner.plan(state, self.now_ns) == [], "something could have been done"
+        next_ns = self.core.next_tick_ns()
+        assert next_ns is None or next_ns > self.now_ns, "a tick is due that does nothing"
         counters = state.counters
         ends = ("finished", "refused", "lost", "cancelled", "replaced")
         assert counters["arrived"] == sum(counters[end] for end in ends) + len(state.entries)
-        prefills, decodes = state.fleet.of(Role.PREFILL), state.fleet.of(Role.DECODE)
-        assert all(len(worker.held) <= HELD_MAX for worker in prefills)
-        assert all(len(worker.held) <= RUNNING_MAX for worker in decodes)
-        idle = [
-            any(w.busy_count == 0 and not w.draining for w in pool) for pool in (prefills, decodes)
-        ]
-        assert not (all(idle) and len(state.queue)), "idle workers, and somebody waits"
+        for worker in state.fleet.all():
+            assert len(worker.prompts) <= (HELD_MAX if worker.prefills else 0)
+            assert len(worker.streams) <= (RUNNING_MAX if worker.decodes else 0)
+        self._check_nobody_waits_beside_idle_workers()
+        running = Counter(
+            (job.request.request, job.request.attempt)
+            for worker in self.workers.values()
+            for job in worker.jobs
+        )
         for entry in state.entries.values():
-            holders = [
-                name
-                for name, worker in self.workers.items()
-                if (job := worker.jobs.get(entry.id)) is not None
-                and job.request.attempt == entry.request.attempt
-            ]
-            assert len(holders) <= 1, f"{entry.id} runs at {holders}"
+            assert running[entry.id, entry.request.attempt] <= 1, f"{entry.id} runs twice"
+
+    def _check_nobody_waits_beside_idle_workers(self) -> None:
+        """But for those who were bound on arrival, or wait for a better worker for a moment."""
+        state = self.core.state
+        idle = {
+            role: any(w.busy_count == 0 and not w.draining for w in state.fleet.of(role))
+            for role in Role
+        }
+        can_start = idle[Role.DECODE]
+        if self.settings.mode == "disaggregated":
+            can_start &= idle[Role.PREFILL]
+        waiting = [entry for entry in state.entries.values() if entry.phase is Phase.QUEUED]
+        eager = [e for e in waiting if e.deferred_ns is None and e.bound_to is None]
+        assert not (can_start and eager), "idle workers, and somebody waits"
 
     def settle(self) -> None:
         """Let everything come to its end; then nothing may be left of it."""
@@ -334,6 +404,7 @@ class FakeCluster:
                 self.obey(worker)
                 self.work(worker)
                 self.hear(worker)
+            self.pass_time(1)
             self.check()
             if not self.core.state.entries and not self._busy():
                 break
@@ -341,7 +412,7 @@ class FakeCluster:
         assert not self.wanted, "the gateway waits for something that nobody knows of"
         assert not self.tickets, "blocks of parked requests stay pinned for ever"
         for known in self.core.state.fleet.all():
-            assert (len(known.held), known.reserved_blocks) == (0, 0)
+            assert (len(known.held), known.reserved_blocks, known.context_tokens) == (0, 0, 0)
 
     def _busy(self) -> bool:
         return any(w.inbox or w.outbox or w.jobs or w.arriving for w in self.workers.values())
@@ -349,3 +420,12 @@ class FakeCluster:
 
 def _stops(attempt: int | None, request: Request) -> bool:
     return attempt is None or request.attempt <= attempt
+
+
+def _generated(job: Job) -> int:
+    return job.tokens - job.request.prompt_tokens
+
+
+def _progress(job: Job, event: Event) -> Progress:
+    request = job.request
+    return Progress(request.request, request.attempt, event, total_tokens=job.tokens)

@@ -1,29 +1,26 @@
 import pytest
 
 from pdserve.clock import MS
+from pdserve.config import RouterConfig
 from pdserve.ids import WorkerId
 from pdserve.messages import Role
-from pdserve.router.fleet import RATE_MEMORY_TOKENS, PrefillRate
-from tests.unit.router.build import core_with, hello, keys, request, told
+from pdserve.router.core import RouterCore
+from pdserve.router.fleet import SLOTS_GROW, Fleet
+from tests.unit.router.build import core_with, hello, keys, request, settings, told
+from tests.unit.router.entries import COSTS
 
 DOCUMENT = keys("a", 10)
 
 
-def test_the_configured_rate_is_believed_until_something_is_measured() -> None:
-    assert PrefillRate(1000).work_ns(250) == 250 * MS
+def _blocks(core: RouterCore, worker: str) -> int:
+    """Leading blocks of the document that the worker can use."""
+    known = core.state.fleet.get(WorkerId(worker))
+    assert known is not None
+    ((blocks, _),) = core.state.fleet.index.hits(DOCUMENT, 1 << known.slot)
+    return blocks
 
 
-def test_measurements_outweigh_the_configured_rate() -> None:
-    rate = PrefillRate(1000)
-    for _ in range(50):
-        rate.observe(512, elapsed_us=1_024_000)
-    assert rate.tokens_per_s == pytest.approx(500, rel=0.01)
-
-
-def test_a_chunk_larger_than_the_memory_is_all_there_is() -> None:
-    rate = PrefillRate(1000)
-    rate.observe(2 * RATE_MEMORY_TOKENS, elapsed_us=RATE_MEMORY_TOKENS * 1000)
-    assert rate.tokens_per_s == pytest.approx(2000)
+# ── speed ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_chunk_that_cannot_be_one_is_no_measurement() -> None:
@@ -37,31 +34,51 @@ def test_a_chunk_that_cannot_be_one_is_no_measurement() -> None:
     assert core.snapshot(0).prefill_tokens_per_s < 1000
 
 
+def test_a_worker_is_measured_by_itself_and_the_fleet_by_all() -> None:
+    core, (p0, *_) = core_with(hello("p0"), hello("p1"), hello("d0"))
+    asked = request("r", 1500)
+    core.on_submit(asked, 0)
+    p0.chunk(asked, 128, elapsed_ms=256)
+    fleet = core.state.fleet
+    slow, other = fleet.at(0).correction.factor, fleet.at(1).correction.factor
+    assert 1.0 == other < slow == fleet.correction.factor
+
+
+# ── blocks ───────────────────────────────────────────────────────────────────────────────────────
+
+
 def test_a_gap_in_the_reports_forgets_the_workers_blocks() -> None:
     core, (p0, _) = core_with(hello("p0"), hello("d0"))
     p0.report(blocks_added=DOCUMENT)
-    index = core.state.fleet.index
-    assert index.prefix_blocks(DOCUMENT, ["p0"]) == 10
+    assert _blocks(core, "p0") == 10
     p0.report(lost_before=1, blocks_added=DOCUMENT[:2])
-    assert index.prefix_blocks(DOCUMENT, ["p0"]) == 2
+    assert _blocks(core, "p0") == 2
 
 
 def test_a_lost_workers_blocks_are_forgotten_and_its_hosts_store_with_the_last_worker() -> None:
     core, (p0, *_) = core_with(hello("p0"), hello("p1"), hello("d0", host="h1"))
-    p0.report(blocks_added=DOCUMENT, store_added=DOCUMENT)
-    index = core.state.fleet.index
+    p0.report(blocks_added=DOCUMENT, store_added=DOCUMENT[:7])
     core.on_worker_lost(WorkerId("p0"), 0)
-    assert index.prefix_blocks(DOCUMENT, ["p0"]) == 0
-    assert index.prefix_blocks(DOCUMENT, ["store-h0"]) == 10
-    core.on_worker_lost(WorkerId("p1"), 0)
-    assert index.prefix_blocks(DOCUMENT, ["store-h0"]) == 0
+    assert _blocks(core, "p1") == 7
+    core.on_hello(hello("p0"), 0)
+    assert _blocks(core, "p0") == 7
+    for name in ("p0", "p1"):
+        core.on_worker_lost(WorkerId(name), 0)
+    core.on_hello(hello("p1"), 0)
+    assert _blocks(core, "p1") == 0
 
 
-def test_what_lies_in_a_decode_workers_pool_is_nothing_to_prefill() -> None:
-    core, (_, d0) = core_with(hello("p0"), hello("d0"))
+@pytest.mark.parametrize(
+    ("mode", "in_pool"), [("disaggregated", 0), ("aggregated", 10), ("auto", 10)]
+)
+def test_what_lies_in_a_decode_workers_pool_counts_where_it_prefills(
+    mode: str, in_pool: int
+) -> None:
+    config = RouterConfig(mode=mode)  # type: ignore[arg-type]
+    core, (_, d0) = core_with(hello("p0"), hello("d0"), config=config)
     d0.report(blocks_added=DOCUMENT, store_added=DOCUMENT[:3])
-    assert core.state.fleet.index.prefix_blocks(DOCUMENT, ["d0"]) == 0
-    assert core.state.fleet.index.prefix_blocks(DOCUMENT, ["store-h0"]) == 3
+    assert _blocks(core, "d0") == max(in_pool, 3)
+    assert _blocks(core, "p0") == 3
 
 
 def test_another_hosts_store_counts_for_its_own_workers_only() -> None:
@@ -72,12 +89,15 @@ def test_another_hosts_store_counts_for_its_own_workers_only() -> None:
     ]
 
 
+# ── who is there ─────────────────────────────────────────────────────────────────────────────────
+
+
 def test_work_that_another_router_sent_counts() -> None:
-    """After a restart of the router a worker says that it runs two which nobody here knows."""
+    """After a restart of the router a worker says that it runs many which nobody here knows."""
     core, (p0, _) = core_with(hello("p0"), hello("d0"))
-    p0.report(running=1, waiting=1)
+    p0.report(running=1, waiting=8)
     assert core.on_submit(request("r", 32), 0) == []
-    assert told(p0.report(running=1, waiting=0)) == [
+    assert told(p0.report(running=1, waiting=7)) == [
         "p0 <- dispatch r, decode d0, level 1, queued 0 ms"
     ]
 
@@ -86,3 +106,65 @@ def test_workers_are_listed_in_the_order_of_their_ids() -> None:
     core, _ = core_with(hello("p1"), hello("d0"), hello("p0"))
     assert [worker.id for worker in core.state.fleet.of(Role.PREFILL)] == ["p0", "p1"]
     assert [worker.worker for worker in core.snapshot(0).workers] == ["d0", "p0", "p1"]
+
+
+def test_slots_are_used_again_and_grow() -> None:
+    fleet = Fleet(settings(), COSTS)
+    count = 2 * SLOTS_GROW + 3
+    workers = [fleet.add(hello(f"p{number:02}"), 0) for number in range(count)]
+    assert [worker.slot for worker in workers] == list(range(count))
+    assert fleet.prefill_count == fleet.open_count == count
+    for gone in (20, 5):
+        fleet.remove(workers[gone])
+    fleet.check()
+    assert [fleet.add(hello(f"d{number}"), 0).slot for number in (0, 1)] == [5, 20]
+    fleet.check()
+    assert fleet.prefill_count == fleet.open_count == count - 2
+    assert [worker.slot for worker in fleet.of(Role.DECODE)] == [5, 20]
+
+
+def test_a_bit_set_of_slots_is_a_mask() -> None:
+    fleet = Fleet(settings(), COSTS)
+    for number in range(20):
+        fleet.add(hello(f"p{number}"), 0)
+    mask = fleet.slots_of(1 << 19 | 1 << 8 | 1)
+    assert len(mask) == len(fleet.start_ns)
+    assert [slot for slot, is_in in enumerate(mask) if is_in] == [0, 8, 19]
+
+
+def test_the_largest_pool_is_that_of_those_who_decode() -> None:
+    fleet = Fleet(settings(), COSTS)
+    fleet.add(hello("p0", block_count=9000), 0)
+    assert fleet.largest is None
+    large = fleet.add(hello("d0", block_count=500), 0)
+    fleet.add(hello("d1", block_count=400), 0)
+    assert fleet.largest is large.hello
+    fleet.remove(large)
+    assert fleet.largest is not None
+    assert fleet.largest.worker == "d1"
+
+
+def test_a_worker_is_there_once() -> None:
+    fleet = Fleet(settings(), COSTS)
+    fleet.add(hello("p0"), 0)
+    with pytest.raises(AssertionError, match="p0 is there already"):
+        fleet.add(hello("p0"), 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "prefilling", "decoding"),
+    [("disaggregated", "p", "d"), ("aggregated", "d", "d"), ("auto", "pd", "pd")],
+)
+def test_a_mode_says_who_does_what(mode: str, prefilling: str, decoding: str) -> None:
+    fleet = Fleet(RouterConfig(mode=mode), COSTS)  # type: ignore[arg-type]
+    for name in ("p0", "d0"):
+        worker = fleet.add(hello(name), 0)
+        assert worker.prefills == (name[0] in prefilling)
+        assert worker.decodes == (name[0] in decoding)
+
+
+def test_times_of_a_prompt_follow_the_fleets_speed() -> None:
+    fleet = Fleet(settings(), COSTS)
+    assert fleet.work_ns(100, 50) == 100 * MS
+    fleet.correction.observe(10**10, 15 * 10**9)
+    assert fleet.work_ns(100, 50) == 150 * MS

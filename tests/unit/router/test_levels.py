@@ -1,3 +1,5 @@
+from bisect import bisect_left
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,17 +8,33 @@ from pdserve.clock import MS, S
 from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.router import levels
-from pdserve.router.levels import Ladder, LevelQueue, boosts_ns, quanta_ns
+from pdserve.router.levels import (
+    DEAD_PLACES_MAX,
+    Ladder,
+    Level,
+    Place,
+    boost_ns,
+    boosts_ns,
+    quanta_ns,
+)
+from tests.unit.router.entries import entry
 
-LADDER = Ladder.of(RouterConfig())
+LADDER = Ladder.of(RouterConfig(level_count=8), 0.12)
 
 
-def _queue(*waiting: tuple[str, int, int], ladder: Ladder = LADDER) -> LevelQueue:
-    """Of (name, virtual arrival in ms, level), in the order of their arrival here."""
-    queue = LevelQueue(ladder)
-    for order, (name, virtual_ms, level) in enumerate(waiting):
-        queue.push(RequestId(name), virtual_ns=virtual_ms * MS, order=order, level=level)
-    return queue
+def _level(*waiting: tuple[str, int]) -> Level:
+    """Of (name, virtual arrival in ms), in the order of their arrival here."""
+    level = Level()
+    for order, (name, virtual_ms) in enumerate(waiting):
+        level.push(entry(name, 1, order=order), virtual_ms * MS)
+    return level
+
+
+def _names(level: Level) -> list[str]:
+    return [place[3].id for place in level]
+
+
+# ── ladder ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_quanta_double() -> None:
@@ -30,8 +48,23 @@ def test_a_request_joins_the_first_level_whose_quantum_covers_it(work_ms: int, l
     assert LADDER.level_of(work_ms * MS) == level
 
 
+@given(
+    st.integers(1, 10**12),
+    st.integers(1, 16),
+    st.integers(0, 10**16),
+    st.sampled_from((-1, 0, 1)),
+)
+def test_the_level_is_that_of_a_walk_along_the_quanta(
+    first_ns: int, level_count: int, work_ns: int, off: int
+) -> None:
+    quanta = quanta_ns(first_ns, level_count)
+    ladder = Ladder(quanta, (0,) * level_count)
+    for work in (work_ns, *(quantum + off for quantum in quanta)):  # and at every border
+        assert ladder.level_of(work) == min(bisect_left(quanta, work), level_count - 1)
+
+
 def test_first_come_first_served_is_one_level() -> None:
-    ladder = Ladder.of(RouterConfig(policy="fcfs"))
+    ladder = Ladder.of(RouterConfig(policy="fcfs"), 0.12)
     assert ladder.last == 0
     assert ladder.level_of(10**6 * S) == 0
 
@@ -47,91 +80,99 @@ def test_a_large_gamma_means_first_come_first_served() -> None:
     assert set(boosts_ns(quanta_ns(25 * MS, 8), gamma_per_s=10**6)) == {0}
 
 
-def test_short_ones_go_before_long_ones_that_came_a_little_earlier() -> None:
-    queue = _queue(("long", 0, 6), ("short", 1000, 0), ("middle", 1000, 3))
-    assert list(queue.in_order()) == ["short", "middle", "long"]
+def test_a_small_gamma_keeps_its_digits() -> None:
+    """For γ·work → 0 the boost is −ln(γ·work) / γ."""
+    assert boost_ns(25 * MS, 1e-9) == pytest.approx(24.412145 * 1e9 * S, rel=1e-6)
 
 
-def test_a_long_one_is_overtaken_within_the_difference_of_boosts_and_no_longer() -> None:
-    """D1: the bound is a number one can compute, and no sweep has to come round first."""
-    window_ms = (LADDER.boosts_ns[0] - LADDER.boosts_ns[6]) // MS
-    queue = _queue(("long", 0, 6), ("early", window_ms - 1, 0), ("late", window_ms + 1, 0))
-    assert list(queue.in_order()) == ["early", "long", "late"]
-
-
-def test_who_has_never_run_is_not_taken_for_starved() -> None:
-    """D2: keys are about arrival, so a clock that started long ago changes nothing."""
-    long_ago = 10**12
-    queue = _queue(("long", long_ago, 6), ("short", long_ago + 1, 0))
-    assert list(queue.in_order()) == ["short", "long"]
+# ── one level ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_those_who_come_back_keep_their_order() -> None:
     """D3: by virtual arrival, whoever came back last."""
-    queue = _queue(("new", 30, 2))
-    queue.push(RequestId("second"), virtual_ns=20 * MS, order=1, level=2)
-    queue.push(RequestId("first"), virtual_ns=10 * MS, order=0, level=2)
-    assert list(queue.in_order()) == ["first", "second", "new"]
+    level = _level(("new", 30))
+    level.push(entry("second", 1, order=-1), 20 * MS)
+    level.push(entry("first", 1, order=-2), 10 * MS)
+    assert _names(level) == ["first", "second", "new"]
 
 
-def test_at_equal_keys_who_came_first_goes_first() -> None:
-    assert list(_queue(("b", 5, 1), ("a", 5, 1)).in_order()) == ["b", "a"]
+def test_at_equal_arrivals_who_came_first_goes_first() -> None:
+    assert _names(_level(("b", 5), ("a", 5))) == ["b", "a"]
 
 
-def test_one_that_left_may_come_back_to_the_same_level() -> None:
-    queue = _queue(("a", 1, 0), ("b", 2, 0), ("c", 3, 0))
-    queue.remove(RequestId("b"))
-    queue.push(RequestId("b"), virtual_ns=2 * MS, order=1, level=0)
-    queue.check()
-    assert list(queue.in_order()) == ["a", "b", "c"]
+def test_one_that_left_may_come_back_to_the_same_place() -> None:
+    level = _level(("a", 1), ("b", 2), ("c", 3))
+    level.remove(RequestId("b"))
+    level.push(entry("b", 1, order=1), 2 * MS)
+    level.check()
+    assert _names(level) == ["a", "b", "c"]
+
+
+def test_an_empty_level_has_no_head() -> None:
+    level = _level(("a", 1))
+    assert level.head is not None
+    level.remove(RequestId("a"))
+    assert level.head is None
+    assert list(level) == []
 
 
 def test_nobody_waits_twice() -> None:
-    queue = _queue(("a", 1, 0))
+    level = _level(("a", 1))
     with pytest.raises(AssertionError, match="a waits already"):
-        queue.push(RequestId("a"), virtual_ns=MS, order=1, level=3)
+        level.push(entry("a", 1), MS)
 
 
 def test_who_does_not_wait_cannot_leave() -> None:
     with pytest.raises(KeyError):
-        _queue().remove(RequestId("a"))
+        _level().remove(RequestId("a"))
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 50), st.integers(0, 7)), max_size=120))
-def test_the_queue_is_a_sorted_list_with_removal(
-    steps: list[tuple[int, int, int]],
-) -> None:
-    """Model: a dict of (key, order). A step adds a name, or removes it if it is there."""
-    queue, model = LevelQueue(LADDER), dict[str, tuple[int, int]]()
-    for order, (number, virtual_ms, level) in enumerate(steps):
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 50)), max_size=120))
+def test_a_level_is_a_sorted_list_with_removal(steps: list[tuple[int, int]]) -> None:
+    """Model: a dict to (virtual arrival, order). A step adds a name, or removes it if it is
+    there."""
+    level, model = Level(), dict[str, tuple[int, int]]()
+    for order, (number, virtual_ms) in enumerate(steps):
         name = RequestId(str(number))
         if name in model:
-            queue.remove(name)
+            level.remove(name)
             del model[name]
         else:
-            queue.push(name, virtual_ns=virtual_ms * MS, order=order, level=level)
-            model[name] = (LADDER.key_ns(virtual_ms * MS, level), order)
-        queue.check()
-    assert list(queue.in_order()) == sorted(model, key=lambda name: model[name])
-    assert len(queue) == len(model)
+            level.push(entry(name, 1, order=order), virtual_ms * MS)
+            model[name] = (virtual_ms, order)
+        level.check()
+        assert name in level or name not in model
+        assert (None if level.head is None else level.head[3].id) == min(
+            model, key=lambda name: model[name], default=None
+        )
+    assert _names(level) == sorted(model, key=lambda name: model[name])
+    assert len(level) == len(model)
 
 
-def test_taking_the_head_costs_the_same_from_a_long_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_of_those_who_left_do_not_pile_up() -> None:
+    level = _level(("stays", 0))
+    for index in range(1000):
+        level.push(entry(f"r{index}", 1, order=index), (index + 1) * MS)
+        level.remove(RequestId(f"r{index}"))
+    assert len(level._places) <= 2 + DEAD_PLACES_MAX
+
+
+def test_taking_the_head_costs_the_same_from_a_long_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """D6: places looked at per request taken, with 100 and with 3,000 waiting."""
     looks = 0
-    is_live = levels._Level._is_live
+    is_live = Level._is_live
 
-    def counted(level: levels._Level, place: levels._Place) -> bool:
+    def counted(level: Level, place: Place) -> bool:
         nonlocal looks
         looks += 1
         return is_live(level, place)
 
-    monkeypatch.setattr(levels._Level, "_is_live", counted)
+    monkeypatch.setattr(levels.Level, "_is_live", counted)
     looks_per_request = []
     for count in (100, 3000):
-        queue, looks = _queue(*((f"r{i}", i, 0) for i in range(count))), 0
-        while len(queue):
-            queue.remove(next(queue.in_order()))
+        level, looks = _level(*((f"r{i}", i) for i in range(count))), 0
+        while (head := level.head) is not None:
+            level.remove(head[3].id)
         looks_per_request.append(looks / count)
     short, long = looks_per_request
     assert long < 1.5 * short

@@ -2,24 +2,47 @@
 
 ``FakeCluster.check`` holds after every step: the books agree with themselves, nobody is lost or
 counted twice, no request runs in two places, no worker is left idle while somebody could go there.
-At the end everything is let run out, and every reservation is back.
+At the end everything is let run out, and every reservation is back. Each run has another mode,
+another placement and other orders.
 """
 
+from typing import get_args
+
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
-from pdserve.messages import Role
+from pdserve.config import Placement
+from pdserve.messages import Role, ServiceClass
 from tests.unit.router.fake_cluster import FakeCluster
 
 WORKERS_MAX = 5
 CHOICES = st.integers(min_value=0, max_value=10**6)
+PLACEMENTS = ("late", *get_args(Placement))
+"""Late ones are what is in use: as many examples as of two others."""
 
 
 class RouterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.cluster = FakeCluster()
+
+    @initialize(
+        mode=st.sampled_from(("disaggregated", "aggregated", "auto")),
+        placement=st.sampled_from(PLACEMENTS),
+        policy=st.sampled_from(("skip_join", "skip_join", "fcfs", "srpt", "mlfq")),
+        decode_policy=st.sampled_from(("gated", "fcfs", "mlfq", "oracle")),
+        ttft_slo_ms=st.sampled_from((None, None, 600.0)),
+    )
+    def start(self, **settings: object) -> None:
+        self.cluster = FakeCluster(**settings)
 
     def _worker(self, choice: int) -> str:
         return sorted(self.cluster.workers)[choice % len(self.cluster.workers)]
@@ -37,9 +60,21 @@ class RouterMachine(RuleBasedStateMachine):
         max_tokens=st.sampled_from((1, 3, 40)),
         document=st.sampled_from("ab"),
         deadline_ms=st.sampled_from((0, 30, 10**6)),
+        tenant=st.sampled_from("uv"),
+        service_class=st.sampled_from(ServiceClass),
     )
-    def submit(self, tokens: int, max_tokens: int, document: str, deadline_ms: int) -> None:
-        self.cluster.submit(tokens, max_tokens, document, deadline_ms)
+    def submit(
+        self,
+        tokens: int,
+        max_tokens: int,
+        document: str,
+        deadline_ms: int,
+        tenant: str,
+        service_class: ServiceClass,
+    ) -> None:
+        self.cluster.submit(
+            tokens, max_tokens, document, deadline_ms, tenant=tenant, service_class=service_class
+        )
 
     @precondition(lambda self: self.cluster.lost)
     @rule()
@@ -109,10 +144,21 @@ class RouterMachine(RuleBasedStateMachine):
         self.cluster.settle()
 
 
-RouterMachine.TestCase.settings = settings(
-    max_examples=100,
-    stateful_step_count=100,
+_SETTINGS = settings(
+    max_examples=60,
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+RouterMachine.TestCase.settings = _SETTINGS
 TestRouter = RouterMachine.TestCase
+
+
+class LongRouterMachine(RouterMachine):
+    pass
+
+
+LongRouterMachine.TestCase.settings = settings(
+    _SETTINGS, max_examples=1000, stateful_step_count=100
+)
+TestRouterForLong = pytest.mark.slow(LongRouterMachine.TestCase)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.clock import S
 from pdserve.config import AutoscalingConfig
 from pdserve.messages import Role
 from pdserve.router.scaling import (
@@ -14,7 +15,7 @@ from pdserve.router.scaling import (
     wanted_prefill,
     wanted_replicas,
 )
-from tests.unit.router.build import core_with, hello, request
+from tests.unit.router.build import core_with, hello, request, settings
 
 SETTINGS = AutoscalingConfig(queue_age_ms=1000, kv_pressure_ratio=0.85)
 CALM = DecodeLoad(used_blocks=60, worker_blocks=100, sequences=4, worker_sequences=64, parked=0)
@@ -91,15 +92,37 @@ def test_a_constant_prefill_load_never_moves_the_number_to_and_fro(
 
 
 def test_figures_come_from_the_routers_snapshot() -> None:
-    core, _ = core_with(hello("p0"), hello("d0", block_count=100))
+    core, _ = core_with(hello("p0"), hello("p1"), hello("d0", block_count=100))
     for index in range(6):
         core.on_submit(request(f"r{index}", 600), 0)
     snapshot = core.snapshot(2_000_000_000)
-    assert wanted_replicas(Role.PREFILL, snapshot, SETTINGS, current=1) == 2
+    assert wanted_replicas(Role.PREFILL, snapshot, SETTINGS, current=2) == 3
     # Two are on their way to it, 38 blocks each.
     assert wanted_replicas(Role.DECODE, snapshot, SETTINGS, current=1) == 1
     pressed = replace(SETTINGS, kv_pressure_ratio=0.75)
     assert wanted_replicas(Role.DECODE, snapshot, pressed, current=1) == 2
+
+
+def test_a_pool_that_does_both_grows_for_either_and_shrinks_when_neither_needs_it() -> None:
+    config = replace(settings(), mode="aggregated")
+    core, (d0, _) = core_with(hello("d0"), hello("d1"), config=config)
+
+    def wanted(now_ns: int) -> int:
+        snapshot = core.snapshot(now_ns)
+        return wanted_replicas(Role.DECODE, snapshot, SETTINGS, current=2, aggregated=True)
+
+    assert wanted(0) == 1
+    asked = [request(f"r{index}", 600) for index in range(3)]
+    for one in asked:
+        core.on_submit(one, 0)
+    assert wanted(1 * S) == 2
+    assert wanted(2 * S) == 3, "one waits for a prefill, though blocks are free"
+    for one in asked:
+        core.on_cancel(one.request, 2 * S)
+    d0.report(free_blocks=0)
+    assert wanted(2 * S) == 2, "blocks are used, though nobody waits"
+    d0.report(free_blocks=1000)
+    assert wanted(2 * S) == 1
 
 
 def test_a_pool_without_workers_is_wanted_when_somebody_waits() -> None:

@@ -67,11 +67,11 @@ def test_handoff_time_runs_from_the_first_token_to_the_takeover(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rig = Rig()
-    monkeypatch.setattr("pdserve.prefill.loop.unix_us", lambda: 1000)
+    monkeypatch.setattr("pdserve.prefill.prompts.unix_us", lambda: 1000)
     (handoff,) = handoffs(rig, [request(max_tokens=3)])
     decode = rig.decode()
     instants = iter((1700, 1900))  # it arrives, its blocks have arrived
-    monkeypatch.setattr("pdserve.decode.loop.unix_us", lambda: next(instants))
+    monkeypatch.setattr("pdserve.decode.streams.unix_us", lambda: next(instants))
     decode.handle(handoff)
     rig.run()
     timings = [delta.timing for delta in rig.deltas[request().request] if delta.timing]
@@ -251,7 +251,7 @@ def test_a_handoff_that_never_fits_fails_at_once() -> None:
 
 
 def test_too_many_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pdserve.decode.loop.WAITING_MAX", 2)
+    monkeypatch.setattr("pdserve.decode.streams.WAITING_MAX", 2)
     rig = Rig()
     given = handoffs(rig, [request(f"r{i}", prompt(5, salt=i)) for i in range(3)])
     decode = rig.decode()

@@ -17,8 +17,8 @@ from pdserve.messages import (
     Timing,
     WorkerFailed,
 )
-from pdserve.prefill.loop import TICKET_SLICE_MS, WAITING_MAX
 from pdserve.prefill.prompt import Prompt, Stage
+from pdserve.prefill.prompts import TICKET_SLICE_MS, WAITING_MAX
 from tests.unit.engine.fakes import EOS, FakeRunner
 from tests.unit.engine.rig import Rig, plain, prompt, request
 

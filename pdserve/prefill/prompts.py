@@ -1,10 +1,13 @@
-"""The prefill loop: prompts in, KV blocks into decode's store, one first token each.
+"""Prompts in, KV blocks into decode's store, one first token each.
 
 A prompt takes all its device blocks at once (so two prompts never wait for each other's), what of
 its prefix the device pool or the store of this host has, and a ticket at the store of decode's
 host. Then it is computed chunk by chunk. After each chunk the blocks that became full are pushed
 under the ticket by the mover while the next chunk is computed; after the last one the first token
 is drawn, tail and seal follow, and decode is sent the hand-off.
+
+A prompt whose route ends where it begins *stays*: no ticket, no push, and after its first token the
+sequence goes on here with the blocks it has. What it computes is offered to the store all the same.
 
 Between two steps every prompt stands at a chunk's border, so preemption needs no waiting: a
 preempted prompt leaves its full blocks in the store of this host and goes; whoever gets it next
@@ -16,37 +19,22 @@ arrive together, share all full blocks of their prompt.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from dataclasses import replace
-from typing import assert_never
+from functools import partial
 
-from pdserve.clock import US, Clock, monotonic
-from pdserve.config import PoolConfig, StoreConfig
-from pdserve.engine.blocks import blocks_for
-from pdserve.engine.device import Device
-from pdserve.engine.mover import Mover
+from pdserve.engine.loop import Share
 from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
-from pdserve.engine.outputs import GiveUp, Load, Output, ToDecode, ToGateway, ToRouter
-from pdserve.engine.runner import Runner, wait_for
-from pdserve.engine.sayings import delta, failed, progress
+from pdserve.engine.sayings import progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
+from pdserve.engine.workplace import RETRY_AFTER_MS, Workplace
 from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
-from pdserve.ids import BlockKey, RequestId, WorkerId
+from pdserve.ids import BlockKey, RequestId
 from pdserve.lifecycle import Event
-from pdserve.messages import (
-    Cancel,
-    ChunkDone,
-    Dispatch,
-    Handoff,
-    Preempt,
-    Progress,
-    Token,
-    WorkerFailed,
-)
+from pdserve.messages import Cancel, ChunkDone, Dispatch, Handoff, Token
 from pdserve.model.runner import Run
-from pdserve.model.sampler import sample
 from pdserve.prefill.batch import chunk_tokens, shares_us
 from pdserve.prefill.prompt import Prompt, Stage
-from pdserve.text.tokenizer import Tokenizer
 
 WAITING_MAX = 64
 """Prompts taken and not begun. The router binds late and keeps this at one or two."""
@@ -54,151 +42,110 @@ WAITING_MAX = 64
 TICKET_SLICE_MS = 20
 """How long one attempt to open a ticket may hold up the mover's other moves; then they go first."""
 
-RETRY_AFTER_MS = 100
 
-
-class PrefillLoop:
-    def __init__(
-        self,
-        *,
-        worker: WorkerId,
-        runner: Runner,
-        mover: Mover,
-        tokenizer: Tokenizer,
-        namespace: bytes,
-        settings: PoolConfig,
-        store: StoreConfig,
-        clock: Clock = monotonic,
-    ) -> None:
-        self._worker = worker
-        self._runner = runner
-        self._mover = mover
-        self._tokenizer = tokenizer
-        self._namespace = namespace
-        self._store = store
-        self._clock = clock
-        self._block_tokens = runner.pool.block_tokens
-        self._budget_tokens = max(settings.chunk_tokens, self._block_tokens)
-        self._running_max = settings.running_max
-        self._device = Device(runner.pool.block_count, mover)
-        self.pool = self._device.pool
-        self._counters = self._device.counters
+class Prompts:
+    def __init__(self, workplace: Workplace, keep: Callable[[Sequence, Token], None]) -> None:
+        """``keep`` takes over, blocks and all, a sequence that stays and its first token."""
+        self._workplace = workplace
+        self._keep = keep
+        self._store = workplace.store
+        self._device = workplace.device
+        self._pool = workplace.pool
+        self._counters = workplace.counters
+        self._block_tokens = workplace.block_tokens
         self._prompts: dict[RequestId, Prompt] = {}  # in order of arrival
-        self._outputs: list[Output] = []
-        self._active = False
         self._draining = False
 
-    # ── Loop ─────────────────────────────────────────────────────────────────────────────────────
+    # ── Part ─────────────────────────────────────────────────────────────────────────────────────
 
-    def handle(self, message: Dispatch | Preempt | Cancel | GiveUp) -> None:
-        self._active = True
-        match message:
-            case Dispatch():
-                self._take(message)
-            case Preempt():
-                prompt = self._prompts.get(message.request)
-                if prompt and prompt.sequence.request.attempt == message.attempt:
-                    self._preempt(prompt)
-            case Cancel():
-                prompt = self._prompts.get(message.request)
-                if prompt and message.covers(prompt.sequence.request.attempt):
-                    self._let_go(prompt)
-            case GiveUp():
-                for prompt in list(self._prompts.values()):
-                    self._let_go(prompt)
-            case _:
-                assert_never(message)
+    @property
+    def held(self) -> int:
+        return len(self._prompts)
 
-    def step(self) -> list[Output]:
-        self._active = False
-        for moved in self._device.collect():
-            self._active = True
-            if isinstance(moved.owner, Prompt):
-                self._on_moved(moved.owner, moved)
-        self._begin_waiting()
-        self._compute()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+    @property
+    def waiting(self) -> int:
+        return sum(prompt.stage is Stage.WAITING for prompt in self._prompts.values())
 
-    def busy(self) -> bool:
-        return self._active or bool(self._outputs) or self._mover.ready()
+    @property
+    def growing(self) -> int:
+        begun = (Stage.RESTORING, Stage.COMPUTING)
+        return sum(prompt.stays and prompt.stage in begun for prompt in self._prompts.values())
 
-    def load(self) -> Load:
-        waiting = sum(prompt.stage is Stage.WAITING for prompt in self._prompts.values())
-        return self._device.load(running=len(self._prompts) - waiting, waiting=waiting)
+    def attempt_of(self, request: RequestId) -> int | None:
+        prompt = self._prompts.get(request)
+        return prompt.sequence.request.attempt if prompt else None
+
+    def preempt(self, request: RequestId, attempt: int) -> None:
+        prompt = self._prompts.get(request)
+        if prompt and prompt.sequence.request.attempt == attempt:
+            self._preempt(prompt)
+
+    def cancel(self, cancel: Cancel) -> None:
+        prompt = self._prompts.get(cancel.request)
+        if prompt and cancel.covers(prompt.sequence.request.attempt):
+            self._let_go(prompt)
+
+    def give_up(self) -> None:
+        for prompt in list(self._prompts.values()):
+            self._let_go(prompt)
 
     def drain(self) -> None:
         """What has begun is finished; what has not goes back to the router."""
-        self._active = self._draining = True
+        self._draining = True
         for prompt in self._in_stage(Stage.WAITING):
             self._preempt(prompt)
 
-    def wake_by(self, wake: Callable[[], None]) -> None:
-        self._mover.wake = wake
-
-    def close(self) -> None:
-        self._mover.close()
-
     # ── taking in ────────────────────────────────────────────────────────────────────────────────
 
-    def _take(self, dispatch: Dispatch) -> None:
-        request = dispatch.request
-        earlier = self._prompts.get(request.request)
-        if earlier is not None:
-            if earlier.sequence.request.attempt >= request.attempt:
-                return
-            self._let_go(earlier)
-        sequence = Sequence(
-            request,
-            dispatch.route,
-            request.tokens,
-            dispatch.timing,
-            keys=request.block_keys,
-            namespace=self._namespace,
-            tokenizer=self._tokenizer,
-            block_tokens=self._block_tokens,
-            context_tokens=self._runner.architecture.context_tokens,
+    def take(self, dispatch: Dispatch) -> None:
+        request, route = dispatch.request, dispatch.route
+        sequence = self._workplace.sequence(
+            request, route, request.tokens, dispatch.timing, request.block_keys
         )
-        prompt = Prompt(sequence, dispatch.route.decode_store or self._mover.local)
-        block_count = blocks_for(len(request.tokens), self._block_tokens)
+        prompt = Prompt(
+            sequence,
+            route.decode_store or self._workplace.local,
+            stays=self._workplace.stays(route),
+        )
+        too_large = self._workplace.never_fits(self._workplace.blocks_for(len(request.tokens)))
         if sequence.ending is not None:  # an earlier attempt delivered its last token already
             self._say_end(sequence, ())
-        elif block_count > self.pool.block_count:
-            error = OutOfBlocks(block_count, self.pool.block_count, retry_after_ms=RETRY_AFTER_MS)
-            self._say(failed(sequence, error))
-        elif len(self._in_stage(Stage.WAITING)) >= WAITING_MAX:
+        elif too_large is not None:
+            self._workplace.say_failed(sequence, too_large)
+        elif self.waiting >= WAITING_MAX:
             full = QueueFull(f"{WAITING_MAX} prompts wait already", retry_after_ms=RETRY_AFTER_MS)
-            self._say(failed(sequence, full))
+            self._workplace.say_failed(sequence, full)
         else:
             self._prompts[request.request] = prompt
             if self._draining:
                 self._preempt(prompt)
 
-    def _begin_waiting(self) -> None:
-        """Begin the longest waiting prompts, as many as have room; nobody overtakes."""
-        running = len(self._prompts) - len(self._in_stage(Stage.WAITING))
-        for prompt in self._in_stage(Stage.WAITING)[: max(0, self._running_max - running)]:
-            if not self._begin(prompt):
+    def begin(self, slots: int, growing: int) -> None:
+        """Nobody overtakes: the first without room ends it."""
+        for prompt in self._in_stage(Stage.WAITING)[:slots]:
+            if not self._begin(prompt, growing):
                 return
-            self._active = True
+            growing += prompt.stays
+            self._workplace.stirred = True
 
-    def _begin(self, prompt: Prompt) -> bool:
+    def _begin(self, prompt: Prompt, growing: int) -> bool:
         sequence = prompt.sequence
         keys = self._cacheable(sequence)
-        held = self.pool.hold_published(keys)
-        block_count = blocks_for(len(sequence.tokens), self._block_tokens)
-        if not self._device.room(block_count - len(held)):
-            self.pool.release(held)
+        held = self._pool.hold_published(keys)
+        wanted = self._workplace.blocks_for(len(sequence.tokens)) - len(held)
+        if not self._device.room(wanted + growing):
+            self._pool.release(held)
             return False
-        sequence.blocks.extend(held + self.pool.take(block_count - len(held)))
+        sequence.blocks.extend(held + self._pool.take(wanted))
         sequence.kv_count = len(held) * self._block_tokens
         self._counters["prompt_tokens_cached_device"] += sequence.kv_count
-        prompt.ticket_tries = -(-self._store.ticket_wait_ms // TICKET_SLICE_MS)  # ceil
-        self._open_ticket(prompt)
+        if not prompt.stays:
+            prompt.ticket_tries = -(-self._store.ticket_wait_ms // TICKET_SLICE_MS)  # ceil
+            self._open_ticket(prompt)
         if self._store.offload and len(held) < len(keys):
             prompt.move_to(Stage.RESTORING)
             blocks = tuple(sequence.blocks[len(held) : len(keys)])
-            self._device.submit(Restore(self._mover.local, keys, len(held), blocks), prompt)
+            self._device.submit(Restore(self._workplace.local, keys, len(held), blocks), prompt)
         else:
             prompt.move_to(Stage.COMPUTING)
         return True
@@ -225,7 +172,10 @@ class PrefillLoop:
 
     # ── finished moves ───────────────────────────────────────────────────────────────────────────
 
-    def _on_moved(self, prompt: Prompt, moved: Moved) -> None:
+    def on_moved(self, moved: Moved) -> None:
+        prompt = moved.owner
+        if not isinstance(prompt, Prompt):
+            return
         match moved.move:
             case Restore():
                 self._on_restored(prompt, moved.move, moved.count)
@@ -243,7 +193,7 @@ class PrefillLoop:
             return
         sequence = prompt.sequence
         for key, block in zip(move.keys[move.first :][:count], move.blocks, strict=False):
-            self.pool.publish(key, block)
+            self._pool.publish(key, block)
         sequence.kv_count += count * self._block_tokens
         self._counters["prompt_tokens_cached_store"] += count * self._block_tokens
         prompt.move_to(Stage.COMPUTING)
@@ -297,36 +247,38 @@ class PrefillLoop:
             ),
             prompt,
         )
-        if prompt.store != self._mover.local and self._store.offload:
-            self._device.offer(Put(self._mover.local, keys, blocks))
+        if prompt.store != self._workplace.local:
+            self._workplace.offer_blocks(sequence)
 
     # ── computing ────────────────────────────────────────────────────────────────────────────────
 
-    def _compute(self) -> None:
-        """One forward pass over the chunks that fit the budget, oldest prompt first."""
-        chosen = self._choose_chunks()
+    def share(self, budget_tokens: int) -> Share | None:
+        """The chunks that fit the budget, oldest prompt first."""
+        chosen = self._choose_chunks(budget_tokens)
         if not chosen:
-            return
-        self._active = True
-        began_ns = self._clock()
-        logits = self._runner.step([self._run(prompt, chunk) for prompt, chunk in chosen])
-        wait_for(logits)  # the router judges speeds by this step's time
-        rows = [p.sequence.sampler_row() for p, chunk in chosen if p.remaining_tokens == chunk]
-        first_tokens = iter(sample(logits, rows) if rows else ())
-        elapsed_us = (self._clock() - began_ns) // US
-        self._counters["steps"] += 1
-        self._counters["step_us_total"] += elapsed_us
+            return None
+        return Share(
+            runs=[self._run(prompt, chunk) for prompt, chunk in chosen],
+            drawing=[p.sequence for p, chunk in chosen if p.remaining_tokens == chunk],
+            on_done=partial(self._on_step, chosen),
+        )
+
+    def _on_step(
+        self, chosen: list[tuple[Prompt, int]], tokens: Tokens[Token], elapsed_us: int
+    ) -> None:
+        first_tokens = iter(tokens)
         chunks = tuple(chunk for _, chunk in chosen)
         for (prompt, chunk), share_us in zip(chosen, shares_us(elapsed_us, chunks), strict=True):
             self._on_computed(prompt, chunk, share_us)
+            if prompt.stays:
+                self._workplace.offer_blocks(prompt.sequence)
             if prompt.remaining_tokens == 0:
                 self._on_first_token(prompt, next(first_tokens))
             self._push(prompt)
 
-    def _choose_chunks(self) -> list[tuple[Prompt, int]]:
+    def _choose_chunks(self, budget: int) -> list[tuple[Prompt, int]]:
         chosen: list[tuple[Prompt, int]] = []
         begun: set[BlockKey] = set()  # blocks that this step computes for somebody
-        budget = self._budget_tokens
         for prompt in self._in_stage(Stage.COMPUTING):
             self._take_cached(prompt)
             next_keys = self._cacheable(prompt.sequence)[prompt.sequence.full_blocks :]
@@ -344,10 +296,10 @@ class PrefillLoop:
         """Swap own blocks that come next for those that somebody computed meanwhile."""
         sequence = prompt.sequence
         first = sequence.full_blocks
-        held = self.pool.hold_published(self._cacheable(sequence)[first:])
+        held = self._pool.hold_published(self._cacheable(sequence)[first:])
         if not held:
             return
-        self.pool.release(sequence.blocks[first : first + len(held)])
+        self._pool.release(sequence.blocks[first : first + len(held)])
         sequence.blocks[first : first + len(held)] = held
         sequence.kv_count += len(held) * self._block_tokens
         self._counters["prompt_tokens_cached_device"] += len(held) * self._block_tokens
@@ -358,7 +310,7 @@ class PrefillLoop:
         return Run(
             tokens=sequence.tokens[start:end],
             start=start,
-            blocks=sequence.blocks[: blocks_for(end, self._block_tokens)],
+            blocks=sequence.blocks[: self._workplace.blocks_for(end)],
             wants_logits=end == len(sequence.tokens),
         )
 
@@ -369,9 +321,11 @@ class PrefillLoop:
         prompt.computed_tokens += chunk
         self._counters["prompt_tokens_computed"] += chunk
         for index, key in enumerate(sequence.keys(sequence.full_blocks)[first:], first):
-            self.pool.publish(key, sequence.blocks[index])
+            self._pool.publish(key, sequence.blocks[index])
         request = sequence.request
-        self._say(ChunkDone(request.request, request.attempt, sequence.kv_count, share_us))
+        self._workplace.say(
+            ChunkDone(request.request, request.attempt, sequence.kv_count, share_us)
+        )
 
     def _on_first_token(self, prompt: Prompt, token: Token) -> None:
         sequence, now_us = prompt.sequence, unix_us()
@@ -386,19 +340,20 @@ class PrefillLoop:
             prefill_us=timing.prefill_us + stretch_us(timing, now_us),
             since_unix_us=now_us,
             cached_tokens=cached,
-            prefill=self._worker,
+            prefill=self._workplace.worker,
         )
         sequence.accept(token)
-        self._counters["tokens_generated"] += 1
+        if sequence.ending is None and prompt.stays:
+            self._workplace.say(progress(sequence, Event.PREFILL_DONE))
+            self._forget(prompt)
+            self._keep(sequence, token)
+            return
         if sequence.ending is None:
             prompt.first_token = token
             prompt.move_to(Stage.SEALING)
             return
         self._say_end(sequence, (token,))
-        full = sequence.full_blocks
-        if self._store.offload and full:
-            blocks = tuple(sequence.blocks[:full])
-            self._device.offer(Put(self._mover.local, sequence.keys(full), blocks))
+        self._workplace.offer_blocks(sequence)
         self._let_go(prompt)
 
     # ── letting go ───────────────────────────────────────────────────────────────────────────────
@@ -417,8 +372,8 @@ class PrefillLoop:
             unsent=(prompt.first_token,),
             timing=sequence.timing,
         )
-        self._say(progress(sequence, Event.PREFILL_DONE))
-        self._outputs.append(ToDecode(sequence.route.decode_address, handoff))
+        self._workplace.say(progress(sequence, Event.PREFILL_DONE))
+        self._workplace.hand_off(sequence.route.decode_address, handoff)
         prompt.ticket = None  # decode's now
         self._let_go(prompt)
 
@@ -431,20 +386,22 @@ class PrefillLoop:
         sequence, full = prompt.sequence, prompt.sequence.full_blocks
         prompt.move_to(Stage.LEAVING)
         if self._store.offload and full:
-            put = Put(self._mover.local, sequence.keys(full), tuple(sequence.blocks[:full]))
+            put = Put(self._workplace.local, sequence.keys(full), tuple(sequence.blocks[:full]))
             self._device.submit(put, prompt)
         else:
             self._say_preempted(prompt)
         self._abort_ticket(prompt)  # behind the put: what the ticket pins is still there for it
 
     def _fail(self, prompt: Prompt, error: PdserveError) -> None:
-        self._say(failed(prompt.sequence, error))
+        self._workplace.say_failed(prompt.sequence, error)
         self._let_go(prompt)
 
     def _let_go(self, prompt: Prompt) -> None:
         self._abort_ticket(prompt)
-        self.pool.release(prompt.sequence.blocks)
-        prompt.sequence.blocks.clear()
+        self._workplace.release_blocks(prompt.sequence)
+        self._forget(prompt)
+
+    def _forget(self, prompt: Prompt) -> None:
         prompt.move_to(Stage.GONE)
         del self._prompts[prompt.sequence.id]
 
@@ -455,18 +412,14 @@ class PrefillLoop:
 
     # ── saying ───────────────────────────────────────────────────────────────────────────────────
 
-    def _say(self, message: Progress | ChunkDone | WorkerFailed) -> None:
-        self._outputs.append(ToRouter(message))
-
     def _say_preempted(self, prompt: Prompt) -> None:
         self._counters["preempted"] += 1
-        self._say(progress(prompt.sequence, Event.PREEMPTED))
+        self._workplace.say(progress(prompt.sequence, Event.PREEMPTED))
         self._let_go(prompt)
 
     def _say_end(self, sequence: Sequence, tokens: tuple[Token, ...]) -> None:
-        message = delta(sequence, tokens, timed=True)
-        self._outputs.append(ToGateway(sequence.request.reply_to, message))
-        self._say(progress(sequence, Event.ENDED))
+        self._workplace.say_tokens(sequence, tokens, timed=True)
+        self._workplace.say(progress(sequence, Event.ENDED))
 
     def _in_stage(self, stage: Stage) -> list[Prompt]:
         return [prompt for prompt in self._prompts.values() if prompt.stage is stage]

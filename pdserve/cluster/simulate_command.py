@@ -1,0 +1,161 @@
+"""``pdserve simulate TRACE``: what a configuration would do with a trace, by the router's own
+code. One simulation per policy and load. The short table goes to the terminal; a JSON file and an
+HTML page with charts are written where asked for.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from pdserve.cluster.profiles import Profile, Size, read_profile
+from pdserve.config import ClusterConfig, PoolConfig, QueuePolicy
+from pdserve.errors import ConfigError
+from pdserve.router.costs import believed
+from pdserve.simulator.page import page
+from pdserve.simulator.report import HEADINGS, SHORT, Case, Goal, as_json, rows
+from pdserve.simulator.run import SimulationSettings, simulate
+from pdserve.simulator.traces import Trace, load_trace
+from pdserve.simulator.transformations import first, repeat, scale_time, spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is asked for beside the configuration."""
+
+    policies: Sequence[str] = ()  # none: the configuration's own
+    speeds: Sequence[float] = (1.0,)  # how many times as fast the trace is played
+    requests: int | None = None  # the first ones, or the trace over and over; None: as it is
+    hosts: int = 1
+    seed: int = 0
+    ttft_goal_ms: float = 1000.0
+    tpot_goal_ms: float = 100.0
+
+
+def run_simulations(
+    trace: Path,
+    config: ClusterConfig,
+    wish: Wish,
+    *,
+    json_file: Path | None = None,
+    html_file: Path | None = None,
+) -> None:
+    """Prints the table and writes the files.
+
+    Raises:
+        ConfigError: a file or a value does not fit; nothing has been simulated then.
+    """
+    _check(wish)
+    profile = read_profile(config.router.profile) if config.router.profile else _believed(config)
+    settings = settings_of(config, profile, hosts=wish.hosts, seed=wish.seed)
+    played = _played(load_trace(trace), wish)
+    goal = Goal(wish.ttft_goal_ms / 1000, wish.tpot_goal_ms / 1000)
+    console = Console(highlight=False)
+    costs = f"costs of {profile.costs.name} ({profile.costs.origin})"
+    console.print(f"{trace.name}: {len(played.requests):,} requests, {costs}", style="dim")
+    cases = _cases(played, settings, wish, console)
+    console.print(_table(cases, goal))
+    if json_file is not None:
+        tree = as_json(cases, goal, trace=trace.name, seed=wish.seed)
+        _write(json_file, json.dumps(tree, indent=2) + "\n")
+    if html_file is not None:
+        _write(html_file, page(cases, goal, title=f"Simulation of {trace.name}"))
+
+
+def settings_of(
+    config: ClusterConfig, profile: Profile, *, hosts: int = 1, seed: int = 0
+) -> SimulationSettings:
+    """The configured cluster; of a worker's size what the profile says, else the configuration."""
+    costs, size = profile.costs, profile.size
+    return SimulationSettings(
+        router=config.router,
+        costs=costs,
+        prefill_workers=config.prefill.replicas,
+        decode_workers=config.decode.replicas,
+        hosts=hosts,
+        chunk_tokens=size.chunk_tokens or config.prefill.chunk_tokens,
+        mixed_chunk_tokens=config.decode.mixed_chunk_tokens,
+        running_max=size.running_max or config.decode.running_max,
+        decode_tokens=size.kv_capacity_tokens or _room(config.decode, config, costs.kv_token_bytes),
+        cache_tokens=size.kv_capacity_tokens or _room(config.prefill, config, costs.kv_token_bytes),
+        store_tokens=(
+            config.store.arena_bytes // costs.kv_token_bytes if config.store.offload else 0
+        ),
+        timeout_s=config.gateway.request_timeout_s,
+        seed=seed,
+    )
+
+
+def _room(pool: PoolConfig, config: ClusterConfig, kv_token_bytes: int) -> int:
+    if pool.pool_blocks is not None:
+        return pool.pool_blocks * config.model.block_tokens
+    return max(1, pool.pool_bytes // kv_token_bytes)
+
+
+def _believed(config: ClusterConfig) -> Profile:
+    return Profile(believed(config.router.prefill_tokens_per_s), Size())
+
+
+def _played(trace: Trace, wish: Wish) -> Trace:
+    if wish.requests is None:
+        return spread(trace, wish.seed)
+    if wish.requests <= len(trace.requests):
+        return spread(first(trace, wish.requests), wish.seed)
+    return repeat(spread(trace, wish.seed), wish.requests)
+
+
+def _cases(trace: Trace, settings: SimulationSettings, wish: Wish, console: Console) -> list[Case]:
+    cases = []
+    for policy in wish.policies or (settings.router.policy,):
+        router: Any = replace(settings.router, policy=policy)  # type: ignore[arg-type]
+        for speed in wish.speeds:
+            begun_s = time.monotonic()
+            result = simulate(scale_time(trace, speed), replace(settings, router=router))
+            cases.append(Case(policy, speed, result))
+            took_s = time.monotonic() - begun_s
+            console.print(
+                f"{policy} at {speed:g} times the pace: {result.span_s:,.0f} s in {took_s:.1f} s, "
+                f"decisions {result.decisions_sha256[:16]}",
+                style="dim",
+            )
+    return cases
+
+
+def _table(cases: Sequence[Case], goal: Goal) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in SHORT:
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for row in rows(cases, goal):
+        named = dict(zip(HEADINGS, row, strict=True))
+        table.add_row(*(named[heading] for heading in SHORT))
+    return table
+
+
+def _check(wish: Wish) -> None:
+    known = get_args(QueuePolicy)
+    problems = [
+        f"policy is {policy!r}, must be one of {', '.join(known)}"
+        for policy in wish.policies
+        if policy not in known
+    ]
+    problems += [f"speed is {speed}, must be above 0" for speed in wish.speeds if not speed > 0]
+    if not wish.speeds:
+        problems.append("no speed is given, 1 is the trace's own")
+    if wish.requests is not None and wish.requests < 1:
+        problems.append(f"requests is {wish.requests}, must be at least 1")
+    if wish.hosts < 1:
+        problems.append(f"hosts is {wish.hosts}, must be at least 1")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}") from error

@@ -1,0 +1,270 @@
+"""One loop and one forward pass per step, over the two kinds of work of a worker.
+
+    Dispatch ────────────► prompts ──first token──► streams ──tokens──► gateway
+                              │ (or ToDecode)          ▲
+    Handoff, Resume ──────────┼────────────────────────┘
+                              ▼                        ▼
+                       chunks of prompts   +   a token of each stream   =   one packed batch
+
+A worker of either role has both parts; which it uses is the router's choice, by the ``Route`` of a
+request. A step's batch takes every running stream first, and then chunks of prompts under a budget
+of tokens: the whole ``chunk_tokens`` where no stream runs, ``mixed_chunk_tokens`` where one does,
+since every stream waits for the whole step. So a prompt that comes in delays a token by one small
+chunk and never by itself.
+
+Room is shared alike. Prompts and streams together are at most ``running_max``, and who comes in
+leaves a block for each sequence that will go on growing here.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+from pdserve.clock import US, Clock, S, monotonic
+from pdserve.config import PoolConfig
+from pdserve.engine.blocks import BlockPool
+from pdserve.engine.mover import Mover
+from pdserve.engine.moves import Moved
+from pdserve.engine.outputs import GiveUp, Load, Output
+from pdserve.engine.runner import Runner, wait_for
+from pdserve.engine.sequence import Sequence as TokenSequence
+from pdserve.engine.workplace import Workplace
+from pdserve.ids import RequestId
+from pdserve.messages import (
+    Attained,
+    Cancel,
+    Dispatch,
+    Handoff,
+    Preempt,
+    Request,
+    Resume,
+    Token,
+)
+from pdserve.model.runner import Run
+from pdserve.model.sampler import sample
+
+ATTAINED_EVERY_NS = 1 * S
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a part adds to one step, and what it does with the outcome."""
+
+    runs: list[Run]
+    drawing: Iterable[TokenSequence]
+    """Those of ``runs`` that want logits, in order: each gets a token."""
+
+    on_done: Callable[[Sequence[Token], int], None]
+    """Called with the tokens, and how long the step took, in microseconds."""
+
+
+class Part(Protocol):
+    """One kind of work. All methods are called from the loop's thread."""
+
+    @property
+    def held(self) -> int:
+        """Sequences taken and not let go."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Of ``held``, those not yet begun: they hold no blocks."""
+        ...
+
+    @property
+    def growing(self) -> int:
+        """Of those begun, who will need more blocks here."""
+        ...
+
+    def attempt_of(self, request: RequestId) -> int | None:
+        """The attempt that is here, if one is."""
+        ...
+
+    def begin(self, slots: int, growing: int) -> None:
+        """Begin the longest waiting: at most ``slots``, and as many as leave a block for each of
+        ``growing`` sequences and of those that begin."""
+        ...
+
+    def on_moved(self, moved: Moved) -> None:
+        """A move has ended, perhaps another part's."""
+        ...
+
+    def preempt(self, request: RequestId, attempt: int) -> None: ...
+    def cancel(self, cancel: Cancel) -> None: ...
+    def give_up(self) -> None: ...
+    def drain(self) -> None: ...
+
+
+class PromptPart(Part, Protocol):
+    def take(self, dispatch: Dispatch) -> None: ...
+    def share(self, budget_tokens: int) -> Share | None:
+        """Chunks for the next step, at most so many tokens together."""
+        ...
+
+
+class StreamPart(Part, Protocol):
+    def take(self, handoff: Handoff) -> None: ...
+    def refuse(self, handoff: Handoff) -> None:
+        """A later attempt is here: nobody will read these blocks."""
+        ...
+
+    def share(self) -> Share | None:
+        """The next token of everything that runs."""
+        ...
+
+    def attained(self) -> tuple[Attained, ...]: ...
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        workplace: Workplace,
+        runner: Runner,
+        settings: PoolConfig,
+        *,
+        prompts: PromptPart,
+        streams: StreamPart,
+        clock: Clock = monotonic,
+    ) -> None:
+        self._workplace = workplace
+        self._device = workplace.device
+        self._runner = runner
+        self._prompts = prompts
+        self._streams = streams
+        self._parts: tuple[Part, ...] = (prompts, streams)
+        self._clock = clock
+        self._running_max = settings.running_max
+        self._chunk_tokens = max(settings.chunk_tokens, workplace.block_tokens)
+        self._mixed_chunk_tokens = min(
+            self._chunk_tokens, max(settings.mixed_chunk_tokens, workplace.block_tokens)
+        )
+        self._attained_ns = clock()
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._workplace.pool
+
+    @property
+    def _mover(self) -> Mover:
+        return self._device.mover
+
+    # ── Loop ─────────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, message: Dispatch | Handoff | Resume | Preempt | Cancel | GiveUp) -> None:
+        self._workplace.stirred = True
+        match message:
+            case Dispatch():
+                if self._held_attempt(message.request) is None:
+                    self._prompts.take(message)
+            case Handoff():
+                self._take_over(message)
+            case Resume():
+                self._workplace.counters["resumed"] += 1
+                self._take_over(message.handoff)
+            case Preempt():
+                for part in self._parts:
+                    part.preempt(message.request, message.attempt)
+            case Cancel():
+                # One that overtook its hand-off finds nothing; the router, told that the request
+                # was adopted, says it again.
+                for part in self._parts:
+                    part.cancel(message)
+            case GiveUp():
+                for part in self._parts:
+                    part.give_up()
+            case _:
+                assert_never(message)
+
+    def step(self) -> list[Output]:
+        self._workplace.stirred = False
+        for moved in self._device.collect():
+            self._workplace.stirred = True
+            for part in self._parts:
+                part.on_moved(moved)
+        for part in (self._streams, self._prompts):  # who has begun to answer goes first
+            if part.waiting:
+                self._begin(part)
+        self._compute()
+        return self._workplace.take_outputs()
+
+    def busy(self) -> bool:
+        return self._workplace.stirred or self._workplace.has_outputs() or self._mover.ready()
+
+    def load(self) -> Load:
+        held = self._prompts.held + self._streams.held
+        waiting = self._prompts.waiting + self._streams.waiting
+        return self._device.load(running=held - waiting, waiting=waiting, attained=self._attained())
+
+    def drain(self) -> None:
+        self._workplace.stirred = True
+        for part in self._parts:
+            part.drain()
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        self._mover.wake = wake
+
+    def close(self) -> None:
+        self._mover.close()
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, part: Part) -> None:
+        growing = self._prompts.growing + self._streams.growing
+        # Streams on their way out have their slot no more; their blocks are another matter.
+        begun = self._prompts.held - self._prompts.waiting + self._streams.growing
+        part.begin(max(0, self._running_max - begun), growing)
+
+    def _compute(self) -> None:
+        shares = self._shares()
+        if not shares:
+            return
+        self._workplace.stirred = True
+        began_ns = self._clock()
+        logits = self._runner.step([run for share in shares for run in share.runs])
+        counts, rows = [], []
+        for share in shares:
+            rows += [sequence.sampler_row() for sequence in share.drawing]
+            counts.append(len(rows))
+        wait_for(logits)  # the router judges speeds by this step's time
+        tokens = sample(logits, rows) if rows else []
+        elapsed_us = (self._clock() - began_ns) // US
+        first = 0
+        for share, end in zip(shares, counts, strict=True):
+            share.on_done(tokens[first:end], elapsed_us)
+            first = end
+        counters = self._workplace.counters
+        counters["steps"] += 1
+        counters["tokens_generated"] += len(tokens)
+        counters["step_us_total"] += (self._clock() - began_ns) // US
+
+    def _shares(self) -> list[Share]:
+        streams = self._streams.share()
+        prompts = self._prompts.share(self._mixed_chunk_tokens if streams else self._chunk_tokens)
+        return [share for share in (streams, prompts) if share is not None]
+
+    # ── attempts ─────────────────────────────────────────────────────────────────────────────────
+
+    def _take_over(self, handoff: Handoff) -> None:
+        held = self._held_attempt(handoff.request)
+        if held is None:
+            self._streams.take(handoff)
+        elif held > handoff.request.attempt:
+            self._streams.refuse(handoff)
+        # Else it was told twice.
+
+    def _held_attempt(self, request: Request) -> int | None:
+        """The attempt that is here already, this one or a later; earlier ones are let go."""
+        for part in self._parts:
+            held = part.attempt_of(request.request)
+            if held is not None:
+                if held >= request.attempt:
+                    return held
+                part.cancel(Cancel(request.request, held))
+        return None
+
+    def _attained(self) -> tuple[Attained, ...]:
+        now_ns = self._clock()
+        if now_ns - self._attained_ns < ATTAINED_EVERY_NS:
+            return ()
+        self._attained_ns = now_ns
+        return self._streams.attained()

@@ -1,0 +1,214 @@
+"""γ, steered to an operator's goal by shadow queues.
+
+    mean       the least mean time to first token: γ as small as it gets
+    balanced   the least mean with a 99th percentile at most 1.05 × that of first come first served
+    tail       the least mean with a 99th percentile no worse than that
+    slo        the most requests within the objective
+
+No formula gives the best γ for bursty arrivals: that for Poisson arrivals is far too cautious for
+some traffic and too bold for other. But a queue is cheap to imitate. So every arrival (when, and
+how much work) also enters a few *shadows*: queues with as many servers as there are workers, one
+first come, first served, the others with one γ each. Each keeps a fading histogram of its response
+times, and now and then the real γ moves one step towards that whose shadow serves the goal best.
+
+A shadow has neither preemption nor caches: it need not predict times, only their ratios. Its memory
+is an hour, because a 99th percentile is made by the worst minutes of it, and what a calm minute
+would have chosen says nothing of those.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.clock import MS, S
+from pdserve.config import RouterConfig
+from pdserve.router.levels import Ladder
+
+GAMMAS_PER_S = tuple(0.004 * 2**step for step in range(12))  # to 8.2 per second
+GAMMA_MIN_PER_S = 0.002
+START = 4
+GAMMA_START_PER_S = GAMMAS_PER_S[START]
+
+PERIOD_NS = 30 * S
+MEMORY_NS = 3600 * S
+ARRIVALS_MIN = 500
+"""With fewer a 99th percentile says little; γ stays."""
+
+WAITING_MAX = 4096
+"""Requests in one shadow; an arrival beyond is left out of all of them."""
+
+TAIL_RATIOS = {"balanced": 1.05, "tail": 1.0}
+
+BINS = 1024
+BIN_RATIO = 1.02
+_LOG_RATIO = math.log(BIN_RATIO)
+
+
+class Histogram:
+    """Times from 1 ms to a week, each known to 2 %, older ones counting less."""
+
+    def __init__(self) -> None:
+        self._counts: NDArray[np.float64] = np.zeros(BINS)
+        self._fresh: list[int] = []  # bins of the latest
+        self._total_s = 0.0
+
+    def add(self, time_ns: int) -> None:
+        place = int(math.log(time_ns / MS) / _LOG_RATIO) if time_ns > MS else 0
+        self._fresh.append(min(place, BINS - 1))
+        self._total_s += time_ns / S
+
+    def fade(self, factor: float) -> None:
+        self._counts *= factor
+        self._total_s *= factor
+
+    def collect(self) -> None:
+        if self._fresh:
+            self._counts += np.bincount(self._fresh, minlength=BINS)
+            self._fresh.clear()
+
+    @property
+    def count(self) -> float:
+        return float(self._counts.sum())
+
+    @property
+    def mean_s(self) -> float:
+        return self._total_s / self.count
+
+    def quantile_s(self, at: float) -> float:
+        place = int(np.searchsorted(np.cumsum(self._counts), at * self.count))
+        return float(BIN_RATIO ** (place + 0.5)) / 1000
+
+    def part_within(self, limit_ns: float) -> float:
+        place = max(0, int(math.log(limit_ns / MS) / _LOG_RATIO))
+        return float(self._counts[: place + 1].sum() / self.count)
+
+
+class Shadow:
+    """``workers`` servers that take the least key first. Not preemptive."""
+
+    def __init__(self, boosts_ns: Sequence[int], workers: int) -> None:
+        self.times = Histogram()
+        self._boosts_ns = boosts_ns
+        self._free_ns = [0] * workers  # heap of the instants at which servers are free
+        self._waiting: list[tuple[int, int, int]] = []  # heap of (key, arrival, work)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def set_workers(self, count: int) -> None:
+        """The first to be free go, or come."""
+        while len(self._free_ns) > count:
+            heapq.heappop(self._free_ns)
+        while len(self._free_ns) < count:
+            heapq.heappush(self._free_ns, self._free_ns[0] if self._free_ns else 0)
+
+    def arrive(self, now_ns: int, work_ns: int, level: int) -> None:
+        """Arrivals come in order."""
+        waiting, free_ns = self._waiting, self._free_ns
+        while waiting and free_ns[0] <= now_ns:
+            _, arrival_ns, waiting_ns = heapq.heappop(waiting)
+            self._serve(free_ns[0], arrival_ns, waiting_ns)
+        if free_ns[0] <= now_ns:
+            self._serve(now_ns, now_ns, work_ns)
+        else:
+            heapq.heappush(waiting, (now_ns - self._boosts_ns[level], now_ns, work_ns))
+
+    def _serve(self, begin_ns: int, arrival_ns: int, work_ns: int) -> None:
+        done_ns = begin_ns + work_ns
+        heapq.heapreplace(self._free_ns, done_ns)
+        self.times.add(done_ns - arrival_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    gamma_per_s: float
+    mean_s: float
+    p99_s: float
+    within_slo: float
+
+
+def choose(goal: str, fcfs: Outcome, outcomes: Sequence[Outcome]) -> float:
+    """The γ that serves the goal best among those tried."""
+    if goal == "slo":
+        return max(outcomes, key=lambda o: (o.within_slo, -o.mean_s)).gamma_per_s
+    keeping = [o for o in outcomes if o.p99_s <= TAIL_RATIOS[goal] * fcfs.p99_s]
+    if keeping:
+        return min(keeping, key=lambda o: o.mean_s).gamma_per_s
+    return min(outcomes, key=lambda o: (o.p99_s, o.mean_s)).gamma_per_s
+
+
+class GoalControl:
+    def __init__(self, settings: RouterConfig) -> None:
+        self._goal = settings.goal
+        self._slo_ns = None if settings.ttft_slo_ms is None else settings.ttft_slo_ms * MS
+        self._ladder = Ladder.of(settings, GAMMA_START_PER_S)
+        self._arrived_count = 0
+        self._due_ns: int | None = None
+        self._faded_ns = 0
+        self.gamma_per_s = settings.gamma_per_s or (
+            GAMMA_MIN_PER_S if settings.goal == "mean" else GAMMA_START_PER_S
+        )
+        steers = (
+            settings.policy == "skip_join"
+            and settings.goal != "mean"
+            and settings.gamma_per_s is None
+        )
+        flat = [0] * len(self._ladder.quanta_ns)
+        self._fcfs = Shadow(flat, 1)
+        self._shadows = [
+            (gamma, Shadow(Ladder.of(settings, gamma).boosts_ns, 1))
+            for gamma in (GAMMAS_PER_S if steers else ())
+        ]
+
+    def set_workers(self, count: int) -> None:
+        for shadow in self._all():
+            shadow.set_workers(max(1, count))
+
+    def arrived(self, now_ns: int, work_ns: int) -> None:
+        if not self._shadows or len(self._fcfs) >= WAITING_MAX:
+            return
+        self._arrived_count += 1
+        level = self._ladder.level_of(work_ns)
+        for shadow in self._all():
+            shadow.arrive(now_ns, work_ns, level)
+        if self._due_ns is None:
+            self._due_ns = now_ns + PERIOD_NS
+
+    def due_ns(self) -> int | None:
+        """When ``tick`` has something to do; None: not before the next arrival."""
+        return self._due_ns
+
+    def tick(self, now_ns: int) -> bool:
+        """Whether γ has changed."""
+        if self._due_ns is None or now_ns < self._due_ns:
+            return False
+        self._due_ns = None
+        faded = math.exp(-(now_ns - self._faded_ns) / MEMORY_NS)
+        self._faded_ns = now_ns
+        for shadow in self._all():
+            shadow.times.fade(faded)
+            shadow.times.collect()
+        if self._arrived_count < ARRIVALS_MIN:
+            return False
+        outcomes = [self._outcome(gamma, shadow) for gamma, shadow in self._shadows]
+        best = choose(self._goal, self._outcome(0.0, self._fcfs), outcomes)
+        before = GAMMAS_PER_S.index(self.gamma_per_s)
+        step = (GAMMAS_PER_S.index(best) > before) - (GAMMAS_PER_S.index(best) < before)
+        self.gamma_per_s = GAMMAS_PER_S[before + step]
+        return step != 0
+
+    def _outcome(self, gamma: float, shadow: Shadow) -> Outcome:
+        times = shadow.times
+        return Outcome(
+            gamma_per_s=gamma,
+            mean_s=times.mean_s,
+            p99_s=times.quantile_s(0.99),
+            within_slo=1.0 if self._slo_ns is None else times.part_within(self._slo_ns),
+        )
+
+    def _all(self) -> list[Shadow]:
+        return [self._fcfs, *(shadow for _, shadow in self._shadows)]

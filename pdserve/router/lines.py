@@ -1,0 +1,44 @@
+"""Where prompts wait: in one line that all workers draw from, or in one line per worker.
+
+One line is *late binding*: who is served where is decided when a worker is free, so no estimate of
+queues can be stale and cancelling is cheap. A line per worker is what placement on arrival means.
+"""
+
+from collections.abc import Callable, Iterator
+
+from pdserve.ids import WorkerId
+from pdserve.router.entry import Entry
+from pdserve.router.orders.base import Order
+
+
+class Lines:
+    def __init__(self, new_order: Callable[[], Order]) -> None:
+        self._new_order = new_order
+        self.shared = new_order()
+        self._own: dict[WorkerId, Order] = {}
+
+    def of(self, entry: Entry) -> Order:
+        return self.shared if entry.bound_to is None else self._own[entry.bound_to]
+
+    def own(self, worker: WorkerId) -> Order:
+        """The line of one worker."""
+        if worker not in self._own:
+            self._own[worker] = self._new_order()
+        return self._own[worker]
+
+    def drop(self, worker: WorkerId) -> None:
+        """The worker is gone, and so is everybody who waited for it."""
+        order = self._own.pop(worker, None)
+        assert order is None or not len(order), f"somebody waits for {worker}"
+
+    def all(self) -> Iterator[Order]:
+        yield self.shared
+        yield from self._own.values()
+
+    def __len__(self) -> int:
+        return len(self.shared) + sum(map(len, self._own.values()))
+
+    def lengths(self) -> tuple[int, ...]:
+        """Entries by level, over all lines."""
+        columns = zip(*(order.lengths() for order in self.all()), strict=True)
+        return tuple(sum(column) for column in columns)

@@ -1,0 +1,85 @@
+"""Entries by a key that stays the same while they wait: a binary heap with lazy deletion.
+
+A removed entry's place stays in the heap, dead, until it comes to the top or there are too many
+dead ones. So joining and leaving cost O(log n), amortised, and the first ``k`` are found in
+O(k log k) without disturbing the rest: a walk down the heap that takes the least place it has seen
+next. Dead places in its way are walked over; there are never many more than live ones.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from pdserve.ids import RequestId
+from pdserve.router.entry import Entry
+
+DEAD_PLACES_MAX = 32
+"""Places of removed entries kept beyond as many as there are live ones."""
+
+Key = TypeVar("Key", float, tuple[int, int])
+
+
+class KeyedHeap(Generic[Key]):
+    """Least key first; at equal keys who came first.
+
+    Invariants, asserted by ``check``:
+        the top is live, if anybody is;
+        live places + dead places == places, dead ≤ live + DEAD_PLACES_MAX.
+    """
+
+    def __init__(self) -> None:
+        # Key, order of arrival, serial of this place (so that no two are equal), who.
+        self._heap: list[tuple[Key, int, int, Entry]] = []
+        self._live: dict[RequestId, int] = {}  # to the serial of its place
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __contains__(self, request: RequestId) -> bool:
+        return request in self._live
+
+    def push(self, entry: Entry, key: Key) -> None:
+        assert entry.id not in self._live, f"{entry.id} waits already"
+        self._serial += 1
+        self._live[entry.id] = self._serial
+        heapq.heappush(self._heap, (key, entry.order, self._serial, entry))
+
+    def remove(self, entry: Entry) -> None:
+        assert entry.id in self._live, f"{entry.id} does not wait"
+        del self._live[entry.id]
+        heap = self._heap
+        while heap and not self._is_live(heap[0]):
+            heapq.heappop(heap)
+        if len(heap) > 2 * len(self._live) + DEAD_PLACES_MAX:
+            self._heap = [place for place in heap if self._is_live(place)]
+            heapq.heapify(self._heap)
+
+    def rekey(self, key: Callable[[Entry], Key]) -> None:
+        """Everybody's key anew. Linear."""
+        entries = [place[3] for place in self._heap if self._is_live(place)]
+        self._heap = []
+        self._live = {}
+        for entry in entries:
+            self.push(entry, key(entry))
+
+    def __iter__(self) -> Iterator[Entry]:
+        heap = self._heap
+        seen = [(heap[0], 0)] if heap else []
+        while seen:
+            place, index = heapq.heappop(seen)
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(heap):
+                    heapq.heappush(seen, (heap[child], child))
+            if self._is_live(place):
+                yield place[3]
+
+    def _is_live(self, place: tuple[Key, int, int, Entry]) -> bool:
+        return self._live.get(place[3].id) == place[2]
+
+    def check(self) -> None:
+        """Assert the invariants. Linear; for tests."""
+        live = [place for place in self._heap if self._is_live(place)]
+        assert len(live) == len(self._live)
+        assert len(self._heap) - len(live) <= len(live) + DEAD_PLACES_MAX
+        assert not self._heap or self._is_live(self._heap[0])

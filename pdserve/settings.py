@@ -1,0 +1,152 @@
+"""Where a cluster's settings come from, and that what is wrong is said before anything starts.
+
+Sources, later ones win: the defaults of ``config``, a YAML file, ``PDSERVE_<PART>__<FIELD>``
+environment variables, ``part.field=value`` assignments from the command line. This file is the only
+code that reads any of them.
+
+An unknown key is an error that names the nearest known one; all problems are told together.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from pdserve.config import ClusterConfig
+from pdserve.errors import ConfigError
+
+ENV_PREFIX = "PDSERVE_"
+
+
+def load(
+    file: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    assignments: Sequence[str] = (),
+) -> ClusterConfig:
+    """The settings from all sources.
+
+    Args:
+        file: YAML; None for none.
+        environment: usually ``os.environ``, which None means.
+        assignments: ``part.field=value``, values as in YAML.
+
+    Raises:
+        ConfigError: naming every key that is unknown and every value that does not fit.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = _as_tree(yaml.safe_load(file.read_text()), str(file))
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{file} is not YAML: {error}") from error
+    environment = os.environ if environment is None else environment
+    for name, text in sorted(environment.items()):
+        path = name.removeprefix(ENV_PREFIX).lower().split("__")
+        if name.startswith(ENV_PREFIX) and len(path) > 1:
+            _assign(tree, path, _yaml_value(text, name), name)
+    for assignment in assignments:
+        path_text, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r} is not of the form part.field=value")
+        _assign(tree, path_text.strip().split("."), _yaml_value(text, assignment), assignment)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
+    """Settings from nested plain dicts, as YAML or Serve's ``args`` give them."""
+    problems: list[str] = []
+    config = _build(ClusterConfig(), tree, "", problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return cast(ClusterConfig, config)
+
+
+def to_tree(config: ClusterConfig) -> dict[str, Any]:
+    """Nested plain dicts of every setting; ``from_tree`` takes them back."""
+    return dataclasses.asdict(config)
+
+
+def _yaml_value(text: str, source: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} holds no YAML value: {error}") from error
+
+
+def _as_tree(value: object, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} must hold a mapping, not {type(value).__name__}")
+    return value
+
+
+def _assign(tree: dict[str, Any], path: Sequence[str], value: object, source: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{source}: {part} is a value, it has no fields")
+    tree[path[-1]] = value
+
+
+def _build(default: Any, tree: object, where: str, problems: list[str]) -> Any:
+    """``default`` with the values of ``tree`` in place; what does not fit goes to ``problems``."""
+    cls = type(default)
+    if not isinstance(tree, Mapping):
+        problems.append(f"{where or 'the configuration'} must be a mapping, not {tree!r}")
+        return default
+    hints = get_type_hints(cls)
+    changes: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
+            problems.append(f"unknown key {name!r}; {hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            changes[key] = _build(getattr(default, key), value, name, problems)
+        else:
+            try:
+                changes[key] = _fit(hints[key], value)
+            except ValueError as error:
+                problems.append(f"{name} is {value!r}, must be {error}")
+    try:
+        return dataclasses.replace(default, **changes)
+    except ConfigError as error:
+        problems.append(f"{where}: {error}" if where else str(error))
+        return default
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """``value`` as the type that ``hint`` says, or ValueError with what it must be."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError("one of " + ", ".join(map(str, get_args(hint))))
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _fit(next(arg for arg in get_args(hint) if arg is not type(None)), value)
+    if origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return {str(key): _fit(get_args(hint)[1], item) for key, item in value.items()}
+        raise ValueError("a mapping")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(
+        {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
+    )

@@ -1,0 +1,141 @@
+"""A request in the simulation, and one attempt at it as workers hold it.
+
+    PROMPT ──> COMPUTING ──> PUSHING ──> WAITING ──> ADOPTING ──> RUNNING ──> PARKING
+                   └─────────────── aggregated ─────────────────────┘
+
+and from each to GONE: the last token, a preemption, a cancel, a failure, the worker's death. What
+is under way for an attempt that is GONE concerns nobody when it arrives. A parked attempt is GONE
+too: what resumes is another ``Attempt`` of the same number, made from its hand-off.
+"""
+
+from enum import StrEnum
+from typing import cast
+
+from pdserve.errors import IllegalTransition
+from pdserve.ids import BlockKey, RequestId
+from pdserve.messages import Request, Route
+from pdserve.simulator.traces import TraceRequest
+
+
+class Stage(StrEnum):
+    PROMPT = "prompt"  # at a prefill worker, behind others
+    COMPUTING = "computing"
+    PUSHING = "pushing"  # computed; the last of its blocks are on their way to decode's store
+    WAITING = "waiting"  # at a decode worker that has no room yet
+    ADOPTING = "adopting"  # its blocks are on their way in
+    RUNNING = "running"  # one of the streams
+    PARKING = "parking"  # its blocks are on their way out
+    GONE = "gone"
+
+
+_NEXT = {
+    Stage.PROMPT: {Stage.COMPUTING, Stage.GONE},
+    Stage.COMPUTING: {Stage.PUSHING, Stage.RUNNING, Stage.GONE},
+    Stage.PUSHING: {Stage.WAITING, Stage.GONE},
+    Stage.WAITING: {Stage.ADOPTING, Stage.GONE},
+    Stage.ADOPTING: {Stage.RUNNING, Stage.GONE},
+    Stage.RUNNING: {Stage.PARKING, Stage.GONE},
+    Stage.PARKING: {Stage.GONE},
+    Stage.GONE: set[Stage](),
+}
+
+
+class Outcome(StrEnum):
+    OPEN = "open"
+    FINISHED = "finished"
+    REFUSED = "refused"
+
+
+def some_tokens(count: int) -> tuple[int, ...]:
+    """Tokens of which only the number matters: nobody in the router looks at one."""
+    return cast("tuple[int, ...]", range(count))
+
+
+class Job:
+    """One request: what the trace says, and what became of it."""
+
+    __slots__ = ("attempt", "cached_tokens", "delivered", "end_ns", "factor", "first_ns", "id",
+                 "index", "kept_blocks", "keys", "level", "outcome", "parked_count",
+                 "preempted_count", "target", "trace")  # fmt: skip
+
+    def __init__(
+        self,
+        index: int,
+        trace: TraceRequest,
+        keys: tuple[BlockKey, ...],
+        *,
+        target: int,
+        factor: float,
+    ) -> None:
+        self.index = index
+        self.id = RequestId(f"r{index}")
+        self.trace = trace
+        self.keys = keys
+        self.target = target  # tokens it generates in all
+        self.factor = factor  # of its prefill's time, over the prediction
+        self.attempt = 0
+        self.delivered = 0  # generated tokens that the client has
+        self.first_ns = self.end_ns = -1
+        self.level = -1
+        self.kept_blocks = 0  # computed before it was preempted; for traces without block ids
+        self.cached_tokens = self.preempted_count = self.parked_count = 0
+        self.outcome = Outcome.OPEN
+
+    def deliver(self, attempt: int, generated: int, now_ns: int) -> None:
+        """The client has so many tokens now, if this is the attempt it listens to."""
+        if attempt != self.attempt or generated <= self.delivered:
+            return
+        self.delivered = generated
+        if self.first_ns < 0:
+            self.first_ns = now_ns
+
+
+class Attempt:
+    """One attempt of a job at one worker, or on its way between two."""
+
+    __slots__ = ("base_tokens", "blocks", "cached_tokens", "chunk_ns", "computed_tokens",
+                 "decode", "finish_step", "job", "number", "prefill", "ready_ns", "reported_ns",
+                 "reported_tokens", "request", "restored_blocks", "stage", "tokens",
+                 "uncached_tokens")  # fmt: skip
+
+    def __init__(self, job: Job, request: Request, route: Route, stage: Stage) -> None:
+        self.job = job
+        self.request = request
+        self.number = request.attempt
+        self.prefill = route.prefill
+        self.decode = route.decode
+        self.stage = stage
+        self.tokens = len(request.tokens)  # prompt and generated, when it last changed hands
+        self.blocks = 0  # of device memory that it holds
+        self.restored_blocks = 0  # leading ones that the host's store has for it
+        self.ready_ns = 0  # when those are there
+        self.cached_tokens = self.uncached_tokens = self.computed_tokens = 0  # of its prefill
+        self.reported_tokens = self.reported_ns = 0  # of the computed ones, and when
+        self.chunk_ns = 0  # when its last chunk began
+        self.finish_step = 0  # of its worker's steps, the one that draws its last token
+        self.base_tokens = 0  # its tokens, less its worker's steps, while it runs
+
+    def move_to(self, stage: Stage) -> None:
+        if stage not in _NEXT[self.stage]:
+            raise IllegalTransition(f"{self.job.id}: {stage} while {self.stage}")
+        self.stage = stage
+
+    @property
+    def generated(self) -> int:
+        return self.tokens - self.request.prompt_tokens
+
+
+class Keys:
+    """One key object per block, for all requests: hashed once, compared by identity."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[int, BlockKey] = {}
+
+    def of(self, blocks: tuple[int, ...]) -> tuple[BlockKey, ...]:
+        known = self._known
+        for block in blocks:
+            if block not in known:
+                known[block] = BlockKey(block.to_bytes(16))
+        return tuple([known[block] for block in blocks])

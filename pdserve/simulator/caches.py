@@ -1,0 +1,76 @@
+"""Which prefix blocks a worker or a host has: least recently used goes first, children first.
+
+A chain of blocks is touched from its end to its beginning, so that of two blocks of one prompt the
+one nearer the beginning was always used later. Evicting the least recently used therefore takes
+children before parents, and what is cached of a prompt is always a prefix of it.
+"""
+
+from collections.abc import Sequence
+
+from pdserve.ids import BlockKey
+
+
+class BlockCache:
+    """Keys of blocks, at most ``block_max`` of them. ``None`` is no limit.
+
+    What came and went since ``take_changes`` was last called is remembered for the next report.
+    """
+
+    __slots__ = ("_added", "_keys", "_removed", "block_max")
+
+    def __init__(self, block_max: int | None) -> None:
+        assert block_max is None or block_max >= 0
+        self.block_max = block_max
+        self._keys: dict[BlockKey, None] = {}  # least recently used first
+        self._added: dict[BlockKey, None] = {}
+        self._removed: dict[BlockKey, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def prefix_blocks(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading blocks are here."""
+        known = self._keys
+        for count, key in enumerate(keys):
+            if key not in known:
+                return count
+        return len(keys)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """These, a prompt's first blocks, were used or computed: they are here from now on."""
+        known, added, removed = self._keys, self._added, self._removed
+        if self.block_max is None:  # nothing ever leaves, so nobody asks for the order
+            fresh = dict.fromkeys([key for key in keys if key not in known])
+            known.update(fresh)
+            added.update(fresh)
+            return
+        for key in reversed(keys):
+            if key in known:
+                del known[key]
+            elif key in removed:
+                del removed[key]
+            else:
+                added[key] = None
+            known[key] = None
+        self.trim(self.block_max)
+
+    def trim(self, block_max: int) -> None:
+        """Evict until at most ``block_max`` are left."""
+        assert self.block_max is not None
+        known = self._keys
+        while len(known) > block_max:
+            key = next(iter(known))
+            del known[key]
+            if key in self._added:
+                del self._added[key]
+            else:
+                self._removed[key] = None
+
+    def take_changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
+        """What was added and what removed since the last call."""
+        if not self._added and not self._removed:
+            return (), ()
+        changes = tuple(self._added), tuple(self._removed)
+        self._added.clear()
+        self._removed.clear()
+        return changes

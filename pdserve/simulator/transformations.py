@@ -1,0 +1,126 @@
+"""A trace made from a trace: pure, and by a seed where chance plays a part.
+
+Load is changed by scaling *time*, never by leaving requests out: dropping some would take away the
+prefixes that others reuse, and with them the trace's cache hits.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from pdserve.clock import S
+from pdserve.simulator.traces import Trace, TraceRequest
+
+TICK_REQUESTS_MIN = 4.0
+"""Requests per distinct instant, on average, from which arrivals are taken for quantised."""
+
+
+def tick_ns(trace: Trace) -> int | None:
+    """The tick to which the arrivals were rounded, or None if they were not.
+
+    That is where few instants carry many requests each. All instants are then multiples of their
+    greatest common divisor.
+    """
+    instants = sorted({request.arrival_ns for request in trace.requests})
+    if len(instants) < 2 or len(trace.requests) < TICK_REQUESTS_MIN * len(instants):
+        return None
+    return math.gcd(*instants)
+
+
+def spread(trace: Trace, seed: int) -> Trace:
+    """Arrivals spread evenly at random over the tick they were rounded to; else the trace itself.
+
+    Without this every policy looks limited by bursts that only the rounding made.
+    """
+    tick = tick_ns(trace)
+    if tick is None:
+        return trace
+    chance = random.Random(seed)
+    moved = [
+        replace(request, arrival_ns=request.arrival_ns + chance.randrange(tick))
+        for request in trace.requests
+    ]
+    moved.sort(key=lambda request: request.arrival_ns)
+    return _from_zero(trace, moved)
+
+
+def scale_time(trace: Trace, factor: float) -> Trace:
+    """Everything happens ``factor`` times as fast."""
+    assert factor > 0
+    moved = [replace(r, arrival_ns=round(r.arrival_ns / factor)) for r in trace.requests]
+    return replace(trace, requests=tuple(moved))
+
+
+def scale_to_load(
+    trace: Trace, rho: float, *, workers: int, work_s: Callable[[TraceRequest, int], float]
+) -> Trace:
+    """Time scaled so that the trace offers ``rho`` of what ``workers`` can do.
+
+    Args:
+        work_s: seconds that one request takes of a worker, given how many of its tokens lie in
+            blocks that an earlier request had too.
+    """
+    assert rho > 0
+    total_s = sum(map(work_s, trace.requests, cached_tokens(trace)))
+    span_s = trace.span_ns / S
+    assert span_s > 0, f"{trace.name}: all requests arrive at once, no time to scale"
+    return scale_time(trace, rho * workers * span_s / total_s)
+
+
+def cached_tokens(trace: Trace) -> list[int]:
+    """Of each request, the tokens that one cache without limits would have on its arrival.
+
+    The last token is always computed, because its logits are the answer.
+    """
+    seen: set[int] = set()
+    cached = []
+    for request in trace.requests:
+        count = 0
+        for block in request.blocks:
+            if block not in seen:
+                break
+            count += 1
+        seen.update(request.blocks)
+        cached.append(min(count * trace.block_tokens, request.prompt_tokens - 1))
+    return cached
+
+
+def first(trace: Trace, count: int) -> Trace:
+    """The first ``count`` requests, or all."""
+    assert count > 0
+    return replace(trace, requests=trace.requests[:count])
+
+
+def repeat(trace: Trace, count: int) -> Trace:
+    """The trace again and again until there are ``count`` requests.
+
+    Each time with block ids of its own: a second pass that found all its prompts cached would be
+    another load.
+    """
+    assert trace.requests
+    requests = list(trace.requests)
+    # As long as the mean gap between requests until the next pass begins.
+    period_ns = trace.span_ns + trace.span_ns // max(1, len(requests) - 1)
+    ids = 1 + max((block for r in requests for block in r.blocks), default=0)
+    repeated: list[TraceRequest] = []
+    for index in range(count):
+        number, place = divmod(index, len(requests))
+        request = requests[place]
+        repeated.append(
+            replace(
+                request,
+                arrival_ns=request.arrival_ns + number * period_ns,
+                blocks=tuple(block + number * ids for block in request.blocks),
+            )
+            if number
+            else request
+        )
+    return replace(trace, requests=tuple(repeated))
+
+
+def _from_zero(trace: Trace, requests: list[TraceRequest]) -> Trace:
+    first_ns = requests[0].arrival_ns
+    return replace(
+        trace, requests=tuple(replace(r, arrival_ns=r.arrival_ns - first_ns) for r in requests)
+    )

@@ -1,0 +1,100 @@
+"""``bench.goodput``: which requests are good, and the search for the highest rate."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from bench import goodput
+from bench.frame import Options, Row
+from bench.goodput import TRIES_MAX, Targets, highest_rate
+from bench.peers.mixed_load import Outcome
+from bench.runs import Work
+from bench.servers import Form, Ours
+from tests.unit.bench.outcomes import outcome
+
+TARGETS = Targets(ttft_ms=1000, long_ttft_ms=5000, tpot_ms=62.5)
+
+
+@pytest.mark.parametrize(
+    ("seen", "good"),
+    [
+        (outcome(ttft_s=1.0, gaps_s=[0.0625] * 63), True),
+        (outcome(ttft_s=1.1, gaps_s=[0.0625] * 63), False),
+        (outcome(ttft_s=1.0, gaps_s=[0.07] * 63), False),
+        (outcome(ttft_s=1.0, gaps_s=[2.0, *[0.02] * 62]), True),  # on average
+        (outcome(ttft_s=0.1, gaps_s=[0.12] * 31), True),  # two tokens a chunk are two tokens
+        (outcome("long", ttft_s=5.0, tokens=1), True),
+        (outcome("long", ttft_s=5.1, tokens=1), False),
+        (outcome(ttft_s=None), False),
+        (outcome(error="429: full"), False),
+    ],
+)
+def test_a_request_is_good_when_it_meets_both_targets(seen: Outcome, good: bool) -> None:
+    assert TARGETS.good(seen) == good
+
+
+def test_the_good_ratio_counts_refused_requests() -> None:
+    assert TARGETS.good_ratio([outcome(), outcome(), outcome(error="429"), outcome()]) == 0.75
+
+
+@pytest.mark.parametrize("limit", [0.13, 0.9, 1.0, 1.01, 2.3, 7.77, 30.0])
+def test_the_search_ends_close_below_the_limit(limit: float) -> None:
+    asked: list[float] = []
+
+    def holds(rate: float) -> bool:
+        asked.append(rate)
+        return rate <= limit
+
+    found = highest_rate(holds)
+    assert limit / 1.05 <= found <= limit
+    assert len(asked) == len(set(asked)) <= TRIES_MAX
+
+
+def test_a_server_that_never_holds_has_no_goodput() -> None:
+    assert highest_rate(lambda rate: False) == 0
+
+
+def test_a_server_that_always_holds_ends_the_search_too() -> None:
+    assert highest_rate(lambda rate: True) == 2 ** (TRIES_MAX - 1)
+
+
+RATES = {"disaggregated": 2.0, "aggregated": 1.0, "auto": 3.0, "vLLM 256/64/fcfs": 4.0}
+
+
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *argv: str) -> list[Row]:
+    def rate(work: Work, targets: Targets, share: float, options: Options, form: Form) -> float:
+        found = RATES[form.mode if isinstance(form, Ours) else form.name]
+        return 1.0 if isinstance(form, Ours) and share == 0 else found
+
+    monkeypatch.setattr(goodput, "goodput", rate)
+    parser = argparse.ArgumentParser()
+    goodput.add_arguments(parser)
+    given = parser.parse_args([*argv, "--work", str(tmp_path)])
+    return list(goodput.measure(Options(quick=False, arguments=given)))
+
+
+def test_every_mode_stands_beside_the_peer_and_it_is_said_where_apart_does_not_pay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(goodput, "vllm_missing", lambda: "")
+    rows = table(monkeypatch, tmp_path, "--vllm", "256,64,fcfs")
+    assert [(made.name, made.ratio) for made in rows] == [
+        ("goodput, 0% long, disaggregated", 0.25),
+        ("goodput, 0% long, aggregated", 0.25),
+        ("goodput, 0% long, auto", 0.25),
+        ("goodput, 0% long, apart: does not pay here", 1.0),
+        ("goodput, 20% long, disaggregated", 0.5),
+        ("goodput, 20% long, aggregated", 0.25),
+        ("goodput, 20% long, auto", 0.75),
+        ("goodput, 20% long, apart: pays here", 2.0),
+    ]
+
+
+def test_without_a_peer_the_modes_are_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(goodput, "vllm_missing", lambda: "no vLLM here")
+    rows = table(monkeypatch, tmp_path, "--long-shares", "0.2")
+    assert [made.value for made in rows] == [2.0, 1.0, 3.0, 2.0, None]
+    assert rows[-1].skipped == "no vLLM here"

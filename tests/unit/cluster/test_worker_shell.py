@@ -1,0 +1,82 @@
+"""What a worker's shell makes of its engine's words: which reports leave, and what they hold."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pdserve.cluster.worker_shell import WorkerShell
+from pdserve.config import ClusterConfig, RouterConfig
+from pdserve.engine.outputs import Load, ToRouter
+from pdserve.ids import HostId, RequestId
+from pdserve.lifecycle import Event
+from pdserve.messages import Attained, ChunkDone, Progress, Report, Role
+
+ATTAINED = (Attained(RequestId("r"), 0, 7),)
+CALM = Load(running=1, waiting=0, free_blocks=5)
+
+
+class FakeLink:
+    connected = True
+
+    def __init__(self) -> None:
+        self.posted: list[Any] = []
+
+    def post(self, message: object) -> None:
+        self.posted.append(message)
+
+
+def reports_of(scenario: Callable[[WorkerShell], None]) -> list[Report]:
+    link = FakeLink()
+
+    async def play() -> None:
+        shell = WorkerShell(Role.DECODE, ClusterConfig(), host=HostId("h"))
+        shell._link = link  # type: ignore[assignment]
+        shell._send([], CALM)  # the router knows this much
+        link.posted.clear()
+        scenario(shell)
+
+    asyncio.run(play())
+    return link.posted
+
+
+def test_a_load_that_says_nothing_new_is_not_reported() -> None:
+    assert reports_of(lambda shell: shell._send([], CALM)) == []
+
+
+def test_how_far_streams_have_come_is_reported_once() -> None:
+    def scenario(shell: WorkerShell) -> None:
+        shell._send([], Load(running=1, waiting=0, free_blocks=5, attained=ATTAINED))
+        shell._report()
+
+    assert [report.attained for report in reports_of(scenario)] == [ATTAINED, ()]
+
+
+def test_what_one_step_says_of_a_request_is_one_report_in_its_order() -> None:
+    request = RequestId("r")
+    done, adopted = (Progress(request, 0, e) for e in (Event.PREFILL_DONE, Event.ADOPTED))
+    chunk = ChunkDone(request, 0, 8, 100)
+
+    def scenario(shell: WorkerShell) -> None:
+        shell._send([ToRouter(chunk), ToRouter(done), ToRouter(adopted)], CALM)
+
+    (report,) = reports_of(scenario)
+    assert (report.chunks, report.progress) == ((chunk,), (done, adopted))
+
+
+@pytest.mark.parametrize(
+    ("role", "mode", "tells"),
+    [
+        (Role.PREFILL, "disaggregated", True),
+        (Role.DECODE, "disaggregated", False),
+        (Role.DECODE, "aggregated", True),
+        (Role.DECODE, "auto", True),
+    ],
+)
+def test_who_may_prefill_tells_of_its_hosts_store(role: Role, mode: Any, *, tells: bool) -> None:
+    async def ask() -> bool:
+        config = ClusterConfig(router=RouterConfig(mode=mode))
+        return WorkerShell(role, config, host=HostId("h"))._tells_of_store()
+
+    assert asyncio.run(ask()) is tells

@@ -1,0 +1,298 @@
+"""γ follows the operator's goal, by shadows of the queue."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdserve.clock import MS, S
+from pdserve.config import RouterConfig
+from pdserve.router import goals
+from pdserve.router.goals import (
+    ARRIVALS_MIN,
+    BIN_RATIO,
+    GAMMA_MIN_PER_S,
+    GAMMA_START_PER_S,
+    GAMMAS_PER_S,
+    PERIOD_NS,
+    TAIL_RATIOS,
+    WAITING_MAX,
+    GoalControl,
+    Histogram,
+    Outcome,
+    Shadow,
+    choose,
+)
+from pdserve.router.levels import Ladder
+
+CONFIG = RouterConfig()
+WORKERS = 4
+FLAT = (0,) * CONFIG.level_count
+LADDER = Ladder.of(CONFIG, 1.0)
+
+Arrival = tuple[int, int]
+"""Instant and work, in nanoseconds."""
+
+
+class Recorder(Histogram):
+    """Keeps the times themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times_ns: list[int] = []
+
+    def add(self, time_ns: int) -> None:
+        self.times_ns.append(time_ns)
+
+
+def _times_ns(arrivals: Sequence[Arrival], workers: int, boosts_ns: Sequence[int]) -> list[int]:
+    """Response times in a shadow, in ascending order."""
+    shadow = Shadow(boosts_ns, 1)
+    shadow.set_workers(workers)
+    recorder = shadow.times = Recorder()
+    for at_ns, work_ns in arrivals:
+        shadow.arrive(at_ns, work_ns, LADDER.level_of(work_ns))
+    shadow.arrive(10**18, 0, 0)  # by then all are through
+    return sorted(recorder.times_ns[:-1])
+
+
+def _poisson(seed: int, *, load: float = 0.9) -> Iterator[Arrival]:
+    """Arrivals that keep so much of four workers busy; one in twenty is long."""
+    chance = Random(seed)
+    sizes_ms = (20,) * 10 + (100,) * 9 + (2000,)
+    gap_ms = sum(sizes_ms) / len(sizes_ms) / WORKERS / load
+    at_ms = 0.0
+    while True:
+        at_ms += chance.expovariate(1 / gap_ms)
+        yield round(at_ms * MS), chance.choice(sizes_ms) * MS
+
+
+def _until(arrivals: Iterator[Arrival], until_ns: int) -> list[Arrival]:
+    found = []
+    for arrival in arrivals:
+        if arrival[0] > until_ns:
+            break
+        found.append(arrival)
+    return found
+
+
+def _steer(control: GoalControl, arrivals: Sequence[Arrival]) -> None:
+    """The controller sees all of them, and is ticked whenever it asked to be."""
+    control.set_workers(WORKERS)
+    for at_ns, work_ns in arrivals:
+        while (due_ns := control.due_ns()) is not None and due_ns <= at_ns:
+            control.tick(due_ns)
+        control.arrived(at_ns, work_ns)
+
+
+# ── shadows ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _served_by_hand(
+    arrivals: Sequence[Arrival], workers: int, boosts_ns: Sequence[int]
+) -> list[int]:
+    """As the definition says: whoever is free takes the least key of all that are there."""
+    times: list[int] = []
+    free = [0] * workers
+    left = list(arrivals)
+    while left:
+        free.sort()
+        now_ns = max(free[0], min(at_ns for at_ns, _ in left))
+
+        def key(arrival: Arrival) -> tuple[int, int, int]:
+            at_ns, work_ns = arrival
+            level = min(bisect_left(LADDER.quanta_ns, work_ns), LADDER.last)
+            return at_ns - boosts_ns[level], at_ns, work_ns
+
+        chosen = min((arrival for arrival in left if arrival[0] <= now_ns), key=key)
+        free[0] = now_ns + chosen[1]
+        times.append(free[0] - chosen[0])
+        left.remove(chosen)
+    return sorted(times)
+
+
+@given(
+    jobs=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 3000)), min_size=1, max_size=40),
+    workers=st.integers(1, 5),
+    gamma_per_s=st.sampled_from((0.002, 0.1, 1.0, 20.0)),
+)
+def test_a_shadow_is_the_queue_as_defined(
+    jobs: list[tuple[int, int]], workers: int, gamma_per_s: float
+) -> None:
+    arrivals, at_ns = [], 0
+    for gap_ms, work_ms in jobs:
+        at_ns += gap_ms * MS
+        arrivals.append((at_ns, work_ms * MS))
+    boosts_ns = Ladder.of(CONFIG, gamma_per_s).boosts_ns
+    by_hand = _served_by_hand(arrivals, workers, boosts_ns)
+    assert _times_ns(arrivals, workers, boosts_ns) == by_hand
+
+
+def test_a_shadow_without_boosts_is_first_come_first_served() -> None:
+    assert _times_ns([(0, 9), (1, 5), (2, 1)], 1, FLAT) == [9, 13, 13]
+
+
+def test_workers_come_and_go_in_a_shadow() -> None:
+    shadow = Shadow(FLAT, 1)
+    recorder = shadow.times = Recorder()
+    shadow.arrive(0, 100, 0)
+    shadow.arrive(0, 100, 0)
+    assert len(shadow) == 1
+    shadow.set_workers(2)  # it is busy as long as the other
+    shadow.arrive(100, 50, 0)
+    shadow.set_workers(1)
+    shadow.arrive(10**9, 1, 0)
+    assert recorder.times_ns == [100, 200, 50, 1]
+
+
+# ── histogram ────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.integers(0, 5 * 10**14), min_size=1, max_size=300), st.floats(0.01, 1.0))
+def test_a_histogram_knows_a_quantile_as_well_as_its_bins_are_wide(
+    times_ns: list[int], at: float
+) -> None:
+    histogram = Histogram()
+    for time_ns in times_ns:
+        histogram.add(time_ns)
+    histogram.collect()
+    assert histogram.count == len(times_ns)
+    ordered = sorted(times_ns)
+    # The least that so many are not above; a product of floats may miss it by one.
+    rank = at * len(ordered)
+    low, high = ordered[max(0, int(rank - 1e-6) - 1)], ordered[min(int(rank), len(ordered) - 1)]
+    found_ns = histogram.quantile_s(at) * S
+    assert max(low, MS) / BIN_RATIO**1.1 <= found_ns <= max(high, MS) * BIN_RATIO**1.1
+
+
+def test_older_times_count_less() -> None:
+    histogram = Histogram()
+    for time_ms, fade in ((100, 0.25), (1000, 1.0)):
+        for _ in range(100):
+            histogram.add(time_ms * MS)
+        histogram.collect()
+        histogram.fade(fade)
+    assert histogram.count == 125
+    assert histogram.mean_s == pytest.approx((25 * 0.1 + 100) / 125)
+    assert histogram.part_within(500 * MS) == 0.2
+
+
+# ── choice ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _outcome(gamma: float, mean: float, p99: float, within: float = 1.0) -> Outcome:
+    return Outcome(gamma, mean, p99, within)
+
+
+FCFS = _outcome(0.0, 100, 1000)
+
+
+def test_the_least_mean_of_those_that_keep_the_tail() -> None:
+    tried = [_outcome(1, 50, 1040), _outcome(2, 60, 1000), _outcome(4, 70, 900)]
+    assert choose("balanced", FCFS, tried) == 1
+    assert choose("tail", FCFS, tried) == 2
+
+
+def test_the_best_tail_where_none_keeps_it() -> None:
+    tried = [_outcome(1, 50, 3000), _outcome(2, 60, 2000), _outcome(4, 70, 2000)]
+    assert choose("balanced", FCFS, tried) == 2
+
+
+def test_the_most_within_the_objective() -> None:
+    tried = [_outcome(1, 50, 9, 0.90), _outcome(2, 60, 9, 0.95), _outcome(4, 55, 9, 0.95)]
+    assert choose("slo", FCFS, tried) == 4
+
+
+# ── control ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("goal", ["balanced", "tail"])
+def test_a_goal_keeps_its_tail_on_poisson_traffic_and_gains_in_the_mean(goal: str) -> None:
+    """γ as found in fifteen minutes, on the fifteen minutes that follow: a tenth of slack, because
+    a 99th percentile of another sample is another."""
+    control = GoalControl(RouterConfig(goal=goal))  # type: ignore[arg-type]
+    arrivals = _poisson(1)
+    _steer(control, _until(arrivals, 900 * S))
+    coming = _until(arrivals, 1800 * S)
+    fcfs = _times_ns(coming, WORKERS, FLAT)
+    ours = _times_ns(coming, WORKERS, Ladder.of(CONFIG, control.gamma_per_s).boosts_ns)
+    p99 = int(0.99 * len(coming))
+    assert ours[p99] <= 1.1 * TAIL_RATIOS[goal] * fcfs[p99]
+    assert sum(ours) < 0.9 * sum(fcfs)
+
+
+def test_gamma_moves_one_step_at_a_time_towards_what_its_shadows_show() -> None:
+    """Work without end, where everything but first come, first served is bad for the tail."""
+    control = GoalControl(RouterConfig(goal="tail"))
+    before, seen = control.gamma_per_s, [control.gamma_per_s]
+    for number in range(2000):
+        at_ns = number * S // 2
+        control.arrived(at_ns, (4000 if number % 9 == 0 else 50) * MS)
+        if control.tick(at_ns):
+            step = GAMMAS_PER_S.index(control.gamma_per_s) - GAMMAS_PER_S.index(before)
+            assert abs(step) == 1
+            seen.append(control.gamma_per_s)
+            before = control.gamma_per_s
+        assert control.gamma_per_s == before
+    assert len(set(seen)) > 2
+
+
+def test_gamma_stays_where_there_is_too_little_to_learn_from() -> None:
+    control = GoalControl(CONFIG)
+    for number in range(ARRIVALS_MIN - 1):
+        control.arrived(number * MS, 2000 * MS)
+    assert control.due_ns() == PERIOD_NS
+    assert not control.tick(PERIOD_NS - 1)
+    assert not control.tick(PERIOD_NS)
+    assert control.gamma_per_s == GAMMA_START_PER_S
+
+
+def test_nothing_is_due_until_somebody_comes_again() -> None:
+    control = GoalControl(CONFIG)
+    control.arrived(0, 20 * MS)
+    control.tick(PERIOD_NS)
+    assert control.due_ns() is None
+    assert not control.tick(10 * PERIOD_NS)
+    control.arrived(20 * PERIOD_NS, 20 * MS)
+    assert control.due_ns() == 21 * PERIOD_NS
+
+
+@pytest.mark.parametrize(
+    ("config", "gamma_per_s"),
+    [
+        (RouterConfig(goal="mean"), GAMMA_MIN_PER_S),
+        (RouterConfig(gamma_per_s=3.0), 3.0),
+        (RouterConfig(policy="fcfs"), GAMMA_START_PER_S),
+    ],
+)
+def test_some_have_nothing_to_steer(config: RouterConfig, gamma_per_s: float) -> None:
+    control = GoalControl(config)
+    _steer(control, _until(_poisson(0), 60 * S))
+    assert control.due_ns() is None
+    assert not control.tick(10**6 * S)
+    assert control.gamma_per_s == gamma_per_s
+
+
+def test_an_objective_is_steered_to_as_well() -> None:
+    """Half a second, where first come first served would be far too late for most."""
+    arrivals = _until(_poisson(3, load=1.05), 300 * S)
+    control = GoalControl(RouterConfig(goal="slo", ttft_slo_ms=500.0))
+    _steer(control, arrivals)
+
+    def within(boosts_ns: Sequence[int]) -> int:
+        return sum(time_ns <= 500 * MS for time_ns in _times_ns(arrivals, WORKERS, boosts_ns))
+
+    boosts_ns = Ladder.of(CONFIG, control.gamma_per_s).boosts_ns
+    assert within(boosts_ns) > 2 * within(FLAT)
+
+
+def test_what_the_shadows_hold_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(goals, "WAITING_MAX", 50)
+    control = GoalControl(CONFIG)
+    for number in range(200):
+        control.arrived(number, 10**6 * MS)
+    assert WAITING_MAX > 50
+    assert max(len(shadow) for shadow in control._all()) == 50

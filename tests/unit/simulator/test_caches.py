@@ -1,0 +1,58 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdserve.ids import BlockKey
+from pdserve.simulator.caches import BlockCache
+
+
+def chain(document: int, length: int) -> tuple[BlockKey, ...]:
+    """A document's first blocks; documents share the first two."""
+    names = [0, 1, *range(100 * document, 100 * document + 98)]
+    return tuple(BlockKey(name.to_bytes(16, "big")) for name in names[:length])
+
+
+def test_children_are_evicted_before_their_parents() -> None:
+    cache = BlockCache(4)
+    cache.touch(chain(1, 4))
+    cache.touch(chain(2, 3))  # one fresh block: the tail of the first has to go
+    assert cache.prefix_blocks(chain(1, 4)) == 3
+    assert cache.prefix_blocks(chain(2, 3)) == 3
+
+
+def test_a_prefix_longer_than_the_cache_leaves_its_beginning() -> None:
+    cache = BlockCache(3)
+    cache.touch(chain(1, 5))
+    assert len(cache) == 3
+    assert cache.prefix_blocks(chain(1, 5)) == 3
+
+
+def test_a_cache_of_nothing_has_nothing() -> None:
+    cache = BlockCache(0)
+    cache.touch(chain(1, 2))
+    assert len(cache) == 0
+    assert cache.take_changes() == ((), ())
+
+
+Steps = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 8), st.booleans()), max_size=40)
+
+
+@given(steps=Steps, block_max=st.one_of(st.none(), st.integers(0, 9)))
+def test_what_is_told_is_what_is_there_and_never_too_much(
+    steps: list[tuple[int, int, bool]], block_max: int | None
+) -> None:
+    cache = BlockCache(block_max)
+    told: set[BlockKey] = set()
+    for document, length, tells in steps:
+        cache.touch(chain(document, length))
+        assert block_max is None or len(cache) <= block_max
+        if tells:
+            added, removed = cache.take_changes()
+            assert set(removed) <= told
+            assert not told & set(added)
+            told = (told - set(removed)) | set(added)
+    added, removed = cache.take_changes()
+    told = (told - set(removed)) | set(added)
+    assert len(told) == len(cache)
+    for document in range(1, 6):
+        here = [key in told for key in chain(document, 8)]
+        assert sum(here) == cache.prefix_blocks(chain(document, 8)), "a child outlived its parent"

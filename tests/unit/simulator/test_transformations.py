@@ -1,0 +1,100 @@
+from collections import Counter
+
+import pytest
+
+from pdserve.clock import S
+from pdserve.simulator.synthetic import always, exponential, merged, poisson
+from pdserve.simulator.traces import Trace, TraceRequest
+from pdserve.simulator.transformations import (
+    cached_tokens,
+    first,
+    repeat,
+    scale_time,
+    scale_to_load,
+    spread,
+    tick_ns,
+)
+
+
+def ticking(ticks: int = 10, per_tick: int = 6) -> Trace:
+    requests = [
+        TraceRequest(tick * 3 * S, 100 + number, 1)
+        for tick in range(ticks)
+        for number in range(per_tick)
+    ]
+    return Trace(tuple(requests), 16, "ticking")
+
+
+def sizes(trace: Trace) -> Counter[int]:
+    return Counter(request.prompt_tokens for request in trace.requests)
+
+
+def test_a_tick_is_found_where_there_is_one() -> None:
+    assert tick_ns(ticking()) == 3 * S
+    assert tick_ns(poisson(50, 1.0, seed=1, prompt=always(5))) is None
+    assert tick_ns(first(ticking(), 3)) is None  # one instant says nothing about a tick
+
+
+def test_spread_arrivals_stay_within_their_tick_and_differ_by_seed() -> None:
+    trace = ticking()
+    moved = spread(trace, seed=1)
+    assert sizes(moved) == sizes(trace)
+    assert moved.requests[0].arrival_ns == 0
+    assert len({request.arrival_ns for request in moved.requests}) == len(moved.requests)
+    assert moved.span_ns < 30 * S
+    assert spread(trace, seed=1) == moved
+    assert spread(trace, seed=2) != moved
+
+
+def test_arrivals_that_are_exact_are_not_spread() -> None:
+    trace = poisson(50, 1.0, seed=1, prompt=always(5))
+    assert spread(trace, seed=1) is trace
+
+
+def test_scaling_to_a_load_moves_time_only() -> None:
+    trace = ticking()  # 60 requests in 27 s
+    scaled = scale_to_load(trace, 0.5, workers=2, work_s=lambda request, cached: 0.9)
+    assert sizes(scaled) == sizes(trace)
+    assert scaled.span_ns == pytest.approx(54 * S)  # 54 s of work, half of two workers' time
+    assert scale_time(trace, 3.0).span_ns == 9 * S
+
+
+def test_what_one_endless_cache_would_have() -> None:
+    trace = Trace(
+        (
+            TraceRequest(0, 40, 1, (1, 2)),
+            TraceRequest(1, 40, 1, (1, 3)),
+            TraceRequest(2, 32, 1, (1, 2)),  # all of it: but the last token is always computed
+            TraceRequest(3, 40, 1, (9, 2)),  # a known block behind an unknown one is of no use
+        ),
+        16,
+        "t",
+    )
+    assert cached_tokens(trace) == [0, 16, 31, 0]
+
+
+def test_repeating_takes_fresh_ids_each_time() -> None:
+    once = Trace((TraceRequest(0, 40, 1, (0, 7)), TraceRequest(2 * S, 40, 1, (0,))), 16, "t")
+    often = repeat(once, 5)
+    assert len(often.requests) == 5
+    assert [r.arrival_ns // S for r in often.requests] == [0, 2, 4, 6, 8]
+    by_pass = [set(often.requests[i].blocks) for i in (0, 2, 4)]
+    assert not by_pass[0] & by_pass[1]
+    assert not by_pass[1] & by_pass[2]
+    assert often.requests[3].blocks == (often.requests[2].blocks[0],)
+    assert repeat(once, 1).requests == once.requests[:1]
+
+
+def test_poisson_arrivals_have_their_rate_and_their_seed() -> None:
+    trace = poisson(4000, 8.0, seed=3, prompt=exponential(100))
+    assert trace.span_ns / S == pytest.approx(500, rel=0.05)
+    assert sum(r.prompt_tokens for r in trace.requests) / 4000 == pytest.approx(100, rel=0.05)
+    assert poisson(20, 8.0, seed=3, prompt=always(1)) == poisson(20, 8.0, seed=3, prompt=always(1))
+
+
+def test_merged_traces_are_one_in_order() -> None:
+    one, other = (poisson(20, 1.0, seed=seed, prompt=always(seed)) for seed in (1, 2))
+    both = merged("both", one, other)
+    arrivals = [request.arrival_ns for request in both.requests]
+    assert arrivals == sorted(arrivals)
+    assert sizes(both) == Counter({1: 20, 2: 20})

@@ -40,6 +40,9 @@ PASSED_OVER_MAX = 32
 YIELDING_MAX = 8
 """Prefills called back at once."""
 
+LEFT_CHUNKS_MIN = 2
+"""With fewer chunks left a prefill is not stopped any more."""
+
 OUT_OF_BLOCKS_RETRY_MS = 1000
 
 
@@ -234,12 +237,14 @@ def _call_back(state: RouterState, now_ns: int) -> list[Command]:
 
 
 def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
-    return (
-        not entry.preempting
-        and entry.preempted_count < state.settings.preempted_max
-        and entry.uncomputed_tokens > worker.hello.chunk_tokens
-        and state.lines.of(entry).preempts
-    )
+    """One that has not begun loses nothing by going back, unless it shares the next chunk."""
+    if entry.preempting or not state.lines.of(entry).preempts:
+        return False
+    if next(iter(worker.prompts)) != entry.id:
+        return not worker.has_prefill_room
+    left_min = LEFT_CHUNKS_MIN * worker.hello.chunk_tokens
+    may_again = entry.preempted_count < state.settings.preempted_max
+    return may_again and entry.uncomputed_tokens > left_min
 
 
 def _yields(state: RouterState, entry: Entry, worker: Worker, waiting: Entry, now_ns: int) -> bool:

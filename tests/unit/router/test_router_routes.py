@@ -228,6 +228,18 @@ def test_while_every_worker_leaves_requests_wait_for_whoever_comes() -> None:
     assert _routes(core.on_hello(hello("p2"), 0)) == ["r: p2 to d0"]
 
 
+def test_one_that_came_before_any_worker_is_not_compared_with_those_that_are_bound() -> None:
+    """They stand in lines of their own. The first fits into d0 only when that is empty."""
+    config = replace(settings(), placement="round_robin")
+    core, (d0,) = core_with(hello("d0", block_count=200), config=config)
+    d0.report(running=1, free_blocks=120)
+    core.on_submit(request("first", 2000), 0)
+    core.on_hello(hello("p0"), 0)
+    assert told(core.on_submit(request("bound", 1500), 0)) == [
+        "p0 <- dispatch bound, decode d0, level 6, queued 0 ms"
+    ]
+
+
 # ── called back ──────────────────────────────────────────────────────────────────────────────────
 
 

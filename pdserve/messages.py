@@ -128,7 +128,7 @@ class Decision:
     it. Times in microseconds, as predicted when it was taken."""
 
     at_unix_us: int
-    reason: str  # "shortest key", "rescued", "resumed", "kept on prefill", …
+    reason: str  # "first done", "first done, decodes too", "bound on arrival", "resumed", …
     waited_us: int  # since it was queued, preempted or parked
     level: int
     work_us: int  # of its uncached prefill

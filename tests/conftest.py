@@ -6,10 +6,15 @@ What needs Ray or torch is imported by the fixtures that use it: unit tests coll
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from tests.integration.harness import TestCluster
+
+# A deadline is a bound on time, and here other tests take the processor at any moment.
+hypothesis.settings.register_profile("shared processor", deadline=None)
+hypothesis.settings.load_profile("shared processor")
 
 
 @pytest.fixture(scope="session")

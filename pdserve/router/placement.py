@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.clock import MS, S
+from pdserve.ids import WorkerId
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Fleet, Floats, Worker
 from pdserve.router.prefix_index import Hits
@@ -29,6 +30,10 @@ DEFER_MAX_NS = 1 * S
 
 KEPT_TOKENS_MAX = 16
 """In ``auto`` mode a prefill worker may keep an answer of at most so many tokens."""
+
+
+EXPLAINED_WORKERS_MAX = 16
+OTHERS_MAX = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class Choice:
     work_ns: int  # at that worker
     price_ns: int
     reason: str
+    others: tuple[tuple[WorkerId, int], ...] = ()  # the next best workers, and their prices in ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +186,20 @@ def place(
         work_ns=round(work_ns * prefill.correction.factor),
         price_ns=round(done_ns[slot]) - now_ns,
         reason=reason,
+        others=_others(fleet, done_ns, slot, now_ns),
     )
+
+
+def _others(
+    fleet: Fleet, done_ns: Floats, slot: int, now_ns: int
+) -> tuple[tuple[WorkerId, int], ...]:
+    """For people to read, so not where there are more workers than people look at."""
+    workers = fleet.all()
+    if not 1 < len(workers) <= EXPLAINED_WORKERS_MAX:
+        return ()
+    rest = [w for w in workers if w.slot != slot and done_ns[w.slot] < np.inf]
+    rest.sort(key=lambda worker: done_ns[worker.slot])
+    return tuple((w.id, int(done_ns[w.slot]) - now_ns) for w in rest[:OTHERS_MAX])
 
 
 def _rule_out(fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks: int) -> None:

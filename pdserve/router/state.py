@@ -181,6 +181,7 @@ class RouterState:
                 prefill=prefill.id,
                 decode=decode.id,
                 price_us=choice.price_ns // 1000,
+                others=tuple((worker, price_ns // 1000) for worker, price_ns in choice.others),
             ),
         )
         return Timing(

@@ -184,6 +184,7 @@ def plan(
     prefill_cost: Annotated[float, typer.Option(help="Of one prefill worker.")] = 1.0,
     decode_cost: Annotated[float, typer.Option(help="Of one decode worker.")] = 1.0,
     speed: Annotated[float, typer.Option(help="How many times as fast.")] = 1.0,
+    requests: Annotated[int, typer.Option(help="The first so many of the trace.")] = 20_000,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     assignments: Assignments = None,
 ) -> None:
@@ -200,6 +201,7 @@ def plan(
         prefill_cost=prefill_cost,
         decode_cost=decode_cost,
         speed=speed,
+        requests_max=requests,
         as_json=as_json,
     )
     raise typer.Exit(code=0 if held else 1)

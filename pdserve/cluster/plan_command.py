@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from pdserve.cluster.planning import Attainment, Plan, cheapest_pools
 from pdserve.cluster.profiles import Profile, Size, read_profile
+from pdserve.cluster.simulate_command import settings_of
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from pdserve.router.costs import believed
@@ -125,21 +126,9 @@ def objectives_of(slo: str) -> Objectives:
 def simulation_of(
     config: ClusterConfig, profile: Profile, prefill: int, decode: int
 ) -> SimulationSettings:
-    """The cluster to simulate: what the profile does not say of a worker's size is a default."""
-    size = {
-        "chunk_tokens": profile.size.chunk_tokens,
-        "running_max": profile.size.running_max,
-        "decode_tokens": profile.size.kv_capacity_tokens,
-        "cache_tokens": profile.size.kv_capacity_tokens,
-    }
-    said: dict[str, Any] = {name: value for name, value in size.items() if value is not None}
-    return SimulationSettings(
-        router=config.router,
-        costs=profile.costs,
-        prefill_workers=prefill,
-        decode_workers=decode,
-        seed=SEED,
-        **said,
+    """The configured cluster with pools of these sizes, as ``pdserve simulate`` would play it."""
+    return replace(
+        settings_of(config, profile, seed=SEED), prefill_workers=prefill, decode_workers=decode
     )
 
 

@@ -126,7 +126,7 @@ def test_a_profile_brings_the_size_of_its_workers() -> None:
     assert settings.costs is profile.costs
     assert settings.decode_tokens == settings.cache_tokens == profile.size.kv_capacity_tokens
     assert (settings.prefill_workers, settings.decode_workers) == (3, 2)
-    assert settings.chunk_tokens == SimulationSettings().chunk_tokens
+    assert settings.chunk_tokens == ClusterConfig().prefill.chunk_tokens
 
 
 def test_without_a_profile_workers_are_as_they_are_configured(

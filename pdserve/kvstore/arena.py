@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ POPULATE_BYTES = 4 << 20
 
 POPULATE_BYTES_MAX = 8 << 30
 """Of one mapping; its page tables take 16 MiB then, and 2 s have gone into them."""
+
+REST_RATIO = 4
+"""A background touch of memory rests so many times as long as it worked: where a first touch is
+slow (a virtual machine that gave its memory back), requests must not wait behind it."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 
@@ -146,7 +151,9 @@ class Arena:
         end = min(self.geometry.file_bytes, POPULATE_BYTES_MAX)
         with contextlib.suppress(OSError):
             for start in range(0, end, POPULATE_BYTES):
+                began_s = time.monotonic()
                 self._map.madvise(_MADV_POPULATE_WRITE, start, min(POPULATE_BYTES, end - start))
+                time.sleep(REST_RATIO * (time.monotonic() - began_s))
 
     def _payload_at(self, slot: SlotId) -> int:
         assert 0 <= slot < self.geometry.slot_count, f"slot {slot}"

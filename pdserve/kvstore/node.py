@@ -17,12 +17,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pdserve.errors import ConfigError, PdserveError, StoreUnavailable
 from pdserve.ids import StoreId, new_store_id
-from pdserve.kvstore.arena import create_arena, geometry_of, prefault
+from pdserve.kvstore.arena import REST_RATIO, create_arena, geometry_of, prefault
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.directory import ARENA_NAME, take_directory
 from pdserve.kvstore.master import Master
@@ -122,7 +123,9 @@ async def _prefault(path: Path, stopped: asyncio.Event) -> None:
     offset = 0
     try:
         while offset < size and not stopped.is_set():
+            began_s = time.monotonic()
             offset = await asyncio.to_thread(prefault, path, offset)
+            await asyncio.sleep(REST_RATIO * (time.monotonic() - began_s))
     except OSError as error:
         stopped.set()
         raise ConfigError(

@@ -17,6 +17,7 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,16 +145,17 @@ class Arena:
             self._bytes[start : start + self.geometry.block_bytes], np.frombuffer(data, np.uint8)
         )
 
-    def populate(self) -> None:
+    def populate(self, rest: Callable[[float], None]) -> None:
         """Map the pages, which a first write would else do one by one: 0.4 s per GB, which a worker
         pays beside its start instead of in hand-offs. A kernel that cannot leaves it undone.
+        Between two pieces it waits by ``rest``, for so many seconds.
         """
         end = min(self.geometry.file_bytes, POPULATE_BYTES_MAX)
         with contextlib.suppress(OSError):
             for start in range(0, end, POPULATE_BYTES):
                 began_s = time.monotonic()
                 self._map.madvise(_MADV_POPULATE_WRITE, start, min(POPULATE_BYTES, end - start))
-                time.sleep(REST_RATIO * (time.monotonic() - began_s))
+                rest(REST_RATIO * (time.monotonic() - began_s))
 
     def _payload_at(self, slot: SlotId) -> int:
         assert 0 <= slot < self.geometry.slot_count, f"slot {slot}"

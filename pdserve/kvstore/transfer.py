@@ -10,6 +10,7 @@ all: the fault may have been the way's. In shared memory there is no way that co
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -217,4 +218,4 @@ def _stored_count(frame: Frame) -> int:
 def _populate(arena: Arena) -> None:
     """Zeroing gigabytes is worth no request's time: it yields to all other threads."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WARMING_NICE)
-    arena.populate()
+    arena.populate(time.sleep)

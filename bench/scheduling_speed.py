@@ -209,7 +209,7 @@ def _analytic(jobs: int) -> Row:
     costs = _linear(8e-5)
     settings = SimulationSettings(
         router=RouterConfig(policy="fcfs", waiting_max=UNLIMITED), costs=costs,
-        prefill_workers=servers, decode_workers=1, decode=False,
+        prefill_workers=servers, decode_workers=1, decode=False, chunk_tokens=16,
     )  # fmt: skip
     result = simulate(trace, settings)
     work_s = np.array([r.prompt_tokens for r in trace.requests]) * 8e-5

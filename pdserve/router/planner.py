@@ -220,6 +220,9 @@ def _call_back(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
     if state.parked or not len(fleet.last_key_ns):
         return commands
+    first = next(shared.ranked(now_ns), None)
+    if first is None or fleet.last_key_ns.max() <= shared.key_ns(first, now_ns):
+        return commands  # nobody is beaten by the best of those who wait
     while (told := len(state.yielding)) < min(YIELDING_MAX, len(shared)):
         slot = int(fleet.last_key_ns.argmax())
         if fleet.last_key_ns[slot] == float("-inf"):

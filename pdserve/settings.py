@@ -12,7 +12,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -100,6 +100,12 @@ def _assign(tree: dict[str, Any], path: Sequence[str], value: object, source: st
     tree[path[-1]] = value
 
 
+def nearest(word: str, known: Collection[str], *, otherwise: str = "known") -> str:
+    """The way out of a wrong name: the right spelling, or all there are."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
+
+
 def _build(default: Any, tree: object, where: str, problems: list[str]) -> Any:
     """``default`` with the values of ``tree`` in place; what does not fit goes to ``problems``."""
     cls = type(default)
@@ -111,9 +117,7 @@ def _build(default: Any, tree: object, where: str, problems: list[str]) -> Any:
     for key, value in tree.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
-            problems.append(f"unknown key {name!r}; {hint}")
+            problems.append(f"unknown key {name!r}; {nearest(str(key), hints)}")
         elif dataclasses.is_dataclass(hints[key]):
             changes[key] = _build(getattr(default, key), value, name, problems)
         else:

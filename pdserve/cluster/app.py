@@ -281,9 +281,11 @@ def _plain(address: Address) -> tuple[str, str, str]:
 
 def costs_of(settings: RouterConfig) -> CostModel | None:
     """Of the profile that is named, if one is."""
+    if settings.profile is None:
+        return None
     from pdserve.cluster.profiles import load_profile
 
-    return None if settings.profile is None else load_profile(settings.profile)
+    return load_profile(settings.profile)
 
 
 def sockets_directory(config: ClusterConfig) -> Path:

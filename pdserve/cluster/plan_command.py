@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pdserve.cluster.planning import Attainment, Plan, cheapest_pools
-from pdserve.cluster.profiles import Profile, Size, read_profile
-from pdserve.cluster.simulate_command import settings_of
+from pdserve.cluster.profiles import Profile
+from pdserve.cluster.simulate_command import profile_of, settings_of
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
-from pdserve.router.costs import believed
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.traces import Trace, load_trace
 from pdserve.simulator.transformations import first, scale_time, spread
@@ -73,8 +72,7 @@ def plan(
             "or auto"
         )
     objectives = objectives_of(slo)
-    named = profile or config.router.profile
-    used = read_profile(named) if named else _believed(config)
+    used = profile_of(config, profile)
     loaded = load_trace(trace)
     played = scale_time(spread(first(loaded, requests_max), SEED), speed)
     console = Console(highlight=False, stderr=True)
@@ -195,25 +193,6 @@ def _simulated(
         return met
 
     return evaluate
-
-
-def _believed(config: ClusterConfig) -> Profile:
-    """Without a profile: a laptop that was never measured, with pools as they are configured."""
-    costs = believed(config.router.prefill_tokens_per_s)
-    pool = config.decode
-    capacity_tokens = (
-        pool.pool_blocks * config.model.block_tokens
-        if pool.pool_blocks is not None
-        else pool.pool_bytes // costs.kv_token_bytes
-    )
-    return Profile(
-        costs,
-        Size(
-            kv_capacity_tokens=capacity_tokens,
-            chunk_tokens=config.prefill.chunk_tokens,
-            running_max=pool.running_max,
-        ),
-    )
 
 
 def _check(

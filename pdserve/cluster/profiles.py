@@ -9,7 +9,6 @@ without a slash that is no file is looked for among the shipped ones.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from pdserve.errors import ConfigError
 from pdserve.router.analytic import SHIPPED, analytic_costs, explanation
 from pdserve.router.costs import CostModel
+from pdserve.settings import nearest
 
 SHIPPED_DIRECTORY = Path(__file__).with_name("profiles")
 
@@ -103,8 +103,7 @@ def _find(name_or_path: str | Path) -> Path:
     if shipped.exists():
         return shipped
     names = shipped_names()
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"shipped ones: {', '.join(names)}"
+    hint = nearest(path.name, names, otherwise="shipped ones")
     raise ConfigError(f"the profile {str(path)!r} is neither a file nor a shipped one; {hint}")
 
 
@@ -132,9 +131,7 @@ def _read(cls: type, tree: object, where: str, problems: list[str]) -> object:
     for key, value in tree.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
-            problems.append(f"unknown key {name!r}; {hint}")
+            problems.append(f"unknown key {name!r}; {nearest(str(key), hints)}")
         elif dataclasses.is_dataclass(hints[key]):
             fields[key] = _read(hints[key], value, name, problems)
         else:

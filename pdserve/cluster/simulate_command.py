@@ -51,7 +51,7 @@ def run_simulations(
         ConfigError: a file or a value does not fit; nothing has been simulated then.
     """
     _check(wish)
-    profile = read_profile(config.router.profile) if config.router.profile else _believed(config)
+    profile = profile_of(config)
     settings = settings_of(config, profile, hosts=wish.hosts, seed=wish.seed)
     played = _played(load_trace(trace), wish)
     goal = Goal(wish.ttft_goal_ms / 1000, wish.tpot_goal_ms / 1000)
@@ -95,6 +95,13 @@ def _room(pool: PoolConfig, config: ClusterConfig, kv_token_bytes: int) -> int:
     if pool.pool_blocks is not None:
         return pool.pool_blocks * config.model.block_tokens
     return max(1, pool.pool_bytes // kv_token_bytes)
+
+
+def profile_of(config: ClusterConfig, name: str | None = None) -> Profile:
+    """The one named, or that of the configuration; without either what is believed of a laptop that
+    was never measured."""
+    named = name or config.router.profile
+    return read_profile(named) if named else _believed(config)
 
 
 def _believed(config: ClusterConfig) -> Profile:

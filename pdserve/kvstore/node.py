@@ -125,7 +125,9 @@ async def _prefault(path: Path, stopped: asyncio.Event) -> None:
         while offset < size and not stopped.is_set():
             began_s = time.monotonic()
             offset = await asyncio.to_thread(prefault, path, offset)
-            await asyncio.sleep(REST_RATIO * (time.monotonic() - began_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REST_RATIO * (time.monotonic() - began_s)):
+                    await stopped.wait()
     except OSError as error:
         stopped.set()
         raise ConfigError(

@@ -8,7 +8,6 @@ A block whose checksum failed on a socket is sent again, up to ``TRANSIT_ATTEMPT
 all: the fault may have been the way's. In shared memory there is no way that could have one.
 """
 
-import os
 import threading
 import time
 from collections import Counter
@@ -34,8 +33,6 @@ STAGING_BYTES_MAX = 1 << 20
 is slower: it falls out of the cache between filling, checksum and socket (bench.kvstore)."""
 
 TRANSIT_ATTEMPTS_MAX = 3
-
-WARMING_NICE = 19
 
 _READABLE = (SlotState.COMMITTED, SlotState.PRIVATE)
 
@@ -90,7 +87,7 @@ class SharedMemory:
         """Make the first write to each slot as fast as later ones; goes on in the background."""
         self._writable = self._open_writable()
         threading.Thread(
-            target=_populate, args=(self._writable,), name="arena warming", daemon=True
+            target=self._writable.populate, args=(time.sleep,), name="arena warming", daemon=True
         ).start()
 
     def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
@@ -213,9 +210,3 @@ class Sockets:
 def _stored_count(frame: Frame) -> int:
     answer: protocol.Committed = frame.message
     return answer.stored_count
-
-
-def _populate(arena: Arena) -> None:
-    """Zeroing gigabytes is worth no request's time: it yields to all other threads."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WARMING_NICE)
-    arena.populate(time.sleep)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.config import RouterConfig
-from pdserve.ids import RequestId, StoreId, WorkerId
+from pdserve.ids import RequestId, WorkerId
 from pdserve.messages import Address, Hello, Report, Role
 from pdserve.router.costs import Correction, CostModel
 from pdserve.router.prefix_index import Hits, PrefixIndex
@@ -74,10 +74,6 @@ class Worker:
     @property
     def held(self) -> list[RequestId]:
         return [*self.prompts, *(r for r in self.streams if r not in self.prompts)]
-
-    @property
-    def busy_count(self) -> int:
-        return max(len(self.prompts) + len(self.streams), self.running + self.waiting)
 
     @property
     def has_prefill_room(self) -> bool:
@@ -281,9 +277,6 @@ class Fleet:
     def has_store(self, store: Address) -> bool:
         """Whether any worker still speaks for that store node's host."""
         return any(worker.hello.store == store for worker in self._workers.values())
-
-    def stores(self) -> set[StoreId]:
-        return {worker.hello.store_id for worker in self._workers.values()}
 
     def check(self) -> None:
         """Assert that arrays and workers agree. Linear; for tests."""

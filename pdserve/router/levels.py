@@ -28,11 +28,9 @@ from pdserve.clock import MS, S
 from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
+from pdserve.router.places import DEAD_PLACES_MAX, Place, Places
 
 QUANTUM_RATIO = 2
-
-DEAD_PLACES_MAX = 32
-"""Places of removed requests a level keeps beyond as many as it has live ones."""
 
 
 def quanta_ns(first_quantum_ns: int, level_count: int) -> tuple[int, ...]:
@@ -80,30 +78,16 @@ class Ladder:
         return virtual_ns - self.boosts_ns[level]
 
 
-Place = tuple[int, int, int, Entry]
-"""Virtual arrival, order of arrival, serial of this place (so that no two are equal), who."""
-
-
-class Level:
+class Level(Places):
     """Entries by virtual arrival. Joining at the end and leaving anywhere is O(1), amortised."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._places: list[Place] = []
         self._first = 0  # places before it are dead
-        self._live: dict[RequestId, int] = {}  # to the serial of its place
-        self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def __contains__(self, request: RequestId) -> bool:
-        return request in self._live
 
     def push(self, entry: Entry, virtual_ns: int) -> None:
-        assert entry.id not in self._live, f"{entry.id} waits already"
-        self._serial += 1
-        self._live[entry.id] = self._serial
-        place = (virtual_ns, entry.order, self._serial, entry)
+        place = self._place(entry, virtual_ns)
         if not self._places or self._places[-1] < place:
             self._places.append(place)
         else:
@@ -126,9 +110,6 @@ class Level:
         for index in range(self._first, len(self._places)):
             if self._is_live(self._places[index]):
                 yield self._places[index]
-
-    def _is_live(self, place: Place) -> bool:
-        return self._live.get(place[3].id) == place[2]
 
     def check(self) -> None:
         """Assert order and count. Linear; for tests."""

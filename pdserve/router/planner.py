@@ -220,19 +220,20 @@ def _call_back(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
     if state.parked or not len(fleet.last_key_ns):
         return commands
-    first = next(shared.ranked(now_ns), None)
-    if first is None or fleet.last_key_ns.max() <= shared.key_ns(first, now_ns):
-        return commands  # nobody is beaten by the best of those who wait
     while (told := len(state.yielding)) < min(YIELDING_MAX, len(shared)):
         slot = int(fleet.last_key_ns.argmax())
         if fleet.last_key_ns[slot] == float("-inf"):
             break
+        worker = fleet.at(slot)
+        last = state.entries[next(reversed(worker.prompts))]
+        # Finding who stands further back costs more than asking for the first, and where the first
+        # is not worth a place nobody behind is.
+        if not _yields(state, last, worker, next(shared.ranked(now_ns)), now_ns):
+            break
         entry = next(islice(shared.ranked(now_ns), told, None), None)
         if entry is None or entry.deferred_ns is not None:
             break
-        worker = fleet.at(slot)
-        last = state.entries[next(reversed(worker.prompts))]
-        if not _yields(state, last, worker, entry, now_ns):
+        if told and not _yields(state, last, worker, entry, now_ns):
             break
         fleet.last_key_ns[slot] = float("-inf")
         commands.append(_tell_to_yield(state, last, worker))

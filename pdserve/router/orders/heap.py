@@ -10,16 +10,13 @@ import heapq
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
-
-DEAD_PLACES_MAX = 32
-"""Places of removed entries kept beyond as many as there are live ones."""
+from pdserve.router.places import DEAD_PLACES_MAX, Place, Places
 
 Key = TypeVar("Key", float, tuple[int, int])
 
 
-class KeyedHeap(Generic[Key]):
+class KeyedHeap(Places, Generic[Key]):
     """Least key first; at equal keys who came first.
 
     Invariants, asserted by ``check``:
@@ -28,22 +25,11 @@ class KeyedHeap(Generic[Key]):
     """
 
     def __init__(self) -> None:
-        # Key, order of arrival, serial of this place (so that no two are equal), who.
-        self._heap: list[tuple[Key, int, int, Entry]] = []
-        self._live: dict[RequestId, int] = {}  # to the serial of its place
-        self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._live)
-
-    def __contains__(self, request: RequestId) -> bool:
-        return request in self._live
+        super().__init__()
+        self._heap: list[Place] = []
 
     def push(self, entry: Entry, key: Key) -> None:
-        assert entry.id not in self._live, f"{entry.id} waits already"
-        self._serial += 1
-        self._live[entry.id] = self._serial
-        heapq.heappush(self._heap, (key, entry.order, self._serial, entry))
+        heapq.heappush(self._heap, self._place(entry, key))
 
     def remove(self, entry: Entry) -> None:
         assert entry.id in self._live, f"{entry.id} does not wait"
@@ -73,9 +59,6 @@ class KeyedHeap(Generic[Key]):
                     heapq.heappush(seen, (heap[child], child))
             if self._is_live(place):
                 yield place[3]
-
-    def _is_live(self, place: tuple[Key, int, int, Entry]) -> bool:
-        return self._live.get(place[3].id) == place[2]
 
     def check(self) -> None:
         """Assert the invariants. Linear; for tests."""

@@ -13,25 +13,26 @@ exactly when it hurts most.
 A claim does not take the entry from its level: if its turn comes there first, so much the better.
 """
 
-import heapq
 from collections import deque
 from dataclasses import dataclass
 
 from pdserve.clock import S
 from pdserve.ids import RequestId
+from pdserve.router.deadlines import Deadlines
 from pdserve.router.entry import Entry
 
 PIECE_MAX_NS = 4 * S
 """The longest piece of work for which a claim that has credit may have to wait."""
 
-DEAD_DUES_MAX = 64
-"""Instants and claims of requests that wait no more, kept beyond as many as there are live ones."""
+DEAD_CLAIMS_MAX = 64
+"""Claims of requests that wait no more, kept beyond as many as there are live ones."""
 
 
 @dataclass(slots=True, eq=False)
 class Claim:
     entry: Entry
     work_ns: int
+    due_ns: int
     bound_ns: int = 0  # the instant by which it is dispatched at the latest
 
 
@@ -41,7 +42,7 @@ class Rescue:
         self._ratio = ratio
         self._share = share
         self._workers = 1
-        self._due: list[tuple[int, int, RequestId]] = []  # heap; removal is lazy
+        self._due = Deadlines()
         self._waiting: dict[RequestId, Claim] = {}
         self._claims: dict[RequestId, Claim] = {}  # due ones, oldest first
         self._line: deque[Claim] = deque()
@@ -54,18 +55,16 @@ class Rescue:
 
     def add(self, entry: Entry) -> None:
         due_ns = entry.arrived_ns + self._after_ns + round(self._ratio * entry.work_ns)
-        self._waiting[entry.id] = Claim(entry, entry.work_ns)
-        heapq.heappush(self._due, (due_ns, entry.order, entry.id))
+        self._waiting[entry.id] = Claim(entry, entry.work_ns, due_ns)
+        self._due.add(entry.id, due_ns)
 
     def remove(self, request: RequestId) -> None:
         del self._waiting[request]
         claim = self._claims.pop(request, None)
         if claim is not None:
             self._claimed_ns -= claim.work_ns
-        if len(self._due) > 2 * len(self._waiting) + DEAD_DUES_MAX:
-            self._due = [due for due in self._due if due[2] in self._waiting]
-            heapq.heapify(self._due)
-        if len(self._line) > 2 * len(self._claims) + DEAD_DUES_MAX:
+        self._due.remove(request)
+        if len(self._line) > 2 * len(self._claims) + DEAD_CLAIMS_MAX:
             self._line = deque(claim for claim in self._line if self._is_live(claim))
 
     def head(self, now_ns: int) -> Entry | None:
@@ -91,16 +90,13 @@ class Rescue:
         return self._claims.get(claim.entry.id) is claim
 
     def _collect(self, now_ns: int) -> None:
-        while self._due and self._due[0][0] <= now_ns:
-            due_ns, _, request = heapq.heappop(self._due)
-            claim = self._waiting.get(request)
-            if claim is None or request in self._claims:
-                continue
-            self._refill(max(due_ns, self._credit_at_ns))
+        claims = [self._waiting[request] for request in self._due.due(now_ns)]
+        for claim in sorted(claims, key=lambda claim: (claim.due_ns, claim.entry.order)):
+            self._refill(max(claim.due_ns, self._credit_at_ns))
             debt_ns = max(0.0, -self._credit_ns)
             rate = self._share * self._workers
             claim.bound_ns = self._credit_at_ns + round((self._claimed_ns + debt_ns) / rate)
-            self._claims[request] = claim
+            self._claims[claim.entry.id] = claim
             self._claimed_ns += claim.work_ns
             self._line.append(claim)
 

@@ -46,14 +46,13 @@ class _Standing:
 class _Tenant:
     """The levels of one tenant, and their best head."""
 
-    __slots__ = ("_head", "_head_key_ns", "_known", "count", "levels")
+    __slots__ = ("_head", "_known", "count", "levels")
 
     def __init__(self, level_count: int) -> None:
         self.levels = [Level() for _ in range(level_count)]
         self.count = 0
         self._known = False
         self._head: Entry | None = None
-        self._head_key_ns = 0
 
     def changed(self) -> None:
         self._known = False

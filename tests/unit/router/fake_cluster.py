@@ -382,7 +382,10 @@ class FakeCluster:
         """But for those who were bound on arrival, or wait for a better worker for a moment."""
         state = self.core.state
         idle = {
-            role: any(w.busy_count == 0 and not w.draining for w in state.fleet.of(role))
+            role: any(
+                not w.held and w.running + w.waiting == 0 and not w.draining
+                for w in state.fleet.of(role)
+            )
             for role in Role
         }
         can_start = idle[Role.DECODE]

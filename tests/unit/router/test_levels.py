@@ -9,7 +9,6 @@ from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.router import levels
 from pdserve.router.levels import (
-    DEAD_PLACES_MAX,
     Ladder,
     Level,
     Place,
@@ -17,6 +16,7 @@ from pdserve.router.levels import (
     boosts_ns,
     quanta_ns,
 )
+from pdserve.router.places import DEAD_PLACES_MAX
 from tests.unit.router.entries import entry
 
 LADDER = Ladder.of(RouterConfig(level_count=8), 0.12)

@@ -14,9 +14,10 @@ from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
 from pdserve.router.orders import heap, mlfq
 from pdserve.router.orders.base import Order
-from pdserve.router.orders.heap import DEAD_PLACES_MAX, KeyedHeap
+from pdserve.router.orders.heap import KeyedHeap
 from pdserve.router.orders.static import AgedPrefix
 from pdserve.router.orders.table import order_of
+from pdserve.router.places import DEAD_PLACES_MAX
 from tests.unit.router.entries import (
     COSTS,
     contents,

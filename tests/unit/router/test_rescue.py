@@ -11,7 +11,7 @@ from pdserve.clock import MS, S
 from pdserve.config import RouterConfig
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
-from pdserve.router.orders.rescue import DEAD_DUES_MAX, PIECE_MAX_NS, Rescue
+from pdserve.router.orders.rescue import DEAD_CLAIMS_MAX, PIECE_MAX_NS, Rescue
 from pdserve.router.orders.skip_join import SkipJoin
 from tests.unit.router.entries import come_back, dispatch, entry, names, serve, wait
 from tests.unit.router.servers import Served, serve_all
@@ -269,12 +269,12 @@ def test_under_overload_rescues_take_their_share_and_no_more() -> None:
 
 def test_instants_of_those_who_were_served_in_turn_do_not_pile_up() -> None:
     rescue = _rescue()
-    for number in range(20 * DEAD_DUES_MAX):
+    for number in range(20 * DEAD_CLAIMS_MAX):
         one = entry(f"r{number}", 1, at_ms=number)
         rescue.add(one)
         assert rescue.head(number * MS) is None
         rescue.remove(one.id)
-    assert len(rescue._due) <= DEAD_DUES_MAX
+    assert len(rescue._due) <= DEAD_CLAIMS_MAX
 
 
 def test_claims_of_those_who_were_served_in_turn_do_not_pile_up() -> None:
@@ -285,13 +285,13 @@ def test_claims_of_those_who_were_served_in_turn_do_not_pile_up() -> None:
     rescue.add(oldest)
     rescue.head(3 * S)
     rescue.pay(debtor)
-    for number in range(20 * DEAD_DUES_MAX):
+    for number in range(20 * DEAD_CLAIMS_MAX):
         one = entry(f"r{number}", 1, order=number + 2)
         rescue.add(one)
         assert rescue.head(4 * S) is None
         assert rescue.bound_ns(one.id) is not None
         rescue.remove(one.id)
-    assert len(rescue._line) <= DEAD_DUES_MAX + 4
+    assert len(rescue._line) <= DEAD_CLAIMS_MAX + 4
     rescue.remove(debtor.id)
     rescue.remove(oldest.id)
     assert rescue._claims == rescue._waiting == {}

@@ -276,6 +276,18 @@ def test_a_burst_that_was_held_back_calls_back_as_many_as_it_needs() -> None:
     ]
 
 
+def test_who_is_rescued_calls_back_one_that_would_be_before_it_in_line() -> None:
+    core, _ = core_with(
+        hello("p0"),
+        hello("d0"),
+        config=replace(settings(), rescue_after_ms=500.0, rescue_ratio=0.1),
+    )
+    core.on_submit(request("short", 2000), 0)
+    assert core.on_submit(request("longer", 6000), 0) == []
+    assert core.on_tick(1099 * MS) == []
+    assert told(core.on_tick(1100 * MS)) == ["p0 <- preempt short"]
+
+
 def test_a_ticket_is_freed_where_nobody_leaves() -> None:
     """Who drains might hand it back before it reads that it is to let it go."""
     core, (p0, d0, _) = core_with(hello("p0"), hello("d0"), hello("d1"))

@@ -11,12 +11,11 @@ from pdserve.router import levels
 from pdserve.router.levels import (
     Ladder,
     Level,
-    Place,
     boost_ns,
     boosts_ns,
     quanta_ns,
 )
-from pdserve.router.places import DEAD_PLACES_MAX
+from pdserve.router.places import DEAD_PLACES_MAX, Place
 from tests.unit.router.entries import entry
 
 LADDER = Ladder.of(RouterConfig(level_count=8), 0.12)

@@ -32,7 +32,7 @@ import numpy as np
 from bench.frame import Bar, Options, Row, at_most, row, run
 from bench.http_load import ask, random_tokens
 from bench.intervals import Floats, at_percentile, blocks, mean, ratio_interval
-from bench.peers.mixed_load import Arrival, Lengths, Outcome
+from bench.peers.mixed_load import Arrival, Lengths, Outcome, ttfts_s
 from bench.router_latency import dispatch_ms
 from bench.runs import Work, default_directory, take_turns
 from bench.servers import Ours, serving
@@ -154,13 +154,11 @@ def beside_fcfs(
 
 
 def ttft_ms(outcome: Outcome) -> Sequence[float]:
-    assert outcome.ttft_s is not None
-    return [outcome.ttft_s * 1000]
+    return [ttft_s * 1000 for ttft_s in ttfts_s([outcome])]
 
 
 def slowdown(alone_s: AloneS, outcome: Outcome) -> Sequence[float]:
-    assert outcome.ttft_s is not None
-    return [outcome.ttft_s / alone_s[outcome.prompt_tokens]]
+    return [ttft_s / alone_s[outcome.prompt_tokens] for ttft_s in ttfts_s([outcome])]
 
 
 def of_kind(

@@ -35,7 +35,7 @@ import numpy as np
 
 from bench.frame import Bar, Options, Row, at_least, at_most, row, run, skipped
 from bench.intervals import Floats, at_percentile, blocks, ratio_interval
-from bench.peers.mixed_load import Outcome, mixed, tokens_per_s
+from bench.peers.mixed_load import Outcome, mixed, tokens_per_s, ttfts_s
 from bench.runs import Work, default_directory, take_turns
 from bench.servers import Form, Ours, Vllm, vllm_missing
 from bench.tuning import ALL_SETTINGS, FEW_SETTINGS, TUNING_SEED, chat_ttft_s_p90, try_all
@@ -63,8 +63,7 @@ class Measure:
 
 def ttft_ms(kind: str, outcome: Outcome) -> Iterator[float]:
     if outcome.kind == kind:
-        assert outcome.ttft_s is not None
-        yield outcome.ttft_s * 1000
+        yield from (ttft * 1000 for ttft in ttfts_s([outcome]))
 
 
 def gaps_ms(kind: str, outcome: Outcome) -> Iterator[float]:

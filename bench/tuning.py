@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.frame import percentile
-from bench.peers.mixed_load import Arrival, Outcome
+from bench.peers.mixed_load import Arrival, Outcome, ttfts_s
 from bench.runs import Work
 from bench.servers import ServerFailed, Vllm
 
@@ -57,6 +57,4 @@ def try_all(work: Work, settings: Sequence[Vllm], arrivals: Sequence[Arrival]) -
 
 def chat_ttft_s_p90(outcomes: Sequence[Outcome]) -> float:
     """What the headline is about: how long chats wait behind long prompts."""
-    return percentile(
-        [o.ttft_s for o in outcomes if o.kind == "chat" and o.ttft_s is not None], 0.9
-    )
+    return percentile(ttfts_s(o for o in outcomes if o.kind == "chat"), 0.9)

@@ -356,5 +356,11 @@ class ClusterConfig(_Checked):
     tcp: bool = True
     """Whether processes listen on their host's address too, for workers on other hosts."""
 
+    @property
+    def has_one_worker(self) -> bool:
+        """Whether a single worker computes everything, so that its threads have the cores to
+        themselves."""
+        return self.router.mode == "aggregated" and self.decode.replicas_most == 1
+
     def _problems(self) -> Iterator[str]:
         yield from self._positive("drain_timeout_s")

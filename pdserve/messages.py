@@ -213,6 +213,13 @@ class Dispatch:
     request: Request
     route: Route
     timing: Timing
+    cached_tokens: int | None = None
+    """What the worker need not compute, as far as the router knows: 0 is not worth asking the store
+    for. None: it does not know."""
+
+    ahead_of: RequestId | None = None
+    """A prompt there that lets this one go first, from its next chunk on, and keeps what is
+    computed of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -57,12 +57,16 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an arrival. With an ``error`` the other figures say how far it came."""
+    """What became of an arrival. With an ``error`` the other figures say how far it came.
+
+    To random tokens a model may answer in special tokens alone, which no server puts into text. An
+    answer like that has no time to its first text, and is no error.
+    """
 
     kind: str
     due_s: float
     prompt_tokens: int
-    ttft_s: float | None
+    ttft_s: float | None  # to the first text; None: there was none
     gaps_s: Sequence[float]
     ended_s: float  # after the load began
     tokens: int
@@ -176,8 +180,6 @@ def outcome_of(
     wanted = arrival.lengths.generated_tokens
     if not trouble and tokens != wanted:
         trouble = f"asked for {wanted} tokens, usage says {tokens}"
-    if not trouble and not text_s:
-        trouble = f"{tokens} tokens, but no text"
     return Outcome(
         kind=arrival.kind,
         due_s=arrival.due_s,
@@ -195,6 +197,11 @@ def tokens_per_s(outcomes: Sequence[Outcome]) -> float:
     return sum(outcome.tokens for outcome in outcomes) / max(o.ended_s for o in outcomes)
 
 
+def ttfts_s(outcomes: Iterable[Outcome]) -> list[float]:
+    """Of those that brought text."""
+    return [outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None]
+
+
 def percentiles_ms(values_s: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values_s)
     if not ordered:
@@ -210,7 +217,7 @@ def row_of(kind: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
     return {
         "kind": kind,
         "requests": len(outcomes),
-        "ttft_ms": percentiles_ms([o.ttft_s for o in outcomes if o.ttft_s is not None]),
+        "ttft_ms": percentiles_ms(ttfts_s(outcomes)),
         "itl_ms": percentiles_ms([gap for o in outcomes for gap in o.gaps_s]),
         "total_ms": percentiles_ms([(o.ttft_s or 0.0) + sum(o.gaps_s) for o in outcomes]),
     }

@@ -47,6 +47,7 @@ MODEL_KNOWN_S = 120.0
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
+SPINS = 10_000  # of an OpenMP thread until it sleeps, well above what lies between two operations
 CALLS_MAX = 1000  # control calls at once to one replica
 
 
@@ -166,7 +167,7 @@ class Worker:
     ) -> None:
         config = from_tree(tree)
         pool = config.prefill if role == Role.PREFILL else config.decode
-        _set_threads(pool)
+        _set_threads(pool, alone=config.has_one_worker)
         self._router = router
         self._config = config
         host, tcp_host, directory = local_host_id(), tcp_host_of(config), directory_of(config)
@@ -307,14 +308,18 @@ def tcp_host_of(config: ClusterConfig) -> str | None:
     return ray.util.get_node_ip_address() if config.tcp else None
 
 
-def _set_threads(pool: PoolConfig) -> None:
+def _set_threads(pool: PoolConfig, *, alone: bool) -> None:
     """Before torch is imported: OpenMP reads its settings when it loads.
 
-    Passive waiting, because two pools with a thread per core share the cores: spinning threads of
-    one would eat the other's time.
+    Passive waiting where several workers with a thread per core share the cores: spinning threads
+    of one would eat the others' time. ``alone`` there are none, and threads that are awake when the
+    next operation comes make a decode step of a small model a third shorter.
     """
     threads = pool.threads or len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if alone:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    else:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     if pool.nice:
         os.nice(pool.nice)

@@ -65,6 +65,8 @@ def local_cluster(
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ray_address is None else "token")
     # Ray tells its driver of every worker that dies; here that is supervision's daily work.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+    # Serve's controller looks at everything ten times a second; on a laptop it shares the cores.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     import ray
     from ray import serve
 

@@ -99,7 +99,11 @@ class WorkerParts:
             settings=_pool_settings(self.config, self.role),
             store=self.config.store,
         )
-        return EngineThread(loop, emit, name=worker)
+        if not self.config.has_one_worker:
+            return EngineThread(loop, emit, name=worker)
+        from pdserve.model.cpu_ops import bind_threads
+
+        return EngineThread(loop, emit, name=worker, first=bind_threads)
 
 
 def build_parts(config: ClusterConfig, role: Role) -> WorkerParts:

@@ -15,6 +15,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,11 @@ class WorkerShell:
         """Loads the model, joins the store of this host and the router. Returns when it serves."""
         from pdserve.cluster.worker_parts import build_parts
 
-        parts = await asyncio.to_thread(build_parts, self._config, self.role)
+        # A thread that ends, and with it the OpenMP threads it had. Were they to stay, there would
+        # be more than cores, and those of the engine would sleep after every operation.
+        with ThreadPoolExecutor(1) as passing:
+            loading = passing.submit(build_parts, self._config, self.role)
+            parts = await asyncio.wrap_future(loading)
         self._kernel_calls = parts.kernel_calls
         store = await find_store(parts.block_bytes)
         client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)

@@ -28,12 +28,14 @@ class EngineThread:
         *,
         name: str,
         clock: Clock = monotonic,
+        first: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts at once. ``emit`` is called on this thread after each step that said something
-        or changed the load."""
+        """Starts at once. ``first`` is called on this thread before anything else, ``emit`` after
+        each step that said something or changed the load."""
         self.error: BaseException | None = None
         self._loop = loop
         self._emit = emit
+        self._first = first
         self._clock = clock
         self._inbox: deque[object] = deque()
         self._news = threading.Condition()
@@ -93,6 +95,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._first()
             while self._take_news():
                 self._step_began_ns = self._clock()
                 outputs = self._loop.step()

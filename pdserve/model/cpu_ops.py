@@ -14,6 +14,7 @@ Shape letters as in ``ops.py``.
 
 import ctypes
 import functools
+import logging
 import os
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from pdserve.model.cpu.library import load_library
 from pdserve.model.ops import BatchLayout, LinearWeight
 from pdserve.model.torch_ops import TorchOps
+
+_logger = logging.getLogger(__name__)
 
 _TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -39,6 +42,22 @@ def cpu_ops() -> TorchOps:
     if library is None:
         return TorchOps()
     return CpuOps(library, threads_sleep=os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE")
+
+
+def bind_threads() -> None:
+    """Give each OpenMP thread of the calling thread a core of its own, where that works out evenly.
+
+    For a thread that has the machine's cores to itself. Two threads that wait for one another at
+    the end of every operation must never share a core while another is idle, and a scheduler that
+    moves them to make way for a short-lived third does just that.
+    """
+    library = load_library()
+    cores = sorted(os.sched_getaffinity(0))
+    if library is None or torch.get_num_threads() != len(cores):
+        return
+    failed = library.pdserve_bind_threads((ctypes.c_int * len(cores))(*cores), len(cores))
+    if failed:
+        _logger.warning("%d of %d compute threads could not be bound to a core", failed, len(cores))
 
 
 class CpuOps(TorchOps):

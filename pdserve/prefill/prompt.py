@@ -41,6 +41,7 @@ _NEXT = {
 class Prompt:
     sequence: Sequence
     store: Address  # where its blocks go
+    cached_tokens: int | None = None  # that its host has, as far as the router knows
     stays: bool = False  # it is decoded here too: no ticket, nothing to hand over
     stage: Stage = Stage.WAITING
     ticket: TicketId | None = None

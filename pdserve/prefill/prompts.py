@@ -53,7 +53,7 @@ class Prompts:
         self._pool = workplace.pool
         self._counters = workplace.counters
         self._block_tokens = workplace.block_tokens
-        self._prompts: dict[RequestId, Prompt] = {}  # in order of arrival
+        self._prompts: dict[RequestId, Prompt] = {}  # in line
         self._draining = False
 
     # ── Part ─────────────────────────────────────────────────────────────────────────────────────
@@ -106,6 +106,7 @@ class Prompts:
             sequence,
             route.decode_store or self._workplace.local,
             stays=self._workplace.stays(route),
+            cached_tokens=dispatch.cached_tokens,
         )
         too_large = self._workplace.never_fits(self._workplace.blocks_for(len(request.tokens)))
         if sequence.ending is not None:  # an earlier attempt delivered its last token already
@@ -116,9 +117,16 @@ class Prompts:
             full = QueueFull(f"{WAITING_MAX} prompts wait already", retry_after_ms=RETRY_AFTER_MS)
             self._workplace.say_failed(sequence, full)
         else:
-            self._prompts[request.request] = prompt
+            self._line_up(prompt, dispatch.ahead_of)
             if self._draining:
                 self._preempt(prompt)
+
+    def _line_up(self, prompt: Prompt, ahead_of: RequestId | None) -> None:
+        """Last, or before one that lets it go first. That one may be done by now."""
+        line = list(self._prompts.items())
+        places = (place for place, (request, _) in enumerate(line) if request == ahead_of)
+        line.insert(next(places, len(line)), (prompt.sequence.id, prompt))
+        self._prompts = dict(line)
 
     def begin(self, slots: int, growing: int) -> None:
         """Nobody overtakes: the first without room ends it."""
@@ -142,7 +150,8 @@ class Prompts:
         if not prompt.stays:
             prompt.ticket_tries = -(-self._store.ticket_wait_ms // TICKET_SLICE_MS)  # ceil
             self._open_ticket(prompt)
-        if self._store.offload and len(held) < len(keys):
+        worth_asking = prompt.cached_tokens is None or prompt.cached_tokens > sequence.kv_count
+        if self._store.offload and len(held) < len(keys) and worth_asking:
             prompt.move_to(Stage.RESTORING)
             blocks = tuple(sequence.blocks[len(held) : len(keys)])
             self._device.submit(Restore(self._workplace.local, keys, len(held), blocks), prompt)

@@ -197,7 +197,7 @@ class RouterCore:
         commands: list[Command] = []
         for progress in report.progress:
             commands += self._on_progress(worker, progress, now_ns)
-        self.state.fleet.refresh(worker)
+        self.state.fleet.changed(worker)
         if worker.draining and self._binding is not None:
             self._bind_again(worker.id, now_ns)  # also what it has just handed back
         self.state.blocks_came(report.store_added, now_ns)

@@ -7,7 +7,8 @@ as busy as the larger of the two numbers says.
 
 What a choice compares (when a worker is free, how fast it is, what room it has) stands in arrays
 with one element per worker, its *slot*, so that the best of a thousand is found in microseconds.
-``refresh`` rewrites one worker's elements after anything about it has changed.
+What changes about a worker is told to ``changed``; before anybody reads the arrays, ``settle``
+rewrites the elements of those it was told of, once however much happened to them.
 """
 
 import heapq
@@ -32,9 +33,8 @@ SLOTS_GROW = 16
 
 _ARRAYS = (
     "start_ns",
+    "open_ns",
     "slow",
-    "closed",
-    "banned",
     "room",
     "step_ns",
     "last_key_ns",
@@ -60,16 +60,26 @@ class Worker:
     waiting: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
     prompts: dict[RequestId, int] = field(default_factory=dict)
-    """To uncomputed tokens, in the order they were sent."""
+    """To uncomputed tokens, in the order in which they are computed."""
 
     streams: dict[RequestId, None] = field(default_factory=dict)
     reserved_blocks: int = 0  # for streams that have not arrived yet
     context_tokens: int = 0  # of all streams
     free_at_ns: int = 0  # when it is predicted to be done with its prompts
+    is_open: bool = False  # it has room for a prompt, as entered in the arrays
+    id: WorkerId = field(init=False)
 
-    @property
-    def id(self) -> WorkerId:
-        return self.hello.worker
+    def __post_init__(self) -> None:
+        self.id = self.hello.worker
+
+    def take(self, request: RequestId, tokens: int, ahead_of: RequestId | None) -> None:
+        """One more prompt, in line where the worker puts it too."""
+        if ahead_of is None:
+            self.prompts[request] = tokens
+            return
+        line = list(self.prompts.items())
+        line.insert(list(self.prompts).index(ahead_of), (request, tokens))
+        self.prompts = dict(line)
 
     @property
     def held(self) -> list[RequestId]:
@@ -106,7 +116,8 @@ class Fleet:
         self.index = PrefixIndex()
         self.correction = self._new_correction()  # of all prefill workers together
         self.prefill_bits = 0  # bit set of the slots that may be sent prompts
-        self.open_count = 0  # workers with room for a prompt
+        self._open_count = 0
+        self._changed: set[Worker] = set()  # their elements are to be rewritten
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
         self.shares = settings.mode != "disaggregated"  # some workers do both
@@ -118,11 +129,10 @@ class Fleet:
         self._ordered: list[Worker] = []
         self._largest: Hello | None = None  # the largest pool of those that decode
         self.start_ns: Floats = np.empty(0)  # when it would begin with something new
-        self.slow: Floats = np.empty(0)  # how much slower it is than the cost model
-        self.closed: Floats = np.empty(0)  # 0 with room for a prompt, else infinite
-        self.banned: Floats = np.empty(0)  # 0 where prompts may go at all, else infinite
+        self.open_ns: Floats = np.empty(0)  # the same; infinite where there is no room for a prompt
+        self.slow: Floats = np.empty(0)  # than the cost model says; infinite: it takes no prompts
         self.room: Floats = np.empty(0)  # blocks a new stream may take
-        self.step_ns: Floats = np.empty(0)  # predicted decode step with one stream more
+        self.step_ns: Floats = np.empty(0)  # predicted with one stream more that is handed to it
         self.last_key_ns: Floats = np.empty(0)  # of the last prompt in line, if it may yield
         self.streams: Floats = np.empty(0)  # that a prompt here would hold up
         self.hands_off: Floats = np.empty(0)  # 1 where prompts are handed to another worker
@@ -150,6 +160,12 @@ class Fleet:
     @property
     def prefill_count(self) -> int:
         return self.prefill_bits.bit_count()
+
+    @property
+    def open_count(self) -> int:
+        """Workers with room for a prompt."""
+        self.settle()
+        return self._open_count
 
     @property
     def largest(self) -> Hello | None:
@@ -183,7 +199,7 @@ class Fleet:
         self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
         if hello.role is Role.DECODE:
             self._largest = max(self._largest or hello, hello, key=_pool_tokens)
-        self.refresh(worker)
+        self.changed(worker)
         return worker
 
     def remove(self, worker: Worker) -> None:
@@ -195,7 +211,8 @@ class Fleet:
         self._ordered.remove(worker)
         self._by_role[worker.hello.role].remove(worker)
         self.index.leave(slot, worker.hello.store_id)
-        self.open_count -= not self.closed[slot]
+        self._open_count -= worker.is_open
+        self._changed.discard(worker)
         self._clear(slot)
         self._recount()
 
@@ -217,8 +234,8 @@ class Fleet:
         return first
 
     def _clear(self, slot: int) -> None:
-        self.start_ns[slot] = self.slow[slot] = self.step_ns[slot] = 1.0
-        self.closed[slot] = self.banned[slot] = math.inf
+        self.start_ns[slot] = 1.0
+        self.open_ns[slot] = self.slow[slot] = self.step_ns[slot] = math.inf
         self.room[slot] = -1
         self.last_key_ns[slot] = -math.inf
         self.streams[slot] = self.hands_off[slot] = 0.0
@@ -239,23 +256,33 @@ class Fleet:
         if report.store_added or report.store_removed:
             self.index.update(worker.hello.store_id, report.store_added, report.store_removed)
 
-    def refresh(self, worker: Worker) -> None:
-        """Rewrite the worker's elements of the arrays."""
+    def changed(self, worker: Worker) -> None:
+        """What the arrays say of it is out of date."""
+        self._changed.add(worker)
+
+    def settle(self) -> None:
+        """Enter into the arrays what has changed."""
+        while self._changed:
+            self._rewrite(self._changed.pop())
+
+    def _rewrite(self, worker: Worker) -> None:
         slot = worker.slot
+        hands_off = worker.hello.role is Role.PREFILL
         if worker.prefills:
-            has_room = worker.has_prefill_room
-            self.open_count += has_room - (not self.closed[slot])
-            self.closed[slot] = 0.0 if has_room else math.inf
-            self.banned[slot] = math.inf if worker.draining else 0.0
-            self.slow[slot] = worker.correction.factor
+            is_open = worker.has_prefill_room
+            self._open_count += is_open - worker.is_open
+            worker.is_open = is_open
             self.start_ns[slot] = worker.free_at_ns
-            self.hands_off[slot] = worker.hello.role is Role.PREFILL
+            self.open_ns[slot] = worker.free_at_ns if is_open else math.inf
+            self.slow[slot] = math.inf if worker.draining else worker.correction.factor
+            self.hands_off[slot] = hands_off
         if worker.decodes:
             self.room[slot] = worker.room_blocks
             self.streams[slot] = len(worker.streams)
-            self.step_ns[slot] = self.costs.decode.step_ns(
-                len(worker.streams) + 1, worker.context_tokens
-            )
+            if not hands_off:
+                self.step_ns[slot] = self.costs.decode.step_ns(
+                    len(worker.streams) + 1, worker.context_tokens
+                )
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -280,9 +307,10 @@ class Fleet:
 
     def check(self) -> None:
         """Assert that arrays and workers agree. Linear; for tests."""
+        self.settle()
         for slot, worker in enumerate(self._slots):
             closed = worker is None or not worker.has_prefill_room
-            assert (self.closed[slot] == math.inf) == closed, f"slot {slot}"
+            assert (self.open_ns[slot] == math.inf) == closed, f"slot {slot}"
             room = -1 if worker is None else worker.room_blocks
             assert self.room[slot] == room, f"slot {slot}"
         assert self.open_count == sum(w.has_prefill_room for w in self.all())

@@ -16,12 +16,12 @@ little growth, not for the most it might generate: what does not fit in the end 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pdserve.clock import MS, S
-from pdserve.ids import WorkerId
+from pdserve.ids import RequestId, WorkerId
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Fleet, Floats, Worker
 from pdserve.router.prefix_index import Hits
@@ -36,8 +36,7 @@ EXPLAINED_WORKERS_MAX = 16
 OTHERS_MAX = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     prefill: Worker
     decode: Worker
     cached_tokens: int
@@ -46,6 +45,7 @@ class Choice:
     price_ns: int
     reason: str
     others: tuple[tuple[WorkerId, int], ...] = ()  # the next best workers, and their prices in ns
+    ahead_of: RequestId | None = None  # one there that lets it go first
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +74,25 @@ def least_uncached(entry: Entry, hits: Hits, block_tokens: int) -> int:
 
 def choose_decode(fleet: Fleet, least_blocks: int, *, tpot_slo_ns: float | None) -> Worker | None:
     """The worker with room whose step would be shortest, or None. Ties go to the lower slot."""
-    fits = _has_room(fleet, least_blocks)
-    if tpot_slo_ns is not None:
-        fits &= (fleet.step_ns <= tpot_slo_ns) | (fleet.step_ns <= fleet.costs.decode.step_ns(1, 0))
-    steps_ns = np.where(fits, fleet.step_ns, np.inf)
+    fleet.settle()
+    steps_ns = fleet.step_ns
     slot = int(steps_ns.argmin())
-    return fleet.at(slot) if steps_ns[slot] < np.inf else None
+    if fleet.room[slot] < least_blocks:  # else nobody else need be asked
+        steps_ns = _steps_with_room_ns(fleet, least_blocks)
+        slot = int(steps_ns.argmin())
+    step_ns = steps_ns[slot]
+    if step_ns == np.inf:
+        return None
+    if tpot_slo_ns is not None and step_ns > max(tpot_slo_ns, fleet.costs.decode.step_ns(1, 0)):
+        return None
+    return fleet.at(slot)
 
 
 def choose_resume(fleet: Fleet, least_blocks: int, *, parked_by: Worker | None) -> Worker | None:
     """Where a parked request goes on, or None. The worker that parked it comes last, because it was
     short of blocks a moment ago."""
-    steps_ns = np.where(_has_room(fleet, least_blocks), fleet.step_ns, np.inf)
+    fleet.settle()
+    steps_ns = _steps_with_room_ns(fleet, least_blocks)
     slot = int(steps_ns.argmin())
     if steps_ns[slot] == np.inf:
         return None
@@ -96,21 +103,16 @@ def choose_resume(fleet: Fleet, least_blocks: int, *, parked_by: Worker | None) 
     return fleet.at(slot)
 
 
-def _has_room(fleet: Fleet, least_blocks: int) -> NDArray[np.bool_]:
-    """The decode workers with room; a prefill worker decodes only what it keeps."""
-    has_room: NDArray[np.bool_] = fleet.room >= least_blocks
-    if fleet.shares:
-        has_room &= fleet.hands_off == 0
-    return has_room
+def _steps_with_room_ns(fleet: Fleet, least_blocks: int) -> Floats:
+    """Predicted step times; infinite where there is no room."""
+    return np.where(fleet.room >= least_blocks, fleet.step_ns, np.inf)
 
 
 def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floats:
-    """What the request costs at each worker from the moment it begins there."""
+    """What the request costs at each worker from the moment it begins there; infinite at those
+    that take no prompts."""
     # The widest group first, as a plain number; only what differs from it needs a mask.
-    widest = hits[0]
-    for hit in hits:
-        if hit[1].bit_count() > widest[1].bit_count():
-            widest = hit
+    widest = hits[0] if len(hits) == 1 else max(hits, key=_width)
     works_ns: Floats | float = float(_work_ns(fleet, entry, widest[0], block_tokens))
     if len(hits) > 1:
         works_ns = np.full(len(fleet.start_ns), works_ns)
@@ -123,6 +125,10 @@ def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floa
     own_ns = (fleet.slow + fleet.streams) * works_ns
     own_ns += fleet.hands_off * fleet.costs.handoff.time_ns(kv_bytes)
     return own_ns
+
+
+def _width(hit: tuple[int, int]) -> int:
+    return hit[1].bit_count()
 
 
 def _work_ns(fleet: Fleet, entry: Entry, blocks: int, block_tokens: int) -> int:
@@ -144,6 +150,7 @@ def place(
 
     ``only``: the prefill worker to which it was bound.
     """
+    fleet.settle()
     least_blocks = blocks_of(entry.total_tokens + 1, block_tokens)
     decode: Worker | None = None
     if not fleet.aggregated:
@@ -152,15 +159,15 @@ def place(
         return None
     own_ns = own_costs(fleet, entry, hits, block_tokens)
     _rule_out(fleet, own_ns, decode, least_blocks)
-    done_ns = np.maximum(fleet.start_ns, now_ns)
-    done_ns += own_ns
+    now = float(now_ns)
     if only is None:
-        opened_ns = done_ns + fleet.closed
+        opened_ns = np.maximum(fleet.open_ns, now)
+        opened_ns += own_ns
         slot = int(opened_ns.argmin())
         if opened_ns[slot] == np.inf:
             return None
         if len(hits) > 1 or fleet.shares:
-            until_ns = _defer_until_ns(entry, own_ns, done_ns, slot, now_ns)
+            until_ns = _defer_until_ns(entry, own_ns, _done_ns(fleet, own_ns, now), slot, now_ns)
             if until_ns > now_ns:
                 return Deferred(until_ns)
     else:
@@ -172,39 +179,46 @@ def place(
     if fleet.shares and not fleet.hands_off[slot]:
         decode, reason = prefill, f"{reason}, decodes too"
     assert decode is not None
-    has_room = fleet.room[slot] >= least_blocks
-    if decode is not prefill and has_room and _keeps(fleet, entry, prefill, decode):
+    may_keep = decode is not prefill and fleet.room[slot] >= least_blocks
+    if may_keep and _keeps(fleet, entry, prefill, decode):
         decode, reason = prefill, f"{reason}, keeps a short answer"
     blocks = next(blocks for blocks, bits in hits if bits >> slot & 1)
     cached_tokens = usable_tokens(entry, blocks, block_tokens)
-    work_ns = _work_ns(fleet, entry, blocks, block_tokens)
+    work_ns = fleet.costs.prefill_ns(entry.total_tokens - cached_tokens, cached_tokens)
     return Choice(
         prefill=prefill,
         decode=decode,
         cached_tokens=cached_tokens,
         uncached_tokens=entry.total_tokens - cached_tokens,
         work_ns=round(work_ns * prefill.correction.factor),
-        price_ns=round(done_ns[slot]) - now_ns,
+        price_ns=round(max(0.0, fleet.start_ns[slot] - now) + own_ns[slot]),
         reason=reason,
-        others=_others(fleet, done_ns, slot, now_ns),
+        others=_others(fleet, own_ns, slot, now_ns),
     )
 
 
+def _done_ns(fleet: Fleet, own_ns: Floats, now: float) -> Floats:
+    """When the request would be done at each worker, once that is done with what it has."""
+    done_ns: Floats = np.maximum(fleet.start_ns, now)
+    done_ns += own_ns
+    return done_ns
+
+
 def _others(
-    fleet: Fleet, done_ns: Floats, slot: int, now_ns: int
+    fleet: Fleet, own_ns: Floats, slot: int, now_ns: int
 ) -> tuple[tuple[WorkerId, int], ...]:
     """For people to read, so not where there are more workers than people look at."""
     workers = fleet.all()
     if not 1 < len(workers) <= EXPLAINED_WORKERS_MAX:
         return ()
+    done_ns = _done_ns(fleet, own_ns, float(now_ns))
     rest = [w for w in workers if w.slot != slot and done_ns[w.slot] < np.inf]
     rest.sort(key=lambda worker: done_ns[worker.slot])
     return tuple((w.id, int(done_ns[w.slot]) - now_ns) for w in rest[:OTHERS_MAX])
 
 
 def _rule_out(fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks: int) -> None:
-    """Price out the workers that draw no prompts, and those from which it could not go on."""
-    own_ns += fleet.banned
+    """Price out the workers from which it could not go on."""
     if fleet.shares:
         # Who decodes it itself needs the room for it; who does not, needs somebody who has.
         own_ns[(fleet.hands_off == 0) & (fleet.room < least_blocks)] = np.inf

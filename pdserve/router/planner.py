@@ -9,14 +9,16 @@ decode worker has room for it, or while the worker that has its prefix will be d
 free one could be. Those behind it that fit may pass, but not more than ``PASSED_OVER_MAX`` times:
 then everything waits for it.
 
-*Preemption*: a prefill yields at a chunk boundary to one whose key is better than the key it would
-have itself for what is left of it, by more than a chunk; unless it is nearly done, or has yielded
-often enough. The one to yield to is either the next at the same worker, or one at the head of the
-queue when no worker has a place left for it: then the worst of the last in line is called back.
+*Preemption*: a prefill gives way at a chunk boundary to one whose key is better than the key it
+would have itself for what is left of it, by more than a chunk. One so short that it is part of the
+next chunk goes *ahead* of it at the same worker, which costs the other that chunk and nothing else.
+For a longer one it *yields*: it goes back to its line, so that any worker may go on with it; unless
+it is nearly done, or has yielded often enough.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
+from typing import NamedTuple
 
 from pdserve.clock import MS
 from pdserve.errors import ErrorInfo, OutOfBlocks, PromptTooLong
@@ -25,7 +27,7 @@ from pdserve.messages import Dispatch, Preempt, Refused, Resume, Route
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.endings import drop
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
+from pdserve.router.fleet import HELD_MAX, Worker
 from pdserve.router.orders.base import Order
 from pdserve.router.parking import resume_order, swaps
 from pdserve.router.placement import Choice, Deferred, blocks_of, choose_resume, place
@@ -91,20 +93,17 @@ def _resume_parked(state: RouterState, now_ns: int) -> list[Command]:
 # ── waiting ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class _Send:
+class _Send(NamedTuple):
     entry: Entry
     choice: Choice
     passed: tuple[Entry, ...]  # better placed in the queue, but they fit nowhere yet
 
 
-@dataclass(frozen=True, slots=True)
-class _Refuse:
+class _Refuse(NamedTuple):
     entry: Entry
 
 
-@dataclass(frozen=True, slots=True)
-class _Again:
+class _Again(NamedTuple):
     """Somebody's work is another than believed, and the order with it."""
 
 
@@ -141,7 +140,6 @@ def _next_step(
 ) -> _Send | _Refuse | _Again | None:
     """What becomes of the first waiting request of which anything can become; None: nothing."""
     passed: list[Entry] = []
-    tpot_slo_ms = state.settings.tpot_slo_ms
     for entry in islice(order.ranked(now_ns), CANDIDATES_MAX):
         if _is_hopeless(state, entry.total_tokens):
             return _Refuse(entry)
@@ -153,7 +151,7 @@ def _next_step(
             entry,
             hits,
             block_tokens=state.block_tokens,
-            tpot_slo_ns=None if tpot_slo_ms is None else tpot_slo_ms * MS,
+            tpot_slo_ns=_tpot_slo_ns(state),
             only=only,
             now_ns=now_ns,
         )
@@ -165,6 +163,11 @@ def _next_step(
             return None
         passed.append(entry)
     return None
+
+
+def _tpot_slo_ns(state: RouterState) -> float | None:
+    slo_ms = state.settings.tpot_slo_ms
+    return None if slo_ms is None else slo_ms * MS
 
 
 def _take(state: RouterState, step: _Send | _Refuse | _Again, now_ns: int) -> list[Command]:
@@ -179,7 +182,10 @@ def _take(state: RouterState, step: _Send | _Refuse | _Again, now_ns: int) -> li
             timing = state.dispatch(entry, choice, now_ns)
             decode = choice.decode.hello
             route = Route(choice.prefill.id, decode.worker, decode.address, decode.store)
-            return [ToWorker(choice.prefill.id, Dispatch(entry.request, route, timing))]
+            # An earlier attempt may have left more in a store than has been reported yet.
+            cached_tokens = None if entry.request.attempt else choice.cached_tokens
+            dispatch = Dispatch(entry.request, route, timing, cached_tokens, choice.ahead_of)
+            return [ToWorker(choice.prefill.id, dispatch)]
 
 
 # ── preemption ───────────────────────────────────────────────────────────────────────────────────
@@ -196,22 +202,24 @@ def _preempt(state: RouterState, now_ns: int) -> list[Command]:
             if _yields(state, first, worker, second, now_ns):
                 commands.append(_tell_to_yield(state, first, worker))
         _rank_last(state, worker, now_ns)
-    return commands + _call_back(state, now_ns)
+    return commands + _make_way(state, now_ns)
 
 
 def _rank_last(state: RouterState, worker: Worker, now_ns: int) -> None:
-    """Enter how easily the last in line there would be called back."""
+    """Enter how easily the last in line there would make way."""
     last = next(reversed(worker.prompts), None)
     key_ns = float("-inf")
     if last is not None:
         entry = state.entries[last]
-        if entry.bound_to is None and _may_yield(state, entry, worker):
+        may = _may_give_way(state, entry, worker) or _may_yield(state, entry, worker)
+        if entry.bound_to is None and may:
             key_ns = state.lines.of(entry).key_ns(entry, now_ns)
     state.fleet.last_key_ns[worker.slot] = key_ns
 
 
-def _call_back(state: RouterState, now_ns: int) -> list[Command]:
-    """Make places for those that wait, where they beat the worst of those who are last in line.
+def _make_way(state: RouterState, now_ns: int) -> list[Command]:
+    """For those that wait and beat the worst of those who are last in line: who is short goes ahead
+    of it there; for others it is called back.
 
     What is called back gives up its decode reservation too, so it matters not whether decode has
     room left. Each of those already told to yield makes a place for one before it.
@@ -220,31 +228,81 @@ def _call_back(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
     if state.parked or not len(fleet.last_key_ns):
         return commands
-    while (told := len(state.yielding)) < min(YIELDING_MAX, len(shared)):
-        slot = int(fleet.last_key_ns.argmax())
-        if fleet.last_key_ns[slot] == float("-inf"):
+    keys_ns = fleet.last_key_ns.copy()  # without those that were tried in vain
+    while len(shared):
+        slot = int(keys_ns.argmax())
+        if keys_ns[slot] == float("-inf"):
             break
         worker = fleet.at(slot)
         last = state.entries[next(reversed(worker.prompts))]
-        # Finding who stands further back costs more than asking for the first, and where the first
-        # is not worth a place nobody behind is.
-        if not _yields(state, last, worker, next(shared.ranked(now_ns)), now_ns):
+        first = next(shared.ranked(now_ns))
+        if first.deferred_ns is not None or not _beats(state, first, last, worker, now_ns):
             break
+        keys_ns[slot] = float("-inf")
+        is_short = first.uncached_tokens <= worker.hello.chunk_tokens
+        if is_short and _may_give_way(state, last, worker):
+            if _tokens_ahead(first, last, worker) > worker.hello.chunk_tokens:
+                continue  # in a chunk's time it is its turn
+            step = _ahead(state, first, last, worker, now_ns)
+            if step is not None:
+                commands += _take(state, step, now_ns)
+                _rank_last(state, worker, now_ns)
+                keys_ns[slot] = fleet.last_key_ns[slot]
+                continue
+        if not _may_yield(state, last, worker):
+            continue
+        told = len(state.yielding)
         entry = next(islice(shared.ranked(now_ns), told, None), None)
-        if entry is None or entry.deferred_ns is not None:
+        if told >= YIELDING_MAX or entry is None or entry.deferred_ns is not None:
             break
-        if told and not _yields(state, last, worker, entry, now_ns):
+        if told and not _beats(state, entry, last, worker, now_ns):
             break
         fleet.last_key_ns[slot] = float("-inf")
         commands.append(_tell_to_yield(state, last, worker))
     return commands
 
 
+def _tokens_ahead(entry: Entry, last: Entry, worker: Worker) -> int:
+    """Of the next chunk there, with ``entry`` before ``last``. No chunk has room for too many."""
+    if len(worker.prompts) >= HELD_MAX:
+        return worker.hello.chunk_tokens + 1
+    return sum(worker.prompts.values()) - worker.prompts[last.id] + entry.uncached_tokens
+
+
+def _ahead(
+    state: RouterState, entry: Entry, last: Entry, worker: Worker, now_ns: int
+) -> _Send | _Again | None:
+    """``entry`` sent to where ``last`` is, to be part of the next chunk there; None: no decode
+    worker has room for it."""
+    hits = state.hits(entry)
+    if state.reconsider(entry, hits, now_ns):
+        return _Again()
+    choice = place(
+        state.fleet,
+        entry,
+        hits,
+        block_tokens=state.block_tokens,
+        tpot_slo_ns=_tpot_slo_ns(state),
+        only=worker,
+        now_ns=now_ns,
+    )
+    if not isinstance(choice, Choice):
+        return None
+    return _Send(entry, choice._replace(ahead_of=last.id, reason="ahead of a longer one"), ())
+
+
+def _may_give_way(state: RouterState, entry: Entry, worker: Worker) -> bool:
+    """One that lets others go first loses nothing but time: it keeps its place and its blocks."""
+    if entry.preempting or not state.lines.of(entry).preempts or worker.draining:
+        return False
+    return entry.uncomputed_tokens > worker.hello.chunk_tokens
+
+
 def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
     """One that has not begun loses nothing by going back, unless it shares the next chunk."""
     if entry.preempting or not state.lines.of(entry).preempts:
         return False
-    if next(iter(worker.prompts)) != entry.id:
+    if not entry.chunk_seen and next(iter(worker.prompts)) != entry.id:
         return not worker.has_prefill_room
     left_min = LEFT_CHUNKS_MIN * worker.hello.chunk_tokens
     may_again = entry.preempted_count < state.settings.preempted_max
@@ -252,9 +310,14 @@ def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
 
 
 def _yields(state: RouterState, entry: Entry, worker: Worker, waiting: Entry, now_ns: int) -> bool:
-    """Whether a dispatched prefill should stop for another one, of the same line."""
+    """Whether a dispatched prefill should go back to its line for another one."""
+    return _beats(state, waiting, entry, worker, now_ns) and _may_yield(state, entry, worker)
+
+
+def _beats(state: RouterState, waiting: Entry, entry: Entry, worker: Worker, now_ns: int) -> bool:
+    """Whether one that waits goes before one of the same line that is at ``worker``."""
     order = state.lines.of(entry)
-    if order is not state.lines.of(waiting) or not _may_yield(state, entry, worker):
+    if order is not state.lines.of(waiting):
         return False
     chunk_ns = state.fleet.costs.prefill_ns(worker.hello.chunk_tokens)
     margin_ns = round(chunk_ns * worker.correction.factor)

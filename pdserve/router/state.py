@@ -163,7 +163,7 @@ class RouterState:
         entry.deferred_ns = None
         prefill, decode = choice.prefill, choice.decode
         entry.prefill = prefill.id
-        prefill.prompts[entry.id] = entry.uncomputed_tokens
+        prefill.take(entry.id, entry.uncomputed_tokens, choice.ahead_of)
         prefill.free_at_ns = max(prefill.free_at_ns, now_ns) + choice.work_ns
         self._bind(entry, decode)
         self._touch(prefill)
@@ -321,7 +321,7 @@ class RouterState:
 
     def _touch(self, worker: Worker) -> None:
         self.touched[worker.id] = None
-        self.fleet.refresh(worker)
+        self.fleet.changed(worker)
 
     def _bind(self, entry: Entry, decode: Worker, *, tokens: int | None = None) -> None:
         tokens = entry.total_tokens if tokens is None else tokens
@@ -331,7 +331,7 @@ class RouterState:
         decode.streams[entry.id] = None
         decode.reserved_blocks += entry.reserved_blocks
         decode.context_tokens += tokens
-        self.fleet.refresh(decode)
+        self.fleet.changed(decode)
 
     def _release(self, entry: Entry, now_ns: int) -> None:
         self._release_prefill(entry, now_ns)
@@ -340,7 +340,7 @@ class RouterState:
             decode.reserved_blocks -= entry.reserved_blocks
             decode.context_tokens -= entry.context_tokens
             del decode.streams[entry.id]
-            self.fleet.refresh(decode)
+            self.fleet.changed(decode)
         entry.reserved_blocks = entry.context_tokens = 0
         entry.decode = None
 
@@ -357,7 +357,7 @@ class RouterState:
         decode = self.fleet.get(entry.decode)
         if decode is not None:
             decode.reserved_blocks -= entry.reserved_blocks
-            self.fleet.refresh(decode)
+            self.fleet.changed(decode)
         entry.reserved_blocks = 0
 
     # ── audit ────────────────────────────────────────────────────────────────────────────────────

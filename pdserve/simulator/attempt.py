@@ -19,7 +19,7 @@ from pdserve.simulator.traces import TraceRequest
 
 class Stage(StrEnum):
     PROMPT = "prompt"  # at a prefill worker, behind others
-    COMPUTING = "computing"
+    COMPUTING = "computing"  # perhaps paused, while others go first
     PUSHING = "pushing"  # computed; the last of its blocks are on their way to decode's store
     WAITING = "waiting"  # at a decode worker that has no room yet
     ADOPTING = "adopting"  # its blocks are on their way in
@@ -93,9 +93,9 @@ class Job:
 class Attempt:
     """One attempt of a job at one worker, or on its way between two."""
 
-    __slots__ = ("base_tokens", "blocks", "cached_tokens", "chunk_ns", "computed_tokens",
-                 "decode", "finish_step", "job", "number", "prefill", "ready_ns", "reported_ns",
-                 "reported_tokens", "request", "restored_blocks", "stage", "tokens",
+    __slots__ = ("ahead_of", "base_tokens", "blocks", "cached_tokens", "chunk_ns",
+                 "computed_tokens", "decode", "finish_step", "job", "number", "prefill", "ready_ns",
+                 "reported_ns", "reported_tokens", "request", "restored_blocks", "stage", "tokens",
                  "uncached_tokens")  # fmt: skip
 
     def __init__(self, job: Job, request: Request, route: Route, stage: Stage) -> None:
@@ -109,6 +109,7 @@ class Attempt:
         self.blocks = 0  # of device memory that it holds
         self.restored_blocks = 0  # leading ones that the host's store has for it
         self.ready_ns = 0  # when those are there
+        self.ahead_of: RequestId | None = None  # a prompt that lets it go first
         self.cached_tokens = self.uncached_tokens = self.computed_tokens = 0  # of its prefill
         self.reported_tokens = self.reported_ns = 0  # of the computed ones, and when
         self.chunk_ns = 0  # when its last chunk began

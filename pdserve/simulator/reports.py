@@ -60,6 +60,13 @@ class Said:
         self.chunks.append(ChunkDone(id_, number, done, max(1, (now_ns - began_ns) // 1000)))
         head.reported_tokens, head.reported_ns = head.computed_tokens, now_ns
 
+    def note_all(self, head: Attempt, *, now_ns: int) -> None:
+        """All its chunks since its last report, as one."""
+        request, done = head.request, head.cached_tokens + head.computed_tokens
+        elapsed_us = max(1, (now_ns - head.reported_ns) // 1000)
+        self.chunks.append(ChunkDone(request.request, request.attempt, done, elapsed_us))
+        head.reported_tokens, head.reported_ns = head.computed_tokens, now_ns
+
 
 class Reporter:
     """Numbers a worker's reports, and adds what came and went since the last one."""

@@ -16,7 +16,7 @@ dispatch is not reported by itself, since the router counts what it sent.
 from collections import deque
 from typing import assert_never
 
-from pdserve.ids import BlockKey, RequestId
+from pdserve.ids import RequestId
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Cancel,
@@ -33,6 +33,7 @@ from pdserve.messages import (
 from pdserve.simulator.attempt import Attempt, Stage
 from pdserve.simulator.caches import BlockCache
 from pdserve.simulator.engine import Engine
+from pdserve.simulator.memory import Memory
 from pdserve.simulator.reports import REPORT_NS_MAX, Reporter, Said, out_of_blocks, parked
 from pdserve.simulator.settings import UNLIMITED_BLOCKS, SimulationSettings
 from pdserve.simulator.surroundings import Surroundings
@@ -70,7 +71,7 @@ class Worker:
         self._prompts: deque[Attempt] = deque()
         self._waiting: deque[Attempt] = deque()
         self._adopting = 0
-        self._batch_blocks = hello.block_count  # what all others leave to the batch
+        self._memory = Memory(hello, self.cache, self._batch, store)
         self._version = 0  # of the plan; the events of older ones are void
         self._watched = False  # a regular report is scheduled
 
@@ -120,7 +121,7 @@ class Worker:
         if attempt.stage is Stage.PROMPT:
             self._prompts.remove(attempt)
         elif attempt.stage is Stage.COMPUTING:
-            self.engine.head = None
+            self._stop(attempt)
         elif attempt.stage is Stage.WAITING:
             self._waiting.remove(attempt)
         elif attempt.stage is Stage.RUNNING:
@@ -156,33 +157,60 @@ class Worker:
         self._hold(attempt, now_ns)
         if not self._fits(attempt, now_ns):
             return
-        if self._store is not None:
-            self._restore(attempt, self._store, now_ns)
-        self._prompts.append(attempt)
-        if self._begin_next(now_ns):
+        restored_tokens = self._memory.restore(attempt)
+        if restored_tokens:  # it comes in while others compute
+            attempt.ready_ns = now_ns + self._host_ns(restored_tokens)
+        attempt.ahead_of = dispatch.ahead_of
+        self._line_up(attempt)
+        if self._go_ahead(attempt, now_ns) or self._begin_next(now_ns):
             self._plan()
 
-    def _restore(self, attempt: Attempt, store: BlockCache, now_ns: int) -> None:
-        """What the host's store has beyond the device's cache comes in while others compute."""
-        keys = self._cacheable(attempt)
-        own_blocks = self.cache.prefix_blocks(keys)
-        store_blocks = store.prefix_blocks(keys)
-        if store_blocks > own_blocks:
-            store.touch(keys[:store_blocks])
-            moved_tokens = (store_blocks - own_blocks) * self.hello.block_tokens
-            attempt.restored_blocks = store_blocks
-            attempt.ready_ns = now_ns + self._host_ns(moved_tokens)
+    def _line_up(self, attempt: Attempt) -> None:
+        ahead_of = attempt.ahead_of
+        if ahead_of is None:
+            self._prompts.append(attempt)
+            return
+        places = (i for i, other in enumerate(self._prompts) if other.job.id == ahead_of)
+        head = self.engine.head
+        first = 0 if head is not None and head.job.id == ahead_of else len(self._prompts)
+        self._prompts.insert(next(places, first), attempt)
+
+    def _go_ahead(self, attempt: Attempt, now_ns: int) -> bool:
+        """Pause the prompt under way for it; then a plan is due."""
+        head = self.engine.head
+        if head is None or attempt.ahead_of != head.job.id or self._prompts[0] is not attempt:
+            return False
+        if not self._memory.has_room(self._memory.blocks_for(attempt.tokens)):
+            return False  # it would hold up the one that has its blocks
+        self.engine.advance(now_ns)
+        if attempt.ready_ns > self.engine.at_ns:
+            self._around.at(attempt.ready_ns, self._on_restored, attempt)
+        elif head.computed_tokens < head.uncached_tokens:
+            if self._settings.chunk_reports_max and head.computed_tokens > head.reported_tokens:
+                said = Said()
+                said.note_all(head, now_ns=self.engine.at_ns)
+                self._around.at(self.engine.at_ns, self._report, said)
+            self.engine.head = None
+            self._prompts.insert(1, head)
+            self._begin_next(now_ns)
+        return True
 
     def _begin_next(self, now_ns: int) -> bool:
         """Compute the first waiting prompt, if it is there and has room; then a plan is due."""
         if self.engine.head is not None or not self._prompts:
             return False
         attempt = self._prompts[0]
-        keys = self._cacheable(attempt)
+        if attempt.stage is Stage.COMPUTING:  # it let others go first
+            self.engine.advance(now_ns)
+            self._prompts.popleft()
+            attempt.reported_ns = self.engine.at_ns
+            self.engine.head = attempt
+            return True
+        keys = self._memory.cacheable(attempt)
         cached_blocks = max(self.cache.prefix_blocks(keys), attempt.restored_blocks)
         cached_blocks = cached_blocks if keys else attempt.job.kept_blocks
-        fresh_blocks = self._blocks_for(attempt.tokens) - cached_blocks
-        if not self._has_room(fresh_blocks):
+        fresh_blocks = self._memory.blocks_for(attempt.tokens) - cached_blocks
+        if not self._memory.has_room(fresh_blocks):
             return False
         if attempt.ready_ns > max(now_ns, self.engine.at_ns):
             self._around.at(attempt.ready_ns, self._on_restored, attempt)
@@ -196,39 +224,35 @@ class Worker:
         if attempt.job.preempted_count == 0 and attempt.number == 0:
             attempt.job.cached_tokens = attempt.cached_tokens
         self.cache.touch(keys[:cached_blocks])
-        self._take_blocks(attempt, fresh_blocks)
+        self._memory.take(attempt, fresh_blocks)
         self.engine.head = attempt
         return True
 
     def _on_restored(self, now_ns: int, attempt: Attempt) -> None:
-        if self.alive and attempt.stage is Stage.PROMPT and self._begin_next(now_ns):
+        if not self.alive or attempt.stage is not Stage.PROMPT:
+            return
+        if self._go_ahead(attempt, now_ns) or self._begin_next(now_ns):
             self._plan()
-
-    def _cacheable(self, attempt: Attempt) -> tuple[BlockKey, ...]:
-        """The last token is always computed: its logits are what the first token is drawn from."""
-        return attempt.request.block_keys[: (attempt.tokens - 1) // self.hello.block_tokens]
-
-    def _publish(self, attempt: Attempt, tokens: int) -> None:
-        """The blocks of its first ``tokens`` are a cached prefix now, here and on this host."""
-        keys = attempt.request.block_keys[: tokens // self.hello.block_tokens]
-        if keys:
-            self.cache.touch(keys)
-            self._trim_cache()
-            if self._store is not None:
-                self._store.touch(keys)
 
     def _yield(self, attempt: Attempt) -> None:
         """At the border where the state stands. It says so when its blocks are in the store."""
-        self.engine.head = None
+        self._stop(attempt)
         computed_tokens = attempt.cached_tokens + attempt.computed_tokens
         self._leave(attempt)
-        self._publish(attempt, computed_tokens)
+        self._memory.publish(attempt, computed_tokens)
         attempt.job.kept_blocks = computed_tokens // self.hello.block_tokens
         stored_ns = self.engine.at_ns
         if self._store is not None:
             stored_ns += self._host_ns(computed_tokens)
         self._around.at(stored_ns, self._say_preempted, attempt)
         self._begin_next(self.engine.at_ns)
+
+    def _stop(self, attempt: Attempt) -> None:
+        """It is computed no further."""
+        if self.engine.head is attempt:
+            self.engine.head = None
+        else:
+            self._prompts.remove(attempt)
 
     def _say_preempted(self, now_ns: int, attempt: Attempt) -> None:
         said = Said()
@@ -240,8 +264,8 @@ class Worker:
 
     def _on_computed(self, attempt: Attempt, said: Said) -> None:
         self.engine.head = None
-        self._give_blocks(attempt)
-        self._publish(attempt, attempt.tokens)
+        self._memory.give_back(attempt)
+        self._memory.publish(attempt, attempt.tokens)
         attempt.tokens += 1
         if attempt.generated >= attempt.job.target:
             self._end(attempt, said)
@@ -301,17 +325,17 @@ class Worker:
         would be the first to be parked."""
         while self._waiting:
             attempt = self._waiting[0]
-            blocks = self._blocks_for(attempt.tokens)
+            blocks = self._memory.blocks_for(attempt.tokens)
             active = self._batch.count + self._adopting
-            if active >= self.hello.running_max or not self._has_room(blocks + active):
+            if active >= self.hello.running_max or not self._memory.has_room(blocks + active):
                 return
             self._waiting.popleft()
             attempt.move_to(Stage.ADOPTING)
             self._adopting += 1
-            self._take_blocks(attempt, blocks)
+            self._memory.take(attempt, blocks)
             arrived_ns = max(now_ns, attempt.ready_ns) + self._host_ns(attempt.tokens)
             self._around.at(arrived_ns, self._on_adopted, attempt)
-            if self._batch.used_blocks_max(self.engine.planned) > self._batch_blocks:
+            if self._batch.used_blocks_max(self.engine.planned) > self._memory.batch_blocks:
                 self.engine.advance(now_ns)  # the streams may run out of memory sooner now
                 self._plan()
 
@@ -319,7 +343,7 @@ class Worker:
         if not self.alive:
             return
         self._adopting -= 1
-        self._give_blocks(attempt)
+        self._memory.give_back(attempt)
         if attempt.stage is not Stage.ADOPTING:
             self._refill(now_ns)
             return
@@ -354,7 +378,7 @@ class Worker:
     def _plan(self) -> None:
         """Schedule the next thing that changes who takes part; what was scheduled is void."""
         self._version += 1
-        when_ns = self.engine.plan(self._batch_blocks)
+        when_ns = self.engine.plan(self._memory.batch_blocks)
         if when_ns is not None:
             self._around.at(when_ns, self._on_time, self._version)
 
@@ -395,42 +419,22 @@ class Worker:
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────
 
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.hello.block_tokens)  # ceil
-
     def _host_ns(self, tokens: int) -> int:
         return self._costs.host.time_ns(tokens * self._costs.kv_token_bytes)
-
-    def _has_room(self, blocks: int) -> bool:
-        room = self._batch_blocks - blocks
-        return self._batch.used_blocks_max() <= room or self._batch.used_blocks() <= room
 
     def _make_room(self) -> None:
         """Before the next step every stream has a place for its next token: the latest leave."""
         batch = self._batch
-        while batch.count and batch.used_blocks_max() > self._batch_blocks < batch.used_blocks():
-            if batch.count == 1 and self._batch_blocks == self.hello.block_count:
+        while (
+            batch.count
+            and batch.used_blocks_max() > self._memory.batch_blocks < batch.used_blocks()
+        ):
+            if batch.count == 1 and self._memory.batch_blocks == self.hello.block_count:
                 attempt, blocks = batch.latest(), batch.used_blocks()
                 self._drop_stream(attempt, self.engine.at_ns)
                 self._fail(attempt, blocks, self.engine.at_ns)
             else:
                 self._park(batch.latest())
-
-    def _take_blocks(self, attempt: Attempt, blocks: int) -> None:
-        attempt.blocks = blocks
-        self._batch_blocks -= blocks
-        self._trim_cache()
-
-    def _give_blocks(self, attempt: Attempt) -> None:
-        self._batch_blocks += attempt.blocks
-        attempt.blocks = 0
-
-    def _trim_cache(self) -> None:
-        """Idle blocks stay while nobody needs their room."""
-        if self.cache.block_max is None:
-            return
-        if len(self.cache) + self._batch.used_blocks_max() > self._batch_blocks:
-            self.cache.trim(max(0, self._batch_blocks - self._batch.used_blocks()))
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────
 
@@ -444,12 +448,12 @@ class Worker:
     def _leave(self, attempt: Attempt) -> None:
         del self._held[attempt.request.request]
         if attempt.stage is not Stage.ADOPTING:  # its bytes keep coming until they are all there
-            self._give_blocks(attempt)
+            self._memory.give_back(attempt)
         attempt.move_to(Stage.GONE)
 
     def _fits(self, attempt: Attempt, now_ns: int) -> bool:
         """Whether it would, if it were alone; else it has failed."""
-        blocks = self._blocks_for(attempt.tokens)
+        blocks = self._memory.blocks_for(attempt.tokens)
         if blocks <= self.hello.block_count:
             return True
         self._fail(attempt, blocks, now_ns)
@@ -476,7 +480,7 @@ class Worker:
             batch,
             running=batch.count + self._adopting + (self.engine.head is not None),
             waiting=len(self._waiting) + len(self._prompts),
-            free_blocks=max(0, self._batch_blocks - batch.used_blocks()),
+            free_blocks=max(0, self._memory.batch_blocks - batch.used_blocks()),
         )
         if batch.count and not self._watched:
             self._watched = True

@@ -21,6 +21,9 @@
 #include <type_traits>
 #include <vector>
 
+#include <omp.h>
+#include <sched.h>
+
 #include "vectors.h"
 
 namespace {
@@ -339,6 +342,19 @@ template <class F> void with_type(int type, F run) {
 // ── what library.py calls; `type` is 0 float32, 1 bfloat16, 2 float16 ───────────────────────────
 
 extern "C" {
+
+// Thread i of the caller's team runs on cores[i] alone from now on; how many could not be bound.
+int pdserve_bind_threads(const int* cores, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : failed)
+    {
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(cores[omp_get_thread_num()], &own);
+        failed += sched_setaffinity(0, sizeof own, &own) != 0;
+    }
+    return failed;
+}
 
 void pdserve_rms_norm(int type, const void* x, int64_t x_stride, const void* weight, void* out,
                       int64_t rows, int64_t channels, float eps, int threads) {

@@ -55,6 +55,8 @@ def load_library() -> ctypes.CDLL | None:
         function = getattr(library, f"pdserve_{name}")
         function.argtypes = (_INT, *arguments, _INT)
         function.restype = None
+    library.pdserve_bind_threads.argtypes = (_POINTER, _INT)
+    library.pdserve_bind_threads.restype = _INT
     return library
 
 

@@ -13,6 +13,7 @@ exactly when it hurts most.
 A claim does not take the entry from its level: if its turn comes there first, so much the better.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ class Rescue:
         self._share = share
         self._workers = 1
         self._due = Deadlines()
+        self._next_due_ns = math.inf  # nobody is due before
         self._waiting: dict[RequestId, Claim] = {}
         self._claims: dict[RequestId, Claim] = {}  # due ones, oldest first
         self._line: deque[Claim] = deque()
@@ -57,6 +59,7 @@ class Rescue:
         due_ns = entry.arrived_ns + self._after_ns + round(self._ratio * entry.work_ns)
         self._waiting[entry.id] = Claim(entry, entry.work_ns, due_ns)
         self._due.add(entry.id, due_ns)
+        self._next_due_ns = min(self._next_due_ns, due_ns)
 
     def remove(self, request: RequestId) -> None:
         del self._waiting[request]
@@ -69,7 +72,8 @@ class Rescue:
 
     def head(self, now_ns: int) -> Entry | None:
         """Whom to rescue now, or None: nobody is due, or there is no credit."""
-        self._collect(now_ns)
+        if now_ns >= self._next_due_ns:
+            self._collect(now_ns)
         if not self._claims:
             return None
         self._refill(now_ns)
@@ -99,6 +103,8 @@ class Rescue:
             self._claims[claim.entry.id] = claim
             self._claimed_ns += claim.work_ns
             self._line.append(claim)
+        next_ns = self._due.next_ns()
+        self._next_due_ns = math.inf if next_ns is None else next_ns
 
     def _refill(self, now_ns: int) -> None:
         """Credit does not pile up: an idle hour must not pay for a storm of rescues. But what is

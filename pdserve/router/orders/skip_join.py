@@ -22,8 +22,9 @@ from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
-from pdserve.router.levels import Ladder, Level
+from pdserve.router.levels import Ladder
 from pdserve.router.orders.rescue import Rescue
+from pdserve.router.orders.tenant_levels import Item, TenantLevels
 from pdserve.router.orders.tenants import FairTags
 
 CLASS_DELAYS_NS: Mapping[ServiceClass, int] = {
@@ -43,36 +44,6 @@ class _Standing:
     tag_ns: int = 0  # its tenant's, when it was dispatched: its own cost must not count against it
 
 
-class _Tenant:
-    """The levels of one tenant, and their best head."""
-
-    __slots__ = ("_head", "_known", "count", "levels")
-
-    def __init__(self, level_count: int) -> None:
-        self.levels = [Level() for _ in range(level_count)]
-        self.count = 0
-        self._known = False
-        self._head: Entry | None = None
-
-    def changed(self) -> None:
-        self._known = False
-
-    def head(self, boosts_ns: tuple[int, ...]) -> Entry | None:
-        """The entry with the least key, ties to who came first."""
-        if self._known:
-            return self._head
-        best: tuple[int, int] | None = None
-        self._head = None
-        for level, boost_ns in zip(self.levels, boosts_ns, strict=True):
-            place = level.head
-            if place is not None:
-                key = (place[0] - boost_ns, place[1])
-                if best is None or key < best:
-                    best, self._head = key, place[3]
-        self._known = True
-        return self._head
-
-
 class SkipJoin:
     def __init__(self, settings: RouterConfig, gamma_per_s: float, counters: Counter[str]) -> None:
         self._settings = settings
@@ -80,7 +51,7 @@ class SkipJoin:
         self._gamma_per_s = gamma_per_s
         self.ladder = Ladder.of(settings, gamma_per_s)
         self.preempts = settings.policy != "fcfs"
-        self._tenants: dict[str, _Tenant] = {}  # that have somebody waiting
+        self._tenants: dict[str, TenantLevels] = {}  # that have somebody waiting
         self._standings: dict[RequestId, _Standing] = {}
         self._waiting: dict[RequestId, Entry] = {}
         self._tags = FairTags(settings.tenant_weights)
@@ -103,7 +74,7 @@ class SkipJoin:
         self._gamma_per_s = gamma_per_s
         self.ladder = Ladder.of(self._settings, gamma_per_s)
         for tenant in self._tenants.values():
-            tenant.changed()
+            tenant.set_boosts(self.ladder.boosts_ns)
 
     def set_workers(self, count: int) -> None:
         self._tags.set_workers(count)
@@ -152,7 +123,7 @@ class SkipJoin:
             self._rescued[entry.id] = None
             self._counters["rescues"] += 1
         self._standings[entry.id].tag_ns = self._tags.tag_ns(entry.request.tenant, now_ns)
-        self._tags.charge(entry, list(self._tenants), now_ns)
+        self._tags.charge(entry, self._tenants, now_ns)
 
     def served(self, entry: Entry, elapsed_us: int, now_ns: int) -> None:
         standing = self._standings[entry.id]
@@ -176,7 +147,12 @@ class SkipJoin:
         if first is None:
             return
         yield first
-        for _, _, entry in heapq.merge(*(self._keyed(name, now_ns) for name in self._tenants)):
+        tenants = self._tenants
+        if len(tenants) == 1:
+            items = iter(next(iter(tenants.values())))
+        else:
+            items = heapq.merge(*(self._keyed(name, now_ns) for name in tenants))
+        for _, _, entry in items:
             if entry is not first:
                 yield entry
 
@@ -217,8 +193,8 @@ class SkipJoin:
     def lengths(self) -> tuple[int, ...]:
         counts = [0] * len(self.ladder.quanta_ns)
         for tenant in self._tenants.values():
-            for index, level in enumerate(tenant.levels):
-                counts[index] += len(level)
+            for index, count in enumerate(tenant.lengths()):
+                counts[index] += count
         return tuple(counts)
 
     # ── beyond Order ─────────────────────────────────────────────────────────────────────────────
@@ -233,11 +209,11 @@ class SkipJoin:
         boosts_ns = self.ladder.boosts_ns
         tenants = self._tenants
         if len(tenants) == 1:
-            return next(iter(tenants.values())).head(boosts_ns)
+            return next(iter(tenants.values())).head
         best: Entry | None = None
         best_key: tuple[int, int] | None = None
         for name, tenant in tenants.items():
-            entry = tenant.head(boosts_ns)
+            entry = tenant.head
             assert entry is not None
             virtual_ns = max(_virtual_ns(entry), self._tags.tag_ns(name, now_ns))
             key = (virtual_ns - boosts_ns[entry.level], entry.order)
@@ -272,21 +248,17 @@ class SkipJoin:
         name = entry.request.tenant
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = _Tenant(len(self.ladder.quanta_ns))
-        tenant.levels[entry.level].push(entry, _virtual_ns(entry))
+            tenant = self._tenants[name] = TenantLevels(self.ladder.boosts_ns)
+        tenant.push(entry, _virtual_ns(entry))
         self._counted_ns[entry.id] = entry.work_ns
         self._work_ns[entry.level] += entry.work_ns
-        tenant.count += 1
-        tenant.changed()
 
     def _exit(self, entry: Entry) -> None:
         name = entry.request.tenant
         tenant = self._tenants[name]
-        tenant.levels[entry.level].remove(entry.id)
+        tenant.remove(entry)
         self._work_ns[entry.level] -= self._counted_ns.pop(entry.id)
-        tenant.count -= 1
-        tenant.changed()
-        if tenant.count == 0:
+        if not tenant:
             del self._tenants[name]
 
     def _demote(self, entry: Entry, standing: _Standing, level: int) -> None:
@@ -295,28 +267,21 @@ class SkipJoin:
         standing.served_us = 0
         self._counters["demotions"] += 1
 
-    def _keyed(self, name: str, now_ns: int) -> Iterator[tuple[int, int, Entry]]:
+    def _keyed(self, name: str, now_ns: int) -> Iterator[Item]:
         """A tenant's entries in its own order, with the keys that stand beside other tenants'."""
-        tag_ns = self._tags.tag_ns(name, now_ns) if len(self._tenants) > 1 else 0
-        boosts_ns = self.ladder.boosts_ns
-        levels = (level for level in self._tenants[name].levels if level)
-        for _, order, entry in heapq.merge(*map(self._own_keys, levels)):
-            yield max(_virtual_ns(entry), tag_ns) - boosts_ns[entry.level], order, entry
-
-    def _own_keys(self, level: Level) -> Iterator[tuple[int, int, Entry]]:
-        for virtual_ns, order, _, entry in level:
-            yield virtual_ns - self.ladder.boosts_ns[entry.level], order, entry
+        tag_ns = self._tags.tag_ns(name, now_ns)
+        for _, order, entry in self._tenants[name]:
+            yield self.ladder.key_ns(max(_virtual_ns(entry), tag_ns), entry.level), order, entry
 
     def check(self) -> None:
         assert sum(self.lengths()) == len(self._waiting)
         assert set(self._waiting) <= set(self._standings)
         for name, tenant in self._tenants.items():
-            assert tenant.count == sum(map(len, tenant.levels)) > 0
-            for index, level in enumerate(tenant.levels):
-                level.check()
-                for *_, entry in level:
-                    assert (entry.request.tenant, entry.level) == (name, index)
-                    assert self._waiting[entry.id] is entry
+            tenant.check()
+            assert len(tenant) > 0
+            for *_, entry in tenant:
+                assert entry.request.tenant == name
+                assert self._waiting[entry.id] is entry
 
 
 def _virtual_ns(entry: Entry) -> int:

@@ -20,7 +20,7 @@ Source: start-time fair queueing (Goyal et al., 1996), applied to worker time; t
 between two backlogged tenants is that of VTC (arXiv:2401.00588) plus the difference of two boosts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from pdserve.router.entry import Entry
 
@@ -46,19 +46,26 @@ class FairTags:
         tag_ns = self._tags_ns.get(tenant, 0)
         return tag_ns + max(0, tag_ns - now_ns) * (AHEAD_RATIO - 1)
 
-    def charge(self, entry: Entry, active: list[str], now_ns: int) -> None:
+    def charge(self, entry: Entry, active: Collection[str], now_ns: int) -> None:
         """``entry`` is dispatched while the tenants ``active`` wait."""
         tenant = entry.request.tenant
         tags_ns = self._tags_ns
         # A tag runs from now at the earliest: a share that was not used is gone.
         used_to_ns = max(tags_ns.get(tenant, 0), entry.arrived_ns)
-        contenders = {tenant, *active}
-        contenders.update(t for t, tag_ns in tags_ns.items() if tag_ns > now_ns)
-        total = sum(self._weight(t) for t in contenders)
-        rate = self._weight(tenant) / total * self._workers
+        rate = self._share(tenant, active, now_ns) * self._workers
         tags_ns[tenant] = used_to_ns + round(entry.work_ns / rate)
         if len(tags_ns) > TAGS_MAX:
             self._tags_ns = {t: tag_ns for t, tag_ns in tags_ns.items() if tag_ns > now_ns}
+
+    def _share(self, tenant: str, active: Collection[str], now_ns: int) -> float:
+        """What is due to it beside those who wait and those who had more than their share."""
+        others = {t for t, tag_ns in self._tags_ns.items() if tag_ns > now_ns}
+        others.update(active)
+        others.discard(tenant)
+        if not others:
+            return 1.0
+        weight = self._weight(tenant)
+        return weight / (weight + sum(map(self._weight, others)))
 
     def _weight(self, tenant: str) -> float:
         return self._weights.get(tenant, 1.0)

@@ -17,6 +17,7 @@ from bench.peers.mixed_load import (
     outcome_of,
     percentiles_ms,
     tokens_per_s,
+    ttfts_s,
 )
 from tests.unit.bench.outcomes import outcome
 
@@ -95,7 +96,6 @@ def test_times_are_those_of_text_and_tokens_those_of_usage() -> None:
     [
         ([(1.0, chunk("ab"))], "asked for 2 tokens, usage says 0"),
         ([(1.0, chunk("a")), (1.1, usage(1))], "asked for 2 tokens, usage says 1"),
-        ([(1.0, usage(2))], "2 tokens, but no text"),
         ([(1.0, chunk(error={"message": "no worker"}))], '{"message": "no worker"}'),
     ],
 )
@@ -103,6 +103,12 @@ def test_an_answer_that_is_not_whole_is_an_error(
     lines: list[tuple[float, bytes]], error: str
 ) -> None:
     assert outcome_of(TWO_TOKENS, lines, sent_s=0.5, begun_s=0.0).error == error
+
+
+def test_an_answer_in_special_tokens_alone_has_no_time_to_its_first_text() -> None:
+    silent = outcome_of(TWO_TOKENS, [(1.0, usage(2))], sent_s=0.5, begun_s=0.0)
+    assert (silent.error, silent.ttft_s, silent.tokens) == ("", None, 2)
+    assert ttfts_s([silent, outcome(ttft_s=0.5)]) == [0.5]
 
 
 def test_a_refusal_keeps_the_servers_words() -> None:

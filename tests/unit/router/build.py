@@ -208,11 +208,12 @@ def told(commands: list[Command]) -> list[str]:
 
 def _line(command: Command) -> str:  # noqa: PLR0911
     match command:
-        case ToWorker(worker, Dispatch(request, route, timing)):
+        case ToWorker(worker, Dispatch(request, route, timing, _, other)):
+            ahead = f", ahead of {other}" if other else ""
             again = f", preempted {timing.preempted_count}" if timing.preempted_count else ""
             return (
                 f"{worker} <- dispatch {request.request}, decode {route.decode}, "
-                f"level {timing.level}, queued {timing.queued_us // 1000} ms{again}"
+                f"level {timing.level}, queued {timing.queued_us // 1000} ms{again}{ahead}"
             )
         case ToWorker(worker, Preempt(request, _)):
             return f"{worker} <- preempt {request}"

@@ -188,8 +188,11 @@ class FakeCluster:
         if not here.inbox:
             return
         match here.inbox.popleft():
-            case Dispatch(request, route, _):
-                here.prompts[request.request] = Job(request, route, 0)
+            case Dispatch(request, route, _, _, ahead_of):
+                line = list(here.prompts.items())
+                places = (place for place, (other, _) in enumerate(line) if other == ahead_of)
+                line.insert(next(places, len(line)), (request.request, Job(request, route, 0)))
+                here.prompts = dict(line)
                 here.say()
             case Resume(handoff):
                 here.arriving.append(handoff)

@@ -58,7 +58,7 @@ def _set(
     worker.context_tokens = context_tokens
     worker.free_blocks = free_blocks
     worker.draining = draining
-    fleet.refresh(worker)
+    fleet.changed(worker)
     fleet.check()
     return worker
 

@@ -240,6 +240,43 @@ def test_one_that_came_before_any_worker_is_not_compared_with_those_that_are_bou
     ]
 
 
+# ── ahead of longer ones ─────────────────────────────────────────────────────────────────────────
+
+
+def _beside_a_long_one() -> tuple[RouterCore, Reporter]:
+    core, (p0, _) = core_with(hello("p0", chunk_tokens=128), hello("d0"), config=settings())
+    core.on_submit(request("long", 1500), 0)
+    return core, p0
+
+
+def test_one_that_is_part_of_the_next_chunk_goes_ahead_of_a_long_one() -> None:
+    core, _ = _beside_a_long_one()
+    assert told(core.on_submit(request("short", 100), 0)) == [
+        "p0 <- dispatch short, decode d0, level 2, queued 0 ms, ahead of long"
+    ]
+    assert told(core.on_submit(request("shorter", 28), 0)) == [
+        "p0 <- dispatch shorter, decode d0, level 1, queued 0 ms, ahead of long"
+    ]
+    assert list(core.state.fleet.at(0).prompts) == ["short", "shorter", "long"]
+    assert core.on_submit(request("another", 8), 0) == [], "the next chunk is full"
+
+
+def test_nobody_goes_ahead_of_one_whose_last_chunk_it_is() -> None:
+    core, p0 = _beside_a_long_one()
+    p0.chunk(request("long", 1500), 1372, elapsed_ms=0)
+    (command,) = told(core.on_submit(request("short", 8), 0))
+    assert command.endswith("queued 0 ms"), "it fits beside it"
+
+
+def test_who_lets_others_go_first_goes_on_when_they_are_done() -> None:
+    core, p0 = _beside_a_long_one()
+    short = request("short", 100)
+    core.on_submit(short, 0)
+    assert p0.event(short, Event.PREFILL_DONE) == []
+    assert list(core.state.fleet.at(0).prompts) == ["long"]
+    assert core.snapshot(0).counters.get("preemptions", 0) == 0
+
+
 # ── called back ──────────────────────────────────────────────────────────────────────────────────
 
 

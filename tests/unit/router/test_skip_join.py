@@ -334,9 +334,10 @@ def test_what_is_left_of_it_counts_and_not_what_it_was() -> None:
 def test_who_runs_by_its_tenants_right_does_not_yield_to_one_whose_tenant_is_ahead() -> None:
     """Both are as long, and the other came first; but its tenant has had two before."""
     order = _order()
-    for name in ("a0", "a1"):
-        past = entry(name, 1000, tenant="a")
-        wait(order, past, entry(f"rival of {name}", 1000, tenant="b"))
+    for number, name in enumerate(("a0", "a1")):
+        past = entry(name, 1000, order=-2 * number - 1, tenant="a")
+        rival = entry(f"rival of {name}", 1000, order=-2 * number - 2, tenant="b")
+        wait(order, past, rival)
         dispatch(order, past)
     running = entry("running", 1000, at_ms=900, order=9, tenant="c")
     waiting = entry("waiting", 1000, at_ms=0, order=2, tenant="a")

@@ -140,12 +140,22 @@ def test_a_prompt_that_fits_nowhere_is_refused() -> None:
 
 
 def test_a_short_prompt_preempts_a_long_one_at_a_chunk_border() -> None:
-    trace = trace_of((0.0, 5000, 1), (1.05, 10, 1))
+    trace = trace_of((0.0, 5000, 1), (1.05, 200, 1))
     kept = simulate(trace, settings())
     result = simulate(trace, settings(router=SKIP_JOIN))
     assert kept.preempted.tolist() == [0, 0]
     assert result.preempted.tolist() == [1, 0]
+    assert result.ttft_s[1] == pytest.approx(0.250, abs=1e-6)  # the chunk under way, and its own
+    check_conservation(result)
+
+
+def test_one_that_is_part_of_a_chunk_goes_ahead_of_a_long_one_at_the_next_border() -> None:
+    trace = trace_of((0.0, 5000, 1), (1.05, 10, 1), (1.051, 20, 1))
+    result = simulate(trace, settings(router=SKIP_JOIN))
+    assert result.preempted.tolist() == [0, 0, 0]
     assert result.ttft_s[1] == pytest.approx(0.060, abs=1e-6)  # the chunk under way, and its own
+    assert result.ttft_s[2] == pytest.approx(0.079, abs=1e-6)
+    assert result.ttft_s[0] == pytest.approx(5.030, abs=1e-6)  # both of theirs
     check_conservation(result)
 
 

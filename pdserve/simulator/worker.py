@@ -321,8 +321,7 @@ class Worker:
             self._adopt_waiting(now_ns)
 
     def _adopt_waiting(self, now_ns: int) -> None:
-        """Nobody overtakes. One block is left for each that runs: who came in on the last one
-        would be the first to be parked."""
+        """Nobody overtakes. One is left for each that runs, or who comes would be parked first."""
         while self._waiting:
             attempt = self._waiting[0]
             blocks = self._memory.blocks_for(attempt.tokens)

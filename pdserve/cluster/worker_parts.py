@@ -13,7 +13,7 @@ from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
 from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
-from pdserve.engine.outputs import Load, Output
+from pdserve.engine.outputs import Load, Output, ToDecode
 from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.thread import EngineThread
 from pdserve.engine.workplace import Workplace
@@ -83,12 +83,15 @@ class WorkerParts:
         store: Address,
         host: HostId,
         emit: Callable[[Sequence[Output], Load], None],
+        announce: Callable[[ToDecode], None],
     ) -> EngineThread:
+        """``emit`` is called on the engine's thread, ``announce`` on the mover's."""
         warm = self.role is Role.PREFILL  # the first token waits for its pushes
         mover = Mover(
             self.runner.pool,
             lambda address: self.open_store(address, host, worker, warm=warm),
             store,
+            announce=announce,
         )
         loop = make_loop(
             worker=worker,

@@ -43,7 +43,7 @@ from pdserve.wire.listener import Listener
 from pdserve.wire.postbox import Postbox
 
 if TYPE_CHECKING:
-    from pdserve.engine.outputs import Load, Output
+    from pdserve.engine.outputs import Load, Output, ToDecode
     from pdserve.engine.thread import EngineThread
     from pdserve.kvstore.answers import StoreStat
     from pdserve.kvstore.client import StoreClient
@@ -107,7 +107,9 @@ class WorkerShell:
         self._kernel_calls = parts.kernel_calls
         store = await find_store(parts.block_bytes)
         client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)
-        self._engine = parts.start_engine(self.worker, store, self._host, self._emit)
+        self._engine = parts.start_engine(
+            self.worker, store, self._host, self._emit, self._announce
+        )
         self._listener = await Listener.open(
             directory, self.worker, host=self._host, serve=self._listen, tcp_host=tcp_host
         )
@@ -241,6 +243,11 @@ class WorkerShell:
         """On the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the event loop has closed: nobody listens
             self._loop.call_soon_threadsafe(self._send, outputs, load)
+
+    def _announce(self, sealed: "ToDecode") -> None:
+        """On the mover's thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._postbox.post, sealed.address, sealed.message)
 
     def _send(self, outputs: Sequence["Output"], load: "Load") -> None:
         from pdserve.engine.outputs import ToDecode, ToGateway, ToRouter

@@ -184,7 +184,10 @@ class EngineLoop:
         for part in (self._streams, self._prompts):  # who has begun to answer goes first
             if part.waiting:
                 self._begin(part)
-        self._compute()
+        if self._workplace.has_outputs():
+            self._workplace.stirred = True  # others wait for these: they do not wait for a step
+        else:
+            self._compute()
         return self._workplace.take_outputs()
 
     def busy(self) -> bool:

@@ -30,6 +30,7 @@ from pdserve.engine.moves import (
     Restore,
     blocks_touched,
 )
+from pdserve.engine.outputs import ToDecode
 from pdserve.errors import (
     BlockMissing,
     ChecksumMismatch,
@@ -100,14 +101,18 @@ class Mover:
         client_for: Callable[[Address], Store],
         local: Address,
         *,
+        announce: Callable[[ToDecode], None] | None = None,
         threaded: bool = True,
     ) -> None:
-        """``threaded=False`` runs each move where it is submitted: for tests."""
+        """``announce`` is called on the mover's thread when a push is sealed that says so; without
+        it that is left to who collects. ``threaded=False`` runs each move where it is submitted:
+        for tests."""
         self.local = local
         self.wake: Callable[[], None] = lambda: None
         self._pool = pool
         self._staging = memoryview(bytearray(pool.block_bytes))
         self._client_for = client_for
+        self._announce = announce
         self._clients: dict[Address, Store] = {}
         self._counted: Counter[str] = Counter()  # by clients that are gone
         self._submitted: deque[tuple[Move, Any]] = deque()
@@ -231,7 +236,11 @@ class Mover:
             if isinstance(error, StoreUnavailable | Disconnected):
                 self._forget_client(move.store)
             return Moved(move, owner, error=error)
-        return Moved(move, owner, count=count, ticket=ticket)
+        announced = False
+        if isinstance(move, Push) and move.announce is not None and self._announce is not None:
+            self._announce(move.announce)
+            announced = True
+        return Moved(move, owner, count=count, ticket=ticket, announced=announced)
 
     def _carry_out(self, move: Move) -> tuple[int, TicketId | None]:
         """How many blocks, and which ticket."""

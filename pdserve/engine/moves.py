@@ -8,6 +8,7 @@ then.
 from dataclasses import dataclass
 from typing import Any
 
+from pdserve.engine.outputs import ToDecode
 from pdserve.errors import PdserveError
 from pdserve.ids import BlockId, BlockKey, RequestId, TicketId
 from pdserve.messages import Address
@@ -47,6 +48,8 @@ class Push:
     blocks: tuple[BlockId, ...]  # of keys[first:]
     seal: bool = False
     tail: BlockId | None = None
+    announce: ToDecode | None = None
+    """Said as soon as it is sealed, where the mover can: a step of the engine's may be long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Moved:
     count: int = 0  # blocks restored, adopted or stored
     ticket: TicketId | None = None  # of OpenTicket and Park
     error: PdserveError | None = None
+    announced: bool = False  # what the push was to announce has been said
 
 
 def blocks_touched(move: Move) -> tuple[BlockId, ...]:

@@ -12,9 +12,7 @@ from pdserve.engine.sequence import Sequence
 from pdserve.errors import OutOfBlocks, PdserveError
 from pdserve.ids import BlockKey, WorkerId
 from pdserve.messages import (
-    Address,
     ChunkDone,
-    Handoff,
     Parked,
     Progress,
     Request,
@@ -112,8 +110,8 @@ class Workplace:
         message = delta(sequence, tokens, timed=timed)
         self._outputs.append(ToGateway(sequence.request.reply_to, message))
 
-    def hand_off(self, address: Address, handoff: Handoff) -> None:
-        self._outputs.append(ToDecode(address, handoff))
+    def hand_off(self, handoff: ToDecode) -> None:
+        self._outputs.append(handoff)
 
     def has_outputs(self) -> bool:
         return bool(self._outputs)

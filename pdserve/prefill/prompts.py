@@ -25,6 +25,7 @@ from functools import partial
 
 from pdserve.engine.loop import Share
 from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
+from pdserve.engine.outputs import ToDecode
 from pdserve.engine.sayings import progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
 from pdserve.engine.workplace import RETRY_AFTER_MS, Workplace
@@ -191,7 +192,7 @@ class Prompts:
             case OpenTicket():
                 self._on_ticket(prompt, moved)
             case Push():
-                self._on_pushed(prompt, moved.move, moved.error)
+                self._on_pushed(prompt, moved)
             case Put() if prompt.stage is Stage.LEAVING:
                 self._say_preempted(prompt)
             case _:
@@ -223,7 +224,9 @@ class Prompts:
             else:
                 self._fail(prompt, moved.error)
 
-    def _on_pushed(self, prompt: Prompt, move: Push, error: PdserveError | None) -> None:
+    def _on_pushed(self, prompt: Prompt, moved: Moved) -> None:
+        move, error = moved.move, moved.error
+        assert isinstance(move, Push)
         prompt.pushing = False
         prompt.pushed_blocks = len(move.keys)
         if prompt.stage in (Stage.LEAVING, Stage.GONE):
@@ -231,7 +234,11 @@ class Prompts:
         if error is not None:
             self._fail(prompt, error)
         elif move.seal:
-            self._hand_off(prompt)
+            if move.announce is not None and not moved.announced:
+                self._workplace.hand_off(move.announce)
+            self._workplace.say(progress(prompt.sequence, Event.PREFILL_DONE))
+            prompt.ticket = None  # decode's now
+            self._let_go(prompt)
         else:
             self._push(prompt)
 
@@ -253,6 +260,7 @@ class Prompts:
                 blocks[prompt.pushed_blocks :],
                 seal=seal,
                 tail=sequence.tail_block if seal else None,
+                announce=self._handoff(prompt) if seal else None,
             ),
             prompt,
         )
@@ -296,6 +304,8 @@ class Prompts:
             chunk = chunk_tokens(prompt.remaining_tokens, budget, self._block_tokens)
             if chunk == 0:
                 break
+            if chosen and chunk < prompt.remaining_tokens:
+                break  # who is done in this step does not wait for a part of a longer one
             budget -= chunk
             begun.update(next_keys[:1])
             chosen.append((prompt, chunk))
@@ -367,7 +377,7 @@ class Prompts:
 
     # ── letting go ───────────────────────────────────────────────────────────────────────────────
 
-    def _hand_off(self, prompt: Prompt) -> None:
+    def _handoff(self, prompt: Prompt) -> ToDecode:
         sequence = prompt.sequence
         assert prompt.ticket is not None
         assert prompt.first_token is not None
@@ -381,10 +391,7 @@ class Prompts:
             unsent=(prompt.first_token,),
             timing=sequence.timing,
         )
-        self._workplace.say(progress(sequence, Event.PREFILL_DONE))
-        self._workplace.hand_off(sequence.route.decode_address, handoff)
-        prompt.ticket = None  # decode's now
-        self._let_go(prompt)
+        return ToDecode(sequence.route.decode_address, handoff)
 
     def _preempt(self, prompt: Prompt) -> None:
         if prompt.stage in (Stage.SEALING, Stage.LEAVING):

@@ -118,6 +118,17 @@ def test_a_broken_loop_is_dead_and_its_error_is_kept() -> None:
     assert not engine.alive
 
 
+def test_what_comes_first_runs_on_its_thread_before_any_message() -> None:
+    loop, heard, names = FakeLoop(), Heard(), []
+    engine = EngineThread(
+        loop, heard, name="e", first=lambda: names.append(threading.current_thread().name)
+    )
+    engine.submit(0)
+    heard.wait(1)
+    engine.stop(timeout_s=10)
+    assert names == ["e"]
+
+
 def test_drain_reaches_the_loop() -> None:
     loop = FakeLoop()
     engine = EngineThread(loop, Heard(), name="e")

@@ -7,6 +7,7 @@ import pytest
 
 from pdserve.engine.mover import OFFERED_MAX, Mover
 from pdserve.engine.moves import Abort, Adopt, Move, Moved, OpenTicket, Park, Push, Put, Restore
+from pdserve.engine.outputs import ToDecode
 from pdserve.errors import BlockMissing, OutOfBlocks, StoreUnavailable, TicketGone
 from pdserve.ids import BlockId, BlockKey, RequestId, TicketId
 from pdserve.messages import Address
@@ -80,6 +81,30 @@ def test_push_tail_and_seal_then_adopt() -> None:
     assert moved.error is None
     assert [parts.pool.data[block][0] for block in (5, 6)] == [2, 3]
     parts.stores[REMOTE].check_idle()
+
+
+def test_a_sealed_push_is_announced_at_once_and_only_then() -> None:
+    said: list[ToDecode] = []
+    stores = {REMOTE: FakeStore()}
+    mover = Mover(
+        FakePool(4),
+        lambda store: stores.get(store) or FakeStore(),
+        LOCAL,
+        announce=said.append,
+        threaded=False,
+    )
+    message = ToDecode(REMOTE, "the hand-off")  # type: ignore[arg-type]
+    mover.submit(OpenTicket(REMOTE, RequestId("r"), 0, "d", 1, 10))
+    ticket = mover.collect()[0].ticket
+    assert ticket is not None
+    gone = Push(REMOTE, TicketId("gone"), KEYS[:1], 0, blocks(1), seal=True, announce=message)
+    mover.submit(gone)
+    (failed,) = mover.collect()
+    assert (failed.announced, said) == (False, [])
+    mover.submit(Push(REMOTE, ticket, KEYS[:1], 0, blocks(1)))
+    mover.submit(Push(REMOTE, ticket, KEYS[:1], 1, (), seal=True, announce=message))
+    assert [moved.announced for moved in mover.collect()] == [False, True]
+    assert said == [message]
 
 
 def test_adopting_another_number_of_blocks_than_expected_fails() -> None:

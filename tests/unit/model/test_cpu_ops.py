@@ -1,5 +1,7 @@
 """The C++ kernels against the torch path, on the shapes that break kernels."""
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +267,34 @@ def test_openmp_says_whether_threads_sleep(
     if not isinstance(ops, cpu_ops.CpuOps):
         pytest.skip("needs g++ for the C++ kernels")
     assert ops.threads_sleep is sleeps
+
+
+def _affinities(threads: int) -> list[set[int]]:
+    """Of the calling thread, after ``bind_threads``, and of those that came with its team."""
+    found: list[set[int]] = []
+
+    def bound() -> None:
+        before = set(os.listdir("/proc/self/task"))
+        torch.set_num_threads(threads)
+        cpu_ops.bind_threads()
+        own = str(threading.get_native_id())
+        team = {own, *(set(os.listdir("/proc/self/task")) - before)}
+        found.extend(os.sched_getaffinity(int(task)) for task in sorted(team))
+
+    passing = threading.Thread(target=bound)  # nobody else is to be bound to a core
+    passing.start()
+    passing.join()
+    return found
+
+
+@pytest.mark.skipif(library.load_library() is None, reason="no compiler")
+def test_each_thread_of_a_team_is_bound_to_a_core_of_its_own() -> None:
+    cores = os.sched_getaffinity(0)
+    assert sorted(map(sorted, _affinities(len(cores)))) == sorted([core] for core in cores)
+
+
+@pytest.mark.skipif(library.load_library() is None, reason="no compiler")
+def test_with_fewer_threads_than_cores_nobody_is_bound() -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) > 1:
+        assert all(own == cores for own in _affinities(len(cores) - 1))

@@ -6,7 +6,7 @@ import pytest
 
 from pdserve.engine.outputs import GiveUp
 from pdserve.errors import IllegalTransition
-from pdserve.ids import BlockKey
+from pdserve.ids import BlockKey, RequestId
 from pdserve.messages import (
     Cancel,
     ChunkDone,
@@ -81,14 +81,40 @@ def test_chunks_are_told_with_what_has_kv(rig: Rig, inbox: Inbox) -> None:
     assert [chunk.computed_tokens for chunk in chunks] == [8, 16, 19]  # type: ignore[attr-defined]
 
 
-def test_short_prompts_share_a_step(inbox: Inbox) -> None:
+def test_short_prompts_share_a_step_and_do_not_wait_for_a_part_of_a_long_one(inbox: Inbox) -> None:
     rig = Rig(offload=False)  # nobody waits for the store's prefixes
     rig.decodes["d0"] = inbox  # type: ignore[assignment]
     rig.prefill(chunk_tokens=16)
     for index, length in enumerate((3, 5, 20)):
         rig.send(request(f"r{index}", prompt(length, salt=index)))
     run_prefill(rig)
-    assert rig.runners["p0"].steps == [[3, 5, 8], [12]]
+    assert rig.runners["p0"].steps == [[3, 5], [16], [4]]
+
+
+def test_one_that_goes_ahead_is_computed_between_two_chunks_of_a_longer_one(inbox: Inbox) -> None:
+    rig = Rig(offload=False)
+    rig.decodes["d0"] = inbox  # type: ignore[assignment]
+    loop = rig.prefill(chunk_tokens=8)
+    long, short = request("long", prompt(30)), request("short", prompt(5, salt=1))
+    rig.send(long)
+    while not rig.runners["p0"].steps:
+        rig.step(loop)
+    loop.handle(replace(rig.dispatch(short), ahead_of=long.request))
+    run_prefill(rig)
+    assert rig.runners["p0"].steps == [[8], [5], [8], [8], [6]]
+    assert [handoff.request.request for handoff in inbox.handoffs] == ["short", "long"]
+    assert [handoff.unsent[0].token for handoff in inbox.handoffs] == [
+        plain(short)[0],
+        plain(long)[0],
+    ]
+
+
+def test_who_was_to_go_ahead_of_one_that_is_done_is_last_in_line(rig: Rig, inbox: Inbox) -> None:
+    loop = rig.prefill()
+    for name in ("a", "b"):
+        loop.handle(replace(rig.dispatch(request(name, prompt(9))), ahead_of=RequestId("gone")))
+    run_prefill(rig)
+    assert [handoff.request.request for handoff in inbox.handoffs] == ["a", "b"]
 
 
 def test_each_chunk_is_pushed_while_the_next_is_computed(rig: Rig, inbox: Inbox) -> None:
@@ -132,6 +158,31 @@ def test_a_prefix_in_the_store_is_restored_and_pushed_on(rig: Rig, inbox: Inbox)
     run_prefill(rig)
     assert rig.runners["p0"].computed_tokens == 6
     assert len(rig.d_store.blocks) == 4
+
+
+@pytest.mark.parametrize(("cached_tokens", "computed"), [(0, 14), (4, 2), (None, 2)])
+def test_the_store_is_asked_unless_the_router_knows_that_it_has_nothing(
+    rig: Rig, inbox: Inbox, cached_tokens: int | None, computed: int
+) -> None:
+    loop = rig.prefill()
+    asked = request(tokens=prompt(14))
+    seed_store(rig, asked, count=3)
+    loop.handle(replace(rig.dispatch(asked), cached_tokens=cached_tokens))
+    run_prefill(rig)
+    assert rig.runners["p0"].computed_tokens == computed
+    assert inbox.handoffs[0].unsent[0].token == plain(asked)[0]
+
+
+def test_a_hand_off_leaves_before_the_next_chunk_is_computed(inbox: Inbox) -> None:
+    """Its push has ended, and others wait for it: it does not wait for a step."""
+    rig = Rig(offload=False)
+    rig.decodes["d0"] = inbox  # type: ignore[assignment]
+    loop = rig.prefill(chunk_tokens=8)
+    for name, length in (("short", 5), ("long", 40)):
+        rig.send(request(name, prompt(length)))
+    while not inbox.handoffs:
+        rig.step(loop)
+    assert rig.runners["p0"].steps == [[5], [8]], "the ticket came with the second step"
 
 
 def test_a_bad_block_in_the_store_is_computed(rig: Rig, inbox: Inbox) -> None:

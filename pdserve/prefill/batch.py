@@ -1,8 +1,9 @@
 """What one prefill step computes: chunks of the prompts at hand, under a token budget. Pure.
 
 The first prompt gets what it wants up to the budget; what is left goes to the next, so that short
-prompts share a step. Those that are done in it do not wait for a part of a longer one. A chunk that does not finish its prompt ends at a block's border: only full
-blocks can be pushed, found again and resumed from.
+prompts share a step. Those that are done in it do not wait for a part of a longer one. A chunk that
+does not finish its prompt ends at a block's border: only full blocks can be pushed, found again and
+resumed from.
 """
 
 

@@ -347,7 +347,7 @@ class RouterCore:
             parking.finished(self.state, entry, now_ns)
 
     def _on_preempted(self, entry: Entry, progress: Progress, now_ns: int) -> None:
-        if entry.chunk_seen or progress.computed_tokens > 0:
+        if entry.begun or progress.computed_tokens > 0:
             entry.preempted_count += 1
             self.state.counters["preemptions"] += 1
         else:

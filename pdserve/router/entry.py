@@ -22,7 +22,7 @@ class Entry:
     uncached_tokens: int = 0  # of which that is the time
     computed_tokens: int = 0  # by chunk reports: KV exists for so many
     cached_tokens: int = 0  # predicted for the prefill worker that holds it
-    chunk_seen: bool = False  # since its last dispatch
+    begun: bool = False  # since its last dispatch, as far as is known
     dispatched_ns: int = 0
     queued_us: int = 0  # all waits together
     prefill_us: int = 0  # all stretches that were preempted, together

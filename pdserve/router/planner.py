@@ -10,10 +10,11 @@ free one could be. Those behind it that fit may pass, but not more than ``PASSED
 then everything waits for it.
 
 *Preemption*: a prefill gives way at a chunk boundary to one whose key is better than the key it
-would have itself for what is left of it, by more than a chunk. One so short that it is part of the
-next chunk goes *ahead* of it at the same worker, which costs the other that chunk and nothing else.
-For a longer one it *yields*: it goes back to its line, so that any worker may go on with it; unless
-it is nearly done, or has yielded often enough.
+would have itself for what is left of it, by more than a chunk. Where one worker prefills, one so
+short that it is part of the next chunk goes *ahead* of it there, which costs the other that chunk
+and nothing else. For a longer one, or where there are several workers, it *yields*: it goes back to
+its line, so that any worker may go on with it; unless it is nearly done, or has yielded often
+enough.
 """
 
 from dataclasses import replace
@@ -288,11 +289,16 @@ def _ahead(
     )
     if not isinstance(choice, Choice):
         return None
+    # Who was at the front is computed by now, though no chunk has been reported yet.
+    last.begun = last.begun or next(iter(worker.prompts)) == last.id
     return _Send(entry, choice._replace(ahead_of=last.id, reason="ahead of a longer one"), ())
 
 
 def _may_give_way(state: RouterState, entry: Entry, worker: Worker) -> bool:
-    """One that lets others go first loses nothing but time: it keeps its place and its blocks."""
+    """Whether it lets others go first where it is, and keeps its place and its blocks. Only at the
+    one worker that prefills: where there are several, it had better go on at whichever is free."""
+    if state.fleet.prefill_count > 1:
+        return False
     if entry.preempting or not state.lines.of(entry).preempts or worker.draining:
         return False
     return entry.uncomputed_tokens > worker.hello.chunk_tokens
@@ -302,7 +308,7 @@ def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
     """One that has not begun loses nothing by going back, unless it shares the next chunk."""
     if entry.preempting or not state.lines.of(entry).preempts:
         return False
-    if not entry.chunk_seen and next(iter(worker.prompts)) != entry.id:
+    if not entry.begun and next(iter(worker.prompts)) != entry.id:
         return not worker.has_prefill_room
     left_min = LEFT_CHUNKS_MIN * worker.hello.chunk_tokens
     may_again = entry.preempted_count < state.settings.preempted_max

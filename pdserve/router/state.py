@@ -200,7 +200,7 @@ class RouterState:
         self._release(entry, now_ns)
         entry.phase = advance(entry.phase, Event.PREEMPTED)
         self.yielding.pop(entry.id, None)
-        entry.preempting = entry.chunk_seen = False
+        entry.preempting = entry.begun = False
         entry.cached_tokens = 0
         entry.prefill_us += (now_ns - entry.dispatched_ns) // 1000
         entry.queued_at_ns = now_ns
@@ -209,7 +209,7 @@ class RouterState:
 
     def computed(self, entry: Entry, chunk: ChunkDone, worker: Worker, now_ns: int) -> None:
         """After a chunk: less is left of it, for its worker and for its order."""
-        entry.chunk_seen = True
+        entry.begun = True
         entry.computed_tokens = chunk.computed_tokens
         entry.cached_tokens = min(entry.cached_tokens, chunk.computed_tokens)
         worker.prompts[entry.id] = entry.uncomputed_tokens

@@ -68,9 +68,12 @@ def _assert_overtaken(cluster: TestCluster, *, workers: int) -> None:
     assert all(short.error is None for short in shorts)
     assert order[-1] == "long", f"first tokens came as {order}"
     assert long.timing is not None
-    assert long.timing["preempted_count"] >= 1
     counters = cluster.status()["counters"]
-    assert counters["preemptions"] >= 1
+    if workers == 1:  # where it could go on nowhere else it keeps its place
+        assert long.timing["preempted_count"] == 0
+    else:
+        assert long.timing["preempted_count"] >= 1
+        assert counters["preemptions"] >= 1
     computed = cluster.counter("prefill", "prompt_tokens_computed") - before
     tokens = LONG_TOKENS * workers + SHORT_COUNT * SHORT_TOKENS
     assert computed == tokens, "every prompt token is computed exactly once"

@@ -22,6 +22,10 @@ from pdserve.errors import ConfigError
 STOP_S = 5.0
 """How long open connections may go on once the gateway leaves."""
 
+KEEP_ALIVE_S = 120
+"""Of idle connections: longer than clients and proxies keep them. Who closes one meets a request
+that is on its way, and clients do not send a POST twice of themselves."""
+
 Snapshot = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -71,6 +75,7 @@ class Front:
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=int(STOP_S),
+                timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
         # Off the main thread, as replicas are, uvicorn leaves signals to their owner.

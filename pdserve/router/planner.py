@@ -229,7 +229,7 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
     if state.parked or not len(fleet.last_key_ns):
         return commands
-    keys_ns = fleet.last_key_ns.copy()  # without those that were tried in vain
+    keys_ns = fleet.last_key_ns
     while len(shared):
         slot = int(keys_ns.argmax())
         if keys_ns[slot] == float("-inf"):
@@ -239,7 +239,9 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
         first = next(shared.ranked(now_ns))
         if first.deferred_ns is not None or not _beats(state, first, last, worker, now_ns):
             break
-        keys_ns[slot] = float("-inf")
+        if keys_ns is fleet.last_key_ns:
+            keys_ns = keys_ns.copy()
+        keys_ns[slot] = float("-inf")  # it is tried once
         is_short = first.uncached_tokens <= worker.hello.chunk_tokens
         if is_short and _may_give_way(state, last, worker):
             if _tokens_ahead(first, last, worker) > worker.hello.chunk_tokens:
@@ -325,9 +327,10 @@ def _beats(state: RouterState, waiting: Entry, entry: Entry, worker: Worker, now
     order = state.lines.of(entry)
     if order is not state.lines.of(waiting):
         return False
+    if not order.yields(entry, waiting, 0, now_ns):
+        return False
     chunk_ns = state.fleet.costs.prefill_ns(worker.hello.chunk_tokens)
-    margin_ns = round(chunk_ns * worker.correction.factor)
-    return order.yields(entry, waiting, margin_ns, now_ns)
+    return order.yields(entry, waiting, round(chunk_ns * worker.correction.factor), now_ns)
 
 
 def _tell_to_yield(state: RouterState, entry: Entry, worker: Worker) -> Command:

@@ -101,9 +101,10 @@ class WorkerShell:
 
         # A thread that ends, and with it the OpenMP threads it had. Were they to stay, there would
         # be more than cores, and those of the engine would sleep after every operation.
-        with ThreadPoolExecutor(1) as passing:
-            loading = passing.submit(build_parts, self._config, self.role)
-            parts = await asyncio.wrap_future(loading)
+        passing = ThreadPoolExecutor(1)
+        loading = passing.submit(build_parts, self._config, self.role)
+        passing.shutdown(wait=False)
+        parts = await asyncio.wrap_future(loading)
         self._kernel_calls = parts.kernel_calls
         store = await find_store(parts.block_bytes)
         client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)

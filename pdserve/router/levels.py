@@ -101,11 +101,6 @@ class Level(Places):
             self._places = [place for place in self._places if self._is_live(place)]
             self._first = 0
 
-    @property
-    def head(self) -> Place | None:
-        """The first; ``remove`` keeps it live."""
-        return self._places[self._first] if self._live else None
-
     def __iter__(self) -> Iterator[Place]:
         for index in range(self._first, len(self._places)):
             if self._is_live(self._places[index]):

@@ -112,7 +112,7 @@ def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floa
     """What the request costs at each worker from the moment it begins there; infinite at those
     that take no prompts."""
     # The widest group first, as a plain number; only what differs from it needs a mask.
-    widest = hits[0] if len(hits) == 1 else max(hits, key=_width)
+    widest = max(hits, key=_width)
     works_ns: Floats | float = float(_work_ns(fleet, entry, widest[0], block_tokens))
     if len(hits) > 1:
         works_ns = np.full(len(fleet.start_ns), works_ns)

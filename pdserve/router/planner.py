@@ -144,18 +144,9 @@ def _next_step(
     for entry in islice(order.ranked(now_ns), CANDIDATES_MAX):
         if _is_hopeless(state, entry.total_tokens):
             return _Refuse(entry)
-        hits = state.hits(entry)
-        if state.reconsider(entry, hits, now_ns):
-            return _Again()
-        choice = place(
-            state.fleet,
-            entry,
-            hits,
-            block_tokens=state.block_tokens,
-            tpot_slo_ns=_tpot_slo_ns(state),
-            only=only,
-            now_ns=now_ns,
-        )
+        choice = _placed(state, entry, now_ns, only=only)
+        if isinstance(choice, _Again):
+            return choice
         if isinstance(choice, Choice):
             return _Send(entry, choice, tuple(passed))
         if isinstance(choice, Deferred):
@@ -166,9 +157,23 @@ def _next_step(
     return None
 
 
-def _tpot_slo_ns(state: RouterState) -> float | None:
-    slo_ms = state.settings.tpot_slo_ms
-    return None if slo_ms is None else slo_ms * MS
+def _placed(
+    state: RouterState, entry: Entry, now_ns: int, *, only: Worker | None
+) -> Choice | Deferred | _Again | None:
+    """Where it goes, as ``place`` says, if its work is what it was believed to be."""
+    hits = state.hits(entry)
+    if state.reconsider(entry, hits, now_ns):
+        return _Again()
+    tpot_slo_ms = state.settings.tpot_slo_ms
+    return place(
+        state.fleet,
+        entry,
+        hits,
+        block_tokens=state.block_tokens,
+        tpot_slo_ns=None if tpot_slo_ms is None else tpot_slo_ms * MS,
+        only=only,
+        now_ns=now_ns,
+    )
 
 
 def _take(state: RouterState, step: _Send | _Refuse | _Again, now_ns: int) -> list[Command]:
@@ -229,7 +234,7 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
     if state.parked or not len(fleet.last_key_ns):
         return commands
-    keys_ns = fleet.last_key_ns
+    keys_ns = fleet.last_key_ns.copy()  # without those that were tried
     while len(shared):
         slot = int(keys_ns.argmax())
         if keys_ns[slot] == float("-inf"):
@@ -239,9 +244,7 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
         first = next(shared.ranked(now_ns))
         if first.deferred_ns is not None or not _beats(state, first, last, worker, now_ns):
             break
-        if keys_ns is fleet.last_key_ns:
-            keys_ns = keys_ns.copy()
-        keys_ns[slot] = float("-inf")  # it is tried once
+        keys_ns[slot] = float("-inf")
         is_short = first.uncached_tokens <= worker.hello.chunk_tokens
         if is_short and _may_give_way(state, last, worker):
             if _tokens_ahead(first, last, worker) > worker.hello.chunk_tokens:
@@ -277,20 +280,9 @@ def _ahead(
 ) -> _Send | _Again | None:
     """``entry`` sent to where ``last`` is, to be part of the next chunk there; None: no decode
     worker has room for it."""
-    hits = state.hits(entry)
-    if state.reconsider(entry, hits, now_ns):
-        return _Again()
-    choice = place(
-        state.fleet,
-        entry,
-        hits,
-        block_tokens=state.block_tokens,
-        tpot_slo_ns=_tpot_slo_ns(state),
-        only=worker,
-        now_ns=now_ns,
-    )
+    choice = _placed(state, entry, now_ns, only=worker)
     if not isinstance(choice, Choice):
-        return None
+        return choice if isinstance(choice, _Again) else None
     # Who was at the front is computed by now, though no chunk has been reported yet.
     last.begun = last.begun or next(iter(worker.prompts)) == last.id
     return _Send(entry, choice._replace(ahead_of=last.id, reason="ahead of a longer one"), ())
@@ -327,10 +319,9 @@ def _beats(state: RouterState, waiting: Entry, entry: Entry, worker: Worker, now
     order = state.lines.of(entry)
     if order is not state.lines.of(waiting):
         return False
-    if not order.yields(entry, waiting, 0, now_ns):
-        return False
     chunk_ns = state.fleet.costs.prefill_ns(worker.hello.chunk_tokens)
-    return order.yields(entry, waiting, round(chunk_ns * worker.correction.factor), now_ns)
+    margin_ns = round(chunk_ns * worker.correction.factor)
+    return order.yields(entry, waiting, margin_ns, now_ns)
 
 
 def _tell_to_yield(state: RouterState, entry: Entry, worker: Worker) -> Command:

@@ -1,8 +1,9 @@
-"""The CPU path: oneDNN for the matrices, our C++ kernels for everything else.
+"""The CPU path: our C++ kernels; for matrices oneDNN, unless they are of bfloat16 and the CPU
+multiplies it (AVX512-BF16).
 
 This file checks shapes, types and strides, because the kernels cannot, and hands over pointers.
-``CpuOps`` inherits its matrices from ``TorchOps``, which is also the reference for the rest and
-takes over entirely where no compiler is found.
+``CpuOps`` inherits the other matrices from ``TorchOps``, which is also the reference for the rest
+and takes over entirely where no compiler is found.
 
 *Threads.* Where waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, as in a cluster whose pools share
 the cores), calling one costs about 40 us, and decoding one token of a small model is 150 calls of
@@ -16,6 +17,7 @@ import ctypes
 import functools
 import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,17 +62,40 @@ def bind_threads() -> None:
         _logger.warning("%d of %d compute threads could not be bound to a core", failed, len(cores))
 
 
-class CpuOps(TorchOps):
-    name = "cpu"
+@dataclass(frozen=True, slots=True)
+class _Panels(LinearWeight):
+    """In the kernels' packing; ``weight_OC`` has lost its shape."""
 
+    output_count: int = 0
+    channel_count: int = 0
+
+
+class CpuOps(TorchOps):
     def __init__(self, library: ctypes.CDLL, *, threads_sleep: bool = False) -> None:
         super().__init__()
         self._library = library
+        self._has_linear = bool(library.pdserve_has_linear())
+        self.name = "cpu-bf16" if self._has_linear else "cpu"
         self.threads_sleep = threads_sleep
+
+    def pack(self, weight: LinearWeight) -> LinearWeight:
+        plain = weight.weight_OC
+        if plain.dtype != torch.bfloat16 or not self._has_linear:
+            return super().pack(weight)
+        plain = plain.contiguous()
+        outputs, channels = plain.shape
+        size = self._library.pdserve_packed_elements(outputs, channels)
+        packed = torch.empty(size, dtype=plain.dtype)
+        self._library.pdserve_pack_linear(
+            plain.data_ptr(), packed.data_ptr(), outputs, channels, torch.get_num_threads()
+        )
+        return _Panels(packed, weight.bias_O, True, outputs, channels)
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         work = weight.weight_OC.numel() * (x_NC.shape[0] + _READING_ROWS)
         threads, wanted = torch.get_num_threads(), self._threads(work, _PRODUCTS)
+        if isinstance(weight, _Panels):
+            return self._linear(x_NC, weight, wanted)
         if threads == wanted:
             return super().linear(x_NC, weight)
         torch.set_num_threads(wanted)  # 0.3 us with the way back
@@ -78,6 +103,18 @@ class CpuOps(TorchOps):
             return super().linear(x_NC, weight)
         finally:
             torch.set_num_threads(threads)
+
+    def _linear(self, x_NC: Tensor, weight: _Panels, threads: int) -> Tensor:
+        rows, channels = x_NC.shape
+        _check(x_NC.stride(1) == 1 and channels == weight.channel_count, x_NC, weight.weight_OC)
+        out_NO = torch.empty((rows, weight.output_count), dtype=x_NC.dtype)
+        self._call(
+            "linear",
+            *(x_NC, x_NC.stride(0), weight.weight_OC, weight.bias_O, out_NO),
+            *(rows, channels, weight.output_count),
+            threads=threads,
+        )
+        return out_NO
 
     def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         rows, channels = x_NC.shape

@@ -21,7 +21,6 @@ import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
 _COMPILE_TIMEOUT_S = 300
 _logger = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ _SIGNATURES = {
     "add_rms_norm": (*(_POINTER,) * 5, _SIZE, _SIZE, _FLOAT),
     "silu_mul": (_POINTER, _POINTER, _SIZE, _SIZE),
     "rope_and_cache": (*_ROWS * 3, *(_POINTER,) * 5, *_CACHE, _SIZE, _SIZE),
+    "linear": (*_ROWS, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
     "attention": (*(_POINTER,) * 6, _SIZE, _SIZE, *_CACHE, _SIZE, _FLOAT),
 }  # between the type, which comes first, and the threads, which come last
 
@@ -57,6 +57,12 @@ def load_library() -> ctypes.CDLL | None:
         function.restype = None
     library.pdserve_bind_threads.argtypes = (_POINTER, _INT)
     library.pdserve_bind_threads.restype = _INT
+    library.pdserve_has_linear.argtypes = ()
+    library.pdserve_has_linear.restype = _INT
+    library.pdserve_packed_elements.argtypes = (_SIZE, _SIZE)
+    library.pdserve_packed_elements.restype = _SIZE
+    library.pdserve_pack_linear.argtypes = (_POINTER, _POINTER, _SIZE, _SIZE, _INT)
+    library.pdserve_pack_linear.restype = None
     return library
 
 
@@ -72,7 +78,7 @@ def _built() -> Path:
     runtime = _loaded_openmp()
     features = _cpu_features()
     digest = hashlib.blake2b(digest_size=12)
-    sources = _SOURCE.read_text(), _HEADER.read_text()
+    sources = (path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))))
     for part in (*sources, version, " ".join(_FLAGS), str(runtime), features):
         digest.update(part.encode() + b"\0")
     target = cache_directory() / f"{digest.hexdigest()}.so"

@@ -93,19 +93,39 @@ template <class T> inline void store_at(T* row, int64_t index, int64_t size, Vec
 
 // ── arithmetic ──────────────────────────────────────────────────────────────────────────────────
 
+constexpr Int LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// Halves onto each other, four times.
 inline float sum_of(Vec x) {
-    for (int step = LANES / 2; step > 0; step /= 2)
-        for (int lane = 0; lane < step; ++lane) x[lane] += x[lane + step];
+    for (int step = LANES / 2; step > 0; step /= 2) x += __builtin_shuffle(x, LANE ^ step);
     return x[0];
 }
 
 inline float max_of(Vec x) {
     for (int step = LANES / 2; step > 0; step /= 2)
-        for (int lane = 0; lane < step; ++lane) x[lane] = std::max(x[lane], x[lane + step]);
+        x = larger(x, __builtin_shuffle(x, LANE ^ step));
     return x[0];
 }
 
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+// 2^x to about 2 ulp for x <= 0; exactly 1 at 0, exactly 0 below -126 (so at minus infinity).
+inline Vec exp2_of(Vec x) {
+    const Vec bounded = larger(x, all(-126.0f));
+    const Vec magic = all(0x1.8p23f);  // adding it rounds, and leaves the whole number as low bits
+    const Vec whole = bounded + magic;
+    const Vec rest = bounded - (whole - magic);
+    // Chebyshev interpolation of 2^rest on [-1/2, 1/2]; relative error 2e-8 before rounding.
+    Vec sum = all(1.546144777e-04f);
+    sum = sum * rest + 1.339086681e-03f;
+    sum = sum * rest + 9.618056938e-03f;
+    sum = sum * rest + 5.550356954e-02f;
+    sum = sum * rest + 2.402265072e-01f;
+    sum = sum * rest + 6.931471825e-01f;
+    sum = sum * rest + 1.0f;
+    const Vec result = (Vec)((Int)sum + ((Int)whole << 23));
+    return x < -126.0f ? all(0.0f) : result;
+}
 
 // e^x to about 1 ulp; exactly 1 at 0, exactly 0 below -87 (so at minus infinity), and for NaN, NaN.
 inline Vec exp_of(Vec x) {

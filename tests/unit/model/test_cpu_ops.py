@@ -179,12 +179,46 @@ def test_a_packed_bfloat16_layer_equals_the_plain_one(outputs: int) -> None:
         assert torch.equal(ops.linear(x, packed), torch.nn.functional.linear(x, weight.weight_OC))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 2), (960, 576), (1, 1), (70, 37), (9, 4096)])
+def test_bfloat16_layers_are_what_float64_says_rounded(
+    outputs: int, inputs: int, bias: bool
+) -> None:
+    ops = ops_named("cpu")
+    weight = draw(outputs, inputs, dtype=torch.bfloat16, scale=inputs**-0.5)
+    bias_O = draw(outputs, dtype=torch.bfloat16) if bias else None
+    packed = ops.pack(LinearWeight(weight, bias_O))
+    for rows in (1, 5, 6, 7, 64):
+        whole = draw(rows, inputs + 3, dtype=torch.bfloat16)
+        x = whole[:, :inputs]  # rows that do not lie end to end
+        exact = x.double() @ weight.double().T
+        if bias_O is not None:
+            exact += bias_O.double()
+        # Half a unit in the last place of 8 bits, and float32's sums.
+        torch.testing.assert_close(ops.linear(x, packed).double(), exact, rtol=2**-8, atol=2e-6)
+
+
+def test_a_bfloat16_layer_keeps_what_is_not_finite_to_its_row_and_output() -> None:
+    ops = ops_named("cpu")
+    weight = draw(80, 48, dtype=torch.bfloat16)
+    x = draw(8, 48, dtype=torch.bfloat16)
+    clean = ops.linear(x, ops.pack(LinearWeight(weight)))
+    x[3, 47] = torch.inf
+    weight[77, 0] = torch.nan
+    out = ops.linear(x, ops.pack(LinearWeight(weight)))
+    assert out[:, 77].isnan().all()
+    assert not out[3].isfinite().any()
+    out[3], out[:, 77] = clean[3], clean[:, 77]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", [64, 1536, 4096])
 def test_a_row_of_a_linear_layer_does_not_depend_on_its_company(
-    inputs: int, dtype: torch.dtype
+    inputs: int, dtype: torch.dtype, name: str
 ) -> None:
-    ops = TorchOps()
+    ops = ops_named(name)
     weight = ops.pack(LinearWeight(draw(96, inputs, dtype=dtype, scale=0.05)))
     x = draw(130, inputs, dtype=dtype)
     full = ops.linear(x, weight)
@@ -213,6 +247,23 @@ def test_tensors_that_a_kernel_would_read_wrongly_are_refused(wrong: Any) -> Non
         wrong(ops_named("cpu"))
 
 
+@pytest.mark.parametrize(
+    "x_NC",
+    [
+        torch.zeros(2, 5, dtype=torch.bfloat16),
+        torch.zeros(4, 2, dtype=torch.bfloat16).T,
+        torch.zeros(2, 4),
+    ],
+)
+def test_a_bfloat16_layer_refuses_what_it_would_read_wrongly(x_NC: Tensor) -> None:
+    ops = ops_named("cpu")
+    weight = ops.pack(LinearWeight(torch.zeros(3, 4, dtype=torch.bfloat16)))
+    if ops.name != "cpu-bf16":
+        pytest.skip("needs a CPU that multiplies bfloat16")
+    with pytest.raises(ValueError, match="do not fit together"):
+        ops.linear(x_NC, weight)
+
+
 def test_without_a_compiler_the_torch_path_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,25 +281,31 @@ def test_only_one_openmp_runtime_is_in_the_process() -> None:
     assert len(runtimes) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1), (40, 1), (41, 3), (500, 3)])
 def test_little_work_wakes_no_sleeping_thread(
-    monkeypatch: pytest.MonkeyPatch, rows: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, rows: int, expected: int, dtype: torch.dtype
 ) -> None:
     """1024 x 576 products of 40 rows and of 41 lie on either side of the bound."""
     used: list[int] = []
-    plain = TorchOps.linear
+    plain, ours = TorchOps.linear, cpu_ops.CpuOps._call
 
     def noting(self: TorchOps, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         used.append(torch.get_num_threads())
         return plain(self, x_NC, weight)
 
+    def noting_too(self: cpu_ops.CpuOps, *arguments: Any, threads: int) -> None:
+        used.append(threads)
+        ours(self, *arguments, threads=threads)
+
     monkeypatch.setattr(TorchOps, "linear", noting)
+    monkeypatch.setattr(cpu_ops.CpuOps, "_call", noting_too)
     compiled = library.load_library()
     if compiled is None:
         pytest.skip("needs g++ for the C++ kernels")
     sleeping = cpu_ops.CpuOps(compiled, threads_sleep=True)
-    weight = sleeping.pack(LinearWeight(draw(1024, 576, dtype=torch.bfloat16)))
-    x = draw(rows, 576, dtype=torch.bfloat16)
+    weight = sleeping.pack(LinearWeight(draw(1024, 576, dtype=dtype)))
+    x = draw(rows, 576, dtype=dtype)
     torch.set_num_threads(3)
 
     result = sleeping.linear(x, weight)

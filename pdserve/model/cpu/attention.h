@@ -1,0 +1,260 @@
+// Paged attention over packed runs: prompts, chunks and single tokens by the same code.
+//
+// A task is a stretch of one run's queries for one key/value head: up to QUERY_ROWS rows, a row
+// being one query token in one of the group's heads, tokens in order. For each tile of positions,
+// keys are turned into [D, TILE] and values into [TILE, D], packed as products.h has them, once for
+// all rows; then register blocks of up to ROWS rows go through scores, online softmax and the sum
+// of values. (The online softmax is FlashAttention's, Dao et al. 2022, section 3.1.)
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <omp.h>
+
+#include "pool.h"
+#include "products.h"
+
+namespace {
+
+constexpr int TILE = 64;          // positions attended at once
+constexpr int GROUPS = TILE / LANES;
+constexpr int ROWS = 6;           // query rows of a register block: 6 x 4 sums of 16 lanes
+constexpr int QUERY_ROWS = 96;    // query rows (tokens x heads of a group) of one task
+constexpr float LOG2_E = 1.44269504f;  // scores are taken times this, so that 2^x does for e^x
+
+// Rows of 16 x 16 become columns. Interleaving row i with row i + 8 rotates the eight bits of
+// (row, column) by one; four times exchanges row and column.
+template <class V> void transpose(V rows[LANES]) {
+    const Int low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const Int high = low + 8;
+    for (int round = 0; round < 4; ++round) {
+        V next[LANES];
+        for (int i = 0; i < LANES / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + LANES / 2], high);
+        }
+        for (int i = 0; i < LANES; ++i) rows[i] = next[i];
+    }
+}
+
+struct Task {
+    int64_t token;      // the first query, in the packed batch
+    int64_t position;   // of that query, in its sequence
+    int count;          // queries
+    const int32_t* table;
+};
+
+// Where a tile's keys and values lie; null behind the last position.
+template <class T> struct Where {
+    const T* keys[TILE] = {};
+    const T* values[TILE] = {};
+
+    Where(const T* pool, const Cache& cache, const int32_t* table, int64_t head, int64_t first,
+          int64_t end) {
+        int64_t block = first / cache.block_tokens, token = first % cache.block_tokens;
+        for (int j = 0; j < TILE && first + j < end; ++j) {
+            keys[j] = pool + cache.key(table[block], head, token);
+            values[j] = keys[j] + cache.to_values();
+            if (++token == cache.block_tokens) token = 0, ++block;
+        }
+    }
+
+    // Position j, to be in the cache when it is needed: blocks are too short for the CPU to guess.
+    void fetch(int j, int64_t dim) const {
+        if (j >= TILE || !keys[j]) return;
+        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) {
+            __builtin_prefetch(keys[j] + at);
+            __builtin_prefetch(values[j] + at);
+        }
+    }
+};
+
+// What a thread computes a task in.
+template <class T> class Attending {
+    typedef Products<T> P;
+    static constexpr int PACK = P::PACK;
+    typedef typename P::Element Element;
+    typedef typename P::Elements Elements;
+
+  public:
+    void run(const Task& task, int64_t head, const T* q, const T* pool, T* out, const Cache& cache,
+             int64_t heads, float scale) {
+        const int64_t dim = cache.head_dim, group = heads / cache.kv_heads;
+        const int rows = task.count * (int)group;
+        _scale = scale * LOG2_E;
+        _dim_vectors = (int)((dim + LANES - 1) / LANES);
+        _packs = (int)((dim + PACK * LANES - 1) / (PACK * LANES));
+        _keys.resize(_packs * LANES * GROUPS);
+        _values.resize(TILE / PACK * _dim_vectors);
+        _queries.resize(rows * _packs);
+        _sums.assign(rows * _dim_vectors, all(0.0f));
+        _totals.assign(rows, all(0.0f));
+        _best.assign(rows, -INFINITY);
+        const auto at = [&](int row) {  // of one row's query and output
+            return ((task.token + row / group) * heads + head * group + row % group) * dim;
+        };
+        for (int row = 0; row < rows; ++row)
+            for (int c = 0; c < _packs; ++c)
+                _queries[row * _packs + c] = P::along(q + at(row), c * PACK * LANES, dim);
+
+        const int64_t end = task.position + task.count;  // positions that some row sees
+        Where<T> tile(pool, cache, task.table, head, 0, end);
+        for (int64_t first = 0; first < end; first += TILE) {
+            fill(tile, dim);
+            tile = Where<T>(pool, cache, task.table, head, first + TILE, end);
+            // Rows whose token comes before this tile are done.
+            const int skipped = (int)(std::max<int64_t>(0, first - task.position) * group);
+            const int ahead = (TILE * ROWS + rows - skipped - 1) / (rows - skipped);
+            int fetched = 0;
+            for (int row = skipped; row < rows; row += ROWS) {
+                const int count = std::min(ROWS, rows - row);
+                int visible[ROWS];
+                for (int r = 0; r < count; ++r)
+                    visible[r] = (int)std::min<int64_t>(
+                        TILE, task.position + (row + r) / group - first + 1);
+                for (int i = 0; i < ahead; ++i) tile.fetch(fetched++, dim);
+                attend(row, count, visible);
+            }
+        }
+        for (int row = 0; row < rows; ++row) {
+            const float inverse = 1.0f / sum_of(_totals[row]);
+            for (int c = 0; c < _dim_vectors; ++c)
+                store_at(out + at(row), c * LANES, dim, _sums[row * _dim_vectors + c] * inverse);
+        }
+    }
+
+  private:
+    // The keys and values of a tile; zeros behind the last.
+    void fill(const Where<T>& tile, int64_t dim) {
+        for (int j = 0; j < TILE; j += PACK)
+            for (int c = 0; c < _dim_vectors; ++c)
+                _values[j / PACK * _dim_vectors + c] = P::across(tile.values + j, c * LANES, dim);
+        for (int group = 0; group < GROUPS; ++group)
+            for (int c = 0; c < _packs; ++c) {
+                Elements square[LANES];
+                for (int i = 0; i < LANES; ++i) {
+                    const T* key = tile.keys[group * LANES + i];
+                    square[i] = key ? P::along(key, c * PACK * LANES, dim) : Elements{};
+                }
+                transpose(square);
+                for (int i = 0; i < LANES; ++i)
+                    _keys[(c * LANES + i) * GROUPS + group] = square[i];
+            }
+    }
+
+    void attend(int row, int count, const int* visible) {
+        switch (count) {
+            case 1: return attend_block<1>(row, visible);
+            case 2: return attend_block<2>(row, visible);
+            case 3: return attend_block<3>(row, visible);
+            case 4: return attend_block<4>(row, visible);
+            case 5: return attend_block<5>(row, visible);
+            default: return attend_block<ROWS>(row, visible);
+        }
+    }
+
+    // One register block against one tile. visible[r]: how many of the tile's positions row r sees.
+    template <int COUNT> void attend_block(int row, const int* visible) {
+        Vec score[COUNT][GROUPS];
+        for (int r = 0; r < COUNT; ++r)
+            for (int g = 0; g < GROUPS; ++g) score[r][g] = all(0.0f);
+        const int steps = _packs * LANES;
+        const Element* query = (const Element*)&_queries[row * _packs];
+        for (int d = 0; d < steps; ++d) {
+            const Elements* key = &_keys[d * GROUPS];
+            for (int r = 0; r < COUNT; ++r)
+                for (int g = 0; g < GROUPS; ++g)
+                    score[r][g] = P::add(score[r][g], key[g], query[r * steps + d]);
+        }
+        Element weights[COUNT * TILE / PACK] __attribute__((aligned(64)));
+        float factor[LANES] __attribute__((aligned(64))) = {};
+        float best[COUNT];
+        int positions = 0;
+        for (int r = 0; r < COUNT; ++r) {
+            positions = std::max(positions, visible[r]);
+            for (int g = 0; g < GROUPS; ++g)
+                score[r][g] =
+                    LANE + g * LANES < visible[r] ? score[r][g] * _scale : all(-INFINITY);
+            const Vec pairs =
+                larger(larger(score[r][0], score[r][1]), larger(score[r][2], score[r][3]));
+            best[r] = std::max(_best[row + r], max_of(pairs));
+            factor[r] = _best[row + r] - best[r];
+            _best[row + r] = best[r];
+        }
+        store(factor, exp2_of(load(factor)));
+        for (int r = 0; r < COUNT; ++r) {
+            Vec part[GROUPS];
+            for (int g = 0; g < GROUPS; ++g) {
+                part[g] = exp2_of(score[r][g] - best[r]);
+                P::narrow(part[g], weights + (r * TILE + g * LANES) / PACK);
+            }
+            _totals[row + r] =
+                _totals[row + r] * factor[r] + ((part[0] + part[1]) + (part[2] + part[3]));
+        }
+        const int steps_of_values = (positions + PACK - 1) / PACK;
+        int c = 0;
+        for (; c + 4 <= _dim_vectors; c += 4)
+            add_values<COUNT, 4>(row, c, weights, factor, steps_of_values);
+        for (; c < _dim_vectors; ++c)
+            add_values<COUNT, 1>(row, c, weights, factor, steps_of_values);
+    }
+
+    // sums[row][c..c + WIDTH) = sums * factor + the tile's values, weighted; positions in order.
+    template <int COUNT, int WIDTH>
+    void add_values(int row, int c, const Element* weights, const float* factor, int steps) {
+        Vec sum[COUNT][WIDTH];
+        for (int r = 0; r < COUNT; ++r)
+            for (int w = 0; w < WIDTH; ++w)
+                sum[r][w] = _sums[(row + r) * _dim_vectors + c + w] * factor[r];
+        for (int j = 0; j < steps; ++j) {
+            const Elements* value = &_values[j * _dim_vectors + c];
+            for (int r = 0; r < COUNT; ++r)
+                for (int w = 0; w < WIDTH; ++w)
+                    sum[r][w] = P::add(sum[r][w], value[w], weights[r * TILE / PACK + j]);
+        }
+        for (int r = 0; r < COUNT; ++r)
+            for (int w = 0; w < WIDTH; ++w)
+                _sums[(row + r) * _dim_vectors + c + w] = sum[r][w];
+    }
+
+    float _scale;
+    int _dim_vectors;                // of 16 channels
+    int _packs;                      // of PACK * 16 channels
+    std::vector<Elements> _keys;     // [packs * 16, GROUPS]
+    std::vector<Elements> _values;   // [TILE / PACK, dim_vectors]
+    std::vector<Elements> _queries;  // [QUERY_ROWS, packs]
+    std::vector<Vec> _sums;          // [QUERY_ROWS, dim_vectors]
+    std::vector<Vec> _totals;        // [QUERY_ROWS]: 16 partial sums of the softmax's denominator
+    std::vector<float> _best;        // [QUERY_ROWS]: the largest score so far
+};
+
+template <class T>
+void attention(const T* q, const T* pool, T* out, const int64_t* positions, const int32_t* starts,
+               const int32_t* tables, int64_t table_blocks, int64_t runs, Cache cache,
+               int64_t heads, float scale, int threads) {
+    const int queries = std::max<int>(1, QUERY_ROWS / (int)(heads / cache.kv_heads));
+    std::vector<Task> tasks;
+    for (int64_t run = 0; run < runs; ++run)
+        for (int64_t token = starts[run]; token < starts[run + 1]; token += queries)
+            tasks.push_back({token, positions[token],
+                             (int)std::min<int64_t>(queries, starts[run + 1] - token),
+                             tables + run * table_blocks});
+    // The longest first, so that no thread is left with one when all others are done.
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
+        return (a.position + a.count) * a.count > (b.position + b.count) * b.count;
+    });
+    const int64_t pieces = (int64_t)tasks.size() * cache.kv_heads;
+#pragma omp parallel num_threads(threads) if (pieces > 1)
+    {
+        static thread_local Attending<T> attending;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t piece = 0; piece < pieces; ++piece)
+            attending.run(tasks[piece / cache.kv_heads], piece % cache.kv_heads, q, pool, out,
+                          cache, heads, scale);
+    }
+}
+
+}  // namespace

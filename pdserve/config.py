@@ -117,10 +117,10 @@ class PoolConfig(_Checked):
     """Prompt tokens computed between two moments at which a prefill can be preempted. A chunk's
     blocks travel while the next one is computed, so smaller chunks hand over sooner."""
 
-    mixed_chunk_tokens: int = 64
+    mixed_chunk_tokens: int = 80
     """Prompt tokens in a step that also decodes, where one worker does both: what a stream's next
-    token waits for. For a small model on a CPU, 64 beside 8 streams make a step 2.8 times as long
-    and prefill at 0.66 of its rate; 128 give 4.6 and 0.82, 32 give 1.9 and 0.51."""
+    token waits for. So many at the beginning of a prompt, and as much work later on, where a token
+    attends to more."""
 
     pool_blocks: int | None = None
     """KV blocks in a worker's own memory; None takes ``pool_bytes``."""

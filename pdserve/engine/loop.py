@@ -97,8 +97,9 @@ class Part(Protocol):
 
 class PromptPart(Part, Protocol):
     def take(self, dispatch: Dispatch) -> None: ...
-    def share(self, budget_tokens: int) -> Share | None:
-        """Chunks for the next step, at most so many tokens together."""
+    def share(self, budget_tokens: int, *, beside_streams: bool) -> Share | None:
+        """Chunks for the next step, at most so many tokens together; where streams wait for it, at
+        most as much work as so many tokens at the beginning of a prompt."""
         ...
 
 
@@ -242,7 +243,8 @@ class EngineLoop:
 
     def _shares(self) -> list[Share]:
         streams = self._streams.share()
-        prompts = self._prompts.share(self._mixed_chunk_tokens if streams else self._chunk_tokens)
+        budget = self._mixed_chunk_tokens if streams else self._chunk_tokens
+        prompts = self._prompts.share(budget, beside_streams=streams is not None)
         return [share for share in (streams, prompts) if share is not None]
 
     # ── attempts ─────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,8 @@ from pdserve.model.runner import Run
 class Context(Protocol):
     @property
     def context_tokens(self) -> int: ...
+    @property
+    def attention_like_linear_tokens(self) -> int: ...
 
 
 class PoolShape(Protocol):

@@ -49,6 +49,7 @@ class Workplace:
 
         self._tokenizer = tokenizer
         self._namespace = namespace
+        self.attention_like_linear_tokens = runner.architecture.attention_like_linear_tokens
         self._context_tokens = runner.architecture.context_tokens
         self._outputs: list[Output] = []
 

@@ -17,13 +17,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pdserve.errors import ConfigError, PdserveError, StoreUnavailable
 from pdserve.ids import StoreId, new_store_id
-from pdserve.kvstore.arena import REST_RATIO, create_arena, geometry_of, prefault
+from pdserve.kvstore.arena import allocate, create_arena, geometry_of
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.directory import ARENA_NAME, take_directory
 from pdserve.kvstore.master import Master
@@ -75,7 +74,7 @@ async def run_node(
             master = Master(metadata)
             member = master.join(settings.store_id, listener.address, dead=directory.dead)
             ending.callback(_leave, master, member)
-        warming = asyncio.create_task(_prefault(path, stopped))
+        warming = asyncio.create_task(_take_memory(path, stopped))
         ending.push_async_callback(_finish, warming)
         say_ready(
             json.dumps(
@@ -117,23 +116,34 @@ async def _run_until_told(settings: NodeSettings) -> None:
     await run_node(settings, stopped, lambda line: print(line, flush=True))
 
 
-async def _prefault(path: Path, stopped: asyncio.Event) -> None:
-    """Take the arena's memory, piece by piece, beside serving."""
+async def _take_memory(path: Path, stopped: asyncio.Event) -> None:
+    """Take the arena's memory, piece by piece, beside serving, and have it touched."""
     size = path.stat().st_size
     offset = 0
     try:
         while offset < size and not stopped.is_set():
-            began_s = time.monotonic()
-            offset = await asyncio.to_thread(prefault, path, offset)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REST_RATIO * (time.monotonic() - began_s)):
-                    await stopped.wait()
+            offset = await asyncio.to_thread(allocate, path, offset)
     except OSError as error:
         stopped.set()
         raise ConfigError(
             f"no memory for the arena beyond {offset} of {size} bytes: {error.strerror}; lower "
             "store.arena_bytes"
         ) from error
+    if not stopped.is_set():
+        await _warm(path, stopped)
+
+
+async def _warm(path: Path, stopped: asyncio.Event) -> None:
+    command = (sys.executable, "-m", "pdserve.kvstore.warming", str(path))
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+    ends = asyncio.ensure_future(stopped.wait())
+    done = asyncio.ensure_future(process.wait())
+    await asyncio.wait((ends, done), return_when=asyncio.FIRST_COMPLETED)
+    ends.cancel()
+    if process.returncode is None:
+        process.kill()
+    if await done and not stopped.is_set():
+        _log.warning("the arena could not be warmed, first writes are slower")
 
 
 async def _finish(task: asyncio.Task[None]) -> None:

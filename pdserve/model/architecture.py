@@ -65,6 +65,15 @@ class Architecture:
         if self.head_dim % 2:
             raise ConfigError(f"the model's head_dim is {self.head_dim}, must be even to be turned")
 
+    @property
+    def attention_like_linear_tokens(self) -> int:
+        """With so many tokens before it, a token's attention takes as many multiplications as its
+        linear layers: P / (2 · H · D) for a layer whose matrices have P elements."""
+        attended = self.head_count * self.head_dim
+        kept = self.kv_head_count * self.head_dim
+        elements = self.hidden * (2 * attended + 2 * kept + 3 * self.ffn)
+        return elements // (2 * attended)
+
 
 def read_architecture(files: ModelFiles) -> Architecture:
     """The architecture that the model's files declare.

@@ -34,7 +34,7 @@ from pdserve.ids import BlockKey, RequestId
 from pdserve.lifecycle import Event
 from pdserve.messages import Cancel, ChunkDone, Dispatch, Handoff, Token
 from pdserve.model.runner import Run
-from pdserve.prefill.batch import chunk_tokens, shares_us
+from pdserve.prefill.batch import chunk_tokens, equal_work_tokens, shares_us
 from pdserve.prefill.prompt import Prompt, Stage
 
 WAITING_MAX = 64
@@ -269,9 +269,9 @@ class Prompts:
 
     # ── computing ────────────────────────────────────────────────────────────────────────────────
 
-    def share(self, budget_tokens: int) -> Share | None:
+    def share(self, budget_tokens: int, *, beside_streams: bool) -> Share | None:
         """The chunks that fit the budget, oldest prompt first."""
-        chosen = self._choose_chunks(budget_tokens)
+        chosen = self._choose_chunks(budget_tokens, beside_streams)
         if not chosen:
             return None
         return Share(
@@ -293,7 +293,7 @@ class Prompts:
                 self._on_first_token(prompt, next(first_tokens))
             self._push(prompt)
 
-    def _choose_chunks(self, budget: int) -> list[tuple[Prompt, int]]:
+    def _choose_chunks(self, budget: int, beside_streams: bool) -> list[tuple[Prompt, int]]:
         chosen: list[tuple[Prompt, int]] = []
         begun: set[BlockKey] = set()  # blocks that this step computes for somebody
         for prompt in self._in_stage(Stage.COMPUTING):
@@ -301,15 +301,24 @@ class Prompts:
             next_keys = self._cacheable(prompt.sequence)[prompt.sequence.full_blocks :]
             if next_keys and next_keys[0] in begun:
                 continue
-            chunk = chunk_tokens(prompt.remaining_tokens, budget, self._block_tokens)
+            allowed = self._allowed(prompt, budget) if beside_streams else budget
+            chunk = chunk_tokens(prompt.remaining_tokens, allowed, self._block_tokens)
             if chunk == 0:
                 break
             if chosen and chunk < prompt.remaining_tokens:
                 break  # who is done in this step does not wait for a part of a longer one
-            budget -= chunk
+            budget -= chunk * budget // allowed
             begun.update(next_keys[:1])
             chosen.append((prompt, chunk))
         return chosen
+
+    def _allowed(self, prompt: Prompt, budget: int) -> int:
+        """Tokens of this prompt; fewer than a block are for those that need no more."""
+        if budget < self._block_tokens:
+            return budget
+        start = prompt.sequence.kv_count
+        like_linear = self._workplace.attention_like_linear_tokens
+        return equal_work_tokens(budget, start, like_linear, self._block_tokens)
 
     def _take_cached(self, prompt: Prompt) -> None:
         """Swap own blocks that come next for those that somebody computed meanwhile."""

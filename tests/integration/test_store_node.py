@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,31 @@ def test_an_orderly_end_leaves_nothing(tmp_path: Path, how: str) -> None:
         client.close()
     assert leftovers(tmp_path) == []
     assert EmbeddedMetadata(metadata).members() == ()
+
+
+def test_an_arena_is_warmed_while_nobody_else_wants_the_core(tmp_path: Path) -> None:
+    arena = tmp_path / "arena"
+    arena.write_bytes(bytes(20 << 20))
+    code = "import os, sys; from pdserve.kvstore import warming; warming.main(sys.argv[1]); "
+    code += "print(os.sched_getscheduler(0) == os.SCHED_IDLE)"
+    command = [sys.executable, "-c", code, str(arena)]
+    assert subprocess.check_output(command, text=True, timeout=PATIENCE_S) == "True\n"
+
+
+def test_warming_ends_with_its_node(tmp_path: Path) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="pdserve-test-", dir="/dev/shm") as shared,
+        running_node(tmp_path, "--arena-bytes", str(1 << 30), shared=Path(shared)) as node,
+    ):
+        children = Path(f"/proc/{node.pid}/task/{node.pid}/children")
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not children.read_text().split():
+            assert time.monotonic() < deadline_s, "nobody warms the arena"
+        (child,) = children.read_text().split()
+        os.kill(node.pid, signal.SIGKILL)
+        node.process.wait(PATIENCE_S)
+        while Path(f"/proc/{child}").exists():
+            assert time.monotonic() < deadline_s, "it goes on for nobody"
 
 
 def test_a_killed_node_is_noticed_at_once_and_cleaned_up_by_the_next(tmp_path: Path) -> None:

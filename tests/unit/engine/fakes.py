@@ -64,6 +64,7 @@ class FakePool:
 @dataclass(frozen=True)
 class FakeArchitecture:
     context_tokens: int = 400
+    attention_like_linear_tokens: int = 1 << 30
 
 
 class FakeRunner:

@@ -2,6 +2,8 @@
 
 import mmap
 import resource
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,12 @@ from pdserve.kvstore.arena import (
     ALIGNMENT_BYTES,
     SLOTS_MAX,
     Geometry,
+    allocate,
     block_checksum,
     create_arena,
     geometry_of,
     open_arena,
-    prefault,
+    touch,
 )
 from pdserve.kvstore.slots import Slot, SlotState
 
@@ -110,13 +113,33 @@ def test_another_nodes_arena_is_not_taken_for_ones_own(tmp_path: Path) -> None:
         open_arena(path, STORE, writable=False)
 
 
-def test_prefault_takes_all_memory_in_pieces(tmp_path: Path) -> None:
+def test_memory_is_taken_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "arena"
     create_arena(path, Geometry(10, 1 << 20), STORE)
     size = path.stat().st_size
     assert path.stat().st_blocks * 512 < size
-    assert prefault(path, 0) == size
+    assert allocate(path, 0) == size
     assert path.stat().st_blocks * 512 >= size
+
+
+def test_touched_pages_need_no_clearing(shared_memory: Path) -> None:
+    """They are mapped with their neighbours then, by one fault for several."""
+    path = shared_memory / "arena"
+    create_arena(path, Geometry(500, mmap.PAGESIZE), STORE)
+    allocate(path, 0)
+    touch(path, lambda: True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert not any(mapped[at] for at in range(mmap.PAGESIZE * 10, len(mapped), mmap.PAGESIZE))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 250
+
+
+def test_touching_ends_when_it_is_told_to(shared_memory: Path) -> None:
+    path = shared_memory / "arena"
+    create_arena(path, Geometry(5, 4 << 20), STORE)
+    asked = iter([True, True, False])
+    touch(path, lambda: next(asked))
+    assert path.stat().st_blocks * 512 <= 12 << 20
 
 
 def test_a_checksum_covers_key_and_payload() -> None:
@@ -127,10 +150,16 @@ def test_a_checksum_covers_key_and_payload() -> None:
     assert block_checksum(KEY, memoryview(payload)) != checksum
 
 
-def test_a_populated_mapping_is_written_without_page_faults(tmp_path: Path) -> None:
+@pytest.fixture
+def shared_memory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="pdserve-test-", dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+def test_a_populated_mapping_is_written_without_page_faults(shared_memory: Path) -> None:
     geometry = Geometry(500, mmap.PAGESIZE)
-    create_arena(tmp_path / "arena", geometry, STORE)
-    arena = open_arena(tmp_path / "arena", STORE, writable=True)
+    create_arena(shared_memory / "arena", geometry, STORE)
+    arena = open_arena(shared_memory / "arena", STORE, writable=True)
     rests: list[float] = []
     arena.populate(rests.append)
     assert all(rest_s > 0 for rest_s in rests)

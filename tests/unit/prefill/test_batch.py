@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdserve.prefill.batch import chunk_tokens, shares_us
+from pdserve.prefill.batch import ATTENTION_RATE, chunk_tokens, equal_work_tokens, shares_us
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,16 @@ def test_a_chunk_finishes_its_prompt_or_ends_at_a_border(
     remaining: int, budget: int, chunk: int
 ) -> None:
     assert chunk_tokens(remaining, budget, block_tokens=4) == chunk
+
+
+@pytest.mark.parametrize(
+    ("start", "chunk"),
+    [(0, 80), (100, 80), (300, 64), (1000, 48), (2000, 32), (100_000, 16)],
+)
+def test_a_chunk_deep_in_its_prompt_is_as_much_work_as_the_first(start: int, chunk: int) -> None:
+    """Where attention costs a token as much as the rest from 1,340 tokens of context on."""
+    like_linear = round(1340 / ATTENTION_RATE)
+    assert equal_work_tokens(80, start, like_linear, 16) == chunk
 
 
 @pytest.mark.parametrize(("elapsed", "chunks"), [(100, (3, 3, 3)), (7, (1,)), (0, (4, 5))])

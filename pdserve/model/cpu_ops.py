@@ -71,11 +71,13 @@ class _Panels(LinearWeight):
 
 
 class CpuOps(TorchOps):
+    name = "cpu"
+
     def __init__(self, library: ctypes.CDLL, *, threads_sleep: bool = False) -> None:
         super().__init__()
         self._library = library
         self._has_linear = bool(library.pdserve_has_linear())
-        self.name = "cpu-bf16" if self._has_linear else "cpu"
+        self.multiplies = "bfloat16 pairs" if self._has_linear else "float32"
         self.threads_sleep = threads_sleep
 
     def pack(self, weight: LinearWeight) -> LinearWeight:

@@ -85,20 +85,17 @@ def kv_identity(
     Kernels are in it: their roundings differ, and a block must be the one this worker would have
     computed. Number formats alone would also fit, at the price of the bit-for-bit promise.
     """
+    ops = _ops_of(config, device_of(config))
     return {
         "weights": fingerprint(files),
         "architecture": repr(dataclasses.replace(architecture, context_tokens=1)),
         "dtype": dtype or str(_DTYPES[config.dtype]).removeprefix("torch."),
         "block_tokens": config.block_tokens,
         "layout": LAYOUT,
-        "kernels": kernels_of(config),
+        "kernels": ops.name,
+        "multiplies": ops.multiplies,
         "torch": importlib.metadata.version("torch"),
     }
-
-
-def kernels_of(config: ModelConfig) -> str:
-    """``triton``, ``cpu`` or, where the C++ kernels cannot be had, ``torch``."""
-    return _ops_of(config, device_of(config)).name
 
 
 def _ops_of(config: ModelConfig, device: torch.device) -> Ops:

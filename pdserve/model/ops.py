@@ -59,6 +59,8 @@ class Ops(Protocol):
     """Everything a Llama-like model computes. Inputs and outputs have the model's dtype."""
 
     name: str
+    multiplies: str
+    """How, where that changes bits: two workers with the same name may have different CPUs."""
 
     def pack(self, weight: LinearWeight) -> LinearWeight:
         """The same weight as ``linear`` likes it best; the plain one may then be dropped."""

@@ -47,6 +47,7 @@ def linear(x_NC: Tensor, weight: LinearWeight) -> Tensor:
 
 class TorchOps:
     name = "torch"
+    multiplies = "dtype"
 
     def __init__(self) -> None:
         self._calls: Counter[str] = Counter()

@@ -22,6 +22,7 @@ class TritonOps:
     """``ops.Ops`` through our kernels. Not thread-safe: one engine, one instance."""
 
     name = "triton"
+    multiplies = "dtype"
 
     def __init__(self, *, deterministic: bool = True) -> None:
         """With ``deterministic`` a row's bits do not depend on the length of its run; see

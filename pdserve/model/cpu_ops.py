@@ -17,14 +17,17 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdserve.model.architecture import Architecture
 from pdserve.model.cpu.library import load_library
-from pdserve.model.ops import BatchLayout, LinearWeight
+from pdserve.model.cpu_layers import CpuLayers
+from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 from pdserve.model.torch_ops import TorchOps
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +95,14 @@ class CpuOps(TorchOps):
             plain.data_ptr(), packed.data_ptr(), outputs, channels, torch.get_num_threads()
         )
         return _Panels(packed, weight.bias_O, True, outputs, channels)
+
+    def stacked(self, layers: Sequence[LayerWeights], architecture: Architecture) -> Stack:
+        if not all(isinstance(layer.qkv, _Panels) for layer in layers):
+            return super().stacked(layers, architecture)
+        enough = (_ELEMENTS, _SCORED_ELEMENTS, _PRODUCTS) if self.threads_sleep else (0, 0, 0)
+        return CpuLayers(
+            self._library, self._calls, layers, architecture, enough=(*enough, _READING_ROWS)
+        )
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         work = weight.weight_OC.numel() * (x_NC.shape[0] + _READING_ROWS)

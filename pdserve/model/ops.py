@@ -15,11 +15,14 @@ Shape letters:
     L  layers                     T  tokens of a block  P  blocks of the pool; positions of the rope
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pdserve.model.architecture import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,29 @@ class LinearWeight:
     weight_OC: Tensor
     bias_O: Tensor | None = None
     packed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    attention_norm_C: Tensor
+    qkv: LinearWeight
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    attention_output: LinearWeight
+    ffn_norm_C: Tensor
+    gate_up: LinearWeight
+    down: LinearWeight
+
+
+class Stack(Protocol):
+    """All layers of a model."""
+
+    def __call__(
+        self, embedded_NC: Tensor, batch: BatchLayout, rope_PD: Tensor, pool_PL2GTD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The last layer's output and the residual that it is to be added to; KV goes into the
+        pool. ``embedded_NC`` may be overwritten."""
+        ...
 
 
 class Ops(Protocol):
@@ -110,6 +136,10 @@ class Ops(Protocol):
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         """``x @ weight.T + bias``: [N, O]."""
+        ...
+
+    def stacked(self, layers: Sequence[LayerWeights], architecture: "Architecture") -> Stack:
+        """``layers.LayerByLayer``, or what gives the same bits sooner."""
         ...
 
     def calls(self) -> Mapping[str, int]:

@@ -23,7 +23,7 @@ from pdserve.model.architecture import Architecture
 from pdserve.model.ops import BatchLayout, Ops
 from pdserve.model.pool import KvPool
 from pdserve.model.rope import rope_table
-from pdserve.model.weights import LayerWeights, Weights
+from pdserve.model.weights import Weights
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,7 +49,7 @@ class ModelRunner:
         self.ops = ops
         self._weights = weights
         self._device = weights.embedding_VC.device
-        self._scale = architecture.head_dim**-0.5
+        self._layers = ops.stacked(weights.layers, architecture)
         table = rope_table(architecture.rope, architecture.head_dim, architecture.context_tokens)
         self._rope_PD = torch.from_numpy(table).to(self._device)
 
@@ -68,38 +68,11 @@ class ModelRunner:
         self._check(runs)
         batch = self._layout(runs)
         tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in runs])
-        weights, eps = self._weights, self.architecture.norm_eps
-        residual_NC = torch.nn.functional.embedding(self._on_device(tokens), weights.embedding_VC)
-        x_NC = self.ops.rms_norm(residual_NC, weights.layers[0].attention_norm_C, eps)
-        for index, layer in enumerate(weights.layers):
-            x_NC = self._attention(x_NC, layer, index, batch)
-            x_NC, residual_NC = self.ops.add_rms_norm(x_NC, residual_NC, layer.ffn_norm_C, eps)
-            x_NC = self.ops.silu_mul(self.ops.linear(x_NC, layer.gate_up))
-            x_NC = self.ops.linear(x_NC, layer.down)
-            if index + 1 < len(weights.layers):
-                norm_C = weights.layers[index + 1].attention_norm_C
-                x_NC, residual_NC = self.ops.add_rms_norm(x_NC, residual_NC, norm_C, eps)
-        return self._logits(x_NC, residual_NC, runs)
-
-    def _attention(
-        self, x_NC: Tensor, layer: LayerWeights, index: int, batch: BatchLayout
-    ) -> Tensor:
-        shape = self.architecture
-        heads, kv_heads, head_dim = shape.head_count, shape.kv_head_count, shape.head_dim
-        qkv_NXD = self.ops.linear(x_NC, layer.qkv).view(-1, heads + 2 * kv_heads, head_dim)
-        q_NHD, k_NGD, v_NGD = torch.split(qkv_NXD, [heads, kv_heads, kv_heads], dim=1)
-        if layer.q_norm_D is not None and layer.k_norm_D is not None:
-            q_NHD = self._head_norm(q_NHD, layer.q_norm_D)
-            k_NGD = self._head_norm(k_NGD, layer.k_norm_D)
-        q_NHD = self.ops.rope_and_cache(
-            q_NHD, k_NGD, v_NGD, self._rope_PD, batch, self.pool.tensor, index
+        embedded_NC = torch.nn.functional.embedding(
+            self._on_device(tokens), self._weights.embedding_VC
         )
-        out_NHD = self.ops.attention(q_NHD, batch, self.pool.tensor, index, self._scale)
-        return self.ops.linear(out_NHD.view(-1, heads * head_dim), layer.attention_output)
-
-    def _head_norm(self, x_NHD: Tensor, weight_D: Tensor) -> Tensor:
-        rows = x_NHD.reshape(-1, x_NHD.shape[-1])
-        return self.ops.rms_norm(rows, weight_D, self.architecture.norm_eps).view(x_NHD.shape)
+        x_NC, residual_NC = self._layers(embedded_NC, batch, self._rope_PD, self.pool.tensor)
+        return self._logits(x_NC, residual_NC, runs)
 
     def _logits(self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run]) -> Tensor:
         ends = np.cumsum([len(run.tokens) for run in runs]) - 1

@@ -10,13 +10,15 @@ Shape letters as in ``ops.py``; Q queries of a tile, K positions of a tile, S ti
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdserve.model.ops import BatchLayout, LinearWeight
+from pdserve.model.architecture import Architecture
+from pdserve.model.layers import LayerByLayer
+from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 
 _QUERIES = 16
 _POSITIONS = 64
@@ -69,6 +71,9 @@ class TorchOps:
         if plain.dtype == torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
             return weight
         return LinearWeight(mkldnn._reorder_linear_weight(plain), weight.bias_O, packed=True)
+
+    def stacked(self, layers: Sequence[LayerWeights], architecture: Architecture) -> Stack:
+        return LayerByLayer(self, layers, architecture)
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         self._calls["linear"] += 1

@@ -6,15 +6,17 @@ it is computed.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from pdserve.model.architecture import Architecture
 from pdserve.model.kernels.attention import paged_attention
 from pdserve.model.kernels.norm import add_rms_norm, rms_norm
 from pdserve.model.kernels.rope import rope_and_cache
 from pdserve.model.kernels.silu import silu_mul
-from pdserve.model.ops import BatchLayout, LinearWeight
+from pdserve.model.layers import LayerByLayer
+from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 from pdserve.model.torch_ops import linear
 
 
@@ -35,6 +37,9 @@ class TritonOps:
 
     def pack(self, weight: LinearWeight) -> LinearWeight:
         return weight
+
+    def stacked(self, layers: Sequence[LayerWeights], architecture: Architecture) -> Stack:
+        return LayerByLayer(self, layers, architecture)
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         self._calls["linear"] += 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pdserve.errors import ConfigError
 from pdserve.model.architecture import Architecture
-from pdserve.model.ops import LinearWeight, Ops
+from pdserve.model.ops import LayerWeights, LinearWeight, Ops
 
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints carry what config.json says
 
@@ -30,18 +30,6 @@ class WeightFiles(Protocol):
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored, or in float32 where it was quantised; on the CPU."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    attention_norm_C: Tensor
-    qkv: LinearWeight
-    q_norm_D: Tensor | None
-    k_norm_D: Tensor | None
-    attention_output: LinearWeight
-    ffn_norm_C: Tensor
-    gate_up: LinearWeight
-    down: LinearWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Clients that people have: the OpenAI SDK, plain gRPC, reflection; and clients that err."""
 
 import asyncio
+import http.client
 import json
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import httpx
@@ -43,6 +45,24 @@ def test_the_openai_sdk_streams_and_answers_the_same(cluster: TestCluster) -> No
     assert whole.choices[0].logprobs is not None
     assert len(whole.choices[0].logprobs.content or []) == 12
     assert [model.id for model in client.models.list()] == ["small"]
+
+
+@pytest.mark.slow
+def test_an_idle_connection_is_the_clients_to_close(cluster: TestCluster) -> None:
+    """uvicorn closes it after 5 s unless told otherwise, perhaps under the next request."""
+    address = urlsplit(cluster.url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=10)
+    connection.request("GET", "/v1/models")
+    connection.getresponse().read()
+    idle = connection.sock
+    idle.settimeout(8)
+    with pytest.raises(TimeoutError):
+        idle.recv(1)
+    idle.settimeout(10)
+    connection.request("GET", "/v1/models")
+    assert connection.getresponse().status == 200
+    assert connection.sock is idle
+    connection.close()
 
 
 def test_the_async_sdk_cancels_and_the_cluster_forgets(cluster: TestCluster) -> None:

@@ -1,6 +1,7 @@
 """Workers that do both, alone or beside workers that do one thing: the same tokens either way."""
 
 import asyncio
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,16 @@ def test_one_pool_that_does_everything_and_two_that_help_each_other(small_model:
         assert ("prefill", "decode") in routes, "nothing was handed over"
         assert routes & {("decode", "decode"), ("prefill", "prefill")}, "nobody did both"
     assert [stream.tokens for stream in auto] == [stream.tokens for stream in aggregated]
+
+
+def test_a_worker_alone_has_its_cores(small_model: Path) -> None:
+    """A compute thread on each that stays there; see ADR 8."""
+    config = settings(small_model, router={"mode": "aggregated"}, decode={"threads": 0})
+    with running(config) as cluster:
+        assert len(cluster.tokens([1, 2, 3], 2)) == 2
+        (pid,) = cluster.pids("decode")
+        threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+        allowed = [os.sched_getaffinity(thread) for thread in threads]
+    assert sorted(min(cores) for cores in allowed if len(cores) == 1) == sorted(
+        os.sched_getaffinity(0)
+    )

@@ -57,6 +57,8 @@ def load_library() -> ctypes.CDLL | None:
         function.restype = None
     library.pdserve_bind_threads.argtypes = (_POINTER, _INT)
     library.pdserve_bind_threads.restype = _INT
+    library.pdserve_layers.argtypes = (*(_POINTER,) * 4, _FLOAT, _FLOAT, *(_POINTER,) * 6, _INT)
+    library.pdserve_layers.restype = None
     library.pdserve_has_linear.argtypes = ()
     library.pdserve_has_linear.restype = _INT
     library.pdserve_packed_elements.argtypes = (_SIZE, _SIZE)

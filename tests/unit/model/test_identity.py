@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from pdserve.model.cpu_layers import CpuLayers
+from pdserve.model.cpu_ops import CpuOps
 from pdserve.model.runner import ModelRunner, Run
+from pdserve.model.torch_ops import TorchOps
 from tests.models.small import write_small_model
 from tests.unit.model.conftest import RunnerOf
 
@@ -120,6 +123,38 @@ def test_company_chunks_and_moves_change_no_bit(
     assert steps > 1
     for sequence in sequences:
         assert kv_of(runners[sequence.home], sequence.blocks) == sequence.kv
+
+
+@pytest.mark.parametrize("threads_sleep", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, "with a norm on q and k", "with a bias on q, k and v"])
+def test_all_layers_in_one_call_give_the_bits_of_one_after_the_other(
+    tmp_path: Path, runner_of: RunnerOf, shape: str, threads_sleep: bool
+) -> None:
+    family = {"with a norm on q and k": "qwen3", "with a bias on q, k and v": "qwen2"}
+    sizes = SHAPES.get(shape) or {"family": family[shape]}
+    directory = write_small_model(tmp_path, **sizes)
+    runners = [runner_of(directory, dtype=torch.bfloat16, block_count=64) for _ in range(2)]
+    for runner, stacked in zip(runners, (CpuOps.stacked, TorchOps.stacked), strict=True):
+        assert isinstance(runner.ops, CpuOps)
+        runner.ops.threads_sleep = threads_sleep
+        runner._layers = stacked(runner.ops, runner._weights.layers, runner.architecture)
+        runner.pool.tensor.zero_()
+    at_once, one_by_one = runners
+    if not isinstance(at_once._layers, CpuLayers):
+        pytest.skip("needs a CPU that multiplies bfloat16")
+    torch.set_num_threads(2)
+    chance = random.Random(shape)
+    for lengths in ([40, 1, 7], [1, 1, 1], [100, 1, 1]):
+        starts = [0 if length > 1 else 3 for length in lengths]
+        runs = [
+            Run(
+                [chance.randrange(512) for _ in range(length)], start, list(range(9 * i, 9 * i + 9))
+            )
+            for i, (length, start) in enumerate(zip(lengths, starts, strict=True))
+        ]
+        assert torch.equal(at_once.step(runs), one_by_one.step(runs))
+        assert torch.equal(at_once.pool.tensor, one_by_one.pool.tensor)
+    assert at_once.ops.calls() == one_by_one.ops.calls()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,94 @@
+"""All layers in one call of the C++ kernels (``cpu/layers.h``).
+
+It gives the bits of ``layers.LayerByLayer`` with ``CpuOps``, since it runs the same kernels on the
+same rows; what is gone is Python's share, some 300 calls per step.
+
+Shape letters as in ``ops.py``.
+"""
+
+import ctypes
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdserve.model.architecture import Architecture
+from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight
+
+_CALLS_OF_LAYER = {"linear": 4, "rope_and_cache": 1, "attention": 1, "silu_mul": 1}
+
+
+class CpuLayers:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        calls: Counter[str],
+        layers: Sequence[LayerWeights],
+        architecture: Architecture,
+        *,
+        enough: tuple[int, int, int, int],
+    ) -> None:
+        """``layers`` are packed, of bfloat16 and contiguous. ``enough``: elements, elements of the
+        queries times positions, and products from which on all threads are worth their waking, and
+        the rows that reading a matrix is counted as."""
+        self._library = library
+        self._calls = calls
+        self._layers = layers  # whose memory the table points to
+        self._shape = architecture
+        self._enough = enough
+        self._table_LW = np.array([_pointers(layer) for layer in layers], dtype=np.uintp)
+        norms = 1 if layers[0].q_norm_D is None else 1 + 2 * len(layers)
+        counts = {name: count * len(layers) for name, count in _CALLS_OF_LAYER.items()}
+        self._counts = counts | {"rms_norm": norms, "add_rms_norm": 2 * len(layers) - 1}
+
+    def __call__(
+        self, embedded_NC: Tensor, batch: BatchLayout, rope_PD: Tensor, pool_PL2GTD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self._calls.update(self._counts)
+        residual_NC = embedded_NC.contiguous()
+        x_NC = torch.empty_like(residual_NC)
+        sizes = np.array(self._sizes(batch, pool_PL2GTD), dtype=np.int64)
+        self._library.pdserve_layers(
+            *(x_NC.data_ptr(), residual_NC.data_ptr()),
+            *(self._table_LW.ctypes.data, sizes.ctypes.data),
+            *(self._shape.norm_eps, self._shape.head_dim**-0.5),
+            *(batch.positions_N.data_ptr(), batch.slots_N.data_ptr(), batch.starts_R1.data_ptr()),
+            *(batch.tables_RB.data_ptr(), rope_PD.data_ptr(), pool_PL2GTD.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return x_NC, residual_NC
+
+    def _sizes(self, batch: BatchLayout, pool_PL2GTD: Tensor) -> tuple[int, ...]:
+        """In the order in which ``pdserve_layers`` takes them apart."""
+        shape = self._shape
+        _, _, _, kv_heads, block_tokens, head_dim = pool_PL2GTD.shape
+        block_stride, layer_stride = pool_PL2GTD.stride(0), pool_PL2GTD.stride(1)
+        return (
+            *(shape.layer_count, shape.hidden, shape.head_count, shape.ffn),
+            *(layer_stride, block_stride, block_tokens, kv_heads, head_dim),
+            *(batch.positions_N.numel(), *batch.tables_RB.shape, batch.longest_context),
+            *self._enough,
+        )
+
+
+def _pointers(layer: LayerWeights) -> tuple[int, ...]:
+    """In the order of ``struct Layer``."""
+
+    def matrix(weight: LinearWeight) -> tuple[int, int]:
+        return weight.weight_OC.data_ptr(), _pointer(weight.bias_O)
+
+    return (
+        layer.attention_norm_C.data_ptr(),
+        *matrix(layer.qkv),
+        *(_pointer(layer.q_norm_D), _pointer(layer.k_norm_D)),
+        *matrix(layer.attention_output),
+        layer.ffn_norm_C.data_ptr(),
+        *matrix(layer.gate_up),
+        *matrix(layer.down),
+    )
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -200,7 +200,9 @@ class Gateway:
         self, tree: dict[str, Any], router: DeploymentHandle, *_pools: DeploymentHandle
     ) -> None:
         from pdserve.cluster.front import Front
+        from pdserve.cluster.tracing import start_tracing
 
+        start_tracing()
         config = from_tree(tree)
         self._session = await _open_session(config, router)
         self._front = Front(

@@ -151,6 +151,11 @@ def simulate(
     seed: Annotated[int, typer.Option()] = 0,
     ttft_ms: Annotated[float, typer.Option(help="Goal, for goodput.")] = 1000.0,
     tpot_ms: Annotated[float, typer.Option(help="Goal, for goodput.")] = 100.0,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(help="prefill:0@30, prefill:0@30+20, decode:1x4@60: see docs."),
+    ] = None,
+    noise: Annotated[float, typer.Option(help="Of prefill times: sigma of the logarithm.")] = 0.0,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     html_file: Annotated[Path | None, typer.Option("--html")] = None,
     assignments: Assignments = None,
@@ -166,6 +171,8 @@ def simulate(
         seed=seed,
         ttft_goal_ms=ttft_ms,
         tpot_goal_ms=tpot_ms,
+        failures=tuple(fail or ()),
+        noise_sigma=noise,
     )
     settings = _config(config, {}, assignments or [])
     run_simulations(trace, settings, wish, json_file=json_file, html_file=html_file)

@@ -4,6 +4,7 @@ HTML page with charts are written where asked for.
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cluster.mishaps import failures_of
 from pdserve.cluster.profiles import Profile, Size, read_profile
 from pdserve.config import ClusterConfig, PoolConfig, QueuePolicy
 from pdserve.errors import ConfigError
@@ -20,6 +22,7 @@ from pdserve.router.costs import believed
 from pdserve.simulator.page import page
 from pdserve.simulator.report import HEADINGS, SHORT, Case, Goal, as_json, rows
 from pdserve.simulator.run import SimulationSettings, simulate
+from pdserve.simulator.settings import Noise
 from pdserve.simulator.traces import Trace, load_trace
 from pdserve.simulator.transformations import first, repeat, scale_time, spread
 
@@ -35,6 +38,8 @@ class Wish:
     seed: int = 0
     ttft_goal_ms: float = 1000.0
     tpot_goal_ms: float = 100.0
+    failures: Sequence[str] = ()  # as ``mishaps`` reads them
+    noise_sigma: float = 0.0  # by how much prefills differ from their prediction: of the logarithm
 
 
 def run_simulations(
@@ -53,6 +58,11 @@ def run_simulations(
     _check(wish)
     profile = profile_of(config)
     settings = settings_of(config, profile, hosts=wish.hosts, seed=wish.seed)
+    settings = replace(
+        settings,
+        failures=failures_of(wish.failures, settings),
+        noise=Noise(sigma=wish.noise_sigma),
+    )
     played = _played(load_trace(trace), wish)
     goal = Goal(wish.ttft_goal_ms / 1000, wish.tpot_goal_ms / 1000)
     console = Console(highlight=False)
@@ -157,6 +167,8 @@ def _check(wish: Wish) -> None:
         problems.append(f"requests is {wish.requests}, must be at least 1")
     if wish.hosts < 1:
         problems.append(f"hosts is {wish.hosts}, must be at least 1")
+    if not 0 <= wish.noise_sigma < math.inf:
+        problems.append(f"noise is {wish.noise_sigma}, must be at least 0; 0.3 is a lot")
     if problems:
         raise ConfigError("; ".join(problems))
 

@@ -1,16 +1,18 @@
-"""Why a request went where it did: the router's decisions, for answers and for the log.
+"""Why a request went where it did: the router's decisions, for answers, the log and traces.
 
 Every ``Timing`` carries the decisions that the router took for its request. A client that asks for
 them gets them in its answer; an operator who sets the logger ``pdserve.why`` to INFO gets one line
-of JSON per finished choice. That logger is at WARNING until somebody sets it, so a request costs
-one comparison here.
+of JSON per finished choice, and one who exports traces a span (``tracing``). That logger is at
+WARNING until somebody sets it, so a request costs two comparisons here.
 """
 
 import json
 import logging
+import time
 from typing import Any
 
 from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.tracing import is_tracing, tell_choice
 from pdserve.errors import PdserveError
 from pdserve.messages import Decision, Timing
 
@@ -60,6 +62,7 @@ class WhyLog:
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self._began_unix_ns = time.time_ns()
         self._timings: dict[int, Timing] = {}
         self._generated: dict[int, int] = {}
         self._open = set(range(call.n))
@@ -90,9 +93,11 @@ class WhyLog:
             **time_report(timing),
             "decisions": [decision_report(decision) for decision in timing.decisions],
         }
-        log.info("%s", json.dumps(said, ensure_ascii=False))
+        tell_choice(said, timing.decisions, self._began_unix_ns)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", json.dumps(said, ensure_ascii=False))
 
 
 def why_log(call: Call) -> WhyLog | None:
     """None while nobody listens."""
-    return WhyLog(call) if log.isEnabledFor(logging.INFO) else None
+    return WhyLog(call) if is_tracing() or log.isEnabledFor(logging.INFO) else None

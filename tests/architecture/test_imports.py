@@ -45,6 +45,7 @@ ONLY_HERE = {
     "redis": {"kvstore"},
     "xxhash": {"kvstore"},
     "ray": {"cluster"},
+    "opentelemetry": {"cluster"},
     "fastapi": {"cluster"},
     "starlette": {"cluster"},
     "uvicorn": {"cluster"},

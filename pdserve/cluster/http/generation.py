@@ -27,6 +27,7 @@ from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_body, error_response, error_status
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.http.streaming import DONE, HEADERS, Events, error_event, whole
+from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
 
@@ -63,7 +64,8 @@ class Generation(Response):
                 tree = await read_object(request, self._config.body_bytes_max)
                 asked = await self._ask(self._session, self._config, tree, request.headers)
                 answer = _Answer(self._session, asked, meter)
-                stayed = await until_gone(receive, answer.tell(scope, receive, send))
+                with continued(request.headers):
+                    stayed = await until_gone(receive, answer.tell(scope, receive, send))
                 meter.status = answer.status if stayed else DISCONNECTED
             except ClientDisconnect:
                 meter.status = DISCONNECTED

@@ -17,6 +17,7 @@ from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.answers import cached_tokens
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.rpc.requests import chat_call, chunk_of, generate_call, timing_of
+from pdserve.cluster.tracing import continued, is_tracing
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError, status_of
 from pdserve.messages import Timing
@@ -52,7 +53,8 @@ class Servicer(InferenceServicer):
     async def _serve(
         self, operation: str, asked: Awaitable[Call], context: Any, *, why: bool
     ) -> None:
-        with self._metrics.follow("grpc", operation) as meter:
+        headers = dict(context.invocation_metadata()) if is_tracing() else {}
+        with self._metrics.follow("grpc", operation) as meter, continued(headers):
             try:
                 async with aclosing(self._chunks(await asked, meter, why=why)) as chunks:
                     async for chunk in chunks:

@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
-from pdserve.cluster import record_command
+from pdserve.clock import MS, S
+from pdserve.cluster import record_command, simulate_command
 from pdserve.cluster.profiles import Profile, Size
 from pdserve.cluster.simulate_command import Wish, run_simulations, settings_of
 from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
 from pdserve.errors import ConfigError
+from pdserve.messages import Role
 from pdserve.router.costs import believed
 from pdserve.settings import load
+from pdserve.simulator.result import Result
+from pdserve.simulator.run import simulate
+from pdserve.simulator.settings import Death, Noise, SimulationSettings, Slowdown
+from pdserve.simulator.traces import Trace
 
 HEADER = '{"pdserve_recording":1,"block_tokens":16}\n'
 
@@ -65,6 +71,16 @@ def test_it_prints_a_table_and_writes_both_files(
         (Wish(speeds=()), "no speed is given"),
         (Wish(requests=0), "requests is 0"),
         (Wish(hosts=0), "hosts is 0"),
+        (Wish(noise_sigma=-1.0), "noise is -1.0, must be at least 0"),
+        (Wish(noise_sigma=float("nan")), "noise is nan, must be at least 0"),
+        (Wish(failures=("prefill:0",)), "fail is 'prefill:0', must be like prefill:0@30"),
+        (Wish(failures=("gateway:0@1",)), "fail is 'gateway:0@1', must be like"),
+        (
+            Wish(failures=("decode:1@1",)),
+            "there are 1 decode workers, counted from 0; set decode.r",
+        ),
+        (Wish(failures=("decode:0x2@1+3",)), "stays as it is until the next factor"),
+        (Wish(failures=("decode:0x0@1",)), "has a factor above 0"),
     ],
 )
 def test_a_wish_that_makes_no_sense_is_refused_before_anything_runs(
@@ -72,6 +88,27 @@ def test_a_wish_that_makes_no_sense_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         run_simulations(trace, ClusterConfig(), wish)
+
+
+def test_failures_and_noise_are_those_that_were_said(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[SimulationSettings] = []
+
+    def noting(trace: Trace, settings: SimulationSettings) -> Result:
+        played.append(settings)
+        return simulate(trace, settings)
+
+    monkeypatch.setattr(simulate_command, "simulate", noting)
+    said = ("prefill:0@0.05+0.2", "prefill:0@7", "decode:0x4@60.5")
+    run_simulations(trace, ClusterConfig(), Wish(failures=said, noise_sigma=0.3))
+    (settings,) = played
+    assert settings.noise == Noise(sigma=0.3)
+    assert settings.failures == (
+        Death(role=Role.PREFILL, index=0, at_ns=50 * MS, back_after_ns=200 * MS),
+        Death(role=Role.PREFILL, index=0, at_ns=7 * S),
+        Slowdown(role=Role.DECODE, index=0, factor=4.0, at_ns=60_500 * MS),
+    )
 
 
 def test_a_file_that_cannot_be_written_is_said(trace: Path, tmp_path: Path) -> None:

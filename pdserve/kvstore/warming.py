@@ -11,12 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-from pdserve.kvstore.arena import touch
-
 
 def main(path: str) -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     parent = os.getppid()
+    from pdserve.kvstore.arena import touch  # numpy; now, or it would compete with the start
+
     touch(Path(path), lambda: os.getppid() == parent)
 
 

@@ -65,7 +65,7 @@ template <class T> struct Where {
     // Position j, to be in the cache when it is needed: blocks are too short for the CPU to guess.
     void fetch(int j, int64_t dim) const {
         if (j >= TILE || !keys[j]) return;
-        for (int64_t at = 0; at < dim; at += 64 / (int64_t)sizeof(T)) {
+        for (int64_t at = 0; at < dim; at += LINE / (int64_t)sizeof(T)) {
             __builtin_prefetch(keys[j] + at);
             __builtin_prefetch(values[j] + at);
         }

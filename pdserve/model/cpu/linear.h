@@ -24,7 +24,6 @@ constexpr int PANEL = 64;  // outputs
 constexpr int PANEL_VECTORS = PANEL / LANES;
 constexpr int LINEAR_ROWS = 6;
 constexpr int PIECES = 16;        // at least, if there are rows for them: 2 threads end together
-constexpr int LINE = 64;          // bytes of a cache line
 constexpr int STRIDE = 8;         // channel pairs between two looks at what to fetch ahead
 
 typedef Products<bfloat16> Pairs;

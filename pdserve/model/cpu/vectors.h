@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int LANES = 16;
+constexpr int LINE = 64;  // bytes of a cache line
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Int __attribute__((vector_size(64)));
@@ -109,22 +110,27 @@ inline float max_of(Vec x) {
     return x[0];
 }
 
-// 2^x to about 2 ulp for x <= 0; exactly 1 at 0, exactly 0 below -126 (so at minus infinity).
+// Horner's rule, the highest power first.
+template <int COUNT> inline Vec polynomial(const float (&factors)[COUNT], Vec x) {
+    Vec sum = all(factors[0]);
+    for (int i = 1; i < COUNT; ++i) sum = sum * x + factors[i];
+    return sum;
+}
+
+// 2^x to about 2 ulp for x <= 0; exactly 1 at 0, exactly 0 below -126 (so at minus infinity), and
+// for NaN, NaN.
 inline Vec exp2_of(Vec x) {
-    const Vec bounded = larger(x, all(-126.0f));
+    const Vec low = all(-126.0f);
+    const Vec bounded = x < low ? low : x;
     const Vec magic = all(0x1.8p23f);  // adding it rounds, and leaves the whole number as low bits
     const Vec whole = bounded + magic;
     const Vec rest = bounded - (whole - magic);
     // Chebyshev interpolation of 2^rest on [-1/2, 1/2]; relative error 2e-8 before rounding.
-    Vec sum = all(1.546144777e-04f);
-    sum = sum * rest + 1.339086681e-03f;
-    sum = sum * rest + 9.618056938e-03f;
-    sum = sum * rest + 5.550356954e-02f;
-    sum = sum * rest + 2.402265072e-01f;
-    sum = sum * rest + 6.931471825e-01f;
-    sum = sum * rest + 1.0f;
+    const Vec sum = polynomial({1.546144777e-04f, 1.339086681e-03f, 9.618056938e-03f,
+                                5.550356954e-02f, 2.402265072e-01f, 6.931471825e-01f, 1.0f},
+                               rest);
     const Vec result = (Vec)((Int)sum + ((Int)whole << 23));
-    return x < -126.0f ? all(0.0f) : result;
+    return x < low ? all(0.0f) : result;
 }
 
 // e^x to about 1 ulp; exactly 1 at 0, exactly 0 below -87 (so at minus infinity), and for NaN, NaN.
@@ -136,12 +142,9 @@ inline Vec exp_of(Vec x) {
     const Vec whole = (bounded * 1.44269504f + magic) - magic;
     Vec rest = bounded - whole * 0.693359375f;
     rest = rest - whole * -2.12194440e-4f;
-    Vec sum = all(1.9875691500e-4f);
-    sum = sum * rest + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
+    Vec sum = polynomial({1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                          1.6666665459e-1f, 5.0000001201e-1f},
+                         rest);
     sum = sum * (rest * rest) + rest + 1.0f;
     const Int exponent = __builtin_convertvector(whole, Int) << 23;
     const Vec result = (Vec)((Int)sum + exponent);

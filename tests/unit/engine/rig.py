@@ -171,10 +171,18 @@ class Rig:
         return self.prefills[name]
 
     def decode(
-        self, name: str = "d0", *, blocks: int = 64, running_max: int = 64, chunk_tokens: int = 8
+        self,
+        name: str = "d0",
+        *,
+        blocks: int = 64,
+        running_max: int = 64,
+        chunk_tokens: int = 8,
+        mixed_chunk_tokens: int = BLOCK_TOKENS,
     ) -> EngineLoop:
         settings = PoolConfig(
-            running_max=running_max, chunk_tokens=chunk_tokens, mixed_chunk_tokens=BLOCK_TOKENS
+            running_max=running_max,
+            chunk_tokens=chunk_tokens,
+            mixed_chunk_tokens=mixed_chunk_tokens,
         )
         self.decodes[name] = self._make(name, self.d_address, blocks, settings)
         return self.decodes[name]

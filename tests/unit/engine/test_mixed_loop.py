@@ -19,6 +19,7 @@ from pdserve.messages import (
     Timing,
     WorkerFailed,
 )
+from pdserve.prefill.batch import ATTENTION_RATE
 from tests.unit.engine import rig as rig_module
 from tests.unit.engine.fakes import BLOCK_TOKENS
 from tests.unit.engine.rig import SAMPLINGS, LateMover, Rig, plain, prompt, request
@@ -470,3 +471,16 @@ def test_blocks_are_whole_tokens_of_the_budget() -> None:
     rig.run()
     assert rig.runners["d0"].steps == [[BLOCK_TOKENS], [BLOCK_TOKENS], [1]]
     assert not loop.busy()
+
+
+def test_beside_a_stream_chunks_get_shorter_with_what_a_token_attends_to() -> None:
+    rig = Rig()
+    loop = rig.decode(chunk_tokens=32, mixed_chunk_tokens=16)
+    loop._workplace.attention_like_linear_tokens = round(24 / ATTENTION_RATE)
+    rig.send(request("s", tokens=prompt(1), max_tokens=40), prefill="d0", decode="d0")
+    until_streaming(rig, "s")
+    before = len(rig.runners["d0"].steps)
+    rig.send(request("p", tokens=prompt(60), max_tokens=2), prefill="d0", decode="d0")
+    rig.run()
+    steps = rig.runners["d0"].steps[before:]
+    assert [max(step) for step in steps if max(step) > 1] == [16, 8, 8, 8, 8, 4, 4, 4]

@@ -30,6 +30,13 @@ def test_the_plain_fields(tmp_path: Path) -> None:
     assert architecture.eos_token_ids == (2,)
 
 
+def test_attention_is_as_much_work_as_the_matrices_from_some_context_on(tmp_path: Path) -> None:
+    """SmolLM2's: 3,538,944 elements in the matrices of a layer, 9 heads of 64 channels."""
+    directory = write_small_model(tmp_path, hidden=576, heads=9, kv_heads=3, ffn=1536, layers=1)
+    architecture = read_architecture(ModelFiles("small", "safetensors", directory))
+    assert architecture.attention_like_linear_tokens == 3_538_944 // (2 * 9 * 64) == 3072
+
+
 def test_families_differ_in_bias_and_norm(tmp_path: Path) -> None:
     qwen2 = architecture_of(tmp_path / "2", family="qwen2")
     qwen3 = architecture_of(tmp_path / "3", family="qwen3")

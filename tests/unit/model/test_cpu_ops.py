@@ -167,6 +167,17 @@ def test_a_token_after_the_query_cannot_be_seen_even_as_nan() -> None:
     assert torch.equal(ops_named("cpu").attention(q, batch, pool, 0, 1.0), clean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_is_not_hidden(dtype: torch.dtype) -> None:
+    """A query that attends to NaN gets NaN, its neighbour before that position does not."""
+    batch = layout([(0, 8)], 16, [[0]])
+    pool = draw(1, 1, 2, 1, 16, 16, dtype=dtype)
+    pool[0, 0, 0, 0, 5] = torch.nan  # the key of position 5
+    out = ops_named("cpu").attention(draw(8, 1, 16, dtype=dtype), batch, pool, 0, 1.0)
+    assert out[:5].isfinite().all()
+    assert out[5:].isnan().all()
+
+
 @pytest.mark.parametrize("outputs", [960, 576])
 def test_a_packed_bfloat16_layer_equals_the_plain_one(outputs: int) -> None:
     ops = TorchOps()

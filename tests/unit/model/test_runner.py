@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pdserve.config import ModelConfig
 from pdserve.errors import ConfigError
 from pdserve.model import load
 from pdserve.model.architecture import read_architecture
+from pdserve.model.cpu_ops import cpu_ops
 from pdserve.model.load import kv_identity, load_runner
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.model.source import ModelFiles
@@ -142,7 +144,9 @@ def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         load.device_of(ModelConfig(device="cuda"))
 
 
-def test_blocks_agree_on_everything_that_changes_their_bytes(tmp_path: Path) -> None:
+def test_blocks_agree_on_everything_that_changes_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = write_small_model(tmp_path / "one", layers=1)
     files = ModelFiles("small", "safetensors", directory)
     architecture = read_architecture(files)
@@ -155,6 +159,10 @@ def test_blocks_agree_on_everything_that_changes_their_bytes(tmp_path: Path) -> 
         "small", "safetensors", write_small_model(tmp_path / "two", layers=1, seed=1)
     )
     others.append(kv_identity(other, architecture, ModelConfig(device="cpu")))
+    elsewhere = SimpleNamespace(name=cpu_ops().name, multiplies="as another CPU does")
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "cpu_ops", lambda: elsewhere)
+        others.append(kv_identity(files, architecture, ModelConfig(device="cpu")))
     assert all(plain != identity for identity in others)
     shorter = ModelConfig(device="cpu", context_tokens=100, served_name="other")
     assert kv_identity(files, architecture, shorter) == plain

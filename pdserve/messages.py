@@ -19,7 +19,7 @@ from enum import StrEnum
 
 from pdserve.errors import ErrorInfo
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
-from pdserve.lifecycle import Event
+from pdserve.lifecycle import Event, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +224,13 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """To prefill: stop at the next chunk boundary, keep the blocks in the store, and say so. To
-    decode: park this request. Who does not have it, or is nearly done with it, ignores it."""
+    """Who prefills: stop at the next chunk boundary, keep the blocks in the store, and say so. Who
+    decodes: park this request. Who does not have it, is nearly done with it, or has it in another
+    phase by now, ignores it."""
 
     request: RequestId
     attempt: int
+    phase: Phase  # in which it is to be interrupted: ``PREFILLING`` or ``DECODING``
 
 
 # ── prefill → decode, decode → router → decode ───────────────────────────────────────────────────

@@ -30,6 +30,7 @@ from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.sequence import Sequence as TokenSequence
 from pdserve.engine.workplace import Workplace
 from pdserve.ids import RequestId
+from pdserve.lifecycle import Phase
 from pdserve.messages import (
     Attained,
     Cancel,
@@ -163,8 +164,8 @@ class EngineLoop:
                 self._workplace.counters["resumed"] += 1
                 self._take_over(message.handoff)
             case Preempt():
-                for part in self._parts:
-                    part.preempt(message.request, message.attempt)
+                stopped = self._prompts if message.phase is Phase.PREFILLING else self._streams
+                stopped.preempt(message.request, message.attempt)
             case Cancel():
                 # One that overtook its hand-off finds nothing; the router, told that the request
                 # was adopted, says it again.

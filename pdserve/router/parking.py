@@ -59,7 +59,7 @@ def swaps(state: RouterState, now_ns: int) -> list[Command]:
         assert out.decode is not None
         out.preempting = True
         state.counters["swaps"] += 1
-        commands.append(ToWorker(out.decode, Preempt(out.id, out.request.attempt)))
+        commands.append(ToWorker(out.decode, Preempt(out.id, out.request.attempt, out.phase)))
     return commands
 
 

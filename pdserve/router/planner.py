@@ -327,7 +327,7 @@ def _beats(state: RouterState, waiting: Entry, entry: Entry, worker: Worker, now
 def _tell_to_yield(state: RouterState, entry: Entry, worker: Worker) -> Command:
     entry.preempting = True
     state.yielding[entry.id] = None
-    return ToWorker(worker.id, Preempt(entry.id, entry.request.attempt))
+    return ToWorker(worker.id, Preempt(entry.id, entry.request.attempt, entry.phase))
 
 
 # ── decode room ──────────────────────────────────────────────────────────────────────────────────

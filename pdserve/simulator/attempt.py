@@ -13,7 +13,8 @@ from typing import cast
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, RequestId
-from pdserve.messages import Request, Route
+from pdserve.lifecycle import Phase
+from pdserve.messages import Preempt, Request, Route
 from pdserve.simulator.traces import TraceRequest
 
 
@@ -120,6 +121,11 @@ class Attempt:
         if stage not in _NEXT[self.stage]:
             raise IllegalTransition(f"{self.job.id}: {stage} while {self.stage}")
         self.stage = stage
+
+    def may_stop(self, preempt: Preempt) -> bool:
+        """Whether it is what was meant, and still where it was then."""
+        decodes = self.stage is Stage.RUNNING
+        return self.number == preempt.attempt and decodes == (preempt.phase is Phase.DECODING)
 
     @property
     def generated(self) -> int:

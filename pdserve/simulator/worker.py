@@ -84,9 +84,9 @@ class Worker:
         match message:
             case Dispatch():
                 self._take_prompt(message, now_ns)
-            case Preempt(request, number):
+            case Preempt(request):
                 attempt = self._held.get(request)
-                if attempt is not None and attempt.number == number:
+                if attempt is not None and attempt.may_stop(message):
                     self._preempt(attempt, now_ns)
             case Cancel(request):
                 attempt = self._held.get(request)

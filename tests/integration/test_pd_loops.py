@@ -26,6 +26,7 @@ from pdserve.engine.thread import EngineThread
 from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.keys import block_keys, namespace_digest
+from pdserve.lifecycle import Phase
 from pdserve.messages import (
     Address,
     Cancel,
@@ -336,7 +337,7 @@ def test_a_preempted_prompt_resumes_on_another_worker(
 
     def preempt(chunk: ChunkDone) -> None:
         if chunk.computed_tokens == 128:
-            stage.engines["p0"].submit(Preempt(chunk.request, chunk.attempt))
+            stage.engines["p0"].submit(Preempt(chunk.request, chunk.attempt, Phase.PREFILLING))
 
     stage.on_chunk = preempt
     stage.submit(asked)
@@ -406,7 +407,7 @@ def test_a_stream_preempted_by_message_goes_on_elsewhere(
     stage.submit(asked[1], prefill="d0", decode="d0")  # kept
     stage.wait(lambda: all(len(stage.got[one.request]) >= 20 for one in asked))
     for one in asked:
-        stage.engines["d0"].submit(Preempt(one.request, one.attempt))
+        stage.engines["d0"].submit(Preempt(one.request, one.attempt, Phase.DECODING))
     stage.wait_finished()
     for one in asked:
         assert stage.got[one.request] == alone.answer(one)

@@ -10,6 +10,7 @@ from pdserve.errors import (
     FrameError,
 )
 from pdserve.ids import RequestId, WorkerId
+from pdserve.lifecycle import Phase
 from pdserve.messages import Address, Goodbye, Preempt
 from pdserve.wire import connection as connection_module
 from pdserve.wire.connection import Connection
@@ -66,7 +67,11 @@ def test_posts_arrive_in_order_over_one_connection(tmp_path: Path) -> None:
 def test_messages_of_several_kinds_go_one_way(tmp_path: Path) -> None:
     async def scenario() -> None:
         mailbox = Mailbox()
-        letters = [cancel("r"), Preempt(RequestId("r"), 1), Goodbye(WorkerId("w"))]
+        letters = [
+            cancel("r"),
+            Preempt(RequestId("r"), 1, Phase.PREFILLING),
+            Goodbye(WorkerId("w")),
+        ]
         async with listening(tmp_path, mailbox.serve) as listener:
             postbox = Postbox(host=THERE)
             for letter in letters:

@@ -3,6 +3,7 @@
 import pytest
 
 from pdserve.ids import RequestId
+from pdserve.lifecycle import Phase
 from pdserve.messages import ChunkDone, FinishReason, Preempt, Sampling
 from tests.unit.engine.rig import SAMPLINGS, Rig, plain, prompt, request
 
@@ -65,7 +66,7 @@ def test_a_preempted_prefill_resumes_elsewhere_and_computes_each_token_once(
     rig.send(asked)
     while len(rig.told(ChunkDone)) < 2:
         rig.step(first)
-    first.handle(Preempt(asked.request, asked.attempt))
+    first.handle(Preempt(asked.request, asked.attempt, Phase.PREFILLING))
     rig.run()
     assert rig.events() == ["preempted"]
     rig.check_idle()

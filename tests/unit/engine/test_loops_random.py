@@ -18,7 +18,7 @@ from pdserve.engine.loop import EngineLoop
 from pdserve.engine.outputs import ToRouter
 from pdserve.ids import RequestId
 from pdserve.kvstore.keys import block_keys
-from pdserve.lifecycle import Event
+from pdserve.lifecycle import Event, Phase
 from pdserve.messages import Cancel, Preempt, Progress, Request, WorkerFailed
 from tests.unit.engine import rig as rig_module
 from tests.unit.engine.fakes import BLOCK_TOKENS
@@ -117,8 +117,9 @@ class World:
                     self.cancel(self.dice.choice(list(self.first)))
                 case 2 if self.first:
                     asked = self.asked[self.dice.choice(list(self.first))]
+                    phase = self.dice.choice((Phase.PREFILLING, Phase.DECODING))
                     for loop in self.loops:
-                        loop.handle(Preempt(asked.request, asked.attempt))
+                        loop.handle(Preempt(asked.request, asked.attempt, phase))
                 case 3 if self.faults:
                     store = self.dice.choice(list(self.rig.stores.values()))
                     store.down = self.dice.random() < 0.2

@@ -7,6 +7,7 @@ import pytest
 from pdserve.clock import S
 from pdserve.engine.outputs import GiveUp, ToRouter
 from pdserve.ids import RequestId, WorkerId
+from pdserve.lifecycle import Phase
 from pdserve.messages import (
     Attained,
     Cancel,
@@ -232,8 +233,8 @@ def test_a_decode_preempted_by_message_goes_on_elsewhere(sampling: Sampling, kep
     while len(rig.tokens()) < 6:
         for loop in (rig.prefills["p0"], decode):
             rig.step(loop)
-    decode.handle(Preempt(asked.request, 0))
-    decode.handle(Preempt(asked.request, 0))  # twice is once
+    decode.handle(Preempt(asked.request, 0, Phase.DECODING))
+    decode.handle(Preempt(asked.request, 0, Phase.DECODING))  # twice is once
     rig.run()
     (handoff,) = rig.parked
     assert handoff.tokens == prompt(14) + rig.tokens()
@@ -248,16 +249,21 @@ def test_a_decode_preempted_by_message_goes_on_elsewhere(sampling: Sampling, kep
 
 
 @pytest.mark.parametrize("before", range(14))
-def test_a_preempt_at_any_step_is_obeyed_or_ignored_and_loses_nothing(before: int) -> None:
-    """Prompt or stream, whichever it is by then."""
+@pytest.mark.parametrize("phase", [Phase.PREFILLING, Phase.DECODING])
+def test_a_preempt_at_any_step_is_obeyed_or_ignored_and_loses_nothing(
+    before: int, phase: Phase
+) -> None:
+    """It stops what it was meant for: one for a prompt that streams by now parks nobody."""
     rig = Rig()
     loop = rig.decode("d0", chunk_tokens=8)
     asked = request(tokens=prompt(30), max_tokens=6)
     rig.send(asked, prefill="d0", decode="d0")
     for _ in range(before):
         rig.step(loop)
-    loop.handle(Preempt(asked.request, 0))
+    loop.handle(Preempt(asked.request, 0, phase))
     rig.run()
+    assert phase is Phase.DECODING or not rig.parked
+    assert phase is Phase.PREFILLING or "preempted" not in rig.events()
     if rig.events() == ["preempted"]:
         rig.send(asked, prefill="d0", decode="d0")
     for handoff in rig.parked:
@@ -268,7 +274,10 @@ def test_a_preempt_at_any_step_is_obeyed_or_ignored_and_loses_nothing(before: in
     rig.check_idle()
 
 
-@pytest.mark.parametrize("unknown", [Preempt(RequestId("r"), 1), Preempt(RequestId("other"), 0)])
+@pytest.mark.parametrize(
+    "unknown",
+    [Preempt(RequestId("r"), 1, Phase.DECODING), Preempt(RequestId("other"), 0, Phase.DECODING)],
+)
 def test_a_preempt_of_what_is_not_there_is_ignored(unknown: Preempt) -> None:
     rig = Rig()
     loop = rig.decode()
@@ -276,7 +285,7 @@ def test_a_preempt_of_what_is_not_there_is_ignored(unknown: Preempt) -> None:
     until_streaming(rig, "r")
     loop.handle(unknown)
     rig.run()
-    loop.handle(Preempt(RequestId("r"), 0))  # too late
+    loop.handle(Preempt(RequestId("r"), 0, Phase.DECODING))  # too late
     rig.run()
     assert not rig.parked
     assert rig.tokens() == plain(request())
@@ -293,7 +302,7 @@ def test_a_stream_that_is_not_running_yet_is_not_preempted(monkeypatch: pytest.M
         late_step(rig, "p0")
     rig.step(decode)
     assert decode.load().running == 1
-    decode.handle(Preempt(RequestId("r"), 0))
+    decode.handle(Preempt(RequestId("r"), 0, Phase.DECODING))
     for _ in range(100):
         late_step(rig, "d0")
     assert not rig.parked
@@ -453,7 +462,7 @@ def test_the_routers_decisions_travel_to_the_gateway(prefill: str) -> None:
     while len(rig.tokens()) < 3:
         for name in ("p0", "d0"):
             rig.step(rig.worker(name))
-    decode.handle(Preempt(RequestId("r"), 0))
+    decode.handle(Preempt(RequestId("r"), 0, Phase.DECODING))
     rig.run()
     (handoff,) = rig.parked
     assert isinstance(handoff, Handoff)

@@ -7,6 +7,7 @@ import pytest
 from pdserve.engine.outputs import GiveUp
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, RequestId
+from pdserve.lifecycle import Phase
 from pdserve.messages import (
     Cancel,
     ChunkDone,
@@ -372,8 +373,8 @@ def test_preempt_at_any_step_keeps_what_was_computed(
     rig.send(asked)
     for _ in range(before):
         rig.step(prefill)
-    prefill.handle(Preempt(asked.request, 0))
-    prefill.handle(Preempt(asked.request, 0))  # twice is once
+    prefill.handle(Preempt(asked.request, 0, Phase.PREFILLING))
+    prefill.handle(Preempt(asked.request, 0, Phase.PREFILLING))  # twice is once
     rig.run_prefills()
     if not inbox.handoffs:
         assert rig.events() == ["preempted"]
@@ -398,8 +399,8 @@ def test_a_preempt_for_another_attempt_is_ignored(rig: Rig, inbox: Inbox) -> Non
     prefill = rig.prefill()
     asked = request(attempt=1)
     rig.send(asked)
-    prefill.handle(Preempt(asked.request, 0))
-    prefill.handle(Preempt(request("unknown").request, 0))
+    prefill.handle(Preempt(asked.request, 0, Phase.PREFILLING))
+    prefill.handle(Preempt(request("unknown").request, 0, Phase.PREFILLING))
     run_prefill(rig)
     assert len(inbox.handoffs) == 1
 

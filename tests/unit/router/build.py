@@ -215,7 +215,7 @@ def _line(command: Command) -> str:  # noqa: PLR0911
                 f"{worker} <- dispatch {request.request}, decode {route.decode}, "
                 f"level {timing.level}, queued {timing.queued_us // 1000} ms{again}{ahead}"
             )
-        case ToWorker(worker, Preempt(request, _)):
+        case ToWorker(worker, Preempt(request, _, _)):
             return f"{worker} <- preempt {request}"
         case ToWorker(worker, Cancel(request, attempt)):
             return f"{worker} <- cancel {request}/{attempt}"

@@ -196,8 +196,8 @@ class FakeCluster:
                 here.say()
             case Resume(handoff):
                 here.arriving.append(handoff)
-            case Preempt(request, attempt):
-                self._yield(here, request, attempt)
+            case Preempt(request, attempt, phase):
+                self._yield(here, request, attempt, phase)
             case Cancel(request, attempt):
                 for jobs in (here.prompts, here.streams):
                     job = jobs.get(request)
@@ -253,13 +253,13 @@ class FakeCluster:
 
     # ── what workers do ──────────────────────────────────────────────────────────────────────────
 
-    def _yield(self, here: FakeWorker, request: RequestId, attempt: int) -> None:
+    def _yield(self, here: FakeWorker, request: RequestId, attempt: int, phase: Phase) -> None:
         prompt, stream = here.prompts.get(request), here.streams.get(request)
-        if prompt is not None and prompt.request.attempt == attempt:
+        if phase is Phase.PREFILLING and prompt is not None and prompt.request.attempt == attempt:
             here.preempted.add(request)
             if request != next(iter(here.prompts)):
                 self._hand_back(here, prompt)
-        elif stream is not None and stream.request.attempt == attempt:
+        elif phase is Phase.DECODING and stream is not None and stream.request.attempt == attempt:
             self._park(here, stream)
 
     def _prefill(self, here: FakeWorker, job: Job) -> None:

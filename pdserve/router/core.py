@@ -249,10 +249,9 @@ class RouterCore:
             commands += drop(self.state, entry, Event.GAVE_UP, "refused", now_ns)
             commands.append(_refused(entry.request, error))
             self.state.counters["deadlines_passed"] += 1
-        for worker in self.state.fleet.all():
-            if worker.last_heard_ns + self._silence_ns <= now_ns:
-                self.state.counters["workers_silent"] += 1
-                commands += self._forget_worker(worker, now_ns) + self._lose_storeless(now_ns)
+        for worker in self.state.fleet.silent(self._silence_ns, now_ns):
+            self.state.counters["workers_silent"] += 1
+            commands += self._forget_worker(worker, now_ns) + self._lose_storeless(now_ns)
         for gateway in [g for g, until_ns in self._gone_gateways.items() if until_ns <= now_ns]:
             del self._gone_gateways[gateway]
             for entry in list(self.state.entries.values()):
@@ -272,7 +271,8 @@ class RouterCore:
         """When ``on_tick`` has something to do, unless an event comes first; None: never."""
         deadline_ns = self.state.deadlines.next_ns()
         instants = [] if deadline_ns is None else [deadline_ns]
-        instants += [w.last_heard_ns + self._silence_ns for w in self.state.fleet.all()]
+        if self.state.fleet.all():
+            instants.append(self.state.fleet.heard_all_ns + self._silence_ns)
         instants += self._gone_gateways.values()
         instants += [ns for ns in (self._goal.due_ns(), self.state.look_again_ns) if ns is not None]
         return min(instants, default=None)

@@ -16,10 +16,12 @@ import math
 from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.clock import MS
 from pdserve.config import RouterConfig
 from pdserve.ids import RequestId, WorkerId
 from pdserve.messages import Address, Hello, Report, Role
@@ -28,6 +30,10 @@ from pdserve.router.prefix_index import Hits, PrefixIndex
 
 HELD_MAX = 8
 """Prompts at one prefill worker, however short."""
+
+LEAD_NS = 10 * MS
+"""How long before it is done with what it computes a worker is sent more: the way there, and the
+error of a prediction."""
 
 SLOTS_GROW = 16
 
@@ -66,7 +72,7 @@ class Worker:
     reserved_blocks: int = 0  # for streams that have not arrived yet
     context_tokens: int = 0  # of all streams
     free_at_ns: int = 0  # when it is predicted to be done with its prompts
-    is_open: bool = False  # it has room for a prompt, as entered in the arrays
+    is_changed: bool = False  # since it was entered in the arrays
     id: WorkerId = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,8 +122,8 @@ class Fleet:
         self.index = PrefixIndex()
         self.correction = self._new_correction()  # of all prefill workers together
         self.prefill_bits = 0  # bit set of the slots that may be sent prompts
-        self._open_count = 0
-        self._changed: set[Worker] = set()  # their elements are to be rewritten
+        self._changed: list[Worker] = []  # their elements are to be rewritten
+        self.heard_all_ns = 0  # since then everybody has been heard of, at least
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
         self.shares = settings.mode != "disaggregated"  # some workers do both
@@ -129,7 +135,7 @@ class Fleet:
         self._ordered: list[Worker] = []
         self._largest: Hello | None = None  # the largest pool of those that decode
         self.start_ns: Floats = np.empty(0)  # when it would begin with something new
-        self.open_ns: Floats = np.empty(0)  # the same; infinite where there is no room for a prompt
+        self.open_ns: Floats = np.empty(0)  # when it takes a prompt; infinite: it has no room
         self.slow: Floats = np.empty(0)  # than the cost model says; infinite: it takes no prompts
         self.room: Floats = np.empty(0)  # blocks a new stream may take
         self.step_ns: Floats = np.empty(0)  # predicted with one stream more that is handed to it
@@ -162,12 +168,6 @@ class Fleet:
         return self.prefill_bits.bit_count()
 
     @property
-    def open_count(self) -> int:
-        """Workers with room for a prompt."""
-        self.settle()
-        return self._open_count
-
-    @property
     def largest(self) -> Hello | None:
         """What no worker's pool exceeds."""
         return self._largest
@@ -197,9 +197,12 @@ class Fleet:
         insort(self._by_role[hello.role], worker, key=_id_of)
         others = (self._ordered[0], self._ordered[-1])  # unless it is alone, one is another
         self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
+        self._recount_prefilling(worker)
         if hello.role is Role.DECODE:
             self._largest = max(self._largest or hello, hello, key=_pool_tokens)
         self.changed(worker)
+        if len(self._ordered) == 1:
+            self.heard_all_ns = now_ns
         return worker
 
     def remove(self, worker: Worker) -> None:
@@ -211,10 +214,27 @@ class Fleet:
         self._ordered.remove(worker)
         self._by_role[worker.hello.role].remove(worker)
         self.index.leave(slot, worker.hello.store_id)
-        self._open_count -= worker.is_open
-        self._changed.discard(worker)
+        if worker.is_changed:
+            self._changed.remove(worker)
         self._clear(slot)
+        self._recount_prefilling(worker)
         self._recount()
+
+    def silent(self, limit_ns: int, now_ns: int) -> list[Worker]:
+        """Those that have not been heard of for so long. Looks at all of them, once in so long."""
+        if self.heard_all_ns + limit_ns > now_ns:
+            return []
+        silent = [w for w in self._ordered if w.last_heard_ns + limit_ns <= now_ns]
+        self.heard_all_ns = min(
+            (w.last_heard_ns for w in self._ordered if w not in silent), default=now_ns
+        )
+        return silent
+
+    def _recount_prefilling(self, worker: Worker) -> None:
+        """It came or went; when others are open depends on whether there are several."""
+        if worker.prefills and self.prefill_count <= 2:
+            for other in self._ordered:
+                self.changed(other)
 
     def _recount(self) -> None:
         decoding = [worker.hello for worker in self._by_role[Role.DECODE]]
@@ -258,22 +278,23 @@ class Fleet:
 
     def changed(self, worker: Worker) -> None:
         """What the arrays say of it is out of date."""
-        self._changed.add(worker)
+        if not worker.is_changed:
+            worker.is_changed = True
+            self._changed.append(worker)
 
     def settle(self) -> None:
         """Enter into the arrays what has changed."""
         while self._changed:
-            self._rewrite(self._changed.pop())
+            worker = self._changed.pop()
+            worker.is_changed = False
+            self._rewrite(worker)
 
     def _rewrite(self, worker: Worker) -> None:
         slot = worker.slot
         hands_off = worker.hello.role is Role.PREFILL
         if worker.prefills:
-            is_open = worker.has_prefill_room
-            self._open_count += is_open - worker.is_open
-            worker.is_open = is_open
             self.start_ns[slot] = worker.free_at_ns
-            self.open_ns[slot] = worker.free_at_ns if is_open else math.inf
+            self.open_ns[slot] = self._opens_ns(worker) if worker.has_prefill_room else math.inf
             self.slow[slot] = math.inf if worker.draining else worker.correction.factor
             self.hands_off[slot] = hands_off
         if worker.decodes:
@@ -283,6 +304,28 @@ class Fleet:
                 self.step_ns[slot] = self.costs.decode.step_ns(
                     len(worker.streams) + 1, worker.context_tokens
                 )
+
+    def _opens_ns(self, worker: Worker) -> float:
+        """Shortly before it is done with what it computes now: what was sent earlier would be bound
+        to this worker though others may be free sooner. Where there are no others, at once."""
+        if self.prefill_count == 1 or not worker.prompts:
+            return 0.0
+        waiting_ns = sum(map(self.costs.prefill_ns, islice(worker.prompts.values(), 1, None)))
+        return worker.free_at_ns - waiting_ns * worker.correction.factor - LEAD_NS
+
+    def soonest_open_ns(self, *, but: int | None = None) -> float:
+        """When the first worker, or the first but the one at a slot, takes another prompt."""
+        self.settle()
+        open_ns = self.open_ns
+        if not len(open_ns):
+            return math.inf
+        slot = open_ns.argmin()  # faster than its least
+        if slot == but:
+            kept_ns, open_ns[but] = open_ns[but], math.inf
+            slot = open_ns.argmin()
+            soonest_ns, open_ns[but] = open_ns[slot], kept_ns
+            return float(soonest_ns)
+        return float(open_ns[slot])
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -301,6 +344,11 @@ class Fleet:
         packed = np.frombuffer(bits.to_bytes(-(-count // 8), "little"), dtype=np.uint8)
         return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)
 
+    def open_bits(self, now_ns: int) -> int:
+        """Bit set of the slots that take a prompt now."""
+        self.settle()
+        return bits_of(self.open_ns <= now_ns)
+
     def has_store(self, store: Address) -> bool:
         """Whether any worker still speaks for that store node's host."""
         return any(worker.hello.store == store for worker in self._workers.values())
@@ -313,7 +361,11 @@ class Fleet:
             assert (self.open_ns[slot] == math.inf) == closed, f"slot {slot}"
             room = -1 if worker is None else worker.room_blocks
             assert self.room[slot] == room, f"slot {slot}"
-        assert self.open_count == sum(w.has_prefill_room for w in self.all())
+
+
+def bits_of(mask: NDArray[np.bool_]) -> int:
+    """A mask over the arrays as a bit set of slots."""
+    return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
 
 
 def _id_of(worker: Worker) -> WorkerId:

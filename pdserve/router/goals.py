@@ -1,8 +1,8 @@
 """γ, steered to an operator's goal by shadow queues.
 
     mean       the least mean time to first token: γ as small as it gets
-    balanced   the least mean with a 99th percentile at most 1.05 × that of first come first served
-    tail       the least mean with a 99th percentile no worse than that
+    balanced   the least mean with the slowest answers hardly slower than first come, first served
+    tail       the least mean with the slowest answers no slower than that
     slo        the most requests within the objective
 
 No formula gives the best γ for bursty arrivals: that for Poisson arrivals is far too cautious for
@@ -10,6 +10,11 @@ some traffic and too bold for other. But a queue is cheap to imitate. So every a
 how much work) also enters a few *shadows*: queues with as many servers as there are workers, one
 first come, first served, the others with one γ each. Each keeps a fading histogram of its response
 times, and now and then the real γ moves one step towards that whose shadow serves the goal best.
+
+*The slowest* are the last 1 % and the last 0.1 %, each with its own limit (``LIMITS``). The 99th
+percentile alone says little: where few prompts are long, the smallest γ lets all short ones pass,
+so that it falls, while those few wait without end. Between two shadows γ is put where the limit is
+met in between.
 
 A shadow has neither preemption nor caches: it need not predict times, only their ratios. Its memory
 is an hour, because a 99th percentile is made by the worst minutes of it, and what a calm minute
@@ -20,6 +25,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,20 +34,31 @@ from pdserve.clock import MS, S
 from pdserve.config import RouterConfig
 from pdserve.router.levels import Ladder
 
-GAMMAS_PER_S = tuple(0.004 * 2**step for step in range(12))  # to 8.2 per second
+GAMMAS_PER_S = tuple(0.05 * 2.0**step for step in range(-4, 8))  # 0.003 to 6.4 per second
 GAMMA_MIN_PER_S = 0.002
 START = 4
 GAMMA_START_PER_S = GAMMAS_PER_S[START]
 
 PERIOD_NS = 30 * S
 MEMORY_NS = 3600 * S
-ARRIVALS_MIN = 500
-"""With fewer a 99th percentile says little; γ stays."""
+ARRIVALS_MIN = 2000
+"""Twenty in the last percent. With fewer γ stays: one burst says how it went, not how bursts go."""
 
 WAITING_MAX = 4096
 """Requests in one shadow; an arrival beyond is left out of all of them."""
 
-TAIL_RATIOS = {"balanced": 1.05, "tail": 1.0}
+STEP_MAX = 2.0
+"""By which γ is multiplied or divided at most in one period."""
+
+
+class Limits(NamedTuple):
+    """How much slower than first come, first served the slowest 1 % and 0.1 % may be."""
+
+    p99: float
+    p999: float
+
+
+LIMITS = {"balanced": Limits(1.05, 1.25), "tail": Limits(1.0, 1.05)}
 
 BINS = 1024
 BIN_RATIO = 1.02
@@ -128,17 +145,32 @@ class Outcome:
     gamma_per_s: float
     mean_s: float
     p99_s: float
+    p999_s: float
     within_slo: float
+
+    def excess(self, limits: Limits, fcfs: "Outcome") -> float:
+        """Above 1: a limit is broken."""
+        return max(
+            self.p99_s / (limits.p99 * fcfs.p99_s), self.p999_s / (limits.p999 * fcfs.p999_s)
+        )
 
 
 def choose(goal: str, fcfs: Outcome, outcomes: Sequence[Outcome]) -> float:
-    """The γ that serves the goal best among those tried."""
+    """The γ that serves the goal best, by those tried, which are given in ascending order of γ."""
     if goal == "slo":
         return max(outcomes, key=lambda o: (o.within_slo, -o.mean_s)).gamma_per_s
-    keeping = [o for o in outcomes if o.p99_s <= TAIL_RATIOS[goal] * fcfs.p99_s]
-    if keeping:
-        return min(keeping, key=lambda o: o.mean_s).gamma_per_s
-    return min(outcomes, key=lambda o: (o.p99_s, o.mean_s)).gamma_per_s
+    limits = LIMITS[goal]
+    excesses = [outcome.excess(limits, fcfs) for outcome in outcomes]
+    keeping = [place for place, excess in enumerate(excesses) if excess <= 1]
+    if not keeping:
+        return min(outcomes, key=lambda o: (o.excess(limits, fcfs), o.mean_s)).gamma_per_s
+    best = min(keeping, key=lambda place: outcomes[place].mean_s)
+    gamma = outcomes[best].gamma_per_s
+    if best == 0 or best - 1 in keeping:
+        return gamma
+    below = outcomes[best - 1].gamma_per_s
+    part = (1 - excesses[best]) / (excesses[best - 1] - excesses[best])
+    return float(gamma * (below / gamma) ** part)
 
 
 class GoalControl:
@@ -196,10 +228,9 @@ class GoalControl:
             return False
         outcomes = [self._outcome(gamma, shadow) for gamma, shadow in self._shadows]
         best = choose(self._goal, self._outcome(0.0, self._fcfs), outcomes)
-        before = GAMMAS_PER_S.index(self.gamma_per_s)
-        step = (GAMMAS_PER_S.index(best) > before) - (GAMMAS_PER_S.index(best) < before)
-        self.gamma_per_s = GAMMAS_PER_S[before + step]
-        return step != 0
+        before = self.gamma_per_s
+        self.gamma_per_s = min(max(best, before / STEP_MAX), before * STEP_MAX)
+        return self.gamma_per_s != before
 
     def _outcome(self, gamma: float, shadow: Shadow) -> Outcome:
         times = shadow.times
@@ -207,6 +238,7 @@ class GoalControl:
             gamma_per_s=gamma,
             mean_s=times.mean_s,
             p99_s=times.quantile_s(0.99),
+            p999_s=times.quantile_s(0.999),
             within_slo=1.0 if self._slo_ns is None else times.part_within(self._slo_ns),
         )
 

@@ -7,6 +7,7 @@ queues can be stale and cancelling is cheap. A line per worker is what placement
 from collections.abc import Callable, Iterator
 
 from pdserve.ids import WorkerId
+from pdserve.router.deferrals import Deferrals
 from pdserve.router.entry import Entry
 from pdserve.router.orders.base import Order
 
@@ -15,6 +16,7 @@ class Lines:
     def __init__(self, new_order: Callable[[], Order]) -> None:
         self._new_order = new_order
         self.shared = new_order()
+        self.aside = Deferrals()  # of the shared line
         self._own: dict[WorkerId, Order] = {}
 
     def of(self, entry: Entry) -> Order:
@@ -36,9 +38,13 @@ class Lines:
         yield from self._own.values()
 
     def __len__(self) -> int:
-        return len(self.shared) + sum(map(len, self._own.values()))
+        own = sum(map(len, self._own.values())) if self._own else 0
+        return len(self.shared) + len(self.aside) + own
 
     def lengths(self) -> tuple[int, ...]:
         """Entries by level, over all lines."""
         columns = zip(*(order.lengths() for order in self.all()), strict=True)
-        return tuple(sum(column) for column in columns)
+        counts = [sum(column) for column in columns]
+        for entry in self.aside:
+            counts[min(entry.level, len(counts) - 1)] += 1
+        return tuple(counts)

@@ -23,7 +23,7 @@ import numpy as np
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId, WorkerId
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Fleet, Floats, Worker
+from pdserve.router.fleet import Fleet, Floats, Worker, bits_of
 from pdserve.router.prefix_index import Hits
 
 DEFER_MAX_NS = 1 * S
@@ -53,6 +53,7 @@ class Deferred:
     """It had better wait for a worker that is not free yet."""
 
     until_ns: int  # then it takes what is free
+    awaited_bits: int  # bit set of the slots of those it waits for
 
 
 def blocks_of(tokens: int, block_tokens: int) -> int:
@@ -136,6 +137,14 @@ def _work_ns(fleet: Fleet, entry: Entry, blocks: int, block_tokens: int) -> int:
     return fleet.costs.prefill_ns(entry.total_tokens - cached_tokens, cached_tokens)
 
 
+def lead_ns(fleet: Fleet, entry: Entry) -> int:
+    """How much earlier it had better be at a worker: what is cached of it has to be loaded."""
+    cached_tokens = entry.total_tokens - entry.uncached_tokens
+    if cached_tokens == 0:
+        return 0
+    return fleet.costs.host.time_ns(fleet.costs.kv_token_bytes * cached_tokens)
+
+
 def place(
     fleet: Fleet,
     entry: Entry,
@@ -161,15 +170,16 @@ def place(
     _rule_out(fleet, own_ns, decode, least_blocks)
     now = float(now_ns)
     if only is None:
-        opened_ns = np.maximum(fleet.open_ns, now)
-        opened_ns += own_ns
+        opens_ns = now + lead_ns(fleet, entry)
+        opened_ns = np.where(fleet.open_ns <= opens_ns, _done_ns(fleet, own_ns, now), np.inf)
         slot = int(opened_ns.argmin())
         if opened_ns[slot] == np.inf:
             return None
         if len(hits) > 1 or fleet.shares:
             until_ns = _defer_until_ns(entry, own_ns, _done_ns(fleet, own_ns, now), slot, now_ns)
             if until_ns > now_ns:
-                return Deferred(until_ns)
+                awaited = (own_ns < own_ns[slot]) & (opened_ns == np.inf)
+                return Deferred(until_ns, bits_of(awaited))
     else:
         slot = only.slot
         if own_ns[slot] == np.inf:

@@ -125,6 +125,22 @@ class RouterState:
         self.lines.of(entry).push(entry, now_ns)
         self._count(entry, 1)
 
+    def defer(self, entry: Entry, until_ns: int, awaited_bits: int) -> None:
+        """It had better wait for one of those workers, and stands aside."""
+        self.lines.of(entry).remove(entry)
+        self.lines.aside.add(entry, until_ns, awaited_bits)
+
+    def recall(self, now_ns: int) -> bool:
+        """Back to its line, who stood aside for a worker that is open now: the best of them. Also
+        all that have waited enough. Whether there were any."""
+        shared = self.lines.shared
+        due = self.lines.aside.take_due(
+            self.fleet.open_bits(now_ns), now_ns, lambda entry: shared.key_ns(entry, now_ns)
+        )
+        for entry in due:
+            shared.push(entry, now_ns)
+        return bool(due)
+
     def unbind(self, entry: Entry) -> None:
         """The worker it waited for is gone."""
         self.lines.of(entry).remove(entry)
@@ -136,6 +152,9 @@ class RouterState:
         """What of it is cached has changed while it waited: its work is another. Whether so."""
         if least_uncached(entry, hits, self.block_tokens) == entry.uncached_tokens:
             return False
+        if entry.id in self.lines.aside:
+            self.lines.aside.remove(entry)
+            self.lines.of(entry).push(entry, now_ns)
         self._unqueue(entry)
         self.predict(entry, hits)
         self._count(entry, 1)
@@ -282,7 +301,8 @@ class RouterState:
     def leave(self, entry: Entry, event: Event, counter: str, now_ns: int) -> None:
         """The one way out, from any phase. The worker's part, if any, is the caller's to cancel."""
         if entry.phase is Phase.QUEUED:
-            self.lines.of(entry).remove(entry)
+            aside = self.lines.aside
+            (aside if entry.id in aside else self.lines.of(entry)).remove(entry)
             self._unqueue(entry)
         elif entry.phase is Phase.PARKED:
             del self.parked[entry.id]
@@ -372,7 +392,8 @@ class RouterState:
         assert len(self.lines) == sum(phase is Phase.QUEUED for phase in phases.values())
         queued_work_ns = 0
         for entry in self.entries.values():
-            assert (entry.id in self.lines.of(entry)) == (entry.phase is Phase.QUEUED)
+            places = (entry.id in self.lines.of(entry)) + (entry.id in self.lines.aside)
+            assert places == (entry.phase is Phase.QUEUED)
             queued_work_ns += entry.work_ns if entry.phase is Phase.QUEUED else 0
             assert (entry.handoff is not None) == (entry.phase is Phase.PARKED)
             assert (entry.prefill is not None) == (entry.phase is Phase.PREFILLING)

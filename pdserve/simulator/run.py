@@ -171,8 +171,8 @@ class Simulation:
     def _sample(self, now_ns: int, _: None) -> None:
         if self._over:
             return
-        snapshot = self._core.snapshot(now_ns)
-        self._samples.append(Sample(now_ns / S, snapshot.queue_lengths, snapshot.parked))
+        state = self._core.state
+        self._samples.append(Sample(now_ns / S, state.lines.lengths(), len(state.parked)))
         if len(self._samples) >= SAMPLES_MAX:
             self._samples = self._samples[::2]
             self._sample_ns *= 2

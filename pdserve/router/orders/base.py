@@ -38,6 +38,10 @@ class Order(Protocol):
     def forget(self, entry: Entry) -> None:
         """Its prefill is over or will never be: drop what is kept about it."""
 
+    def may_stand_aside(self, entry: Entry) -> bool:
+        """Whether it may be removed for a while, and stand where it stood when pushed again."""
+        ...
+
     def ranked(self, now_ns: int) -> Iterator[Entry]:
         """Those that wait, the next one first; lazily. The order is not changed meanwhile."""
 

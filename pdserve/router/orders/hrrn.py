@@ -39,6 +39,9 @@ class HighestResponseRatio:
     def forget(self, entry: Entry) -> None:
         assert entry.id not in self._waiting, f"{entry.id} waits, it cannot be forgotten"
 
+    def may_stand_aside(self, entry: Entry) -> bool:
+        return False
+
     def ranked(self, now_ns: int) -> Iterator[Entry]:
         # Orders of arrival differ, so two entries are never compared themselves.
         heap = [(self.key_ns(e, now_ns), e.order, e) for e in self._waiting.values()]

@@ -187,6 +187,9 @@ class FeedbackQueue:
         assert entry.id not in self._waiting, f"{entry.id} waits, it cannot be forgotten"
         self._accounts.pop(entry.id, None)
 
+    def may_stand_aside(self, entry: Entry) -> bool:
+        return False
+
     def ranked(self, now_ns: int) -> Iterator[Entry]:
         """Those that wait; the first alone where D10 looks at no other."""
         if not self._defects.sweeps:

@@ -142,6 +142,10 @@ class SkipJoin:
         self._standings.pop(entry.id, None)
         self._rescued.pop(entry.id, None)
 
+    def may_stand_aside(self, entry: Entry) -> bool:
+        """Keys are static; but a claim has its place behind those that came before."""
+        return self._rescue.bound_ns(entry.id) is None
+
     def ranked(self, now_ns: int) -> Iterator[Entry]:
         first = self.head(now_ns)
         if first is None:

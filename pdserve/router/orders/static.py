@@ -56,6 +56,9 @@ class StaticOrder:
     def forget(self, entry: Entry) -> None:
         assert entry.id not in self._heap, f"{entry.id} waits, it cannot be forgotten"
 
+    def may_stand_aside(self, entry: Entry) -> bool:
+        return False
+
     def ranked(self, now_ns: int) -> Iterator[Entry]:
         return iter(self._heap)
 

@@ -13,8 +13,8 @@ the weights of all that wait or ran lately, so a tenant that is alone has all of
 Within a tenant the tag is the same for all, so tags never disturb its own order.
 
 Between tenants a short request of the one may go before a long one of the other that came many
-seconds earlier, and a flood of short ones would have to run that far ahead before it gives way. So
-what a tag is ahead of *now* counts ``AHEAD_RATIO`` times.
+minutes earlier, and a flood of short ones would have to run that far ahead before it gives way. So
+a tenant whose tag is more than ``AHEAD_MAX_NS`` ahead of *now* comes after all those who are not.
 
 Source: start-time fair queueing (Goyal et al., 1996), applied to worker time; the service gap
 between two backlogged tenants is that of VTC (arXiv:2401.00588) plus the difference of two boosts.
@@ -22,14 +22,18 @@ between two backlogged tenants is that of VTC (arXiv:2401.00588) plus the differ
 
 from collections.abc import Collection, Mapping
 
+from pdserve.clock import S
 from pdserve.router.entry import Entry
 
 TAGS_MAX = 64
 """With more tags than this, those in the past are forgotten: they have no effect."""
 
 
-AHEAD_RATIO = 8
-"""Boosts differ by some 40 s; a tenant that is 5 s ahead of its share has no use of that."""
+AHEAD_MAX_NS = 2 * S
+"""By how much a tenant may be ahead of its share and still compete by key."""
+
+BEYOND_NS = 1 << 60
+"""Later than any arrival."""
 
 
 class FairTags:
@@ -44,7 +48,7 @@ class FairTags:
     def tag_ns(self, tenant: str, now_ns: int) -> int:
         """Its next request counts as having arrived then, at the earliest."""
         tag_ns = self._tags_ns.get(tenant, 0)
-        return tag_ns + max(0, tag_ns - now_ns) * (AHEAD_RATIO - 1)
+        return tag_ns + (BEYOND_NS if tag_ns - now_ns > AHEAD_MAX_NS else 0)
 
     def charge(self, entry: Entry, active: Collection[str], now_ns: int) -> None:
         """``entry`` is dispatched while the tenants ``active`` wait."""

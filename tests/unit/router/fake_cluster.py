@@ -41,7 +41,7 @@ from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
 from pdserve.router.fleet import HELD_MAX
 from tests.unit.router import build
 
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 32
 POOL_BLOCKS = 24
 RUNNING_MAX = 3
 ATTAINED_EVERY = 3

@@ -1,5 +1,6 @@
 """Which prefill worker, which decode worker; or rather wait. A token is a millisecond."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,7 +12,7 @@ from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.messages import Role, Stop
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.fleet import LEAD_NS, Fleet, Worker
 from pdserve.router.placement import (
     DEFER_MAX_NS,
     KEPT_TOKENS_MAX,
@@ -20,6 +21,7 @@ from pdserve.router.placement import (
     blocks_of,
     choose_decode,
     choose_resume,
+    lead_ns,
     own_costs,
     place,
     usable_tokens,
@@ -170,9 +172,9 @@ def test_it_waits_for_a_full_worker_that_has_its_prefix_for_as_long_as_it_gains(
     _set(fleet, 1, busy_ms=30, prompts=FULL)
     one = entry("r", 100)
     # At p1 it would be done after 30 + 20 ms, at p0 after 100.
-    assert _place(fleet, one, (0, 5), now_ns=0) == Deferred(50 * MS)
+    assert _place(fleet, one, (0, 5), now_ns=0) == Deferred(50 * MS, 0b10)
     # It is late: from when it first was worth it, 80 ms are the most that can be gained.
-    assert _place(fleet, one, (0, 5), now_ns=60 * MS) == Deferred(80 * MS)
+    assert _place(fleet, one, (0, 5), now_ns=60 * MS) == Deferred(80 * MS, 0b10)
     assert _to(_place(fleet, one, (0, 5), now_ns=80 * MS)) == ("p0", "d0")
 
 
@@ -181,8 +183,8 @@ def test_it_never_waits_longer_than_a_second() -> None:
     _set(fleet, 1, busy_ms=100, prompts=FULL)
     one = entry("r", 5000)
     cached = (0, 300)
-    assert _place(fleet, one, cached, now_ns=7) == Deferred(7 + DEFER_MAX_NS)
-    assert _place(fleet, one, cached, now_ns=6 + DEFER_MAX_NS) == Deferred(7 + DEFER_MAX_NS)
+    assert _place(fleet, one, cached, now_ns=7) == Deferred(7 + DEFER_MAX_NS, 0b10)
+    assert _place(fleet, one, cached, now_ns=6 + DEFER_MAX_NS) == Deferred(7 + DEFER_MAX_NS, 0b10)
     assert _to(_place(fleet, one, cached, now_ns=7 + DEFER_MAX_NS)) == ("p0", "d0")
 
 
@@ -200,6 +202,34 @@ def test_it_does_not_wait_where_nobody_has_room() -> None:
     for slot in (0, 1):
         _set(fleet, slot, busy_ms=10, prompts=FULL)
     assert _place(fleet, entry("r", 100), (0, 5)) is None
+
+
+def test_one_of_several_is_open_shortly_before_it_is_done() -> None:
+    """What waits in its line does not count: it would share the next chunk."""
+    fleet = _fleet("p0", "p1", "d0")
+    for slot in (0, 1):
+        _set(fleet, slot, busy_ms=300, prompts=(100, 20))
+    one = entry("r", 100)
+    opens_ns = 280 * MS - LEAD_NS
+    assert fleet.soonest_open_ns() == opens_ns
+    assert _place(fleet, one, now_ns=opens_ns - 1) is None
+    assert _to(_place(fleet, one, now_ns=opens_ns)) == ("p0", "d0")
+    loading = entry("r", 100, cached_tokens=1000)
+    lead = lead_ns(fleet, loading)
+    assert lead > 0
+    assert _place(fleet, loading, now_ns=opens_ns - lead - 1) is None
+    assert _to(_place(fleet, loading, now_ns=opens_ns - lead)) == ("p0", "d0")
+
+
+def test_one_alone_is_open_while_the_next_chunk_has_room() -> None:
+    fleet = _fleet("p0", "p1", "d0")
+    _set(fleet, 0, busy_ms=300, prompts=(100,))
+    assert fleet.soonest_open_ns() == 0.0  # p1
+    assert fleet.soonest_open_ns(but=1) == 300 * MS - LEAD_NS
+    fleet.remove(fleet.at(1))
+    assert fleet.soonest_open_ns() == 0.0
+    _set(fleet, 0, busy_ms=300, prompts=FULL)
+    assert fleet.soonest_open_ns() == math.inf
 
 
 # ── a decode worker ──────────────────────────────────────────────────────────────────────────────
@@ -428,7 +458,8 @@ def test_it_goes_to_the_cheapest_worker_with_room_or_waits_for_a_cheaper_one(
     now_ns = now_ms * MS
     asked = entry("r", tokens)
     priced = _priced(fleet, asked, cached, now_ns)
-    opened = [slot for slot in priced if fleet.at(slot).has_prefill_room]
+    opens_ns = now_ns + lead_ns(fleet, asked)
+    opened = [slot for slot in priced if fleet.open_ns[slot] <= opens_ns]
     choice = _place(fleet, asked, cached, now_ns=now_ns)
     if not opened:
         assert choice is None

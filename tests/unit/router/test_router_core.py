@@ -202,7 +202,7 @@ def test_a_prompt_that_fits_nowhere_lets_smaller_ones_pass_but_not_for_ever(
 
 
 def test_reservations_are_for_the_prompt_and_not_for_the_longest_answer() -> None:
-    core, _ = core_with(hello("p0"), hello("p1"), hello("d0", block_count=30))
+    core, _ = core_with(hello("p0"), hello("p1"), hello("p2"), hello("d0", block_count=30))
     for name in ("r1", "r2", "r3"):
         core.on_submit(request(name, 64, max_tokens=10_000), 0)
     (d0,) = [worker for worker in core.snapshot(0).workers if worker.role == "decode"]

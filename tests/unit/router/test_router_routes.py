@@ -11,6 +11,7 @@ from pdserve.lifecycle import Event
 from pdserve.messages import Dispatch, Request, Resume, Stop
 from pdserve.router.core import Command, RouterCore, ToWorker
 from pdserve.router.fleet import HELD_MAX
+from pdserve.router.planner import CANDIDATES_MAX
 from tests.unit.router.build import (
     FAR_MS,
     Reporter,
@@ -102,6 +103,25 @@ def test_it_goes_to_the_better_worker_as_soon_as_that_is_free() -> None:
     _, p1, _ = _one_defers()
     commands = p1.event(request("x1", 200), Event.PREFILL_DONE, now_ns=150 * MS)
     assert _routes(commands) == ["r: p1 to d0"]
+
+
+def test_however_many_rather_wait_the_next_one_goes() -> None:
+    core, _, _ = _one_defers()
+    for index in range(2 * CANDIDATES_MAX):
+        assert core.on_submit(request(f"r{index}", 961, document="a"), 0) == []
+    core.state.check()
+    assert core.snapshot(0).phases["queued"] == 2 * CANDIDATES_MAX + 1
+    assert sum(core.snapshot(0).queue_lengths) == 2 * CANDIDATES_MAX + 1
+    assert _routes(core.on_submit(request("other", 200), 0)) == ["other: p0 to d0"]
+
+
+def test_what_rather_waits_goes_back_to_where_its_key_puts_it() -> None:
+    """Of two alike, who came first."""
+    core, p1, _ = _one_defers()
+    core.on_submit(request("less", 900, document="a"), 0)
+    commands = p1.event(request("x1", 200), Event.PREFILL_DONE, now_ns=150 * MS)
+    assert _routes(commands)[0] == "r: p1 to d0"
+    core.state.check()
 
 
 def test_nothing_is_due_once_nobody_has_room_or_it_is_gone() -> None:

@@ -50,7 +50,7 @@ def _storm(seed: int, settings: dict[str, object], submits: int) -> Counter[str]
 
 def _submit(cluster: FakeCluster, chance: Random) -> None:
     cluster.submit(
-        chance.choice((5, 32, 70, 150, 300)),
+        chance.choice((5, 32, 70, 150, 300, 450)),
         chance.choice((1, 3, 60, 200)),
         chance.choice("ab"),
         chance.choice((30, 10**6, 10**6, 10**6)),

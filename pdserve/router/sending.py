@@ -1,0 +1,96 @@
+"""A request on its way out of its line: where it goes, and the message that says so."""
+
+from typing import NamedTuple
+
+from pdserve.clock import MS
+from pdserve.errors import ErrorInfo, OutOfBlocks, PromptTooLong
+from pdserve.lifecycle import Event
+from pdserve.messages import Dispatch, Refused, Route
+from pdserve.router.commands import Command, ToGateway, ToWorker
+from pdserve.router.endings import drop
+from pdserve.router.entry import Entry
+from pdserve.router.fleet import Worker
+from pdserve.router.placement import Choice, Deferred, blocks_of, place
+from pdserve.router.state import RouterState
+
+OUT_OF_BLOCKS_RETRY_MS = 1000
+
+
+class Send(NamedTuple):
+    """It goes to a worker."""
+
+    entry: Entry
+    choice: Choice
+    passed: tuple[Entry, ...]  # better placed in the queue, but they fit nowhere yet
+
+
+class Refuse(NamedTuple):
+    """It fits into no decode worker, however empty."""
+
+    entry: Entry
+
+
+class Again(NamedTuple):
+    """Somebody's work is another than believed, and the order with it."""
+
+
+def placed(
+    state: RouterState, entry: Entry, now_ns: int, *, only: Worker | None
+) -> Choice | Deferred | Again | None:
+    """Where it goes, as ``place`` says, if its work is what it was believed to be."""
+    hits = state.hits(entry)
+    if state.reconsider(entry, hits, now_ns):
+        return Again()
+    tpot_slo_ms = state.settings.tpot_slo_ms
+    return place(
+        state.fleet,
+        entry,
+        hits,
+        block_tokens=state.block_tokens,
+        tpot_slo_ns=None if tpot_slo_ms is None else tpot_slo_ms * MS,
+        only=only,
+        now_ns=now_ns,
+    )
+
+
+def take(state: RouterState, step: Send | Refuse | Again, now_ns: int) -> list[Command]:
+    """Enter the step in the books; what has to be said because of it."""
+    match step:
+        case Again():
+            return []
+        case Refuse(entry):
+            return refuse_hopeless(state, entry, entry.total_tokens, now_ns)
+        case Send(entry, choice, passed):
+            for other in passed:
+                other.passed_over += 1
+            timing = state.dispatch(entry, choice, now_ns)
+            decode = choice.decode.hello
+            route = Route(choice.prefill.id, decode.worker, decode.address, decode.store)
+            # An earlier attempt may have left more in a store than has been reported yet.
+            cached_tokens = None if entry.request.attempt else choice.cached_tokens
+            dispatch = Dispatch(entry.request, route, timing, cached_tokens, choice.ahead_of)
+            return [ToWorker(choice.prefill.id, dispatch)]
+
+
+def is_hopeless(state: RouterState, tokens: int) -> bool:
+    """Whether there are decode workers, and it would not fit into any of them, however empty."""
+    largest = state.fleet.largest
+    return largest is not None and tokens + 1 > largest.block_count * largest.block_tokens
+
+
+def refuse_hopeless(state: RouterState, entry: Entry, tokens: int, now_ns: int) -> list[Command]:
+    """Tell the client what is too long, its prompt or its answer so far."""
+    largest = state.fleet.largest
+    assert largest is not None
+    error: OutOfBlocks | PromptTooLong
+    if tokens > entry.request.prompt_tokens:
+        error = OutOfBlocks(
+            blocks_of(tokens + 1, largest.block_tokens),
+            largest.block_count,
+            retry_after_ms=OUT_OF_BLOCKS_RETRY_MS,
+        )
+    else:
+        error = PromptTooLong(tokens, largest.block_count * largest.block_tokens)
+    refused = Refused(entry.id, entry.request.attempt, ErrorInfo.of(error))
+    commands = drop(state, entry, Event.GAVE_UP, "refused", now_ns)
+    return [*commands, ToGateway(entry.request.reply_to, refused)]

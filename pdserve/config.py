@@ -204,6 +204,10 @@ class RouterConfig(_Checked):
     placement_stale_ms: float = 0.0
     """How old the loads are that a placement on arrival sees; for comparison."""
 
+    decode_admission: Literal["eager", "peak"] = "eager"
+    """When a decode worker has room for a stream: while the tokens there are fit, and what does not
+    fit later is parked; or while what all are predicted to grow to fits."""
+
     decode_policy: Literal["gated", "fcfs", "mlfq", "oracle"] = "gated"
     """Whether a decode is parked for another. ``gated``: where the lengths of past answers say that
     it pays; ``fcfs``: never, unless memory runs out. The others are for comparison."""
@@ -258,6 +262,11 @@ class RouterConfig(_Checked):
 
     worker_silence_ms: int = 5_000
     """A worker that says nothing for so long is taken for lost."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether anything depends on how many tokens running streams have."""
+        return self.decode_policy != "fcfs" or self.decode_admission == "peak"
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(

@@ -14,7 +14,7 @@ rewrites the elements of those it was told of, once however much happened to the
 import heapq
 import math
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -117,8 +117,15 @@ class Worker:
 class Fleet:
     """All workers, by id and by slot; and, through the index, where blocks are."""
 
-    def __init__(self, settings: RouterConfig, costs: CostModel) -> None:
+    def __init__(
+        self,
+        settings: RouterConfig,
+        costs: CostModel,
+        room_blocks: Callable[[Worker], int] | None = None,
+    ) -> None:
+        """``room_blocks``: what a new stream may take at a worker; None: what is free there."""
         self.costs = costs
+        self._room_blocks = room_blocks or (lambda worker: worker.room_blocks)
         self.index = PrefixIndex()
         self.correction = self._new_correction()  # of all prefill workers together
         self.prefill_bits = 0  # bit set of the slots that may be sent prompts
@@ -298,7 +305,7 @@ class Fleet:
             self.slow[slot] = math.inf if worker.draining else worker.correction.factor
             self.hands_off[slot] = hands_off
         if worker.decodes:
-            self.room[slot] = worker.room_blocks
+            self.room[slot] = self._room_blocks(worker)
             self.streams[slot] = len(worker.streams)
             if not hands_off:
                 self.step_ns[slot] = self.costs.decode.step_ns(
@@ -360,7 +367,7 @@ class Fleet:
             closed = worker is None or not worker.has_prefill_room
             assert (self.open_ns[slot] == math.inf) == closed, f"slot {slot}"
             room = -1 if worker is None else worker.room_blocks
-            assert self.room[slot] == room, f"slot {slot}"
+            assert self.room[slot] <= room, f"slot {slot}"
 
 
 def bits_of(mask: NDArray[np.bool_]) -> int:

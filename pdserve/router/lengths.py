@@ -30,6 +30,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pdserve.messages import Request
+
 LENGTH_TOKENS_MAX = 1 << 20
 """Longer answers count as this long."""
 
@@ -47,6 +49,10 @@ CLASSES_MAX = 256
 def length_class(kind: Hashable, max_tokens: int) -> Hashable:
     """A class of requests: whoever asks, and the power of two of how much at most."""
     return kind, max_tokens.bit_length()
+
+
+def class_of(request: Request) -> Hashable:
+    return length_class(request.service_class, request.stop.max_tokens)
 
 
 def cell_of(tokens: int) -> int:

@@ -5,15 +5,13 @@ goes on first, and whether a running one should make place for it, is a ``Decode
 here its wishes become messages. Nobody is asked while nobody is parked.
 """
 
-from collections.abc import Hashable
-
 from pdserve.clock import MS
 from pdserve.lifecycle import Phase
 from pdserve.messages import Preempt, Role
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.decode_base import DecodeRoom, Stream
 from pdserve.router.entry import Entry
-from pdserve.router.lengths import length_class
+from pdserve.router.lengths import class_of
 from pdserve.router.state import RouterState
 
 ASK_EVERY_NS = 100 * MS
@@ -65,8 +63,9 @@ def swaps(state: RouterState, now_ns: int) -> list[Command]:
 
 def finished(state: RouterState, entry: Entry, now_ns: int) -> None:
     """What an answer's length teaches."""
+    state.growth.finished(entry)
     state.decode_order.finished(
-        _class_of(entry),
+        class_of(entry.request),
         entry.generated_tokens,
         now_ns,
         context_tokens=entry.request.prompt_tokens + entry.generated_tokens,
@@ -77,7 +76,7 @@ def finished(state: RouterState, entry: Entry, now_ns: int) -> None:
 def _stream(state: RouterState, entry: Entry) -> Stream:
     return Stream(
         request=entry.id,
-        cls=_class_of(entry),
+        cls=class_of(entry.request),
         arrived_ns=entry.arrived_ns,
         generated_tokens=entry.generated_tokens,
         context_tokens=entry.request.prompt_tokens + entry.generated_tokens,
@@ -86,8 +85,3 @@ def _stream(state: RouterState, entry: Entry) -> Stream:
         moves=entry.parked_count,
         oracle_tokens=None if state.oracle is None else state.oracle(entry.id),
     )
-
-
-def _class_of(entry: Entry) -> Hashable:
-    request = entry.request
-    return length_class(request.service_class, request.stop.max_tokens)

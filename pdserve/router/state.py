@@ -24,6 +24,7 @@ from pdserve.router.deadlines import Deadlines
 from pdserve.router.decode_base import DecodeOrder
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.growth import Growth
 from pdserve.router.lines import Lines
 from pdserve.router.orders.base import Order
 from pdserve.router.placement import Choice, blocks_of, least_uncached
@@ -50,12 +51,14 @@ class RouterState:
     ) -> None:
         self.settings = settings
         self.counters: Counter[str] = Counter()
-        self.fleet = Fleet(settings, costs)
+        self.entries: dict[RequestId, Entry] = {}
+        self.growth = Growth(self.entries)
+        grows = settings.decode_admission == "peak"
+        self.fleet = Fleet(settings, costs, self.growth.room_blocks if grows else None)
         self.lines = Lines(lambda: new_order(self.counters))
         self.decode_order = decode_order
         self.oracle = oracle
         self.ask_swaps_ns = 0  # not before
-        self.entries: dict[RequestId, Entry] = {}
         self.parked: dict[RequestId, None] = {}  # first parked, first resumed
         self.yielding: dict[RequestId, None] = {}  # prefills told to yield, and not back yet
         self.touched: dict[WorkerId, None] = {}  # workers whose prompts changed

@@ -65,7 +65,7 @@ class Worker:
             hello,
             self.cache if prefills else None,
             store if prefills else None,
-            tells_attained=settings.router.decode_policy != "fcfs",
+            tells_attained=settings.router.counts_tokens,
         )
         self._held: dict[RequestId, Attempt] = {}
         self._prompts: deque[Attempt] = deque()

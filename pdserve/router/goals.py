@@ -14,7 +14,8 @@ times, and now and then the real γ moves one step towards that whose shadow ser
 *The slowest* are the last 1 % and the last 0.1 %, each with its own limit (``LIMITS``). The 99th
 percentile alone says little: where few prompts are long, the smallest γ lets all short ones pass,
 so that it falls, while those few wait without end. Between two shadows γ is put where the limit is
-met in between.
+met in between. Under *overload*, where first come, first served lets everybody wait for minutes, to
+be no slower is worth nothing, and γ becomes the smallest: then at least the short ones are served.
 
 A shadow has neither preemption nor caches: it need not predict times, only their ratios. Its memory
 is an hour, because a 99th percentile is made by the worst minutes of it, and what a calm minute
@@ -46,6 +47,10 @@ ARRIVALS_MIN = 2000
 
 WAITING_MAX = 4096
 """Requests in one shadow; an arrival beyond is left out of all of them."""
+
+OVERLOAD_RATIO = 2
+"""Of the time after which who waits is rescued: if first come, first served lets everybody wait for
+so long, there is more work than workers."""
 
 STEP_MAX = 2.0
 """By which γ is multiplied or divided at most in one period."""
@@ -116,6 +121,10 @@ class Shadow:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def oldest_wait_ns(self, now_ns: int) -> int:
+        """Of a shadow without boosts: how long the next one has waited."""
+        return now_ns - self._waiting[0][1] if self._waiting else 0
+
     def set_workers(self, count: int) -> None:
         """The first to be free go, or come."""
         while len(self._free_ns) > count:
@@ -177,6 +186,7 @@ class GoalControl:
     def __init__(self, settings: RouterConfig) -> None:
         self._goal = settings.goal
         self._slo_ns = None if settings.ttft_slo_ms is None else settings.ttft_slo_ms * MS
+        self._overload_ns = round(OVERLOAD_RATIO * settings.rescue_after_ms * MS)
         self._ladder = Ladder.of(settings, GAMMA_START_PER_S)
         self._arrived_count = 0
         self._due_ns: int | None = None
@@ -224,10 +234,13 @@ class GoalControl:
         for shadow in self._all():
             shadow.times.fade(faded)
             shadow.times.collect()
-        if self._arrived_count < ARRIVALS_MIN:
+        if self._fcfs.oldest_wait_ns(now_ns) > self._overload_ns:
+            best = GAMMAS_PER_S[0]
+        elif self._arrived_count >= ARRIVALS_MIN:
+            outcomes = [self._outcome(gamma, shadow) for gamma, shadow in self._shadows]
+            best = choose(self._goal, self._outcome(0.0, self._fcfs), outcomes)
+        else:
             return False
-        outcomes = [self._outcome(gamma, shadow) for gamma, shadow in self._shadows]
-        best = choose(self._goal, self._outcome(0.0, self._fcfs), outcomes)
         before = self.gamma_per_s
         self.gamma_per_s = min(max(best, before / STEP_MAX), before * STEP_MAX)
         return self.gamma_per_s != before

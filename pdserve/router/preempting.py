@@ -4,7 +4,8 @@ A prefill stops for one whose key is better than the key it would have itself fo
 it, by more than a chunk, if no other worker is done sooner than it could stop. One so short that it
 is part of the next chunk goes *ahead* of it where it is, which costs the other that chunk and
 nothing else. For a longer one it *yields*: it goes back to its line, so that any worker may go on
-with it; unless it is nearly done, or has yielded often enough.
+with it; unless it is nearly done, or has yielded often enough, or the store has lost too much of
+what others had computed when they did.
 """
 
 from itertools import islice
@@ -140,6 +141,8 @@ def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
     if not entry.begun and next(iter(worker.prompts)) != entry.id:
         return not worker.has_prefill_room
     left_min = LEFT_CHUNKS_MIN * worker.hello.chunk_tokens
+    if state.recompute_credit < 0:
+        return False
     may_again = entry.preempted_count < state.settings.preempted_max
     return may_again and entry.uncomputed_tokens > left_min
 

@@ -34,6 +34,12 @@ ORPHANS_MAX = 1024
 """Tickets remembered while no decode worker is there to free them; beyond, the oldest is left to
 its store."""
 
+RECOMPUTED_SHARE_MAX = 0.01
+"""Of all prompt tokens, how many may be computed again because prefills were called back."""
+
+RECOMPUTE_CREDIT_MAX = 16_384
+"""Tokens that may be lost before any share is known, and after a long time without losses."""
+
 DECISIONS_MAX = 8
 """Of one request, the latest."""
 
@@ -61,6 +67,7 @@ class RouterState:
         self.ask_swaps_ns = 0  # not before
         self.parked: dict[RequestId, None] = {}  # first parked, first resumed
         self.yielding: dict[RequestId, None] = {}  # prefills told to yield, and not back yet
+        self.recompute_credit = float(RECOMPUTE_CREDIT_MAX)  # tokens; below 0 nobody is called back
         self.touched: dict[WorkerId, None] = {}  # workers whose prompts changed
         self._watchers: dict[BlockKey, list[Entry]] = {}  # who waits, and lacks this block next
         self.look_again_ns: int | None = None  # when somebody has waited enough for a better worker
@@ -232,6 +239,13 @@ class RouterState:
     def computed(self, entry: Entry, chunk: ChunkDone, worker: Worker, now_ns: int) -> None:
         """After a chunk: less is left of it, for its worker and for its order."""
         entry.begun = True
+        known_tokens = max(entry.computed_tokens, entry.cached_tokens)
+        if chunk.computed_tokens > known_tokens:
+            earned = RECOMPUTED_SHARE_MAX * (chunk.computed_tokens - known_tokens)
+            self.recompute_credit = min(RECOMPUTE_CREDIT_MAX, self.recompute_credit + earned)
+        elif entry.preempted_count > 0:  # what it had computed was not found again
+            self.recompute_credit -= known_tokens - chunk.computed_tokens
+            self.counters["tokens_lost"] += known_tokens - chunk.computed_tokens
         entry.computed_tokens = chunk.computed_tokens
         entry.cached_tokens = min(entry.cached_tokens, chunk.computed_tokens)
         worker.prompts[entry.id] = entry.uncomputed_tokens

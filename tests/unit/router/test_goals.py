@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -16,7 +17,9 @@ from pdserve.router.goals import (
     BIN_RATIO,
     GAMMA_MIN_PER_S,
     GAMMA_START_PER_S,
+    GAMMAS_PER_S,
     LIMITS,
+    OVERLOAD_RATIO,
     PERIOD_NS,
     STEP_MAX,
     WAITING_MAX,
@@ -256,6 +259,21 @@ def test_gamma_moves_by_one_step_at_most_towards_what_its_shadows_show() -> None
             before = control.gamma_per_s
         assert control.gamma_per_s == before
     assert len(set(seen)) > 2
+
+
+def test_under_overload_gamma_becomes_the_least() -> None:
+    """Four seconds of work in each second, from the first minutes on."""
+    control = GoalControl(RouterConfig(goal="tail", rescue_after_ms=60_000))
+    control.set_workers(1)
+    seen = []
+    for number in range(600):
+        at_ns = number * S // 2
+        control.arrived(at_ns, (9000 if number % 9 == 0 else 1000) * MS)
+        if control.tick(at_ns):
+            seen.append((at_ns // S, control.gamma_per_s))
+    assert seen[0][0] >= OVERLOAD_RATIO * 60
+    assert control.gamma_per_s == GAMMAS_PER_S[0]
+    assert all(before / after <= STEP_MAX for (_, before), (_, after) in pairwise(seen))
 
 
 def test_gamma_stays_where_there_is_too_little_to_learn_from() -> None:

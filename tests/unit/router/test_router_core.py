@@ -11,7 +11,7 @@ from pdserve.errors import ErrorInfo
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import Dispatch, Refused, Report, Resume, WorkerFailed
-from pdserve.router import deadlines, planner
+from pdserve.router import deadlines, planner, state
 from pdserve.router.core import GATEWAY_GRACE_NS, RouterCore, ToGateway, ToWorker
 from tests.unit.router.build import (
     Reporter,
@@ -250,6 +250,27 @@ def test_one_of_the_same_level_does_not_preempt() -> None:
 def test_preemption_can_be_switched_off() -> None:
     core, _ = _long_running(preemption=False)
     assert not _is_preempted_by(core, 32)
+
+
+def test_nobody_is_called_back_while_the_store_loses_what_they_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loss is earned back at one token in a hundred."""
+    monkeypatch.setattr(state, "RECOMPUTE_CREDIT_MAX", 100)
+    core, p0 = _long_running()
+    long = request("long", 1500)
+    p0.chunk(long, 256, elapsed_ms=0)
+    assert _is_preempted_by(core, 200)
+    p0.event(long, Event.PREEMPTED, computed_tokens=256)
+    assert told(p0.event(request("other", 200), Event.PREFILL_DONE))[0].startswith(
+        "p0 <- dispatch long"
+    )
+    p0.chunk(long, 128, elapsed_ms=0)  # it began anew
+    assert core.snapshot(0).counters["tokens_lost"] == 128
+    assert not _is_preempted_by(core, 150)
+    core.on_cancel(RequestId("other"), 0)
+    core.state.recompute_credit += 30
+    assert _is_preempted_by(core, 150)
 
 
 def test_the_last_chunk_is_not_preempted() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import S
@@ -110,6 +110,7 @@ def test_noise_of_two_per_cent_costs_a_few_per_cent(
     fixed_s: float, token_s: float, pair_s: float, noise: random.Random
 ) -> None:
     truth = PrefillCost(fixed_s=fixed_s, token_s=token_s, pair_s=pair_s)
+    assume(truth.time_ns(1024) > 1.2 * truth.time_ns(1))  # else the noise is all there is to see
     points = [
         PrefillPoint(p.uncached_tokens, p.cached_tokens, p.seconds * noise.uniform(0.98, 1.02))
         for p in prefill_points(truth)

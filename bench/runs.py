@@ -29,8 +29,8 @@ class Work:
     """A folder of results, one file a piece."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._source = source_digest(PACKAGE)
+        self.directory = directory
+        self.source = source_digest(PACKAGE)
         directory.mkdir(parents=True, exist_ok=True)
 
     def remembered(self, form: Form, about: object, measure: Callable[[], Any]) -> Any:
@@ -39,7 +39,7 @@ class Work:
         Args:
             about: everything beside the form and our source that the result depends on.
         """
-        file = self._directory / f"{self._name(form, about)}.json"
+        file = self.directory / f"{self._name(form, about)}.json"
         if not file.exists():
             _say(f"{form.name} …")
             result = measure()
@@ -51,7 +51,7 @@ class Work:
 
     def log(self, form: Form) -> Path:
         """Where the form's server writes."""
-        return self._directory / f"{_slug(form.name)}.log"
+        return self.directory / f"{_slug(form.name)}.log"
 
     def outcomes(self, form: Form, arrivals: Sequence[Arrival]) -> list[Outcome]:
         """What became of a load on a server of its own.
@@ -74,7 +74,7 @@ class Work:
         return [Outcome(**fields) for fields in self.remembered(form, about, measure)]
 
     def _name(self, form: Form, about: object) -> str:
-        source = self._source if isinstance(form, Ours) else ""
+        source = self.source if isinstance(form, Ours) else ""
         whole = json.dumps([dataclasses.asdict(form), source, about], sort_keys=True)
         return f"{_slug(form.name)}_{hashlib.sha256(whole.encode()).hexdigest()[:DIGEST_CHARS]}"
 

@@ -51,7 +51,8 @@ class Ours:
     """``pdserve serve`` with one worker per pool."""
 
     mode: Literal["disaggregated", "aggregated", "auto"]
-    policy: Literal["fcfs", "skip_join"]
+    policy: str
+    settings: tuple[tuple[str, str], ...] = ()  # further ones, by name
 
     @property
     def name(self) -> str:
@@ -62,7 +63,12 @@ class Ours:
         return False
 
     def command(self, port: int) -> list[str]:
-        settings = {"router.mode": self.mode, "router.policy": self.policy, "tcp": "false"}
+        settings = {
+            "router.mode": self.mode,
+            "router.policy": self.policy,
+            "tcp": "false",
+            **dict(self.settings),
+        }
         return [
             *(sys.executable, "-m", "pdserve.cluster.cli", "serve", "--no-first-chat"),
             *(f"--http-port={port}", "--grpc-port=-1", "--dtype=bfloat16"),

@@ -1,0 +1,157 @@
+"""The simulator beside the real cluster: equal arrivals and policies, what it says and what came.
+
+    python -m bench.simulated_real [--quick] [--json FILE] [--seconds 180] [--seeds 2] [--rate 2.0]
+                [--long-share 0.2] [--policies fcfs,skip_join,hrrn] [--profile FILE]
+                [--work DIRECTORY]
+
+One prefill and one decode worker of one compute thread each: with more threads than cores they
+would slow each other down, which no model of separate workers describes. What work costs comes from
+``pdserve profile`` (first, unless ``--profile`` names one), with the same thread. Chats and long
+prompts arrive as in ``peers/mixed_load.py``. The simulator is given the same arrivals, and what a
+lone small request takes beyond its prefill on the idle cluster: client, HTTP, text, messages.
+
+Means are over all requests of all seeds. *Error* is that of the simulated mean, by the real one.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.frame import ROOT, Options, Row, at_most, row, run
+from bench.http_load import ask, random_tokens
+from bench.peers.mixed_load import CHAT, Arrival, Outcome, mixed
+from bench.runs import Work, default_directory, take_turns
+from bench.servers import Ours, serving
+from pdserve.clock import S
+from pdserve.cluster.profiles import Profile, read_profile
+from pdserve.cluster.simulate_command import settings_of
+from pdserve.settings import from_tree
+from pdserve.simulator.run import simulate
+from pdserve.simulator.traces import Trace, TraceRequest
+
+ALONE_ROUNDS = 40
+FIRST_SEED = 1
+ERROR_PERCENT_MAX = 10
+ONE_THREAD = (("prefill.threads", "1"), ("decode.threads", "1"))
+
+Means = tuple[float, float]  # of the time to the first token and of that per further token, seconds
+
+
+def measure(options: Options) -> Iterator[Row]:
+    given = options.arguments
+    work = Work(given.work)
+    forms = [Ours("disaggregated", policy, ONE_THREAD) for policy in given.policies]
+    profile = read_profile(str(given.profile or _profiled(work, forms[0])))
+    overhead_s = _overhead_s(work, forms[0], profile)
+    yield row("client, HTTP, text and messages, of one request", [overhead_s * 1000], "ms")
+    loads = [
+        mixed(
+            rate_per_s=given.rate,
+            seconds=given.seconds or (60 if options.quick else 180),
+            seed=FIRST_SEED + index,
+            long_share=given.long_share,
+        )
+        for index in range(given.seeds or (1 if options.quick else 2))
+    ]
+    came: dict[Ours, list[Outcome]] = {form: [] for form in forms}
+    for index, arrivals in enumerate(loads):
+        for form in take_turns(forms, index):
+            assert isinstance(form, Ours)
+            came[form] += work.outcomes(form, arrivals)
+    real = {form.policy: _real(outcomes) for form, outcomes in came.items()}
+    said = {form.policy: _simulated(form, loads, profile, overhead_s) for form in forms}
+    for policy in given.policies:
+        for name, place in (("TTFT", 0), ("TPOT", 1)):
+            simulated, measured = said[policy][place], real[policy][place]
+            yield row(
+                f"mean {name}, {policy}, simulated", [simulated * 1000], "ms",
+                reference="real", reference_samples=[measured * 1000],
+            )  # fmt: skip
+            error = 100 * abs(simulated / measured - 1)
+            yield row(f"mean {name}, {policy}, error", [error], "%", bar=at_most(ERROR_PERCENT_MAX))
+    other = _ranked(said) != _ranked(real)
+    yield row(f"another order of {len(forms)} policies", [float(other)], "", bar=at_most(0))
+
+
+def _ranked(means: dict[str, Means]) -> list[str]:
+    """Policies by mean time to the first token."""
+    return sorted(means, key=lambda policy: means[policy][0])
+
+
+def _real(outcomes: Sequence[Outcome]) -> Means:
+    ttft_s = [one.ttft_s for one in outcomes if one.ttft_s is not None]
+    tpot_s = [sum(one.gaps_s) / (one.tokens - 1) for one in outcomes if one.tokens > 1]
+    return statistics.fmean(ttft_s), statistics.fmean(tpot_s)
+
+
+def _simulated(
+    form: Ours, loads: Sequence[Sequence[Arrival]], profile: Profile, overhead_s: float
+) -> Means:
+    config = from_tree({"router": {"policy": form.policy, "mode": form.mode}})
+    results = [simulate(_trace(arrivals), settings_of(config, profile)) for arrivals in loads]
+    ttft_s = np.concatenate([result.ttft_s for result in results])
+    tpot_s = np.concatenate([result.tpot_s for result in results])
+    return float(ttft_s.mean()) + overhead_s, float(np.nanmean(tpot_s))
+
+
+def _trace(arrivals: Sequence[Arrival]) -> Trace:
+    requests = tuple(
+        TraceRequest(
+            round((arrival.due_s - arrivals[0].due_s) * S),
+            arrival.lengths.prompt_tokens,
+            arrival.lengths.generated_tokens,
+        )
+        for arrival in arrivals
+    )
+    return Trace(requests, 16, "mixed load")
+
+
+def _overhead_s(work: Work, form: Ours, profile: Profile) -> float:
+    """What a lone chat waits beyond its prefill."""
+    tokens = CHAT.prompt_tokens
+
+    def alone_s() -> list[float]:
+        with serving(form, work.log(form)) as target:
+            answers = [ask(target.url, random_tokens(tokens, n), 2) for n in range(ALONE_ROUNDS)]
+        return [answer.token_s[0] - answer.sent_s for answer in answers]
+
+    found: list[float] = work.remembered(form, ["alone", tokens], alone_s)
+    return max(0.0, statistics.median(found) - profile.costs.prefill_ns(tokens) / S)
+
+
+def _profiled(work: Work, form: Ours) -> Path:
+    """What ``pdserve profile`` writes here, measured once."""
+    file = work.directory / f"{work.source}.profile.yaml"
+
+    def measured() -> str:
+        command = [sys.executable, "-m", "pdserve.cluster.cli", "profile", f"--out={file}"]
+        settings = [*form.settings, ("model.dtype", "bfloat16")]
+        options = [f"--set={name}={value}" for name, value in settings]
+        subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=sys.stderr)
+        return file.read_text()
+
+    file.write_text(work.remembered(form, ["profile"], measured))
+    return file
+
+
+def policies(text: str) -> list[str]:
+    return text.split(",")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, help="of each run; 180, with --quick 60")
+    parser.add_argument("--seeds", type=int, help="runs of each policy; 2, with --quick 1")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
+    parser.add_argument("--long-share", type=float, default=0.2)
+    parser.add_argument("--policies", type=policies, default=["fcfs", "skip_join", "hrrn"])
+    parser.add_argument("--profile", type=Path, help="instead of measuring one")
+    parser.add_argument("--work", type=Path, default=default_directory("simulated_real"))
+
+
+if __name__ == "__main__":
+    run("simulated_real", measure, add_arguments=add_arguments)

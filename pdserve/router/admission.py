@@ -72,7 +72,7 @@ def predicted_ttft_ns(state: RouterState, request: Request) -> int:
     """What goes before it, shared by all workers, and its own prefill."""
     fleet = state.fleet
     hits = fleet.hits(request.block_keys)
-    cached_tokens = min(hits[-1][0] * state.block_tokens, len(request.tokens) - 1)
+    cached_tokens = min(hits[-1][0] * state.fleet.block_tokens, len(request.tokens) - 1)
     work_ns = fleet.work_ns(len(request.tokens) - cached_tokens, cached_tokens)
     shared = state.lines.shared
     waiting_ns = state.queued_work_ns
@@ -86,7 +86,7 @@ def candidates(state: RouterState, entry: Entry) -> list[Candidate]:
     """The prefill workers in the eyes of a request that has just arrived."""
     found = []
     for blocks, bits in state.hits(entry):
-        cached_tokens = usable_tokens(entry, blocks, state.block_tokens)
+        cached_tokens = usable_tokens(entry, blocks, state.fleet.block_tokens)
         uncached_tokens = entry.total_tokens - cached_tokens
         for worker in state.fleet.all():
             if not bits >> worker.slot & 1 or worker.draining:

@@ -200,8 +200,9 @@ class RouterCore:
         self.state.fleet.changed(worker)
         if worker.draining and self._binding is not None:
             self._bind_again(worker.id, now_ns)  # also what it has just handed back
-        self.state.blocks_came(report.store_added, now_ns)
-        if worker.prefills:
+        if report.store_added:
+            self.state.blocks_came(report.store_added, now_ns)
+        if report.blocks_added and worker.prefills:
             self.state.blocks_came(report.blocks_added, now_ns)
         commands += planner.plan(self.state, now_ns)
         if worker.draining and not worker.held:
@@ -309,8 +310,9 @@ class RouterCore:
         # what cannot have been one chunk is no measurement.
         if 0 < tokens <= worker.hello.chunk_tokens and chunk.elapsed_us > 0:
             predicted_ns = self.state.fleet.costs.prefill_ns(tokens, before)
-            worker.correction.observe(predicted_ns, chunk.elapsed_us * US)
-            self.state.fleet.correction.observe(predicted_ns, chunk.elapsed_us * US)
+            measured_ns = chunk.elapsed_us * US
+            worker.correction.observe(predicted_ns, measured_ns)
+            self.state.fleet.correction.observe(predicted_ns, measured_ns)
         self.state.computed(entry, chunk, worker, now_ns)
 
     def _on_progress(self, worker: Worker, progress: Progress, now_ns: int) -> list[Command]:

@@ -16,6 +16,7 @@ import math
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -36,6 +37,9 @@ LEAD_NS = 10 * MS
 error of a prediction."""
 
 SLOTS_GROW = 16
+
+SETS_MAX = 1024
+"""Sets of slots whose members are remembered: the readers of one store come again and again."""
 
 _ARRAYS = (
     "start_ns",
@@ -71,6 +75,7 @@ class Worker:
     streams: dict[RequestId, None] = field(default_factory=dict)
     reserved_blocks: int = 0  # for streams that have not arrived yet
     context_tokens: int = 0  # of all streams
+    chunk_ns: int = 0  # predicted of a whole chunk
     free_at_ns: int = 0  # when it is predicted to be done with its prompts
     is_changed: bool = False  # since it was entered in the arrays
     id: WorkerId = field(init=False)
@@ -129,6 +134,7 @@ class Fleet:
         self.index = PrefixIndex()
         self.correction = self._new_correction()  # of all prefill workers together
         self.prefill_bits = 0  # bit set of the slots that may be sent prompts
+        self.prefill_count = 0  # of them
         self._changed: list[Worker] = []  # their elements are to be rewritten
         self.heard_all_ns = 0  # since then everybody has been heard of, at least
         self._mode = settings.mode
@@ -140,7 +146,9 @@ class Fleet:
         self._free: list[int] = []  # heap of slots without a worker
         self._by_role: dict[Role, list[Worker]] = {role: [] for role in Role}
         self._ordered: list[Worker] = []
-        self._largest: Hello | None = None  # the largest pool of those that decode
+        self.largest: Hello | None = None  # the largest pool of those that decode
+        self.largest_tokens = 0  # that fit into it
+        self.block_tokens = 1  # they agree within a cluster; 1 where nobody is there to say
         self.start_ns: Floats = np.empty(0)  # when it would begin with something new
         self.open_ns: Floats = np.empty(0)  # when it takes a prompt; infinite: it has no room
         self.slow: Floats = np.empty(0)  # than the cost model says; infinite: it takes no prompts
@@ -170,15 +178,6 @@ class Fleet:
     def all(self) -> Sequence[Worker]:
         return self._ordered
 
-    @property
-    def prefill_count(self) -> int:
-        return self.prefill_bits.bit_count()
-
-    @property
-    def largest(self) -> Hello | None:
-        """What no worker's pool exceeds."""
-        return self._largest
-
     def add(self, hello: Hello, now_ns: int) -> Worker:
         assert hello.worker not in self._workers, f"{hello.worker} is there already"
         slot = self._free_slot()
@@ -193,12 +192,15 @@ class Fleet:
             free_blocks=hello.block_count,
             prefills=prefills,
             decodes=decodes,
+            chunk_ns=self.costs.prefill_ns(hello.chunk_tokens),
             free_at_ns=now_ns,
         )
         self._slots[slot] = worker
         self._workers[worker.id] = worker
         if prefills:
             self.prefill_bits |= 1 << slot
+            self.prefill_count += 1
+            self.hands_off[slot] = hello.role is Role.PREFILL
         self.index.join(slot, hello.store_id)
         insort(self._ordered, worker, key=_id_of)
         insort(self._by_role[hello.role], worker, key=_id_of)
@@ -206,7 +208,7 @@ class Fleet:
         self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
         self._recount_prefilling(worker)
         if hello.role is Role.DECODE:
-            self._largest = max(self._largest or hello, hello, key=_pool_tokens)
+            self._set_largest(max(self.largest or hello, hello, key=_pool_tokens))
         self.changed(worker)
         if len(self._ordered) == 1:
             self.heard_all_ns = now_ns
@@ -218,6 +220,7 @@ class Fleet:
         self._slots[slot] = None
         heapq.heappush(self._free, slot)
         self.prefill_bits &= ~(1 << slot)
+        self.prefill_count -= worker.prefills
         self._ordered.remove(worker)
         self._by_role[worker.hello.role].remove(worker)
         self.index.leave(slot, worker.hello.store_id)
@@ -246,7 +249,12 @@ class Fleet:
     def _recount(self) -> None:
         decoding = [worker.hello for worker in self._by_role[Role.DECODE]]
         self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
-        self._largest = max(decoding, key=_pool_tokens, default=None)
+        self._set_largest(max(decoding, key=_pool_tokens, default=None))
+
+    def _set_largest(self, largest: Hello | None) -> None:
+        self.largest = largest
+        self.largest_tokens = 0 if largest is None else _pool_tokens(largest)
+        self.block_tokens = 1 if largest is None else largest.block_tokens
 
     def _free_slot(self) -> int:
         if self._free:
@@ -298,25 +306,24 @@ class Fleet:
 
     def _rewrite(self, worker: Worker) -> None:
         slot = worker.slot
-        hands_off = worker.hello.role is Role.PREFILL
         if worker.prefills:
             self.start_ns[slot] = worker.free_at_ns
             self.open_ns[slot] = self._opens_ns(worker) if worker.has_prefill_room else math.inf
             self.slow[slot] = math.inf if worker.draining else worker.correction.factor
-            self.hands_off[slot] = hands_off
         if worker.decodes:
+            streams = len(worker.streams)
             self.room[slot] = self._room_blocks(worker)
-            self.streams[slot] = len(worker.streams)
-            if not hands_off:
-                self.step_ns[slot] = self.costs.decode.step_ns(
-                    len(worker.streams) + 1, worker.context_tokens
-                )
+            self.streams[slot] = streams
+            if worker.hello.role is not Role.PREFILL:
+                self.step_ns[slot] = self.costs.decode.step_ns(streams + 1, worker.context_tokens)
 
     def _opens_ns(self, worker: Worker) -> float:
         """Shortly before it is done with what it computes now: what was sent earlier would be bound
         to this worker though others may be free sooner. Where there are no others, at once."""
-        if self.prefill_count == 1 or not worker.prompts:
+        if not worker.prompts or self.prefill_count == 1:
             return 0.0
+        if len(worker.prompts) == 1:
+            return worker.free_at_ns - LEAD_NS
         waiting_ns = sum(map(self.costs.prefill_ns, islice(worker.prompts.values(), 1, None)))
         return worker.free_at_ns - waiting_ns * worker.correction.factor - LEAD_NS
 
@@ -330,9 +337,9 @@ class Fleet:
         if slot == but:
             kept_ns, open_ns[but] = open_ns[but], math.inf
             slot = open_ns.argmin()
-            soonest_ns, open_ns[but] = open_ns[slot], kept_ns
-            return float(soonest_ns)
-        return float(open_ns[slot])
+            soonest_ns, open_ns[but] = open_ns.item(slot), kept_ns
+            return soonest_ns
+        return open_ns.item(slot)
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -344,12 +351,6 @@ class Fleet:
     def hits(self, keys: Sequence[bytes]) -> Hits:
         """Leading blocks that the workers which prefill can use."""
         return self.index.hits(keys, self.prefill_bits)  # type: ignore[arg-type]
-
-    def slots_of(self, bits: int) -> NDArray[np.bool_]:
-        """A bit set of slots as a mask over the arrays."""
-        count = len(self._slots)
-        packed = np.frombuffer(bits.to_bytes(-(-count // 8), "little"), dtype=np.uint8)
-        return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)
 
     def open_bits(self, now_ns: int) -> int:
         """Bit set of the slots that take a prompt now."""
@@ -368,6 +369,16 @@ class Fleet:
             assert (self.open_ns[slot] == math.inf) == closed, f"slot {slot}"
             room = -1 if worker is None else worker.room_blocks
             assert self.room[slot] <= room, f"slot {slot}"
+        assert self.prefill_count == self.prefill_bits.bit_count()
+        pools = [_pool_tokens(worker.hello) for worker in self._by_role[Role.DECODE]]
+        assert self.largest_tokens == max(pools, default=0)
+
+
+@lru_cache(maxsize=SETS_MAX)
+def slots_of(bits: int) -> NDArray[np.intp]:
+    """The members of a bit set, ascending. Not to be written to: it is remembered."""
+    packed = np.frombuffer(bits.to_bytes(-(-bits.bit_length() // 8), "little"), dtype=np.uint8)
+    return np.unpackbits(packed, bitorder="little").nonzero()[0]
 
 
 def bits_of(mask: NDArray[np.bool_]) -> int:

@@ -215,7 +215,8 @@ class GoalControl:
             return
         self._arrived_count += 1
         level = self._ladder.level_of(work_ns)
-        for shadow in self._all():
+        self._fcfs.arrive(now_ns, work_ns, level)
+        for _, shadow in self._shadows:
             shadow.arrive(now_ns, work_ns, level)
         if self._due_ns is None:
             self._due_ns = now_ns + PERIOD_NS

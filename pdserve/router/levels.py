@@ -95,6 +95,10 @@ class Level(Places):
 
     def remove(self, request: RequestId) -> None:
         del self._live[request]
+        if not self._live:
+            self._places.clear()
+            self._first = 0
+            return
         while self._first < len(self._places) and not self._is_live(self._places[self._first]):
             self._first += 1
         if len(self._places) > 2 * len(self._live) + DEAD_PLACES_MAX:

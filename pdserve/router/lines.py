@@ -37,6 +37,11 @@ class Lines:
         yield self.shared
         yield from self._own.values()
 
+    @property
+    def some_are_bound(self) -> bool:
+        """Whether anybody waits in the line of one worker."""
+        return any(map(len, self._own.values())) if self._own else False
+
     def __len__(self) -> int:
         own = sum(map(len, self._own.values())) if self._own else 0
         return len(self.shared) + len(self.aside) + own

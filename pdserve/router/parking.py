@@ -63,7 +63,8 @@ def swaps(state: RouterState, now_ns: int) -> list[Command]:
 
 def finished(state: RouterState, entry: Entry, now_ns: int) -> None:
     """What an answer's length teaches."""
-    state.growth.finished(entry)
+    if state.settings.decode_admission == "peak":
+        state.growth.finished(entry)
     state.decode_order.finished(
         class_of(entry.request),
         entry.generated_tokens,

@@ -15,15 +15,17 @@ predicted to have with one stream more. Blocks are counted for the tokens a requ
 little growth, not for the most it might generate: what does not fit in the end is parked.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId, WorkerId
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Fleet, Floats, Worker, bits_of
+from pdserve.router.fleet import Fleet, Floats, Worker, bits_of, slots_of
 from pdserve.router.prefix_index import Hits
 
 DEFER_MAX_NS = 1 * S
@@ -34,6 +36,8 @@ KEPT_TOKENS_MAX = 16
 
 EXPLAINED_WORKERS_MAX = 16
 OTHERS_MAX = 2
+
+EVERYWHERE = slice(None)
 
 
 class Choice(NamedTuple):
@@ -78,11 +82,11 @@ def choose_decode(fleet: Fleet, least_blocks: int, *, tpot_slo_ns: float | None)
     fleet.settle()
     steps_ns = fleet.step_ns
     slot = int(steps_ns.argmin())
-    if fleet.room[slot] < least_blocks:  # else nobody else need be asked
+    if fleet.room.item(slot) < least_blocks:  # else nobody else need be asked
         steps_ns = _steps_with_room_ns(fleet, least_blocks)
         slot = int(steps_ns.argmin())
-    step_ns = steps_ns[slot]
-    if step_ns == np.inf:
+    step_ns = steps_ns.item(slot)
+    if step_ns == math.inf:
         return None
     if tpot_slo_ns is not None and step_ns > max(tpot_slo_ns, fleet.costs.decode.step_ns(1, 0)):
         return None
@@ -112,14 +116,15 @@ def _steps_with_room_ns(fleet: Fleet, least_blocks: int) -> Floats:
 def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floats:
     """What the request costs at each worker from the moment it begins there; infinite at those
     that take no prompts."""
-    # The widest group first, as a plain number; only what differs from it needs a mask.
-    widest = max(hits, key=_width)
-    works_ns: Floats | float = float(_work_ns(fleet, entry, widest[0], block_tokens))
-    if len(hits) > 1:
-        works_ns = np.full(len(fleet.start_ns), works_ns)
+    if len(hits) == 1:
+        works_ns: Floats | float = float(_work_ns(fleet, entry, hits[0][0], block_tokens))
+    else:
+        # The widest group first; only what differs from it needs to be written one by one.
+        widest = max(hits, key=_width)
+        works_ns = np.full(len(fleet.slow), float(_work_ns(fleet, entry, widest[0], block_tokens)))
         for hit in hits:
             if hit is not widest:
-                works_ns[fleet.slots_of(hit[1])] = _work_ns(fleet, entry, hit[0], block_tokens)
+                works_ns[slots_of(hit[1])] = _work_ns(fleet, entry, hit[0], block_tokens)
     if not fleet.shares:
         return fleet.slow * works_ns
     kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
@@ -170,16 +175,17 @@ def place(
     _rule_out(fleet, own_ns, decode, least_blocks)
     now = float(now_ns)
     if only is None:
-        opens_ns = now + lead_ns(fleet, entry)
-        opened_ns = np.where(fleet.open_ns <= opens_ns, _done_ns(fleet, own_ns, now), np.inf)
-        slot = int(opened_ns.argmin())
-        if opened_ns[slot] == np.inf:
+        is_open = fleet.open_ns <= now + lead_ns(fleet, entry)
+        open_slots = is_open.nonzero()[0]
+        if not len(open_slots):
+            return None
+        slot = int(open_slots[_done_ns(fleet, own_ns, now, open_slots).argmin()])
+        if own_ns.item(slot) == math.inf:
             return None
         if len(hits) > 1 or fleet.shares:
-            until_ns = _defer_until_ns(entry, own_ns, _done_ns(fleet, own_ns, now), slot, now_ns)
-            if until_ns > now_ns:
-                awaited = (own_ns < own_ns[slot]) & (opened_ns == np.inf)
-                return Deferred(until_ns, bits_of(awaited))
+            deferred = _deferred(fleet, entry, own_ns, slot, is_open, now_ns)
+            if deferred is not None:
+                return deferred
     else:
         slot = only.slot
         if own_ns[slot] == np.inf:
@@ -189,10 +195,12 @@ def place(
     if fleet.shares and not fleet.hands_off[slot]:
         decode, reason = prefill, f"{reason}, decodes too"
     assert decode is not None
-    may_keep = decode is not prefill and fleet.room[slot] >= least_blocks
+    may_keep = decode is not prefill and fleet.room.item(slot) >= least_blocks
     if may_keep and _keeps(fleet, entry, prefill, decode):
         decode, reason = prefill, f"{reason}, keeps a short answer"
-    blocks = next(blocks for blocks, bits in hits if bits >> slot & 1)
+    blocks = hits[0][0]
+    if len(hits) > 1:
+        blocks = next(blocks for blocks, bits in hits if bits >> slot & 1)
     cached_tokens = usable_tokens(entry, blocks, block_tokens)
     work_ns = fleet.costs.prefill_ns(entry.total_tokens - cached_tokens, cached_tokens)
     return Choice(
@@ -201,16 +209,18 @@ def place(
         cached_tokens=cached_tokens,
         uncached_tokens=entry.total_tokens - cached_tokens,
         work_ns=round(work_ns * prefill.correction.factor),
-        price_ns=round(max(0.0, fleet.start_ns[slot] - now) + own_ns[slot]),
+        price_ns=round(max(0.0, fleet.start_ns.item(slot) - now) + own_ns.item(slot)),
         reason=reason,
         others=_others(fleet, own_ns, slot, now_ns),
     )
 
 
-def _done_ns(fleet: Fleet, own_ns: Floats, now: float) -> Floats:
+def _done_ns(
+    fleet: Fleet, own_ns: Floats, now: float, slots: NDArray[np.intp] | slice = EVERYWHERE
+) -> Floats:
     """When the request would be done at each worker, once that is done with what it has."""
-    done_ns: Floats = np.maximum(fleet.start_ns, now)
-    done_ns += own_ns
+    done_ns: Floats = np.maximum(fleet.start_ns[slots], now)
+    done_ns += own_ns[slots]
     return done_ns
 
 
@@ -241,19 +251,33 @@ def _rule_out(fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks:
                 own_ns[worker.slot] = np.inf
 
 
-def _defer_until_ns(entry: Entry, own_ns: Floats, done_ns: Floats, slot: int, now_ns: int) -> int:
-    """Until when it is worth waiting for a worker that is not free, rather than take ``slot``.
+def _deferred(
+    fleet: Fleet,
+    entry: Entry,
+    own_ns: Floats,
+    slot: int,
+    is_open: NDArray[np.bool_],
+    now_ns: int,
+) -> Deferred | None:
+    """That it had better wait for a worker that is not open, rather than take ``slot``; None: not.
 
     Worth it is only what makes the request itself cheaper: its prefix, or no streams to hold up. A
-    shorter wait alone is a prediction, and being free is a fact.
+    shorter wait alone is a prediction, and being free is a fact. It waits for the best one, and for
+    all that save at least half of what that one saves.
     """
+    done_ns = _done_ns(fleet, own_ns, float(now_ns))
     best = int(done_ns.argmin())
-    gain_ns = int(done_ns[slot] - done_ns[best])
-    if gain_ns < MS or own_ns[best] >= own_ns[slot]:
-        return now_ns
+    gain_ns = int(done_ns.item(slot) - done_ns.item(best))
+    saved_ns = own_ns.item(slot) - own_ns.item(best)
+    if gain_ns < MS or saved_ns <= 0:
+        return None
     if entry.deferred_ns is None:
         entry.deferred_ns = now_ns
-    return entry.deferred_ns + min(gain_ns, DEFER_MAX_NS)
+    until_ns = entry.deferred_ns + min(gain_ns, DEFER_MAX_NS)
+    if until_ns <= now_ns:
+        return None
+    saves = own_ns <= own_ns.item(best) + saved_ns / 2
+    return Deferred(until_ns, bits_of(saves & ~is_open))
 
 
 def _keeps(fleet: Fleet, entry: Entry, prefill: Worker, decode: Worker) -> bool:

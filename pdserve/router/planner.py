@@ -57,7 +57,7 @@ def _resume_parked(state: RouterState, now_ns: int) -> list[Command]:
             continue
         decode = choose_resume(
             state.fleet,
-            blocks_of(tokens + 1, state.block_tokens),
+            blocks_of(tokens + 1, state.fleet.block_tokens),
             parked_by=state.fleet.get(entry.handoff.route.decode),
         )
         if decode is None:
@@ -97,7 +97,7 @@ def _dispatch_waiting(state: RouterState, now_ns: int) -> list[Command]:
             break
     if len(aside):
         _look_again(state, aside.next_ns)
-    if len(state.lines) > len(shared) + len(aside):
+    if state.lines.some_are_bound:
         commands += _dispatch_bound(state, now_ns)
     return commands
 

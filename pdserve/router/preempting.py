@@ -8,12 +8,13 @@ with it; unless it is nearly done, or has yielded often enough, or the store has
 what others had computed when they did.
 """
 
+import math
 from itertools import islice
 
 from pdserve.messages import Preempt
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import HELD_MAX, LEAD_NS, Fleet, Worker
+from pdserve.router.fleet import HELD_MAX, LEAD_NS, Worker
 from pdserve.router.placement import Choice
 from pdserve.router.sending import Again, Send, placed, take
 from pdserve.router.state import RouterState
@@ -34,7 +35,7 @@ def preempt(state: RouterState, now_ns: int) -> list[Command]:
         if worker is None or not worker.prefills:
             continue
         if len(worker.prompts) > 1:
-            first, second = (state.entries[request] for request in islice(worker.prompts, 2))
+            first, second = [state.entries[request] for request in islice(worker.prompts, 2)]
             if _yields(state, first, worker, second, now_ns):
                 commands.append(_tell_to_yield(state, first, worker))
         _rank_last(state, worker, now_ns)
@@ -44,12 +45,13 @@ def preempt(state: RouterState, now_ns: int) -> list[Command]:
 def _rank_last(state: RouterState, worker: Worker, now_ns: int) -> None:
     """Enter how easily the last in line there would make way."""
     last = next(reversed(worker.prompts), None)
-    key_ns = float("-inf")
+    key_ns = -math.inf
     if last is not None:
         entry = state.entries[last]
-        may = _may_give_way(state, entry, worker) or _may_yield(state, entry, worker)
-        if entry.bound_to is None and may:
-            key_ns = state.lines.of(entry).key_ns(entry, now_ns)
+        if entry.bound_to is None and (
+            _may_give_way(state, entry, worker) or _may_yield(state, entry, worker)
+        ):
+            key_ns = state.lines.shared.key_ns(entry, now_ns)
     state.fleet.last_key_ns[worker.slot] = key_ns
 
 
@@ -65,17 +67,17 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
     keys_ns = fleet.last_key_ns
     while len(shared) and len(keys_ns) and not state.parked:
         slot = int(keys_ns.argmax())
-        if keys_ns[slot] == float("-inf"):
+        if keys_ns[slot] == -math.inf:
             break
         worker = fleet.at(slot)
         last = state.entries[next(reversed(worker.prompts))]
         first = next(shared.ranked(now_ns))
         if first.deferred_ns is not None or not _beats(state, first, last, worker, now_ns):
             break
-        if fleet.soonest_open_ns(but=slot) + LEAD_NS <= _border_ns(fleet, worker, now_ns):
+        if fleet.soonest_open_ns(but=slot) + LEAD_NS <= _border_ns(worker, now_ns):
             break
         keys_ns = keys_ns.copy()  # without those that were tried
-        keys_ns[slot] = float("-inf")
+        keys_ns[slot] = -math.inf
         is_short = first.uncached_tokens <= worker.hello.chunk_tokens
         if is_short and _may_give_way(state, last, worker):
             if _tokens_ahead(first, last, worker) > worker.hello.chunk_tokens:
@@ -96,14 +98,14 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
             break
         if told and not _beats(state, entry, last, worker, now_ns):
             break
-        fleet.last_key_ns[slot] = float("-inf")
+        fleet.last_key_ns[slot] = -math.inf
         commands.append(_tell_to_yield(state, last, worker))
     return commands
 
 
-def _border_ns(fleet: Fleet, worker: Worker, now_ns: int) -> float:
+def _border_ns(worker: Worker, now_ns: int) -> float:
     """When its next chunk begins, as predicted."""
-    chunk_ns = fleet.costs.prefill_ns(worker.hello.chunk_tokens) * worker.correction.factor
+    chunk_ns = worker.chunk_ns * worker.correction.factor
     return now_ns + max(0.0, worker.free_at_ns - now_ns) % chunk_ns
 
 
@@ -129,9 +131,10 @@ def _ahead(
 
 def _may_give_way(state: RouterState, entry: Entry, worker: Worker) -> bool:
     """Whether it lets others go first where it is, and keeps its place and its blocks."""
-    if entry.preempting or not state.lines.of(entry).preempts or worker.draining:
+    if entry.preempting or worker.draining:
         return False
-    return entry.uncomputed_tokens > worker.hello.chunk_tokens
+    is_long = entry.uncomputed_tokens > worker.hello.chunk_tokens
+    return is_long and state.lines.of(entry).preempts
 
 
 def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
@@ -154,12 +157,10 @@ def _yields(state: RouterState, entry: Entry, worker: Worker, waiting: Entry, no
 
 def _beats(state: RouterState, waiting: Entry, entry: Entry, worker: Worker, now_ns: int) -> bool:
     """Whether one that waits goes before one of the same line that is at ``worker``."""
-    order = state.lines.of(entry)
-    if order is not state.lines.of(waiting):
+    if entry.bound_to != waiting.bound_to:
         return False
-    chunk_ns = state.fleet.costs.prefill_ns(worker.hello.chunk_tokens)
-    margin_ns = round(chunk_ns * worker.correction.factor)
-    return order.yields(entry, waiting, margin_ns, now_ns)
+    margin_ns = round(worker.chunk_ns * worker.correction.factor)
+    return state.lines.of(entry).yields(entry, waiting, margin_ns, now_ns)
 
 
 def _tell_to_yield(state: RouterState, entry: Entry, worker: Worker) -> Command:

@@ -76,9 +76,10 @@ class PrefixIndex:
             if key in at.keys:
                 del at.keys[key]
                 _put(bits, key, bits.get(key, 0) & ~at.readers)
+        readers, known_bits = at.readers, bits.get
         for key in added:
-            at.keys[key] = None
-            bits[key] = bits.get(key, 0) | at.readers
+            bits[key] = known_bits(key, 0) | readers
+        at.keys.update(dict.fromkeys(added))
         while len(at.keys) > self._location_keys_max:
             oldest = next(iter(at.keys))
             del at.keys[oldest]
@@ -93,12 +94,12 @@ class PrefixIndex:
 
     def hits(self, keys: Sequence[BlockKey], slots: int) -> Hits:
         """How many leading blocks each of the workers in the bit set ``slots`` can use."""
-        in_pools, in_stores = self._in_pools, self._in_stores
+        in_pools, in_stores = self._in_pools.get, self._in_stores.get
         found = []
         left = slots
         blocks = 0
         for key in keys:
-            here = (in_pools.get(key, 0) | in_stores.get(key, 0)) & left
+            here = (in_pools(key, 0) | in_stores(key, 0)) & left
             if here != left:
                 found.append((blocks, left & ~here))
                 left = here

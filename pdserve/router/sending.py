@@ -46,7 +46,7 @@ def placed(
         state.fleet,
         entry,
         hits,
-        block_tokens=state.block_tokens,
+        block_tokens=state.fleet.block_tokens,
         tpot_slo_ns=None if tpot_slo_ms is None else tpot_slo_ms * MS,
         only=only,
         now_ns=now_ns,
@@ -74,8 +74,7 @@ def take(state: RouterState, step: Send | Refuse | Again, now_ns: int) -> list[C
 
 def is_hopeless(state: RouterState, tokens: int) -> bool:
     """Whether there are decode workers, and it would not fit into any of them, however empty."""
-    largest = state.fleet.largest
-    return largest is not None and tokens + 1 > largest.block_count * largest.block_tokens
+    return tokens >= state.fleet.largest_tokens > 0
 
 
 def refuse_hopeless(state: RouterState, entry: Entry, tokens: int, now_ns: int) -> list[Command]:

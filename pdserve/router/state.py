@@ -27,6 +27,7 @@ from pdserve.router.fleet import Fleet, Worker
 from pdserve.router.growth import Growth
 from pdserve.router.lines import Lines
 from pdserve.router.orders.base import Order
+from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.placement import Choice, blocks_of, least_uncached
 from pdserve.router.prefix_index import Hits
 
@@ -88,12 +89,6 @@ class RouterState:
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
-    @property
-    def block_tokens(self) -> int:
-        """Block sizes agree within a cluster; 1 where nobody is there to say."""
-        largest = self.fleet.largest
-        return 1 if largest is None else largest.block_tokens
-
     def hits(self, entry: Entry) -> Hits:
         return self.fleet.hits(entry.request.block_keys)
 
@@ -105,7 +100,7 @@ class RouterState:
         entry.watched = keys[blocks] if blocks < len(keys) else None
         if entry.watched is not None:
             self._watchers.setdefault(entry.watched, []).append(entry)
-        uncached_tokens = least_uncached(entry, hits, self.block_tokens)
+        uncached_tokens = least_uncached(entry, hits, self.fleet.block_tokens)
         entry.uncached_tokens = uncached_tokens
         cached_tokens = entry.total_tokens - uncached_tokens
         entry.work_ns = self.fleet.work_ns(uncached_tokens, cached_tokens)
@@ -143,10 +138,10 @@ class RouterState:
     def recall(self, now_ns: int) -> bool:
         """Back to its line, who stood aside for a worker that is open now: the best of them. Also
         all that have waited enough. Whether there were any."""
-        shared = self.lines.shared
-        due = self.lines.aside.take_due(
-            self.fleet.open_bits(now_ns), now_ns, lambda entry: shared.key_ns(entry, now_ns)
-        )
+        shared, aside, fleet = self.lines.shared, self.lines.aside, self.fleet
+        if fleet.soonest_open_ns() > now_ns < aside.next_ns:
+            return False
+        due = aside.take_due(fleet.open_bits(now_ns), now_ns, shared)
         for entry in due:
             shared.push(entry, now_ns)
         return bool(due)
@@ -160,7 +155,7 @@ class RouterState:
 
     def reconsider(self, entry: Entry, hits: Hits, now_ns: int) -> bool:
         """What of it is cached has changed while it waited: its work is another. Whether so."""
-        if least_uncached(entry, hits, self.block_tokens) == entry.uncached_tokens:
+        if least_uncached(entry, hits, self.fleet.block_tokens) == entry.uncached_tokens:
             return False
         if entry.id in self.lines.aside:
             self.lines.aside.remove(entry)
@@ -210,7 +205,7 @@ class RouterState:
                 prefill=prefill.id,
                 decode=decode.id,
                 price_us=choice.price_ns // 1000,
-                others=tuple((worker, price_ns // 1000) for worker, price_ns in choice.others),
+                others=tuple([(worker, price_ns // 1000) for worker, price_ns in choice.others]),
             ),
         )
         return Timing(
@@ -354,7 +349,7 @@ class RouterState:
         entry.preempting = False
 
     def _decide(self, entry: Entry, decision: Decision) -> None:
-        entry.decisions = (*entry.decisions, decision)[-DECISIONS_MAX:]
+        entry.decisions = (*entry.decisions[1 - DECISIONS_MAX :], decision)
 
     def _touch(self, worker: Worker) -> None:
         self.touched[worker.id] = None
@@ -403,6 +398,7 @@ class RouterState:
         """Assert the invariants. Linear in everything; for tests."""
         for order in self.lines.all():
             order.check()
+        self.lines.aside.check(self.lines.shared)
         phases = {request: entry.phase for request, entry in self.entries.items()}
         assert not TERMINAL & set(phases.values())
         assert {r for r, phase in phases.items() if phase is Phase.PARKED} == set(self.parked)
@@ -412,6 +408,9 @@ class RouterState:
             places = (entry.id in self.lines.of(entry)) + (entry.id in self.lines.aside)
             assert places == (entry.phase is Phase.QUEUED)
             queued_work_ns += entry.work_ns if entry.phase is Phase.QUEUED else 0
+            order = self.lines.of(entry)
+            if isinstance(order, SkipJoin) and entry.phase is Phase.PREFILLING:
+                order.check_level(entry)
             assert (entry.handoff is not None) == (entry.phase is Phase.PARKED)
             assert (entry.prefill is not None) == (entry.phase is Phase.PREFILLING)
             assert (entry.decode is None) == (entry.phase in (Phase.QUEUED, Phase.PARKED))

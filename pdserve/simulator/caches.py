@@ -41,8 +41,9 @@ class BlockCache:
         known, added, removed = self._keys, self._added, self._removed
         if self.block_max is None:  # nothing ever leaves, so nobody asks for the order
             fresh = dict.fromkeys([key for key in keys if key not in known])
-            known.update(fresh)
-            added.update(fresh)
+            if fresh:
+                known.update(fresh)
+                added.update(fresh)
             return
         for key in reversed(keys):
             if key in known:

@@ -49,6 +49,10 @@ class Order(Protocol):
         """Where it would stand if it waited now with what it has left: smaller goes first."""
         ...
 
+    @property
+    def key_basis(self) -> object:
+        """While it stays equal, so do the keys of those that were removed for a while."""
+
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
         """Whether ``running`` should stop at its next chunk boundary so that ``waiting`` goes
         first. ``margin_ns``: what must at least be gained, about a chunk. That it has more than a

@@ -15,6 +15,7 @@ from pdserve.router.entry import Entry
 
 class HighestResponseRatio:
     preempts = False
+    key_basis: object = None  # nobody stands aside
 
     def __init__(self) -> None:
         self._waiting: dict[RequestId, Entry] = {}

@@ -121,6 +121,7 @@ class _Account:
 
 class FeedbackQueue:
     preempts = True
+    key_basis: object = None  # nobody stands aside
 
     def __init__(self, rules: Rules, costs: CostModel) -> None:
         self._rules = rules

@@ -52,6 +52,7 @@ class SkipJoin:
         self.ladder = Ladder.of(settings, gamma_per_s)
         self.preempts = settings.policy != "fcfs"
         self._tenants: dict[str, TenantLevels] = {}  # that have somebody waiting
+        self._spare: TenantLevels | None = None  # of one that has nobody any more
         self._standings: dict[RequestId, _Standing] = {}
         self._waiting: dict[RequestId, Entry] = {}
         self._tags = FairTags(settings.tenant_weights)
@@ -166,6 +167,10 @@ class SkipJoin:
             return self._fair_key_ns(entry, now_ns)
         return self._own_key_ns(entry)
 
+    @property
+    def key_basis(self) -> object:
+        return self._gamma_per_s, len(self._tenants) > 1
+
     def _fair_key_ns(self, entry: Entry, now_ns: int) -> int:
         """Beside other tenants'. Who runs has the tag with which it was chosen."""
         waits = entry.id in self._waiting
@@ -174,10 +179,8 @@ class SkipJoin:
         return self._own_key_ns(entry, tag_ns)
 
     def _own_key_ns(self, entry: Entry, tag_ns: int = 0) -> int:
-        """Among its tenant's. It falls as its work shrinks."""
-        floor_level = self._standings[entry.id].floor_level
-        level = max(floor_level, self.ladder.level_of(entry.work_ns))
-        return self.ladder.key_ns(max(_virtual_ns(entry), tag_ns), level)
+        """Among its tenant's. It falls as its work shrinks, and its level with it."""
+        return max(_virtual_ns(entry), tag_ns) - self.ladder.boosts_ns[entry.level]
 
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
         if running.id in self._rescued:
@@ -213,7 +216,8 @@ class SkipJoin:
         boosts_ns = self.ladder.boosts_ns
         tenants = self._tenants
         if len(tenants) == 1:
-            return next(iter(tenants.values())).head
+            (tenant,) = tenants.values()
+            return tenant.head
         best: Entry | None = None
         best_key: tuple[int, int] | None = None
         for name, tenant in tenants.items():
@@ -252,7 +256,7 @@ class SkipJoin:
         name = entry.request.tenant
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = TenantLevels(self.ladder.boosts_ns)
+            tenant = self._tenants[name] = self._empty_levels()
         tenant.push(entry, _virtual_ns(entry))
         self._counted_ns[entry.id] = entry.work_ns
         self._work_ns[entry.level] += entry.work_ns
@@ -263,7 +267,15 @@ class SkipJoin:
         tenant.remove(entry)
         self._work_ns[entry.level] -= self._counted_ns.pop(entry.id)
         if not tenant:
-            del self._tenants[name]
+            self._spare = self._tenants.pop(name)
+
+    def _empty_levels(self) -> TenantLevels:
+        """Where workers keep up, a tenant has somebody waiting, and nobody, many times a second."""
+        tenant, self._spare = self._spare, None
+        if tenant is None:
+            return TenantLevels(self.ladder.boosts_ns)
+        tenant.set_boosts(self.ladder.boosts_ns)
+        return tenant
 
     def _demote(self, entry: Entry, standing: _Standing, level: int) -> None:
         assert level > entry.level
@@ -286,6 +298,13 @@ class SkipJoin:
             for *_, entry in tenant:
                 assert entry.request.tenant == name
                 assert self._waiting[entry.id] is entry
+                self.check_level(entry)
+        assert not self._spare
+
+    def check_level(self, entry: Entry) -> None:
+        """Of one that waits or runs: the key is computed from it."""
+        floor_level = self._standings[entry.id].floor_level
+        assert entry.level == max(floor_level, self.ladder.level_of(entry.work_ns))
 
 
 def _virtual_ns(entry: Entry) -> int:

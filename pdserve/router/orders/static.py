@@ -32,6 +32,7 @@ class StaticOrder:
     """The least key first; at equal keys who came first."""
 
     preempts = False
+    key_basis: object = None  # nobody stands aside
 
     def __init__(self, key: KeyFunction) -> None:
         self._key = key

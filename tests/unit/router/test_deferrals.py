@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from pdserve.ids import RequestId
 from pdserve.router.deferrals import Deferrals
-from pdserve.router.entry import Entry
+from pdserve.router.orders.static import StaticOrder
 from tests.unit.router.entries import entry
 
 
-def _order(one: Entry) -> float:
-    return one.work_ns
+def _order() -> StaticOrder:
+    return StaticOrder(lambda entry: entry.work_ns)
 
 
 def _taken(deferrals: Deferrals, open_bits: int, now_ns: int) -> list[str]:
-    return [one.id for one in deferrals.take_due(open_bits, now_ns, _order)]
+    return [one.id for one in deferrals.take_due(open_bits, now_ns, _order())]
 
 
 def test_one_goes_back_for_a_worker_that_is_open_the_best_first() -> None:
@@ -67,3 +67,15 @@ def test_nobody_is_forgotten(waits: list[tuple[int, int]], data: st.DataObject) 
         assert all(until_ns > now_ns for until_ns in left.values())
     assert not left
     assert len(deferrals) == 0
+
+
+def test_keys_are_looked_up_again_once_their_basis_is_another() -> None:
+    deferrals, order = Deferrals(), _order()
+    entries = {name: entry(name, work_ms) for name, work_ms in (("r1", 10), ("r2", 20), ("r3", 30))}
+    for one in entries.values():
+        deferrals.add(one, 1000, 0b1)
+    assert deferrals.take_due(0b1, 0, order) == [entries["r1"]]
+    entries["r3"].work_ns = 1
+    order.key_basis = "another"
+    assert deferrals.take_due(0b1, 0, order) == [entries["r3"]]
+    deferrals.check(order)

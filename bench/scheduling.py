@@ -33,7 +33,7 @@ BASELINES = (
     "fastserve, released",
 )  # fmt: skip
 OURS = ("ours, mean", "ours, balanced", "ours, tail", "ours, γ = 0.02", "ours, γ = 0.05",
-        "ours, γ = 0.1", "ours, γ = 0.2")  # fmt: skip
+        "ours, γ = 0.1", "ours, γ = 0.2", "ours, γ = 0.4", "ours, γ = 0.8")  # fmt: skip
 RHOS = (0.7, 0.9, 1.0)
 RHO = 0.9
 TOLERANCE = 1.02

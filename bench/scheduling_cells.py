@@ -42,6 +42,8 @@ POLICIES: Mapping[str, RouterConfig] = {
     "ours, γ = 0.05": _order("skip_join", gamma_per_s=0.05),
     "ours, γ = 0.1": _order("skip_join", gamma_per_s=0.1),
     "ours, γ = 0.2": _order("skip_join", gamma_per_s=0.2),
+    "ours, γ = 0.4": _order("skip_join", gamma_per_s=0.4),
+    "ours, γ = 0.8": _order("skip_join", gamma_per_s=0.8),
     "sjf": _order("sjf", preemption=False),
     "sjf, ageing": _order("sjf_aging", preemption=False),
     "hrrn": _order("hrrn", preemption=False),

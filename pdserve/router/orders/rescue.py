@@ -10,6 +10,9 @@ holds whatever else arrives, and under overload the order of service stays what 
 other ``1 − f``. Promoting everybody who waited too long, without a cap, is first come, first served
 exactly when it hurts most.
 
+Who runs is not stopped for a claim: at full load there are always claims, and each would have some
+prefill called back that had only just begun.
+
 A claim does not take the entry from its level: if its turn comes there first, so much the better.
 """
 

@@ -189,7 +189,7 @@ class SkipJoin:
             gain_ns = self._own_key_ns(running) - self._own_key_ns(waiting)
         else:
             gain_ns = self._fair_key_ns(running, now_ns) - self._fair_key_ns(waiting, now_ns)
-        return gain_ns > margin_ns or self._rescue.head(now_ns) is waiting
+        return gain_ns > margin_ns
 
     def __len__(self) -> int:
         return len(self._waiting)

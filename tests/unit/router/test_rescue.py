@@ -135,13 +135,13 @@ def test_one_that_comes_back_late_has_its_claim_at_once() -> None:
     assert names(order, 10_000) == ["long", "short"]
 
 
-def test_running_ones_yield_to_a_claim_but_not_who_was_rescued() -> None:
+def test_nobody_yields_to_a_claim_and_who_was_rescued_yields_to_nobody() -> None:
     order = _order()
     running, waiting = entry("running", 100, at_ms=5000, order=1), entry("waiting", 500, order=0)
     wait(order, running, waiting)
     dispatch(order, running, 100)
-    assert not order.yields(running, waiting, 0, 1999 * MS)
-    assert order.yields(running, waiting, 0, 2000 * MS)
+    assert order.rescued(2000 * MS) is waiting
+    assert not order.yields(running, waiting, 0, 2000 * MS)
 
     order = _order()
     wait(order, entry("short", 5, at_ms=5000, order=1), waiting)

@@ -333,15 +333,15 @@ def test_a_burst_that_was_held_back_calls_back_as_many_as_it_needs() -> None:
     ]
 
 
-def test_who_is_rescued_waits_for_who_runs_and_goes_before_the_next_in_line() -> None:
+def test_who_is_rescued_goes_before_the_next_in_line() -> None:
     core, (p0, _) = core_with(
         hello("p0"),
         hello("d0"),
-        config=replace(settings(), rescue_after_ms=500.0, rescue_ratio=0.1),
+        config=replace(settings(preemption=False), rescue_after_ms=500.0, rescue_ratio=0.1),
     )
     core.on_submit(request("short", 2000), 0)
     assert core.on_submit(request("longer", 6000), 0) == []
-    core.on_submit(request("next", 2000), 500 * MS)
+    core.on_submit(request("next", 1000), 500 * MS)
     assert core.on_tick(1100 * MS) == []
     (dispatch,) = told(p0.event(request("short", 2000), Event.PREFILL_DONE, now_ns=1200 * MS))
     assert dispatch.startswith("p0 <- dispatch longer")

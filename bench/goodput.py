@@ -11,7 +11,8 @@ tokens a second with ease. A request that is refused, or fails, is not good.
 
 The rate is searched: doubled or halved until it is known between two, then bisected until they are
 5 % apart. Each try is a load of its own (``peers/mixed_load.py``) on the form's warm server, one
-form after the other; all have the same kinds and prompts in the same order, only faster or slower.
+form after the other; all have the same kinds and lengths in the same order, only faster or slower,
+and prompts that the server has not seen before.
 
 It is measured for every mode of ours, with skip-join, and for the setting of vLLM with most good
 requests under a load of another seed; and for several shares of long prompts, since where there are
@@ -22,14 +23,15 @@ pays.
 import argparse
 import asyncio
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from bench.frame import Options, Row, row, run, skipped
 from bench.mixed_load import vllm_setting
-from bench.peers.mixed_load import Outcome, drive, mixed
+from bench.peers.mixed_load import Arrival, Outcome, drive, mixed
 from bench.runs import Work, default_directory
 from bench.servers import Form, Ours, Vllm, serving, vllm_missing
 from bench.tuning import ALL_SETTINGS, FEW_SETTINGS, TUNING_SEED, chat_ttft_s_p90, try_all
@@ -127,11 +129,13 @@ def goodput(work: Work, targets: Targets, long_share: float, options: Options, f
     seconds = options.arguments.seconds or (20 if options.quick else 60)
 
     def search() -> float:
+        tries = itertools.count()
         with serving(form, work.log(form)) as target:
 
             def holds(rate_per_s: float) -> bool:
-                arrivals = mixed(
-                    rate_per_s=rate_per_s, seconds=seconds, seed=SEED, long_share=long_share
+                arrivals = unseen(
+                    mixed(rate_per_s=rate_per_s, seconds=seconds, seed=SEED, long_share=long_share),
+                    next(tries),
                 )
                 outcomes = asyncio.run(drive(target, arrivals, timeout_s=REQUEST_S_MAX))
                 return targets.good_ratio(outcomes) >= GOOD_RATIO
@@ -141,6 +145,11 @@ def goodput(work: Work, targets: Targets, long_share: float, options: Options, f
     about = ["goodput", astuple(targets), long_share, seconds]
     rate: float = work.remembered(form, about, search)
     return rate
+
+
+def unseen(arrivals: Sequence[Arrival], number: int) -> list[Arrival]:
+    """The same load with other prompts in each try: a server may have kept those of the last."""
+    return [replace(arrival, seed=arrival.seed ^ (number + 1) << 32) for arrival in arrivals]
 
 
 def best_vllm(work: Work, targets: Targets, options: Options) -> Vllm:

@@ -172,7 +172,10 @@ def _model(url: str, process: "subprocess.Popen[bytes]", log: Path) -> str:
     """The name of the model, once the server says it."""
     deadline = time.monotonic() + START_S_MAX
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/v1/models") as answer:
+        with (
+            contextlib.suppress(OSError, ValueError),  # nobody there yet, or somebody else
+            urllib.request.urlopen(f"{url}/v1/models") as answer,
+        ):
             return str(json.load(answer)["data"][0]["id"])
         time.sleep(0.2)
     state = "is not ready" if process.poll() is None else f"ended with {process.returncode}"

@@ -2,11 +2,12 @@
 
     python -m bench.simulated_real [--quick] [--json FILE] [--seconds 180] [--seeds 2] [--rate 2.0]
                 [--long-share 0.2] [--policies fcfs,skip_join,hrrn] [--profile FILE]
-                [--work DIRECTORY]
+                [--mode aggregated] [--work DIRECTORY]
 
-One prefill and one decode worker of one compute thread each: with more threads than cores they
-would slow each other down, which no model of separate workers describes. What work costs comes from
-``pdserve profile`` (first, unless ``--profile`` names one), with the same thread. Chats and long
+One worker that has the cores to itself; or, with ``--mode disaggregated``, a prefill and a decode
+worker of one thread each, which share caches and memory, and two cores with all other processes:
+the simulator knows nothing of that. What work costs comes from ``pdserve profile`` (first, unless
+``--profile`` names one), with the same threads. Chats and long
 prompts arrive as in ``peers/mixed_load.py``. The simulator is given the same arrivals, and what a
 lone small request takes beyond its prefill on the idle cluster: client, HTTP, text, messages.
 
@@ -45,7 +46,8 @@ Means = tuple[float, float]  # of the time to the first token and of that per fu
 def measure(options: Options) -> Iterator[Row]:
     given = options.arguments
     work = Work(given.work)
-    forms = [Ours("disaggregated", policy, ONE_THREAD) for policy in given.policies]
+    threads = ONE_THREAD if given.mode == "disaggregated" else ()
+    forms = [Ours(given.mode, policy, threads) for policy in given.policies]
     profile = read_profile(str(given.profile or _profiled(work, forms[0])))
     overhead_s = _overhead_s(work, forms[0], profile)
     yield row("client, HTTP, text and messages, of one request", [overhead_s * 1000], "ms")
@@ -126,11 +128,11 @@ def _overhead_s(work: Work, form: Ours, profile: Profile) -> float:
 
 def _profiled(work: Work, form: Ours) -> Path:
     """What ``pdserve profile`` writes here, measured once."""
-    file = work.directory / f"{work.source}.profile.yaml"
+    file = work.directory / f"{form.mode}.profile.yaml"
 
     def measured() -> str:
         command = [sys.executable, "-m", "pdserve.cluster.cli", "profile", f"--out={file}"]
-        settings = [*form.settings, ("model.dtype", "bfloat16")]
+        settings = [*form.settings, ("model.dtype", "bfloat16"), ("router.mode", form.mode)]
         options = [f"--set={name}={value}" for name, value in settings]
         subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=sys.stderr)
         return file.read_text()
@@ -149,6 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
     parser.add_argument("--long-share", type=float, default=0.2)
     parser.add_argument("--policies", type=policies, default=["fcfs", "skip_join", "hrrn"])
+    parser.add_argument("--mode", choices=["aggregated", "disaggregated"], default="aggregated")
     parser.add_argument("--profile", type=Path, help="instead of measuring one")
     parser.add_argument("--work", type=Path, default=default_directory("simulated_real"))
 

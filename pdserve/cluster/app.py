@@ -27,6 +27,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from pdserve.cluster.autoscaling import METRIC
+from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.store_supervisor import ensure_store, supervisor_of_this_host
@@ -47,7 +48,6 @@ MODEL_KNOWN_S = 120.0
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
-SPINS = 10_000  # of an OpenMP thread until it sleeps, well above what lies between two operations
 CALLS_MAX = 1000  # control calls at once to one replica
 
 
@@ -167,7 +167,9 @@ class Worker:
     ) -> None:
         config = from_tree(tree)
         pool = config.prefill if role == Role.PREFILL else config.decode
-        _set_threads(pool, alone=config.has_one_worker)
+        set_threads(pool, alone=config.has_one_worker)
+        if pool.nice:
+            os.nice(pool.nice)
         self._router = router
         self._config = config
         host, tcp_host, directory = local_host_id(), tcp_host_of(config), directory_of(config)
@@ -308,20 +310,3 @@ def directory_of(config: ClusterConfig) -> Path:
 
 def tcp_host_of(config: ClusterConfig) -> str | None:
     return ray.util.get_node_ip_address() if config.tcp else None
-
-
-def _set_threads(pool: PoolConfig, *, alone: bool) -> None:
-    """Before torch is imported: OpenMP reads its settings when it loads.
-
-    Passive waiting where several workers with a thread per core share the cores: spinning threads
-    of one would eat the others' time. ``alone`` there are none, and threads that are awake when the
-    next operation comes make a decode step of a small model a third shorter.
-    """
-    threads = pool.threads or len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if alone:
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
-    else:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    if pool.nice:
-        os.nice(pool.nice)

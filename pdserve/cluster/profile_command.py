@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.profiles import save_profile
 from pdserve.cluster.profiling import Bench, Measured, Taken, measure
 from pdserve.config import ClusterConfig
@@ -44,10 +45,10 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
     Raises:
         ConfigError: no such model, or too little could be measured to fit it.
     """
-    # As workers are started, and before torch is: threads that wait by sleeping take other paths.
-    threads = config.prefill.threads or len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # As workers are started: threads that wait by sleeping take other paths.
+    pool = config.decode if config.router.mode == "aggregated" else config.prefill
+    threads = set_threads(pool, alone=config.has_one_worker)
+    from pdserve.model.cpu_ops import bind_threads
     from pdserve.model.load import load_runner
     from pdserve.model.source import locate
 
@@ -59,13 +60,14 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
 
     files = locate(config.model)
     say(f"loading {files.name}; measuring takes up to two minutes, keep the machine idle")
-    pool = config.decode
     runner = load_runner(
         config.model,
-        block_count=pool.pool_blocks,
-        pool_bytes=pool.pool_bytes,
-        threads=config.prefill.threads,
+        block_count=config.decode.pool_blocks,
+        pool_bytes=config.decode.pool_bytes,
+        threads=pool.threads,
     )
+    if config.has_one_worker:
+        bind_threads()
     bench = Bench(
         runner, chunk_tokens=config.prefill.chunk_tokens, running_max=config.decode.running_max
     )

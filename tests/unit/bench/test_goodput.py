@@ -7,8 +7,8 @@ import pytest
 
 from bench import goodput
 from bench.frame import Options, Row
-from bench.goodput import TRIES_MAX, Targets, highest_rate
-from bench.peers.mixed_load import Outcome
+from bench.goodput import TRIES_MAX, Targets, highest_rate, unseen
+from bench.peers.mixed_load import Outcome, mixed
 from bench.runs import Work
 from bench.servers import Form, Ours
 from tests.unit.bench.outcomes import outcome
@@ -98,3 +98,14 @@ def test_without_a_peer_the_modes_are_measured_all_the_same(
     rows = table(monkeypatch, tmp_path, "--long-shares", "0.2")
     assert [made.value for made in rows] == [2.0, 1.0, 3.0, 2.0, None]
     assert rows[-1].skipped == "no vLLM here"
+
+
+def test_no_try_has_prompts_of_another() -> None:
+    """Ours keeps prefixes: what came again would cost it nothing."""
+    arrivals = mixed(rate_per_s=5.0, seconds=10, seed=1, long_share=0.2)
+    tries = [unseen(arrivals, number) for number in range(3)]
+    seeds = {arrival.seed for one in (arrivals, *tries) for arrival in one}
+    assert len(seeds) == 4 * len(arrivals)
+    for one in tries:
+        assert [a.lengths for a in one] == [a.lengths for a in arrivals]
+        assert [a.due_s for a in one] == [a.due_s for a in arrivals]

@@ -1,0 +1,28 @@
+"""How a worker's threads wait is said before torch is imported."""
+
+import os
+
+import pytest
+
+from pdserve.cluster.compute_threads import SPINS, set_threads
+from pdserve.config import PoolConfig
+
+NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+def test_threads_sleep_where_workers_share_the_cores() -> None:
+    assert set_threads(PoolConfig(threads=3), alone=False) == 3
+    assert [os.environ.get(name) for name in NAMES] == ["3", "PASSIVE", None]
+
+
+def test_threads_stay_awake_where_a_worker_is_alone() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert set_threads(PoolConfig(threads=0), alone=True) == cores
+    assert [os.environ.get(name) for name in NAMES] == [str(cores), None, str(SPINS)]

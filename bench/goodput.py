@@ -12,7 +12,7 @@ tokens a second with ease. A request that is refused, or fails, is not good.
 The rate is searched: doubled or halved until it is known between two, then bisected until they are
 5 % apart. Each try is a load of its own (``peers/mixed_load.py``) on the form's warm server, one
 form after the other; all have the same kinds and lengths in the same order, only faster or slower,
-and prompts that the server has not seen before.
+and prompts that the server has not seen before. A rate is given up when it fails twice.
 
 It is measured for every mode of ours, with skip-join, and for the setting of vLLM with most good
 requests under a load of another seed; and for several shares of long prompts, since where there are
@@ -146,7 +146,7 @@ def goodput(work: Work, targets: Targets, long_share: float, options: Options, f
 
             return highest_rate(holds)
 
-    about = ["goodput", astuple(targets), long_share, seconds]
+    about = ["goodput", astuple(targets), long_share, seconds, ATTEMPTS]
     rate: float = work.remembered(form, about, search)
     return rate
 

@@ -30,7 +30,7 @@ class Work:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.source = source_digest(PACKAGE)
+        self._source = source_digest(PACKAGE)
         directory.mkdir(parents=True, exist_ok=True)
 
     def remembered(self, form: Form, about: object, measure: Callable[[], Any]) -> Any:
@@ -74,7 +74,7 @@ class Work:
         return [Outcome(**fields) for fields in self.remembered(form, about, measure)]
 
     def _name(self, form: Form, about: object) -> str:
-        source = self.source if isinstance(form, Ours) else ""
+        source = self._source if isinstance(form, Ours) else ""
         whole = json.dumps([dataclasses.asdict(form), source, about], sort_keys=True)
         return f"{_slug(form.name)}_{hashlib.sha256(whole.encode()).hexdigest()[:DIGEST_CHARS]}"
 

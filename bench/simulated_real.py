@@ -7,9 +7,9 @@
 One worker that has the cores to itself; or, with ``--mode disaggregated``, a prefill and a decode
 worker of one thread each, which share caches and memory, and two cores with all other processes:
 the simulator knows nothing of that. What work costs comes from ``pdserve profile`` (first, unless
-``--profile`` names one), with the same threads. Chats and long
-prompts arrive as in ``peers/mixed_load.py``. The simulator is given the same arrivals, and what a
-lone small request takes beyond its prefill on the idle cluster: client, HTTP, text, messages.
+``--profile`` names one), with the same threads. Chats and long prompts arrive as in
+``peers/mixed_load.py``. The simulator is given the same arrivals, and what a lone small request
+takes beyond its prefill on the idle cluster: client, HTTP, text, messages.
 
 Means are over all requests of all seeds. *Error* is that of the simulated mean, by the real one.
 """

@@ -1,6 +1,8 @@
-"""How the compute threads of a worker wait for one another."""
+"""How the compute threads of a worker wait for one another, and where they run."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from pdserve.config import PoolConfig
 
@@ -24,3 +26,20 @@ def set_threads(pool: PoolConfig, *, alone: bool) -> int:
     else:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     return threads
+
+
+@contextlib.contextmanager
+def cores_of_their_own(*, alone: bool) -> Iterator[None]:
+    """The calling thread computes as that of a worker that is ``alone``: each thread on its core.
+    What is started afterwards may run anywhere again."""
+    if not alone:
+        yield
+        return
+    from pdserve.model.cpu_ops import bind_threads
+
+    cores = os.sched_getaffinity(0)
+    bind_threads()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

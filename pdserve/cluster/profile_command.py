@@ -48,7 +48,6 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
     # As workers are started: threads that wait by sleeping take other paths.
     pool = config.decode if config.router.mode == "aggregated" else config.prefill
     threads = set_threads(pool, alone=config.has_one_worker)
-    from pdserve.model.cpu_ops import bind_threads
     from pdserve.model.load import load_runner
     from pdserve.model.source import locate
 
@@ -66,12 +65,10 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
         pool_bytes=config.decode.pool_bytes,
         threads=pool.threads,
     )
-    if config.has_one_worker:
-        bind_threads()
     bench = Bench(
         runner, chunk_tokens=config.prefill.chunk_tokens, running_max=config.decode.running_max
     )
-    measured = measure(bench, say)
+    measured = measure(bench, say, alone=config.has_one_worker)
     block_tokens = runner.pool.block_tokens
     costs, about = fitted(files.name, measured, runner.pool.block_bytes // block_tokens)
     path = out or Path(f"{files.name}.profile.yaml")

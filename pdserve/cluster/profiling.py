@@ -31,6 +31,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from pdserve.cluster.compute_threads import cores_of_their_own
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, HostId, TicketId, new_request_id
 from pdserve.kvstore.client import StoreClient
@@ -283,18 +284,35 @@ class Moves:
         return StoreClient(self._store, host=host, owner=owner, warm=True)
 
 
-def measure(bench: Bench, say: Say) -> Measured:
-    """Everything, in at most the sum of the budgets; ``say`` hears what is being done."""
-    say("one chunk of prompt, copied over the pool")
-    bench.fill()
-    room = bench.room
+def measure(bench: Bench, say: Say, *, alone: bool = False) -> Measured:
+    """Everything, in at most the sum of the budgets.
+
+    Args:
+        say: hears what is being done.
+        alone: compute as a worker that has the cores to itself.
+    """
     take = partial(within_budget, now_s=time.perf_counter)
-    grid = prefill_grid(room)
-    say(f"prefill: {len(grid)} points")
-    prefill = take(grid, bench.prefill, budget_s=PREFILL_BUDGET_S)
-    grid = decode_grid(room)
-    say(f"decode steps: {len(grid)} points")
-    decode = take(grid, bench.step, budget_s=DECODE_BUDGET_S)
+    with cores_of_their_own(alone=alone):
+        say("one chunk of prompt, copied over the pool")
+        bench.fill()
+        room = bench.room
+        grid = prefill_grid(room)
+        say(f"prefill: {len(grid)} points")
+        prefill = take(grid, bench.prefill, budget_s=PREFILL_BUDGET_S)
+        grid = decode_grid(room)
+        say(f"decode steps: {len(grid)} points")
+        decode = take(grid, bench.step, budget_s=DECODE_BUDGET_S)
+        say("points held out of the fit")
+        held_out_prefill = take(
+            [pair for pair in HELD_OUT_PREFILL if room.holds_prefill(*pair)],
+            bench.prefill,
+            budget_s=PREFILL_BUDGET_S / 3,
+        )
+        held_out_decode = take(
+            [pair for pair in HELD_OUT_DECODE if room.holds_decode(*pair)],
+            bench.step,
+            budget_s=DECODE_BUDGET_S / 3,
+        )
     with store_node(bench.pool.block_bytes) as (address, slot_count):
         counts = [n for n in MOVED_BLOCKS if n <= min(slot_count // 3, bench.pool.block_count)]
         moves = Moves(bench, address)
@@ -304,22 +322,13 @@ def measure(bench: Bench, say: Say) -> Measured:
             both = take(counts, moves.park_and_restore, budget_s=MOVES_BUDGET_S)
             handoff = take(counts, moves.handoff, budget_s=MOVES_BUDGET_S)
     host = Taken([point for pair in both.points for point in pair], 2 * both.left_out)
-    say("points held out of the fit")
     return Measured(
         prefill=prefill,
         decode=decode,
         host=host,
         handoff=handoff,
-        held_out_prefill=take(
-            [pair for pair in HELD_OUT_PREFILL if room.holds_prefill(*pair)],
-            bench.prefill,
-            budget_s=PREFILL_BUDGET_S / 3,
-        ),
-        held_out_decode=take(
-            [pair for pair in HELD_OUT_DECODE if room.holds_decode(*pair)],
-            bench.step,
-            budget_s=DECODE_BUDGET_S / 3,
-        ),
+        held_out_prefill=held_out_prefill,
+        held_out_decode=held_out_decode,
     )
 
 

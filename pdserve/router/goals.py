@@ -172,7 +172,10 @@ def choose(goal: str, fcfs: Outcome, outcomes: Sequence[Outcome]) -> float:
     excesses = [outcome.excess(limits, fcfs) for outcome in outcomes]
     keeping = [place for place, excess in enumerate(excesses) if excess <= 1]
     if not keeping:
-        return min(outcomes, key=lambda o: (o.excess(limits, fcfs), o.mean_s)).gamma_per_s
+        least = min(
+            range(len(outcomes)), key=lambda place: (excesses[place], outcomes[place].mean_s)
+        )
+        return outcomes[least].gamma_per_s
     best = min(keeping, key=lambda place: outcomes[place].mean_s)
     gamma = outcomes[best].gamma_per_s
     if best == 0 or best - 1 in keeping:

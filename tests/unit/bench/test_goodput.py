@@ -1,6 +1,9 @@
 """``bench.goodput``: which requests are good, and the search for the highest rate."""
 
 import argparse
+import asyncio
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,3 +112,31 @@ def test_no_try_has_prompts_of_another() -> None:
     for one in tries:
         assert [a.lengths for a in one] == [a.lengths for a in arrivals]
         assert [a.due_s for a in one] == [a.due_s for a in arrivals]
+
+
+@pytest.mark.parametrize(("failing", "found"), [({0}, 1.0), ({0, 1}, 0.5)])
+def test_a_rate_is_given_up_when_it_fails_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: set[int], found: float
+) -> None:
+    """Of the tries in turn these fail, and all at more than one request per second."""
+    loads: list[int] = []
+
+    def drive(_: object, arrivals: list[object], **_limits: object) -> list[Outcome]:
+        loads.append(len(arrivals))
+        is_bad = len(loads) - 1 in failing or len(arrivals) > len(at_one)
+        return [outcome(error="full" if is_bad else "")]
+
+    @contextlib.contextmanager
+    def serving(*_: object) -> Iterator[None]:
+        yield
+
+    at_one = mixed(rate_per_s=1.0, seconds=20, seed=goodput.SEED, long_share=0.2)
+    monkeypatch.setattr(goodput, "drive", drive)
+    monkeypatch.setattr(asyncio, "run", lambda outcomes: outcomes)
+    monkeypatch.setattr(goodput, "serving", serving)
+    parser = argparse.ArgumentParser()
+    goodput.add_arguments(parser)
+    options = Options(quick=True, arguments=parser.parse_args([]))
+    rate = goodput.goodput(Work(tmp_path), TARGETS, 0.2, options, Ours("auto", "skip_join"))
+    assert found <= rate < 2 * found
+    assert len(loads) <= goodput.ATTEMPTS * TRIES_MAX

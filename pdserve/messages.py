@@ -95,9 +95,13 @@ class Request:
     reply_to: Address
 
     @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
     def emitted_count(self) -> int:
         """Generated tokens that the client already has: the offset of the next one."""
-        return len(self.tokens) - self.prompt_tokens
+        return self.length - self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +256,10 @@ class Handoff:
     block_keys: tuple[BlockKey, ...]  # of the full blocks of ``tokens[:-1]``
     unsent: tuple[Token, ...]  # the last tokens of ``tokens``, which no gateway has been sent
     timing: Timing
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 What needs Ray or torch is imported by the fixtures that use it: unit tests collect without.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.integration.harness import TestCluster
+
+# What is tested is the sources, which fakes may subclass; ``test_compiled`` tests what is built.
+os.environ.setdefault("PDSERVE_COMPILED", "0")
 
 # A deadline is a bound on time, and here other tests take the processor at any moment.
 hypothesis.settings.register_profile("shared processor", deadline=None)

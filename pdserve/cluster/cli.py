@@ -1,5 +1,5 @@
-"""The command line: ``pdserve serve | chat | status | top | doctor``, and for planning ``profile |
-record | simulate | plan``.
+"""The command line: ``pdserve serve | chat | status | top | doctor``, once ``compile``;
+for planning ``profile | record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
 """
@@ -114,6 +114,14 @@ def doctor(
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting: part.field=value.")
 ]
+
+
+@app.command(name="compile")
+def compile_() -> None:
+    """Compile the router and the simulator for this machine, once: about a minute."""
+    from pdserve.cluster.compile_command import compile_and_tell
+
+    compile_and_tell()
 
 
 @app.command()

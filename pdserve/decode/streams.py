@@ -116,7 +116,7 @@ class Streams:
         too_many = self.waiting >= WAITING_MAX
         stream = Stream(sequence, handoff)
         self._streams[request.request] = stream
-        too_large = self._workplace.never_fits(self._workplace.blocks_for(len(handoff.tokens)))
+        too_large = self._workplace.never_fits(self._workplace.blocks_for(handoff.length))
         if sequence.ending is not None:
             self._end(stream)
         elif too_large is not None:

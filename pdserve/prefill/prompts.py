@@ -109,7 +109,7 @@ class Prompts:
             stays=self._workplace.stays(route),
             cached_tokens=dispatch.cached_tokens,
         )
-        too_large = self._workplace.never_fits(self._workplace.blocks_for(len(request.tokens)))
+        too_large = self._workplace.never_fits(self._workplace.blocks_for(request.length))
         if sequence.ending is not None:  # an earlier attempt delivered its last token already
             self._say_end(sequence, ())
         elif too_large is not None:

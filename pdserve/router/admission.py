@@ -72,8 +72,8 @@ def predicted_ttft_ns(state: RouterState, request: Request) -> int:
     """What goes before it, shared by all workers, and its own prefill."""
     fleet = state.fleet
     hits = fleet.hits(request.block_keys)
-    cached_tokens = min(hits[-1][0] * state.fleet.block_tokens, len(request.tokens) - 1)
-    work_ns = fleet.work_ns(len(request.tokens) - cached_tokens, cached_tokens)
+    cached_tokens = min(hits[-1][0] * state.fleet.block_tokens, request.length - 1)
+    work_ns = fleet.work_ns(request.length - cached_tokens, cached_tokens)
     shared = state.lines.shared
     waiting_ns = state.queued_work_ns
     if isinstance(shared, SkipJoin):

@@ -137,6 +137,7 @@ class Fleet:
         self.prefill_bits = 0  # bit set of the slots that may be sent prompts
         self.prefill_count = 0  # of them
         self._changed: list[Worker] = []  # their elements are to be rewritten
+        self._soonest_ns: float | None = None  # least of open_ns, as long as that is settled
         self.heard_all_ns = 0  # since then everybody has been heard of, at least
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
@@ -228,6 +229,7 @@ class Fleet:
         if worker.is_changed:
             self._changed.remove(worker)
         self._clear(slot)
+        self._soonest_ns = None
         self._recount_prefilling(worker)
         self._recount()
 
@@ -304,6 +306,7 @@ class Fleet:
             worker = self._changed.pop()
             worker.is_changed = False
             self._rewrite(worker)
+            self._soonest_ns = None
 
     def _rewrite(self, worker: Worker) -> None:
         slot = worker.slot
@@ -331,16 +334,13 @@ class Fleet:
     def soonest_open_ns(self, *, but: int | None = None) -> float:
         """When the first worker, or the first but the one at a slot, takes another prompt."""
         self.settle()
-        open_ns = self.open_ns
-        if not len(open_ns):
-            return math.inf
-        slot = open_ns.argmin()  # faster than its least
-        if slot == but:
-            kept_ns, open_ns[but] = open_ns[but], math.inf
-            slot = open_ns.argmin()
-            soonest_ns, open_ns[but] = open_ns.item(slot), kept_ns
-            return soonest_ns
-        return open_ns.item(slot)
+        if self._soonest_ns is None:
+            self._soonest_ns = _least(self.open_ns)
+        if but is None or self.open_ns.item(but) > self._soonest_ns:
+            return self._soonest_ns
+        open_ns = self.open_ns.copy()
+        open_ns[but] = math.inf
+        return _least(open_ns)
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -386,6 +386,11 @@ def slots_of(bits: int) -> NDArray[np.intp]:
 def bits_of(mask: NDArray[np.bool_]) -> int:
     """A mask over the arrays as a bit set of slots."""
     return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
+
+
+def _least(values: Floats) -> float:
+    """``math.inf`` of none."""
+    return values.item(values.argmin()) if len(values) else math.inf  # faster than min()
 
 
 def _id_of(worker: Worker) -> WorkerId:

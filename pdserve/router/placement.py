@@ -179,7 +179,7 @@ def place(
         open_slots = is_open.nonzero()[0]
         if not len(open_slots):
             return None
-        slot = int(open_slots[_done_ns(fleet, own_ns, now, open_slots).argmin()])
+        slot = _first_done(fleet, own_ns, now, open_slots)
         if own_ns.item(slot) == math.inf:
             return None
         if len(hits) > 1 or fleet.shares:
@@ -213,6 +213,12 @@ def place(
         reason=reason,
         others=_others(fleet, own_ns, slot, now_ns),
     )
+
+
+def _first_done(fleet: Fleet, own_ns: Floats, now: float, slots: NDArray[np.intp]) -> int:
+    if len(slots) == 1:
+        return int(slots[0])
+    return int(slots[_done_ns(fleet, own_ns, now, slots).argmin()])
 
 
 def _done_ns(

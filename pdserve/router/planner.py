@@ -51,7 +51,7 @@ def _resume_parked(state: RouterState, now_ns: int) -> list[Command]:
     commands: list[Command] = []
     for entry in resume_order(state, now_ns):
         assert entry.handoff is not None
-        tokens = len(entry.handoff.tokens)
+        tokens = entry.handoff.length
         if is_hopeless(state, tokens):
             commands += refuse_hopeless(state, entry, tokens, now_ns)
             continue

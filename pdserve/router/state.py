@@ -111,7 +111,7 @@ class RouterState:
         entry = Entry(
             request,
             request.request,
-            len(request.tokens),
+            request.length,
             self._order,
             arrived_ns=now_ns,
             deadline_ns=self.deadline_ns(request),
@@ -282,7 +282,7 @@ class RouterState:
         entry.parked_count += 1
         entry.preempting = False
         entry.queued_at_ns = now_ns
-        entry.generated_tokens = len(handoff.tokens) - entry.request.prompt_tokens
+        entry.generated_tokens = handoff.length - entry.request.prompt_tokens
         self.parked[entry.id] = None
         self.counters["parks"] += 1
 
@@ -293,7 +293,7 @@ class RouterState:
         entry.phase = advance(entry.phase, Event.RESUMED)
         del self.parked[entry.id]
         entry.handoff = None
-        self._bind(entry, decode, tokens=len(handoff.tokens))
+        self._bind(entry, decode, tokens=handoff.length)
         self.counters["resumes"] += 1
         self._decide(
             entry,
@@ -303,7 +303,7 @@ class RouterState:
                 waited_us=(now_ns - entry.queued_at_ns) // 1000,
                 level=entry.level,
                 work_us=0,
-                cached_tokens=len(handoff.tokens) - 1,
+                cached_tokens=handoff.length - 1,
                 prefill=None,
                 decode=decode.id,
             ),

@@ -9,7 +9,6 @@ too: what resumes is another ``Attempt`` of the same number, made from its hand-
 """
 
 from enum import StrEnum
-from typing import cast
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, RequestId
@@ -45,11 +44,6 @@ class Outcome(StrEnum):
     OPEN = "open"
     FINISHED = "finished"
     REFUSED = "refused"
-
-
-def some_tokens(count: int) -> tuple[int, ...]:
-    """Tokens of which only the number matters: nobody in the router looks at one."""
-    return cast("tuple[int, ...]", range(count))
 
 
 class Job:
@@ -106,7 +100,7 @@ class Attempt:
         self.prefill = route.prefill
         self.decode = route.decode
         self.stage = stage
-        self.tokens = len(request.tokens)  # prompt and generated, when it last changed hands
+        self.tokens = request.length  # prompt and generated, when it last changed hands
         self.blocks = 0  # of device memory that it holds
         self.restored_blocks = 0  # leading ones that the host's store has for it
         self.ready_ns = 0  # when those are there

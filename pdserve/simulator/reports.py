@@ -19,9 +19,10 @@ from pdserve.messages import (
     Timing,
     WorkerFailed,
 )
-from pdserve.simulator.attempt import Attempt, some_tokens
+from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
 from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.traces import some_tokens
 
 REPORT_NS_MAX = S
 """A worker with streams reports at least so often, as live ones do."""

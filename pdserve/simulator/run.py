@@ -40,7 +40,7 @@ from pdserve.messages import (
     WorkerFailed,
 )
 from pdserve.router.core import Command, RouterCore, ToWorker
-from pdserve.simulator.attempt import Attempt, Job, Keys, Outcome, some_tokens
+from pdserve.simulator.attempt import Attempt, Job, Keys, Outcome
 from pdserve.simulator.caches import BlockCache
 from pdserve.simulator.result import Result, Sample, columns
 from pdserve.simulator.settings import (
@@ -51,7 +51,7 @@ from pdserve.simulator.settings import (
     Slowdown,
 )
 from pdserve.simulator.surroundings import Action
-from pdserve.simulator.traces import Trace
+from pdserve.simulator.traces import Trace, some_tokens
 from pdserve.simulator.worker import Worker
 
 __all__ = ["Result", "SimulationSettings", "simulate"]
@@ -320,7 +320,7 @@ class Simulation:
             what = f"{request.request}/{request.attempt} {route.decode} {message.timing.level}"
         elif hasattr(message, "handoff"):
             handoff: Handoff = message.handoff
-            what = f"{handoff.request.request}/{handoff.request.attempt} {len(handoff.tokens)}"
+            what = f"{handoff.request.request}/{handoff.request.attempt} {handoff.length}"
         elif hasattr(message, "request"):
             what = f"{message.request}/{message.attempt}"
         else:

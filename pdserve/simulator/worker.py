@@ -308,7 +308,7 @@ class Worker:
         request = handoff.request
         job = self._around.job(request.request)
         attempt = Attempt(job, request, handoff.route, Stage.WAITING)
-        attempt.tokens = len(handoff.tokens)
+        attempt.tokens = handoff.length
         if handoff.store != self.hello.store:
             moved_bytes = attempt.tokens * self._costs.kv_token_bytes
             attempt.ready_ns = now_ns + self._costs.handoff.time_ns(moved_bytes)

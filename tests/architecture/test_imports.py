@@ -17,7 +17,7 @@ FOLDERS = {
     "cluster", "decode", "engine", "kvstore", "model", "prefill", "proto", "router", "simulator",
     "text", "wire",
 }  # fmt: skip
-VOCABULARY = {"clock", "config", "errors", "ids", "lifecycle", "messages", "settings"}
+VOCABULARY = {"clock", "compiled", "config", "errors", "ids", "lifecycle", "messages", "settings"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "text": set(),

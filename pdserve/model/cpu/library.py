@@ -20,6 +20,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from pdserve.compiled import cache_directory
+
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-shared")
 _COMPILE_TIMEOUT_S = 300
@@ -68,12 +70,6 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
-def cache_directory() -> Path:
-    """``$PDSERVE_CACHE``, or a folder in the user's cache."""
-    root = os.environ.get("PDSERVE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "pdserve") / "kernels"
-
-
 def _built() -> Path:
     compiler = os.environ.get("CXX", "g++")
     version = _output(compiler, "--version")
@@ -83,7 +79,7 @@ def _built() -> Path:
     sources = (path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))))
     for part in (*sources, version, " ".join(_FLAGS), str(runtime), features):
         digest.update(part.encode() + b"\0")
-    target = cache_directory() / f"{digest.hexdigest()}.so"
+    target = cache_directory() / "kernels" / f"{digest.hexdigest()}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

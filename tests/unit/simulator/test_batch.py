@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from pdserve.ids import RequestId, WorkerId
 from pdserve.messages import Route
-from pdserve.simulator.attempt import Attempt, Job, Stage, some_tokens
+from pdserve.simulator.attempt import Attempt, Job, Stage
 from pdserve.simulator.batch import Batch
-from pdserve.simulator.traces import TraceRequest
+from pdserve.simulator.traces import TraceRequest, some_tokens
 from tests.unit.router.build import address, request
 
 BLOCK_TOKENS = 8

@@ -1,13 +1,14 @@
-"""Chats beside long prompts: our cluster in four forms, and the best that vLLM's CPU build can do.
+"""Chats beside long prompts: our cluster in five forms, and the best that vLLM's CPU build can do.
 
     python -m bench.mixed_load [--quick] [--seconds 300] [--seeds 3] [--rate 1.6] [--json FILE]
-                               [--only ours|vllm] [--headline "disaggregated skip_join"]
+                               [--only ours|vllm] [--headline "aggregated skip_join"]
                                [--vllm 512,128,fcfs] [--tuning-seconds 120] [--work DIRECTORY]
 
 The load is that of ``peers/mixed_load.py``: 80 % chats (64 tokens in, 64 out) and 20 % long prompts
 (1,536 in, 16 out), Poisson, random token ids, greedy, no end before the last token, bf16 on both
 sides. Ours: one worker per pool, {aggregated, disaggregated} × {fcfs, skip_join}, so that the share
-of each step shows; the bars are for the form that ``--headline`` names.
+of each step shows; and once more with the file's own weights of 4 bits. The bars are for the form
+that ``--headline`` names.
 
 *The peer* is the best of vLLM over chunk budget {default, 256, 512} × long-prefill threshold
 {0, 64, 128} × {fcfs, priority with chats first}, chosen by the 90th percentile of the chats' time
@@ -45,8 +46,9 @@ OURS = [
     Ours("aggregated", "skip_join"),
     Ours("disaggregated", "fcfs"),
     Ours("disaggregated", "skip_join"),
+    Ours("aggregated", "skip_join", quantization="file"),
 ]
-HEADLINE = OURS[-1].name
+HEADLINE = OURS[1].name
 FIRST_SEED = 1
 THROUGHPUT_BAR = at_least(1.0, of="ratio")
 
@@ -103,7 +105,6 @@ def measure(options: Options) -> Iterator[Row]:
                 yield from rows_of(form, runs, peer, with_bars=form.name == headline)
     if missing:
         yield skipped("all of it beside vLLM", "", missing)
-    yield skipped("all of it with 4-bit weights", "", "our engine computes in 16 and 32 bits only")
 
 
 def tuned(work: Work, options: Options) -> tuple[Vllm, list[Row]]:

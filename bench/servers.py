@@ -4,9 +4,9 @@ A *form* says how a server is started. ``serving`` starts one as a process on a 
 until it lists its model, sends it a few requests so that whatever is built on first use is there,
 and ends it. All of that lies outside of what is measured.
 
-Both sides serve the same weights in bf16: ours from the GGUF file, vLLM from its conversion to a
-Hugging Face directory (``peers/setup.sh`` makes it). Neither can reuse a prefix: vLLM's cache is
-off, and every prompt is random.
+Both sides serve the same weights in bf16, unless a form says otherwise: ours from the GGUF file,
+vLLM from its conversion to a Hugging Face directory (``peers/setup.sh`` makes it). Neither can
+reuse a prefix: vLLM's cache is off, and every prompt is random.
 """
 
 import asyncio
@@ -53,10 +53,12 @@ class Ours:
     mode: Literal["disaggregated", "aggregated", "auto"]
     policy: str
     settings: tuple[tuple[str, str], ...] = ()  # further ones, by name
+    quantization: str = "none"
 
     @property
     def name(self) -> str:
-        return f"{self.mode} {self.policy}"
+        bits = "" if self.quantization == "none" else f", weights: {self.quantization}"
+        return f"{self.mode} {self.policy}{bits}"
 
     @property
     def chats_first(self) -> bool:
@@ -66,6 +68,7 @@ class Ours:
         settings = {
             "router.mode": self.mode,
             "router.policy": self.policy,
+            "model.quantization": self.quantization,
             "tcp": "false",
             **dict(self.settings),
         }

@@ -48,6 +48,9 @@ Placement = Literal[
 ]
 
 
+Quantization = Literal["none", "file", "int8", "int4"]
+
+
 class _Checked:
     """Collects what is wrong with a part and raises it all at once."""
 
@@ -82,6 +85,13 @@ class ModelConfig(_Checked):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and KV blocks. ``auto``: bfloat16, which every CPU and GPU here is fastest in."""
 
+    quantization: Literal["auto", "none", "file", "int8", "int4"] = "auto"
+    """Of the matrices in a CPU's memory. ``none``: all are of ``dtype``. ``file``: what a GGUF file
+    holds as Q4_0, Q4_1 or Q8_0 stays as it is; the same tokens, from less memory and sooner.
+    ``auto``: that, where the kernels of the machine read it. ``int8`` and ``int4`` round the
+    weights of any file when they are read, in groups of 32; with ``int4`` embedding and output
+    layer have 8 bits. All but ``none`` need bfloat16."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "cpu", "triton"] = "auto"
     """``triton`` on a CPU runs the kernels in Triton's interpreter: for tests, thousands of times
@@ -98,6 +108,12 @@ class ModelConfig(_Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive("block_tokens")
+        stays = self.quantization in ("auto", "none")
+        if not stays and self.dtype not in ("auto", "bfloat16"):
+            yield (
+                f"quantization is {self.quantization} and dtype {self.dtype}; quantised weights "
+                "are computed with in bfloat16: take dtype auto, or quantization none"
+            )
         if self.context_tokens is not None and self.context_tokens < 2:
             yield f"context_tokens is {self.context_tokens}, must be at least 2"
 

@@ -34,6 +34,9 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of the weights, on a CPU: auto, none, file, int8 or int4.")
+    ] = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
@@ -52,6 +55,7 @@ def serve(
 
     flags: dict[str, Any] = {
         "model.dtype": dtype,
+        "model.quantization": quantization,
         "prefill.replicas": prefill,
         "decode.replicas": decode,
         "gateway.host": host,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pdserve.model.architecture import Architecture
+from pdserve.model.cpu_panels import Panels
 from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight
 
 _CALLS_OF_LAYER = {"linear": 4, "rope_and_cache": 1, "attention": 1, "silu_mul": 1}
@@ -32,7 +33,7 @@ class CpuLayers:
     ) -> None:
         """``layers`` are packed, of bfloat16 and contiguous. ``enough``: elements, elements of the
         queries times positions, and products from which on all threads are worth their waking, and
-        the rows that reading a matrix is counted as."""
+        the products that reading a byte of a matrix is counted as."""
         self._library = library
         self._calls = calls
         self._layers = layers  # whose memory the table points to
@@ -76,15 +77,16 @@ class CpuLayers:
 def _pointers(layer: LayerWeights) -> tuple[int, ...]:
     """In the order of ``struct Layer``."""
 
-    def matrix(weight: LinearWeight) -> tuple[int, int]:
-        return weight.weight_OC.data_ptr(), _pointer(weight.bias_O)
+    def matrix(weight: LinearWeight) -> tuple[int, int, int]:
+        assert isinstance(weight, Panels)
+        return weight.weight_OC.data_ptr(), _pointer(weight.bias_O), weight.format
 
     return (
         layer.attention_norm_C.data_ptr(),
-        *matrix(layer.qkv),
         *(_pointer(layer.q_norm_D), _pointer(layer.k_norm_D)),
-        *matrix(layer.attention_output),
         layer.ffn_norm_C.data_ptr(),
+        *matrix(layer.qkv),
+        *matrix(layer.attention_output),
         *matrix(layer.gate_up),
         *matrix(layer.down),
     )

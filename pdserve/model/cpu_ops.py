@@ -18,7 +18,6 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +26,9 @@ from torch import Tensor
 from pdserve.model.architecture import Architecture
 from pdserve.model.cpu.library import load_library
 from pdserve.model.cpu_layers import CpuLayers
+from pdserve.model.cpu_panels import Panels, pack_panels, unpacked_rows
 from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
+from pdserve.model.quantised import QuantisedWeight
 from pdserve.model.torch_ops import TorchOps
 
 _logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ _TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What one thread does in about 150 us; bfloat16 on a server core of 2024.
 _ELEMENTS = 1 << 17  # of norms, SwiGLU and rotary
 _SCORED_ELEMENTS = 1 << 19  # of attention: elements of the queries times positions they see
-_PRODUCTS = 1 << 25  # of a matrix: elements times rows, reading an element counted as 16 rows
-_READING_ROWS = 16
+_PRODUCTS = 1 << 25  # of a matrix: elements times rows, and what reading it is counted as
+_PRODUCTS_PER_BYTE = 8  # read: 16 rows of bfloat16, 5 of 4 bits with scale and minimum
 
 
 def cpu_ops() -> TorchOps:
@@ -65,14 +66,6 @@ def bind_threads() -> None:
         _logger.warning("%d of %d compute threads could not be bound to a core", failed, len(cores))
 
 
-@dataclass(frozen=True, slots=True)
-class _Panels(LinearWeight):
-    """In the kernels' packing; ``weight_OC`` has lost its shape."""
-
-    output_count: int = 0
-    channel_count: int = 0
-
-
 class CpuOps(TorchOps):
     name = "cpu"
 
@@ -81,33 +74,34 @@ class CpuOps(TorchOps):
         self._library = library
         self._has_linear = bool(library.pdserve_has_linear())
         self.multiplies = "bfloat16 pairs" if self._has_linear else "float32"
+        self.reads_quantised = self._has_linear
         self.threads_sleep = threads_sleep
 
     def pack(self, weight: LinearWeight) -> LinearWeight:
-        plain = weight.weight_OC
-        if plain.dtype != torch.bfloat16 or not self._has_linear:
+        reads = isinstance(weight, QuantisedWeight) or weight.weight_OC.dtype == torch.bfloat16
+        if not self._has_linear or not reads:
             return super().pack(weight)
-        plain = plain.contiguous()
-        outputs, channels = plain.shape
-        size = self._library.pdserve_packed_elements(outputs, channels)
-        packed = torch.empty(size, dtype=plain.dtype)
-        self._library.pdserve_pack_linear(
-            plain.data_ptr(), packed.data_ptr(), outputs, channels, torch.get_num_threads()
-        )
-        return _Panels(packed, weight.bias_O, True, outputs, channels)
+        return pack_panels(self._library, weight)
+
+    def embedded(self, tokens_N: Tensor, embedding: LinearWeight) -> Tensor:
+        if not isinstance(embedding, Panels):
+            return super().embedded(tokens_N, embedding)
+        self._calls["embedded"] += 1
+        threads = self._threads(tokens_N.numel() * embedding.channel_count, _ELEMENTS)
+        return unpacked_rows(self._library, embedding, tokens_N, threads)
 
     def stacked(self, layers: Sequence[LayerWeights], architecture: Architecture) -> Stack:
-        if not all(isinstance(layer.qkv, _Panels) for layer in layers):
+        if not all(isinstance(layer.qkv, Panels) for layer in layers):
             return super().stacked(layers, architecture)
         enough = (_ELEMENTS, _SCORED_ELEMENTS, _PRODUCTS) if self.threads_sleep else (0, 0, 0)
         return CpuLayers(
-            self._library, self._calls, layers, architecture, enough=(*enough, _READING_ROWS)
+            self._library, self._calls, layers, architecture, enough=(*enough, _PRODUCTS_PER_BYTE)
         )
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
-        work = weight.weight_OC.numel() * (x_NC.shape[0] + _READING_ROWS)
+        work = _products(weight, x_NC.shape[0])
         threads, wanted = torch.get_num_threads(), self._threads(work, _PRODUCTS)
-        if isinstance(weight, _Panels):
+        if isinstance(weight, Panels):
             return self._linear(x_NC, weight, wanted)
         if threads == wanted:
             return super().linear(x_NC, weight)
@@ -117,13 +111,14 @@ class CpuOps(TorchOps):
         finally:
             torch.set_num_threads(threads)
 
-    def _linear(self, x_NC: Tensor, weight: _Panels, threads: int) -> Tensor:
+    def _linear(self, x_NC: Tensor, weight: Panels, threads: int) -> Tensor:
         rows, channels = x_NC.shape
-        _check(x_NC.stride(1) == 1 and channels == weight.channel_count, x_NC, weight.weight_OC)
+        fits = x_NC.dtype == torch.bfloat16 and x_NC.stride(1) == 1
+        _check(fits and channels == weight.channel_count, x_NC)
         out_NO = torch.empty((rows, weight.output_count), dtype=x_NC.dtype)
         self._call(
             "linear",
-            *(x_NC, x_NC.stride(0), weight.weight_OC, weight.bias_O, out_NO),
+            *(x_NC, x_NC.stride(0), weight.weight_OC, weight.bias_O, weight.format, out_NO),
             *(rows, channels, weight.output_count),
             threads=threads,
         )
@@ -204,6 +199,14 @@ class CpuOps(TorchOps):
         function = _function(self._library, name)
         threads = threads or self._threads(first.numel(), _ELEMENTS)
         function(_TYPE[first.dtype], first.data_ptr(), *arguments, threads)
+
+
+def _products(weight: LinearWeight, rows: int) -> int:
+    """What a matrix times so many rows counts as, reading it included."""
+    if isinstance(weight, Panels):
+        return weight.element_count * rows + weight.weight_OC.nbytes * _PRODUCTS_PER_BYTE
+    # torch's other types multiply slower by about as much as there is more to read.
+    return weight.weight_OC.numel() * (rows + 2 * _PRODUCTS_PER_BYTE)
 
 
 @functools.cache

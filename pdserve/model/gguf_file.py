@@ -25,6 +25,7 @@ _SCALARS = {
 }  # fmt: skip
 _ALIGNMENT_DEFAULT = 32
 _DIMENSIONS_MAX = 4
+_KNOWN = "use Q4_0, Q4_1, Q8_0, F16, BF16 or F32"
 
 Value = TypeVar("Value", str, int, float)
 
@@ -74,9 +75,9 @@ class GgufFile:
             raise ConfigError(f"{self.path.name} lacks the tensor {name}")
         return self.tensors[name]
 
-    def dequantised(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The tensor in float32, of its own shape."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+    def blocks(self, name: str) -> tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+        """The type's name and the stored bytes, [..., B]: those of a row along the last axis."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         tensor = self.tensor(name)
         try:
@@ -84,20 +85,27 @@ class GgufFile:
             group, group_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as error:
             raise ConfigError(
-                f"{self.path.name}: tensor {name} has the unknown type {tensor.type_id}"
+                f"{self.path.name}: tensor {name} has the unknown type {tensor.type_id}; {_KNOWN}"
             ) from error
         byte_count = int(np.prod(tensor.shape)) // group * group_bytes
         if tensor.offset + byte_count > len(self.data):
             raise ConfigError(f"{self.path.name} ends within the tensor {name}")
         raw = np.frombuffer(self.data, np.uint8, byte_count, tensor.offset)
+        return kind.name, raw.reshape(*tensor.shape[:-1], -1)
+
+    def dequantised(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The tensor in float32, of its own shape."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        type_name, blocks = self.blocks(name)
         try:
-            values = dequantize(raw.reshape(*tensor.shape[:-1], -1), kind)
+            values = dequantize(blocks, GGMLQuantizationType[type_name])
         except NotImplementedError as error:
             raise ConfigError(
-                f"{self.path.name}: tensor {name} has type {kind.name}, which cannot be read; "
-                "use Q4_0, Q4_1, Q8_0, F16, BF16 or F32"
+                f"{self.path.name}: tensor {name} has type {type_name}, which cannot be read; "
+                f"{_KNOWN}"
             ) from error
-        return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+        return np.asarray(values, dtype=np.float32).reshape(self.tensor(name).shape)
 
     def _read(self) -> None:
         cursor = _Cursor(self.data)

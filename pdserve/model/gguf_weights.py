@@ -1,4 +1,4 @@
-"""Weights from a GGUF file, dequantised, under the names of safetensors directories.
+"""Weights from a GGUF file, dequantised or not, under the names of safetensors directories.
 
 Files of the architecture "llama" hold the rows of q and k with the two channels of a rotary pair
 side by side; ours, and those of the other architectures, have the first halves of all pairs, then
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.gguf_file import GgufFile
+from pdserve.model.quantised import QuantisedWeight, from_blocks
 
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+AnyArray = np.ndarray[Any, np.dtype[Any]]
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -52,13 +53,22 @@ class GgufWeights:
 
     def tensor(self, name: str) -> Tensor:
         stored = self._stored_name[name]
-        values = self._file.dequantised(stored)
+        return self._in_our_order(stored, self._file.dequantised(stored))
+
+    def quantised(self, name: str) -> QuantisedWeight | None:
+        stored = self._stored_name[name]
+        type_name, blocks = self._file.blocks(stored)
+        if blocks.ndim != 2:
+            return None
+        return from_blocks(type_name, self._in_our_order(stored, blocks))
+
+    def _in_our_order(self, stored: str, rows: AnyArray) -> Tensor:
         shape = self._architecture
         if shape.family == "llama" and ".attn_q." in stored:
-            values = _halves(values, shape.head_count)
+            rows = _halves(rows, shape.head_count)
         elif shape.family == "llama" and ".attn_k." in stored:
-            values = _halves(values, shape.kv_head_count)
-        return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+            rows = _halves(rows, shape.kv_head_count)
+        return torch.from_numpy(np.require(rows, requirements=["C", "W"]))
 
 
 def _our_name(stored: str) -> str:
@@ -73,7 +83,7 @@ def _our_name(stored: str) -> str:
     return stored
 
 
-def _halves(values: FloatArray, head_count: int) -> FloatArray:
+def _halves(values: AnyArray, head_count: int) -> AnyArray:
     """Rows (or bias entries) of each head: from pairs side by side to first, then second halves."""
     rows = values.shape[0]
     if rows % (2 * head_count):

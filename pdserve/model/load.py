@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from pdserve.config import ModelConfig
+from pdserve.config import ModelConfig, Quantization
 from pdserve.errors import ConfigError
 from pdserve.model.architecture import Architecture, context_limit, read_architecture
 from pdserve.model.cpu_ops import cpu_ops
@@ -24,6 +24,10 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+
+
+_ROUNDED = ("int8", "int4")
+"""What makes other weights of those that are stored; all else computes the same."""
 
 
 def load_runner(
@@ -46,6 +50,11 @@ def load_runner(
         architecture, context_tokens=context_limit(architecture, config)
     )
     device, dtype = device_of(config), _DTYPES[config.dtype]
+    if config.quantization not in ("auto", "none") and device.type != "cpu":
+        raise ConfigError(
+            f"model.quantization is {config.quantization}, but only a CPU computes with quantised "
+            f"weights so far; the device is {device.type}: take none, or model.device cpu"
+        )
     if block_count is None:
         block_count = pool_bytes // block_bytes(architecture, config.block_tokens, dtype)
         if block_count < 2:
@@ -57,7 +66,12 @@ def load_runner(
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     ops = _ops_of(config, device)
     weights = build_weights(
-        architecture, _weight_files(files, architecture), ops, dtype=dtype, device=device
+        architecture,
+        _weight_files(files, architecture),
+        ops,
+        dtype=dtype,
+        device=device,
+        quantization=_quantization_of(config, dtype, ops),
     )
     pool = KvPool(
         architecture,
@@ -89,6 +103,7 @@ def kv_identity(
     return {
         "weights": fingerprint(files),
         "architecture": repr(dataclasses.replace(architecture, context_tokens=1)),
+        "quantization": config.quantization if config.quantization in _ROUNDED else "as stored",
         "dtype": dtype or str(_DTYPES[config.dtype]).removeprefix("torch."),
         "block_tokens": config.block_tokens,
         "layout": LAYOUT,
@@ -114,6 +129,12 @@ def _ops_of(config: ModelConfig, device: torch.device) -> Ops:
     if device.type != "cpu":
         raise ConfigError(f"model.kernels is cpu, the device is {device.type}; use auto or triton")
     return cpu_ops()
+
+
+def _quantization_of(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> Quantization:
+    if config.quantization != "auto":
+        return config.quantization
+    return "file" if ops.reads_quantised and dtype == torch.bfloat16 else "none"
 
 
 def _weight_files(files: ModelFiles, architecture: Architecture) -> WeightFiles:

@@ -50,8 +50,9 @@ class BatchLayout:
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """One linear layer. ``weight_OC`` is plain, or in an implementation's own packing, in which
-    case only the implementation whose ``pack`` made it may read it."""
+    """One linear layer. ``weight_OC`` is plain, or quantised (``quantised.QuantisedWeight``), or in
+    an implementation's own packing, in which case only the implementation whose ``pack`` made it
+    may read it."""
 
     weight_OC: Tensor
     bias_O: Tensor | None = None
@@ -88,8 +89,15 @@ class Ops(Protocol):
     multiplies: str
     """How, where that changes bits: two workers with the same name may have different CPUs."""
 
+    reads_quantised: bool
+    """Whether ``pack`` takes a ``QuantisedWeight`` too."""
+
     def pack(self, weight: LinearWeight) -> LinearWeight:
         """The same weight as ``linear`` likes it best; the plain one may then be dropped."""
+        ...
+
+    def embedded(self, tokens_N: Tensor, embedding: LinearWeight) -> Tensor:
+        """Rows of the embedding [V, C]: [N, C]. It is plain, or a packed ``QuantisedWeight``."""
         ...
 
     def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:

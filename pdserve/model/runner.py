@@ -48,7 +48,7 @@ class ModelRunner:
         self.pool = pool
         self.ops = ops
         self._weights = weights
-        self._device = weights.embedding_VC.device
+        self._device = weights.norm_C.device
         self._layers = ops.stacked(weights.layers, architecture)
         table = rope_table(architecture.rope, architecture.head_dim, architecture.context_tokens)
         self._rope_PD = torch.from_numpy(table).to(self._device)
@@ -68,9 +68,7 @@ class ModelRunner:
         self._check(runs)
         batch = self._layout(runs)
         tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in runs])
-        embedded_NC = torch.nn.functional.embedding(
-            self._on_device(tokens), self._weights.embedding_VC
-        )
+        embedded_NC = self.ops.embedded(self._on_device(tokens), self._weights.embedding)
         x_NC, residual_NC = self._layers(embedded_NC, batch, self._rope_PD, self.pool.tensor)
         return self._logits(x_NC, residual_NC, runs)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pdserve.errors import ConfigError
 from pdserve.model.architecture import read_json
+from pdserve.model.quantised import QuantisedWeight
 
 _INDEX = "model.safetensors.index.json"
 
@@ -37,3 +38,6 @@ class SafetensorsWeights:
 
     def tensor(self, name: str) -> Tensor:
         return cast(Tensor, self._file_of[name].get_tensor(name))
+
+    def quantised(self, name: str) -> QuantisedWeight | None:  # noqa: ARG002  (none is)
+        return None

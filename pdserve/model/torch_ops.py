@@ -50,6 +50,7 @@ def linear(x_NC: Tensor, weight: LinearWeight) -> Tensor:
 class TorchOps:
     name = "torch"
     multiplies = "dtype"
+    reads_quantised = False
 
     def __init__(self) -> None:
         self._calls: Counter[str] = Counter()
@@ -78,6 +79,10 @@ class TorchOps:
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         self._calls["linear"] += 1
         return linear(x_NC, weight)
+
+    def embedded(self, tokens_N: Tensor, embedding: LinearWeight) -> Tensor:
+        self._calls["embedded"] += 1
+        return functional.embedding(tokens_N, embedding.weight_OC)
 
     def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         self._calls["rms_norm"] += 1

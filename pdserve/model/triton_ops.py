@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+from torch.nn import functional
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.kernels.attention import paged_attention
@@ -25,6 +26,7 @@ class TritonOps:
 
     name = "triton"
     multiplies = "dtype"
+    reads_quantised = False
 
     def __init__(self, *, deterministic: bool = True) -> None:
         """With ``deterministic`` a row's bits do not depend on the length of its run; see
@@ -44,6 +46,10 @@ class TritonOps:
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:
         self._calls["linear"] += 1
         return linear(x_NC, weight)
+
+    def embedded(self, tokens_N: Tensor, embedding: LinearWeight) -> Tensor:
+        self._calls["embedded"] += 1
+        return functional.embedding(tokens_N, embedding.weight_OC)
 
     def rms_norm(self, x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         self._calls["rms_norm"] += 1

@@ -9,6 +9,8 @@ over: what we would silently ignore could change an answer.
 Shape letters: V vocabulary, C hidden, O outputs of a linear layer, D channels of a head.
 """
 
+import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +19,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pdserve.config import Quantization
 from pdserve.errors import ConfigError
 from pdserve.model.architecture import Architecture
 from pdserve.model.ops import LayerWeights, LinearWeight, Ops
+from pdserve.model.quantised import Q4_1, Q8_0, QuantisedWeight, joined, quantised
+
+_logger = logging.getLogger(__name__)
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints carry what config.json says
 
@@ -31,10 +40,14 @@ class WeightFiles(Protocol):
         """The tensor as it is stored, or in float32 where it was quantised; on the CPU."""
         ...
 
+    def quantised(self, name: str) -> QuantisedWeight | None:
+        """The matrix as it is stored, where that is a format of ours."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    embedding_VC: Tensor
+    embedding: LinearWeight
     layers: tuple[LayerWeights, ...]
     norm_C: Tensor
     head: LinearWeight
@@ -47,14 +60,25 @@ def build_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: Quantization = "none",
 ) -> Weights:
     """All weights, converted, joined, packed and on the device.
+
+    Args:
+        quantization: which matrices stay quantised, or become so (``config.ModelConfig``). The
+            weights are the same where ``ops`` cannot read them so; they take more memory then.
 
     Raises:
         ConfigError: a tensor is missing, has another shape than the architecture says, or is one
             that this architecture does not know.
     """
-    return _Builder(architecture, files, ops, dtype, device).build()
+    if quantization != "none" and not ops.reads_quantised:
+        _logger.warning(
+            "quantised weights are computed as %s here, in its memory and at its speed: the %s "
+            "kernels on this machine do not read them",
+            *(str(dtype).removeprefix("torch."), ops.name),
+        )
+    return _Builder(architecture, files, ops, dtype, device, quantization).build()
 
 
 class _Builder:
@@ -65,30 +89,36 @@ class _Builder:
         ops: Ops,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization,
     ) -> None:
         self._architecture = architecture
         self._files = files
         self._ops = ops
         self._dtype = dtype
         self._device = device
+        self._quantization = quantization
         self._left = {name for name in files.names() if not _IGNORED.fullmatch(name)}
 
     def build(self) -> Weights:
         shape = self._architecture
-        embedding_VC = self._take("model.embed_tokens.weight", (shape.vocab_size, shape.hidden))
+        embedding = self._matrix(_EMBEDDING, (shape.vocab_size, shape.hidden))
         layers = tuple(self._layer(index) for index in range(shape.layer_count))
         norm_C = self._take("model.norm.weight", (shape.hidden,))
         if shape.tied_head:
-            head = self._ops.pack(LinearWeight(embedding_VC))
-            self._left.discard("lm_head.weight")  # some files store the shared tensor twice
+            head = self._ops.pack(embedding)
+            self._left.discard(_HEAD)  # some files store the shared tensor twice
         else:
             head = self._linear(["lm_head"], [shape.vocab_size], shape.hidden)
+        if isinstance(embedding, QuantisedWeight):
+            # Rows are unpacked as they are looked up, a microsecond each: a plain copy beside the
+            # head would take twice the head's memory.
+            embedding = head if shape.tied_head else self._ops.pack(embedding)
         if self._left:
             raise ConfigError(
                 f"the weights hold {len(self._left)} tensors that a {shape.family} model does not "
                 f"have, {sorted(self._left)[0]} among them; the files and config.json disagree"
             )
-        return Weights(embedding_VC, layers, norm_C, head)
+        return Weights(embedding, layers, norm_C, head)
 
     def _layer(self, index: int) -> LayerWeights:
         shape = self._architecture
@@ -114,7 +144,7 @@ class _Builder:
     def _linear(self, names: Sequence[str], outputs: Sequence[int], inputs: int) -> LinearWeight:
         """One matrix of those named, one below the other, with their biases if they have any."""
         weights = [
-            self._take(f"{name}.weight", (rows, inputs))
+            self._matrix(f"{name}.weight", (rows, inputs))
             for name, rows in zip(names, outputs, strict=True)
         ]
         biases = [
@@ -124,18 +154,65 @@ class _Builder:
         ]
         if biases and len(biases) != len(weights):
             raise ConfigError(f"only some of {', '.join(names)} have a bias")
-        return self._ops.pack(LinearWeight(_joined(weights), _joined(biases) if biases else None))
+        weight = self._below_one_another(weights)
+        if biases:
+            weight = dataclasses.replace(weight, bias_O=_joined(biases))
+        return self._ops.pack(weight)
+
+    def _below_one_another(self, parts: Sequence[LinearWeight]) -> LinearWeight:
+        quantised = [part for part in parts if isinstance(part, QuantisedWeight)]
+        if len(quantised) == len(parts) and (whole := joined(quantised)) is not None:
+            return whole
+        return LinearWeight(_joined([self._plain(part) for part in parts]))
+
+    def _plain(self, weight: LinearWeight) -> Tensor:
+        if isinstance(weight, QuantisedWeight):
+            return self._converted(weight.dequantised())
+        return weight.weight_OC
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> LinearWeight:
+        """Quantised, if that is wanted and possible, else plain."""
+        self._claim(name)
+        weight = self._quantised(name)
+        if weight is None:
+            return LinearWeight(self._converted(_checked(name, self._files.tensor(name), shape)))
+        _check_shape(name, weight.shape, shape)
+        return weight if self._ops.reads_quantised else LinearWeight(self._plain(weight))
+
+    def _quantised(self, name: str) -> QuantisedWeight | None:
+        if self._quantization == "none":
+            return None
+        stored = self._files.quantised(name)
+        if self._quantization == "file":
+            return stored
+        # The last layer's errors are the answer's: its weights keep 8 bits, as in files of 4 bits.
+        coarse = self._quantization == "int4" and name not in (_EMBEDDING, _HEAD)
+        target = Q4_1 if coarse else Q8_0
+        if stored is not None and stored.format == target:
+            return stored
+        return quantised(self._files.tensor(name), target)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self._claim(name)
+        return self._converted(_checked(name, self._files.tensor(name), shape))
+
+    def _claim(self, name: str) -> None:
         if name not in self._left:
             raise ConfigError(f"the weights lack {name}")
         self._left.remove(name)
-        tensor = self._files.tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(
-                f"{name} has the shape {tuple(tensor.shape)}, the architecture says {shape}"
-            )
+
+    def _converted(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self._device, dtype=self._dtype).contiguous()
+
+
+def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    _check_shape(name, tuple(tensor.shape), shape)
+    return tensor
+
+
+def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if found != shape:
+        raise ConfigError(f"{name} has the shape {found}, the architecture says {shape}")
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

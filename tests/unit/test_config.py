@@ -74,6 +74,11 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
         ({"router": {"gamma_per_s": "x"}}, "router.gamma_per_s is 'x', must be a number"),
         ({"model": {"source": 3}}, "model.source is 3, must be text"),
         ({"model": {"dtype": "int8"}}, "model.dtype is 'int8', must be one of auto, float32"),
+        ({"model": {"quantization": "int3"}}, "model.quantization is 'int3', must be one of auto"),
+        (
+            {"model": {"quantization": "file", "dtype": "float32"}},
+            "quantization is file and dtype float32; quantised weights are computed with in bfl",
+        ),
         ({"decode": {"resources": [1]}}, "decode.resources is [1], must be a mapping"),
         ({"decode": {"resources": {"a": "b"}}}, "decode.resources is {'a': 'b'}, must be a number"),
         (

@@ -1,5 +1,5 @@
 // What torch lacks on a CPU: paged attention, fused norms, rotary + cache write, SwiGLU; and linear
-// layers of bfloat16, which are faster here with few rows.
+// layers of bfloat16, which are faster here with few rows, and whose weights may lie quantised.
 //
 // The promise: what is computed for a row depends on that row (and, in attention, the keys and
 // values before it) alone, to the bit. Hence the rules of this file:
@@ -108,22 +108,28 @@ void pdserve_attention(int type, const void* q, const void* pool, void* out,
     });
 }
 
-// Whether there are linear layers here, of bfloat16; the other three are for where there are.
+// Whether there are linear layers here, of bfloat16; the other four are for where there are.
 int pdserve_has_linear() { return HAS_LINEAR; }
 
-int64_t pdserve_packed_elements(int64_t outputs, int64_t channels) {
-    return packed_elements(outputs, channels);
+int64_t pdserve_packed_bytes(int64_t format, int64_t outputs, int64_t channels) {
+    return packed_bytes(format, outputs, channels);
 }
 
-void pdserve_pack_linear(const void* weight, void* packed, int64_t outputs, int64_t channels,
-                         int threads) {
-    pack_linear((const bfloat16*)weight, (bfloat16*)packed, outputs, channels, threads);
+void pdserve_pack_linear(int64_t format, const void* weight, void* packed, int64_t outputs,
+                         int64_t channels, int threads) {
+    pack_linear(format, (const char*)weight, (char*)packed, outputs, channels, threads);
+}
+
+void pdserve_unpacked_rows(int64_t format, const int64_t* named, const void* packed, void* out,
+                           int64_t count, int64_t channels, int threads) {
+    unpacked_rows(format, named, (const char*)packed, (bfloat16*)out, count, channels, threads);
 }
 
 void pdserve_linear(int, const void* x, int64_t x_stride, const void* packed, const void* bias,
-                    void* out, int64_t rows, int64_t channels, int64_t outputs, int threads) {
-    linear((const bfloat16*)x, x_stride, (const bfloat16*)packed, (const bfloat16*)bias,
-           (bfloat16*)out, rows, channels, outputs, threads);
+                    int64_t format, void* out, int64_t rows, int64_t channels, int64_t outputs,
+                    int threads) {
+    const Matrix weight{(const char*)packed, (const bfloat16*)bias, format};
+    linear((const bfloat16*)x, x_stride, weight, (bfloat16*)out, rows, channels, outputs, threads);
 }
 
 void pdserve_layers(void* x, void* residual, const void* layers, const int64_t* sizes, float eps,
@@ -132,11 +138,11 @@ void pdserve_layers(void* x, void* residual, const void* layers, const int64_t* 
                     int threads) {
     const auto [count, hidden, heads, ffn, layer_stride, block_stride, block_tokens, kv_heads,
                 head_dim, tokens, runs, table_blocks, longest_context, elements, scored_elements,
-                products, reading_rows] = *(const std::array<int64_t, 17>*)sizes;
+                products, products_per_byte] = *(const std::array<int64_t, 17>*)sizes;
     const Cache cache{block_stride, 0, block_tokens, kv_heads, head_dim};
     const Model model{count, hidden, heads, ffn, layer_stride, cache, eps, scale};
     const Batch batch{tokens, runs, table_blocks, longest_context, positions, slots, starts, tables};
-    const Team team{threads, elements, scored_elements, products, reading_rows};
+    const Team team{threads, elements, scored_elements, products, products_per_byte};
     run_layers((bfloat16*)x, (bfloat16*)residual, (const Layer*)layers, model, batch, rope,
                (bfloat16*)pool, team);
 }

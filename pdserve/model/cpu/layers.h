@@ -11,10 +11,10 @@
 
 namespace {
 
-// As cpu_layers.py fills it: packed matrices and their biases, norms; null where there is none.
+// As cpu_layers.py fills it: matrices and norms; null where there is none.
 struct Layer {
-    const bfloat16 *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *output, *output_bias;
-    const bfloat16 *ffn_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    const bfloat16 *attention_norm, *q_norm, *k_norm, *ffn_norm;
+    Matrix qkv, output, gate_up, down;
 };
 
 struct Model {
@@ -32,7 +32,7 @@ struct Batch {
 // Who computes: everybody, or one thread where less than so much is to be done.
 struct Team {
     int threads;
-    int64_t elements, scored_elements, products, reading_rows;
+    int64_t elements, scored_elements, products, products_per_byte;
 
     int of(int64_t work, int64_t enough) const { return work < enough ? 1 : threads; }
 };
@@ -63,11 +63,11 @@ inline void run_layers(bfloat16* x, bfloat16* residual, const Layer* layers, con
     bfloat16* gate_up = mixed + n * attended;
     bfloat16* active = gate_up + n * 2 * model.ffn;
 
-    const auto multiply = [&](const bfloat16* from, int64_t channels, const bfloat16* weight,
-                              const bfloat16* bias, bfloat16* to, int64_t outputs) {
-        const int64_t work = packed_elements(outputs, channels) * (n + team.reading_rows);
-        linear(from, channels, weight, bias, to, n, channels, outputs,
-               team.of(work, team.products));
+    const auto multiply = [&](const bfloat16* from, int64_t channels, const Matrix& weight,
+                              bfloat16* to, int64_t outputs) {
+        const int64_t bytes = packed_bytes(weight.format, outputs, channels);
+        const int64_t work = outputs * channels * n + bytes * team.products_per_byte;
+        linear(from, channels, weight, to, n, channels, outputs, team.of(work, team.products));
     };
     const auto norm = [&](const bfloat16* weight) {
         add_rms_norm(x, residual, weight, x, residual, n, model.hidden, model.eps,
@@ -80,7 +80,7 @@ inline void run_layers(bfloat16* x, bfloat16* residual, const Layer* layers, con
         Cache cache = model.cache;
         cache.offset = l * model.layer_stride;
         bfloat16* keys = qkv + attended;
-        multiply(x, model.hidden, layer.qkv, layer.qkv_bias, qkv, joined);
+        multiply(x, model.hidden, layer.qkv, qkv, joined);
         if (layer.q_norm) {
             const int threads = team.of(n * attended, team.elements);
             norm_heads(qkv, joined, layer.q_norm, n, model.heads, dim, model.eps, threads);
@@ -92,11 +92,11 @@ inline void run_layers(bfloat16* x, bfloat16* residual, const Layer* layers, con
         attention(turned, pool, mixed, batch.positions, batch.starts, batch.tables,
                   batch.table_blocks, batch.runs, cache, model.heads, model.scale,
                   team.of(n * attended * batch.longest_context, team.scored_elements));
-        multiply(mixed, attended, layer.output, layer.output_bias, x, model.hidden);
+        multiply(mixed, attended, layer.output, x, model.hidden);
         norm(layer.ffn_norm);
-        multiply(x, model.hidden, layer.gate_up, layer.gate_up_bias, gate_up, 2 * model.ffn);
+        multiply(x, model.hidden, layer.gate_up, gate_up, 2 * model.ffn);
         silu_mul(gate_up, active, n, model.ffn, team.of(n * 2 * model.ffn, team.elements));
-        multiply(active, model.ffn, layer.down, layer.down_bias, x, model.hidden);
+        multiply(active, model.ffn, layer.down, x, model.hidden);
         if (l + 1 < model.layers) norm(layers[l + 1].attention_norm);
     }
 }

@@ -35,7 +35,7 @@ _SIGNATURES = {
     "add_rms_norm": (*(_POINTER,) * 5, _SIZE, _SIZE, _FLOAT),
     "silu_mul": (_POINTER, _POINTER, _SIZE, _SIZE),
     "rope_and_cache": (*_ROWS * 3, *(_POINTER,) * 5, *_CACHE, _SIZE, _SIZE),
-    "linear": (*_ROWS, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE),
+    "linear": (*_ROWS, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE),
     "attention": (*(_POINTER,) * 6, _SIZE, _SIZE, *_CACHE, _SIZE, _FLOAT),
 }  # between the type, which comes first, and the threads, which come last
 
@@ -63,10 +63,12 @@ def load_library() -> ctypes.CDLL | None:
     library.pdserve_layers.restype = None
     library.pdserve_has_linear.argtypes = ()
     library.pdserve_has_linear.restype = _INT
-    library.pdserve_packed_elements.argtypes = (_SIZE, _SIZE)
-    library.pdserve_packed_elements.restype = _SIZE
-    library.pdserve_pack_linear.argtypes = (_POINTER, _POINTER, _SIZE, _SIZE, _INT)
+    library.pdserve_packed_bytes.argtypes = (_SIZE, _SIZE, _SIZE)
+    library.pdserve_packed_bytes.restype = _SIZE
+    library.pdserve_pack_linear.argtypes = (_SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _INT)
     library.pdserve_pack_linear.restype = None
+    library.pdserve_unpacked_rows.argtypes = (_SIZE, *(_POINTER,) * 3, _SIZE, _SIZE, _INT)
+    library.pdserve_unpacked_rows.restype = None
     return library
 
 

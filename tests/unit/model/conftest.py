@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pdserve.config import Quantization
 from pdserve.model.architecture import read_architecture
 from pdserve.model.cpu.library import load_library
 from pdserve.model.cpu_ops import CpuOps
@@ -54,12 +55,15 @@ def runner_of() -> RunnerOf:
         dtype: torch.dtype = torch.float32,
         block_count: int = 32,
         block_tokens: int = 16,
+        quantization: Quantization = "none",
     ) -> ModelRunner:
         files = ModelFiles("small", "gguf" if path.is_file() else "safetensors", path)
         architecture = read_architecture(files)
         source = GgufWeights(path, architecture) if path.is_file() else SafetensorsWeights(path)
         ops, device = ops_named(kernels), torch.device("cpu")
-        weights = build_weights(architecture, source, ops, dtype=dtype, device=device)
+        weights = build_weights(
+            architecture, source, ops, dtype=dtype, device=device, quantization=quantization
+        )
         pool = KvPool(
             architecture,
             block_count=block_count,

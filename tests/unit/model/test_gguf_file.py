@@ -1,5 +1,6 @@
 """The header of a GGUF file, compared with its own package; broken files."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -113,8 +114,15 @@ def test_a_type_that_cannot_be_read_is_named_with_its_tensor(tmp_path: Path) -> 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="tensor weight has type Q8_K"):
+    with pytest.raises(ConfigError, match=r"tensor weight has type Q8_K.*; use Q4_0, Q4_1, Q8_0"):
         GgufFile(path).dequantised("weight")
+
+
+def test_a_type_without_a_name_is_given_by_number(path: Path) -> None:
+    file = GgufFile(path)
+    file.tensors["weight"] = dataclasses.replace(file.tensors["weight"], type_id=999)
+    with pytest.raises(ConfigError, match="tensor weight has the unknown type 999; use Q4_0"):
+        file.blocks("weight")
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:

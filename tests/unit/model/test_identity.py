@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pdserve.config import Quantization
 from pdserve.model.cpu_layers import CpuLayers
 from pdserve.model.cpu_ops import CpuOps
 from pdserve.model.runner import ModelRunner, Run
@@ -125,15 +126,50 @@ def test_company_chunks_and_moves_change_no_bit(
         assert kv_of(runners[sequence.home], sequence.blocks) == sequence.kv
 
 
+@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_quantised_weights_they_change_no_bit_either(
+    tmp_path: Path, runner_of: RunnerOf, tied: bool, kernels: str, quantization: Quantization
+) -> None:
+    """The last matrix of a layer has no whole groups and stays bfloat16: kinds may be mixed."""
+    directory = write_small_model(tmp_path, hidden=128, heads=4, kv_heads=2, ffn=100, tied=tied)
+    chance = random.Random(f"{quantization} {kernels}")
+    runners = [
+        runner_of(
+            directory,
+            kernels=kernels,
+            dtype=torch.bfloat16,
+            block_count=64,
+            quantization=quantization,
+        )
+        for _ in range(2)
+    ]
+    sequences = draw_sequences(runners[0], chance, count=6, longest=150)
+
+    assert run_in_company(runners, sequences, chance) > 1
+
+    for sequence in sequences:
+        assert kv_of(runners[sequence.home], sequence.blocks) == sequence.kv
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
 @pytest.mark.parametrize("threads_sleep", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, "with a norm on q and k", "with a bias on q, k and v"])
 def test_all_layers_in_one_call_give_the_bits_of_one_after_the_other(
-    tmp_path: Path, runner_of: RunnerOf, shape: str, threads_sleep: bool
+    tmp_path: Path,
+    runner_of: RunnerOf,
+    shape: str,
+    threads_sleep: bool,
+    quantization: Quantization,
 ) -> None:
     family = {"with a norm on q and k": "qwen3", "with a bias on q, k and v": "qwen2"}
     sizes = SHAPES.get(shape) or {"family": family[shape]}
     directory = write_small_model(tmp_path, **sizes)
-    runners = [runner_of(directory, dtype=torch.bfloat16, block_count=64) for _ in range(2)]
+    runners = [
+        runner_of(directory, dtype=torch.bfloat16, block_count=64, quantization=quantization)
+        for _ in range(2)
+    ]
     for runner, stacked in zip(runners, (CpuOps.stacked, TorchOps.stacked), strict=True):
         assert isinstance(runner.ops, CpuOps)
         runner.ops.threads_sleep = threads_sleep

@@ -1,20 +1,16 @@
 """Greedy tokens and logits equal those of ``transformers``, in float32, for every family."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pdserve.model.runner import ModelRunner, Run
 from tests.models.small import Family, write_small_model
+from tests.models.small_gguf import write_gguf
 from tests.unit.model.conftest import RunnerOf
-
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 462, 64, 338, 327, 9, 50, 288, 419, 7, 169, 399]
 NEW_TOKENS = 16
@@ -112,79 +108,13 @@ def test_files_saved_by_transformers_are_read(tmp_path: Path, runner_of: RunnerO
     assert torch.equal(our_greedy(runner_of(theirs))[1], our_greedy(runner_of(ours))[1])
 
 
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-GGUF_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def gguf_name(name: str) -> str:
-    if name in GGUF_TOP:
-        return GGUF_TOP[name]
-    _, _, layer, rest = name.split(".", 3)
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{GGUF_NAMES[module]}.{kind}"
-
-
-def pairs_side_by_side(weight: FloatArray, heads: int) -> FloatArray:
-    """What converters do to q and k of the architecture "llama"."""
-    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return rows.swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(
-    directory: Path, path: Path, kind: gguf.GGMLQuantizationType, family: Family
-) -> dict[str, torch.Tensor]:
-    """The model of ``directory`` as GGUF, matrices in ``kind``; the weights that a reader gets."""
-    config = json.loads((directory / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, family)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_eos_token_id(2)
-    writer.add_bos_token_id(1)
-    writer.add_token_list([f"<{index}>" for index in range(config["vocab_size"])])
-    stored = {}
-    for name, tensor in load_file(directory / "model.safetensors").items():
-        values, turned = tensor.numpy(), "q_proj" in name or "k_proj" in name
-        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-        if turned and family == "llama":
-            values = pairs_side_by_side(values, heads)
-        tensor_kind = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(values, tensor_kind)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=tensor_kind)
-        values = gguf.dequantize(data, tensor_kind).reshape(tensor.shape)
-        if turned and family == "llama":
-            shape = (heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-            values = values.reshape(shape).swapaxes(1, 2).reshape(values.shape)
-        stored[name] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return stored
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_gguf_file_answers_as_the_reference(
     tmp_path: Path, runner_of: RunnerOf, family: Family
 ) -> None:
     directory = write_small_model(tmp_path / "plain", family=family)
     path = tmp_path / "small.gguf"
-    write_gguf(directory, path, gguf.GGMLQuantizationType.F32, family)
+    write_gguf(directory, path, family=family)
     assert_equal_to_reference(runner_of(path), directory)
 
 
@@ -194,7 +124,7 @@ def test_quantised_gguf_weights_are_those_of_the_format(
 ) -> None:
     directory = write_small_model(tmp_path / "plain")
     path = tmp_path / "small.gguf"
-    stored = write_gguf(directory, path, gguf.GGMLQuantizationType[kind], "llama")
+    stored = write_gguf(directory, path, kind)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
 
     assert torch.equal(our_greedy(runner_of(path))[1], our_greedy(runner_of(directory))[1])

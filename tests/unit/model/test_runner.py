@@ -138,6 +138,14 @@ def test_triton_on_a_cpu_needs_the_interpreter(
         load_runner(config_of(tmp_path, kernels="triton"), block_count=2, pool_bytes=0)
 
 
+def test_quantised_weights_on_a_gpu_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "device_of", lambda config: torch.device("cuda"))
+    with pytest.raises(ConfigError, match="quantization is int8, but only a CPU computes"):
+        load_runner(config_of(tmp_path, quantization="int8"), block_count=2, pool_bytes=0)
+
+
 def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA device"):
@@ -154,7 +162,12 @@ def test_blocks_agree_on_everything_that_changes_their_bytes(
     others = [
         kv_identity(files, architecture, ModelConfig(device="cpu", dtype="float32")),
         kv_identity(files, architecture, ModelConfig(device="cpu", block_tokens=32)),
+        kv_identity(files, architecture, ModelConfig(device="cpu", quantization="int4")),
+        kv_identity(files, architecture, ModelConfig(device="cpu", quantization="int8")),
     ]
+    for same in ("none", "file"):  # the same bits
+        same_weights = ModelConfig(device="cpu", quantization=same)
+        assert kv_identity(files, architecture, same_weights) == plain
     other = ModelFiles(
         "small", "safetensors", write_small_model(tmp_path / "two", layers=1, seed=1)
     )

@@ -47,7 +47,7 @@ class ModelRunner:
         self.architecture = architecture
         self.pool = pool
         self.ops = ops
-        self._weights = weights
+        self.weights = weights
         self._device = weights.norm_C.device
         self._layers = ops.stacked(weights.layers, architecture)
         table = rope_table(architecture.rope, architecture.head_dim, architecture.context_tokens)
@@ -68,7 +68,7 @@ class ModelRunner:
         self._check(runs)
         batch = self._layout(runs)
         tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in runs])
-        embedded_NC = self.ops.embedded(self._on_device(tokens), self._weights.embedding)
+        embedded_NC = self.ops.embedded(self._on_device(tokens), self.weights.embedding)
         x_NC, residual_NC = self._layers(embedded_NC, batch, self._rope_PD, self.pool.tensor)
         return self._logits(x_NC, residual_NC, runs)
 
@@ -81,9 +81,9 @@ class ModelRunner:
             rows = self._on_device(wanted.astype(np.int64))
             x_NC, residual_NC = x_NC[rows], residual_NC[rows]
         x_NC, _ = self.ops.add_rms_norm(
-            x_NC, residual_NC, self._weights.norm_C, self.architecture.norm_eps
+            x_NC, residual_NC, self.weights.norm_C, self.architecture.norm_eps
         )
-        return self.ops.linear(x_NC, self._weights.head).float()
+        return self.ops.linear(x_NC, self.weights.head).float()
 
     def _layout(self, runs: Sequence[Run]) -> BatchLayout:
         block_tokens = self.pool.block_tokens

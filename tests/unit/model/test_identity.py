@@ -173,7 +173,7 @@ def test_all_layers_in_one_call_give_the_bits_of_one_after_the_other(
     for runner, stacked in zip(runners, (CpuOps.stacked, TorchOps.stacked), strict=True):
         assert isinstance(runner.ops, CpuOps)
         runner.ops.threads_sleep = threads_sleep
-        runner._layers = stacked(runner.ops, runner._weights.layers, runner.architecture)
+        runner._layers = stacked(runner.ops, runner.weights.layers, runner.architecture)
         runner.pool.tensor.zero_()
     at_once, one_by_one = runners
     if not isinstance(at_once._layers, CpuLayers):

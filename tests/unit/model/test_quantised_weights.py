@@ -34,7 +34,7 @@ def answers(runner: ModelRunner) -> Tensor:
 
 def kinds_of(runner: ModelRunner) -> dict[str, int]:
     """The format of each matrix of the first layer, of the embedding and of the head."""
-    weights = runner._weights
+    weights = runner.weights
     layer = weights.layers[0]
     matrices: dict[str, LinearWeight] = {
         "qkv": layer.qkv,
@@ -93,7 +93,7 @@ def test_an_embedding_that_is_the_head_too_is_in_memory_once(
     directory = write_small_model(tmp_path, tied=True, **SIZES)
     runner = runner_of(directory, dtype=torch.bfloat16, quantization="int8")
     assert set(kinds_of(runner).values()) == {BYTES}
-    assert runner._weights.embedding is runner._weights.head
+    assert runner.weights.embedding is runner.weights.head
 
 
 def test_matrices_of_unlike_types_are_joined_exactly_or_dequantised(

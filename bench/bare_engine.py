@@ -149,6 +149,8 @@ def _matrices_s(runner: "ModelRunner", rows: int) -> float:
     """The least of a few times: a limit is what would be possible."""
     import torch
 
+    from pdserve.model.ops import FeedForward
+
     shape, linear = runner.architecture, runner.ops.linear
     hidden, attended, ffn = (
         torch.randn(rows, channels).to(torch.bfloat16)
@@ -157,10 +159,11 @@ def _matrices_s(runner: "ModelRunner", rows: int) -> float:
 
     def once() -> None:
         for layer in runner.weights.layers:
+            assert isinstance(layer.ffn, FeedForward)
             linear(hidden, layer.qkv)
             linear(attended, layer.attention_output)
-            linear(hidden, layer.gate_up)
-            linear(ffn, layer.down)
+            linear(hidden, layer.ffn.gate_up)
+            linear(ffn, layer.ffn.down)
         linear(hidden[:1], runner.weights.head)
 
     return min(_timed_ms(once) for _ in range(MATRICES_ROUNDS)) / 1000

@@ -31,7 +31,7 @@ from bench.frame import Options, Row, at_most, row, run
 from pdserve.config import ModelConfig
 from pdserve.engine.blocks import blocks_for
 from pdserve.messages import Sampling
-from pdserve.model.architecture import read_architecture
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.gguf_weights import GgufWeights
 from pdserve.model.load import device_of, load_runner
 from pdserve.model.ops import BatchLayout, LinearWeight
@@ -156,7 +156,13 @@ class TorchAsItComes(TorchOps):
         return functional.linear(x_NC, weight.weight_OC, weight.bias_O)
 
     def attention(
-        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+        self,
+        q_NHD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
         out_NHD = torch.empty_like(q_NHD)
         starts = batch.starts_R1.tolist()
@@ -168,11 +174,12 @@ class TorchAsItComes(TorchOps):
                 for part in (0, 1)
             )
             places_K = torch.arange(context, device=q_NHD.device)
+            before_QK = batch.positions_N[begin:end, None] - places_K
             out_HQD = functional.scaled_dot_product_attention(
                 q_NHD[begin:end].transpose(0, 1),
                 keys_GKD,
                 values_GKD,
-                attn_mask=places_K <= batch.positions_N[begin:end, None],
+                attn_mask=(before_QK >= 0) & (before_QK < (window or context)),
                 scale=scale,
                 enable_gqa=True,
             )

@@ -228,7 +228,7 @@ class Gateway:
 
 
 async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> GatewaySession:
-    from pdserve.model.architecture import read_architecture
+    from pdserve.model.families.registry import read_architecture
     from pdserve.model.source import locate
     from pdserve.text.tokenizer import load_tokenizer
 

@@ -44,7 +44,7 @@ def _findings(config: ClusterConfig) -> Iterator[Finding]:
 
 
 def _model(config: ClusterConfig) -> Finding:
-    from pdserve.model.architecture import read_architecture
+    from pdserve.model.families.registry import read_architecture
     from pdserve.model.source import locate
 
     try:

@@ -4,7 +4,8 @@ In: token runs with their block tables (``runner.Run``). Out: float32 logits of 
 them; keys and values in the paged pool (``pool.KvPool``), from where others move them as bytes.
 Nothing here knows requests, workers or stores.
 
-Start at ``runner.py`` (one step of the model), then ``ops.py`` (the seam between the CPU and the
-Triton kernels), ``cpu_ops.py`` and ``load.py`` (which files, which device, which kernels).
-``sampler.py`` turns logits into tokens.
+What a model computes is data (``architecture.Architecture``), made by one file per family
+(``families``). Start at ``runner.py`` (one step of the model), then ``layers.py``, ``ops.py`` (the
+seam between the CPU and the Triton kernels), ``cpu_ops.py`` and ``load.py`` (which files, which
+device, which kernels). ``sampler.py`` turns logits into tokens.
 """

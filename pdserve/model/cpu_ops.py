@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.cpu.library import load_library
-from pdserve.model.cpu_layers import CpuLayers
+from pdserve.model.cpu_layers import ALL_TOKENS, CpuLayers, has_plain_layers
 from pdserve.model.cpu_panels import Panels, pack_panels, unpacked_rows
 from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 from pdserve.model.quantised import QuantisedWeight
@@ -91,7 +91,8 @@ class CpuOps(TorchOps):
         return unpacked_rows(self._library, embedding, tokens_N, threads)
 
     def stacked(self, layers: Sequence[LayerWeights], architecture: Architecture) -> Stack:
-        if not all(isinstance(layer.qkv, Panels) for layer in layers):
+        packed = all(isinstance(layer.qkv, Panels) for layer in layers)
+        if not packed or not has_plain_layers(architecture):
             return super().stacked(layers, architecture)
         enough = (_ELEMENTS, _SCORED_ELEMENTS, _PRODUCTS) if self.threads_sleep else (0, 0, 0)
         return CpuLayers(
@@ -143,10 +144,16 @@ class CpuOps(TorchOps):
         return out_NC, sum_NC
 
     def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        return self._gate_mul("silu_mul", gate_up_NF2)
+
+    def gelu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        return self._gate_mul("gelu_mul", gate_up_NF2)
+
+    def _gate_mul(self, name: str, gate_up_NF2: Tensor) -> Tensor:
         rows, channels = gate_up_NF2.shape[0], gate_up_NF2.shape[1] // 2
         _check(gate_up_NF2.is_contiguous() and gate_up_NF2.shape[1] % 2 == 0, gate_up_NF2)
         out_NF = torch.empty((rows, channels), dtype=gate_up_NF2.dtype)
-        self._call("silu_mul", gate_up_NF2, out_NF, rows, channels)
+        self._call(name, gate_up_NF2, out_NF, rows, channels)
         return out_NF
 
     def rope_and_cache(
@@ -175,9 +182,16 @@ class CpuOps(TorchOps):
         return out_NHD
 
     def attention(
-        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+        self,
+        q_NHD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
-        tables_RB = batch.tables_RB
+        tables_RB, window = batch.tables_RB, window or ALL_TOKENS
+        work = q_NHD.numel() * min(batch.longest_context, window)
         fits = q_NHD.is_contiguous() and tables_RB.is_contiguous()
         _check(fits and q_NHD.shape[1] % pool_PL2GTD.shape[3] == 0, q_NHD, pool_PL2GTD)
         out_NHD = torch.empty_like(q_NHD)
@@ -185,8 +199,8 @@ class CpuOps(TorchOps):
             "attention",
             *(q_NHD, pool_PL2GTD, out_NHD, batch.positions_N, batch.starts_R1, tables_RB),
             *(tables_RB.shape[1], tables_RB.shape[0]),
-            *(*_cache(pool_PL2GTD, layer), q_NHD.shape[1], scale),
-            threads=self._threads(q_NHD.numel() * batch.longest_context, _SCORED_ELEMENTS),
+            *(*_cache(pool_PL2GTD, layer), q_NHD.shape[1], scale, window),
+            threads=self._threads(work, _SCORED_ELEMENTS),
         )
         return out_NHD
 

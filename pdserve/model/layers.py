@@ -1,4 +1,4 @@
-"""The layers of a model, operation by operation.
+"""The layers of a model, operation by operation, as its ``Architecture`` says.
 
 A *stack* takes a step's tokens through all layers: embedded in, ready for the last norm out. This
 one does it with any ``Ops``; an implementation may have one of its own (``Ops.stacked``).
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pdserve.model.architecture import Architecture
-from pdserve.model.ops import BatchLayout, LayerWeights, Ops
+from pdserve.model.mixture import mixed
+from pdserve.model.ops import BatchLayout, FeedForward, LayerWeights, Mixture, Ops
 
 
 class LayerByLayer:
@@ -20,19 +21,24 @@ class LayerByLayer:
         self._ops = ops
         self._layers = layers
         self._shape = architecture
-        self._scale = architecture.head_dim**-0.5
+        self._activated = ops.gelu_mul if architecture.activation == "gelu_tanh" else ops.silu_mul
 
     def __call__(
-        self, embedded_NC: Tensor, batch: BatchLayout, rope_PD: Tensor, pool_PL2GTD: Tensor
+        self,
+        embedded_NC: Tensor,
+        batch: BatchLayout,
+        ropes_LPD: Sequence[Tensor],
+        pool_PL2GTD: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ops, eps = self._ops, self._shape.norm_eps
         residual_NC = embedded_NC
         x_NC = ops.rms_norm(residual_NC, self._layers[0].attention_norm_C, eps)
         for index, layer in enumerate(self._layers):
-            x_NC = self._attention(x_NC, layer, index, batch, rope_PD, pool_PL2GTD)
+            x_NC = self._attention(x_NC, layer, index, batch, ropes_LPD[index], pool_PL2GTD)
+            x_NC = self._output_norm(x_NC, layer.attention_output_norm_C)
             x_NC, residual_NC = ops.add_rms_norm(x_NC, residual_NC, layer.ffn_norm_C, eps)
-            x_NC = ops.silu_mul(ops.linear(x_NC, layer.gate_up))
-            x_NC = ops.linear(x_NC, layer.down)
+            x_NC = self._feed_forward(x_NC, layer.ffn, index)
+            x_NC = self._output_norm(x_NC, layer.ffn_output_norm_C)
             if index + 1 < len(self._layers):
                 norm_C = self._layers[index + 1].attention_norm_C
                 x_NC, residual_NC = ops.add_rms_norm(x_NC, residual_NC, norm_C, eps)
@@ -47,7 +53,7 @@ class LayerByLayer:
         rope_PD: Tensor,
         pool_PL2GTD: Tensor,
     ) -> Tensor:
-        ops, shape = self._ops, self._shape
+        ops, shape, window = self._ops, self._shape, self._shape.layers[index].window
         heads, kv_heads, head_dim = shape.head_count, shape.kv_head_count, shape.head_dim
         qkv_NXD = ops.linear(x_NC, layer.qkv).view(-1, heads + 2 * kv_heads, head_dim)
         q_NHD, k_NGD, v_NGD = torch.split(qkv_NXD, [heads, kv_heads, kv_heads], dim=1)
@@ -55,8 +61,24 @@ class LayerByLayer:
             q_NHD = self._head_norm(q_NHD, layer.q_norm_D)
             k_NGD = self._head_norm(k_NGD, layer.k_norm_D)
         q_NHD = ops.rope_and_cache(q_NHD, k_NGD, v_NGD, rope_PD, batch, pool_PL2GTD, index)
-        out_NHD = ops.attention(q_NHD, batch, pool_PL2GTD, index, self._scale)
+        out_NHD = ops.attention(q_NHD, batch, pool_PL2GTD, index, shape.attention_scale, window)
         return ops.linear(out_NHD.view(-1, heads * head_dim), layer.attention_output)
+
+    def _feed_forward(self, x_NC: Tensor, weights: FeedForward | Mixture, index: int) -> Tensor:
+        if isinstance(weights, FeedForward):
+            return self._dense(x_NC, weights)
+        experts = self._shape.layers[index].experts
+        assert experts is not None, f"layer {index} has experts that its architecture has not"
+        return mixed(x_NC, weights, experts, self._ops, self._dense)
+
+    def _dense(self, x_NC: Tensor, weights: FeedForward) -> Tensor:
+        gate_up_NF2 = self._ops.linear(x_NC, weights.gate_up)
+        return self._ops.linear(self._activated(gate_up_NF2), weights.down)
+
+    def _output_norm(self, x_NC: Tensor, weight_C: Tensor | None) -> Tensor:
+        if weight_C is None:
+            return x_NC
+        return self._ops.rms_norm(x_NC, weight_C, self._shape.norm_eps)
 
     def _head_norm(self, x_NHD: Tensor, weight_D: Tensor) -> Tensor:
         rows = x_NHD.reshape(-1, x_NHD.shape[-1])

@@ -8,8 +8,9 @@ import torch
 
 from pdserve.config import ModelConfig, Quantization
 from pdserve.errors import ConfigError
-from pdserve.model.architecture import Architecture, context_limit, read_architecture
+from pdserve.model.architecture import Architecture, context_limit
 from pdserve.model.cpu_ops import cpu_ops
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.gguf_weights import GgufWeights
 from pdserve.model.ops import Ops
 from pdserve.model.pool import LAYOUT, KvPool, block_bytes

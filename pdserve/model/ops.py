@@ -60,30 +60,53 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedForward:
+    """A dense layer, or one expert of a mixture."""
+
+    gate_up: LinearWeight
+    down: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """See ``mixture.py``."""
+
+    router: LinearWeight
+    experts: tuple[FeedForward, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     attention_norm_C: Tensor
     qkv: LinearWeight
     q_norm_D: Tensor | None
     k_norm_D: Tensor | None
     attention_output: LinearWeight
+    attention_output_norm_C: Tensor | None
     ffn_norm_C: Tensor
-    gate_up: LinearWeight
-    down: LinearWeight
+    ffn: FeedForward | Mixture
+    ffn_output_norm_C: Tensor | None
 
 
 class Stack(Protocol):
     """All layers of a model."""
 
     def __call__(
-        self, embedded_NC: Tensor, batch: BatchLayout, rope_PD: Tensor, pool_PL2GTD: Tensor
+        self,
+        embedded_NC: Tensor,
+        batch: BatchLayout,
+        ropes_LPD: Sequence[Tensor],
+        pool_PL2GTD: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The last layer's output and the residual that it is to be added to; KV goes into the
-        pool. ``embedded_NC`` may be overwritten."""
+        pool. ``embedded_NC`` may be overwritten. ``ropes_LPD``: a layer's table each, often one and
+        the same."""
         ...
 
 
 class Ops(Protocol):
-    """Everything a Llama-like model computes. Inputs and outputs have the model's dtype."""
+    """Everything a model computes, but for the routing of ``mixture.py``. Inputs and outputs have
+    the model's dtype."""
 
     name: str
     multiplies: str
@@ -132,14 +155,25 @@ class Ops(Protocol):
         ...
 
     def attention(
-        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+        self,
+        q_NHD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
-        """Causal attention of each token over its sequence's KV in the pool, its own included.
-        Query head h reads key/value head ``h // (H / G)``. Returns [N, H, D], contiguous."""
+        """Causal attention of each token over its sequence's KV in the pool, its own included; with
+        a ``window``, over the last so many. Query head h reads key/value head ``h // (H / G)``.
+        Returns [N, H, D], contiguous."""
         ...
 
     def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
         """``silu(x[:, :F]) * x[:, F:]``: [N, F] from [N, 2 F]."""
+        ...
+
+    def gelu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        """The same with the tanh form of gelu: ``g * sigmoid(sqrt(8 / pi) (g + 0.044715 g^3))``."""
         ...
 
     def linear(self, x_NC: Tensor, weight: LinearWeight) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pdserve.model.architecture import Architecture
 from pdserve.model.ops import BatchLayout, Ops
 from pdserve.model.pool import KvPool
-from pdserve.model.rope import rope_table
+from pdserve.model.rope import Rope, rope_table
 from pdserve.model.weights import Weights
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
@@ -50,8 +50,12 @@ class ModelRunner:
         self.weights = weights
         self._device = weights.norm_C.device
         self._layers = ops.stacked(weights.layers, architecture)
-        table = rope_table(architecture.rope, architecture.head_dim, architecture.context_tokens)
-        self._rope_PD = torch.from_numpy(table).to(self._device)
+        self._embedding_scale = torch.tensor(
+            architecture.embedding_scale, dtype=weights.norm_C.dtype, device=self._device
+        )
+        ropes = {kind.rope for kind in architecture.layers}
+        tables = {rope: self._table_of(rope) for rope in ropes}
+        self._ropes_LPD = [tables[kind.rope] for kind in architecture.layers]
 
     @torch.inference_mode()
     def step(self, runs: Sequence[Run]) -> Tensor:
@@ -69,7 +73,9 @@ class ModelRunner:
         batch = self._layout(runs)
         tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in runs])
         embedded_NC = self.ops.embedded(self._on_device(tokens), self.weights.embedding)
-        x_NC, residual_NC = self._layers(embedded_NC, batch, self._rope_PD, self.pool.tensor)
+        if self.architecture.embedding_scale != 1:
+            embedded_NC *= self._embedding_scale
+        x_NC, residual_NC = self._layers(embedded_NC, batch, self._ropes_LPD, self.pool.tensor)
         return self._logits(x_NC, residual_NC, runs)
 
     def _logits(self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run]) -> Tensor:
@@ -126,6 +132,11 @@ class ModelRunner:
                 raise ValueError(f"blocks {run.blocks} are not all in 0..{self.pool.block_count}")
             if not 0 <= min(run.tokens) <= max(run.tokens) < self.architecture.vocab_size:
                 raise ValueError(f"a token is outside 0..{self.architecture.vocab_size}")
+
+    def _table_of(self, rope: Rope) -> Tensor:
+        shape = self.architecture
+        table = rope_table(rope, shape.head_dim, shape.context_tokens)
+        return torch.from_numpy(table).to(self._device)
 
     def _on_device(self, array: IntArray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

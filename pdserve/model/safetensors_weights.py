@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from pdserve.errors import ConfigError
-from pdserve.model.architecture import read_json
+from pdserve.model.families.config_json import read_json
 from pdserve.model.quantised import QuantisedWeight
 
 _INDEX = "model.safetensors.index.json"

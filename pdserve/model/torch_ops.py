@@ -9,6 +9,7 @@ know. Roughly ten times slower than the C++ kernels in attention.
 Shape letters as in ``ops.py``; Q queries of a tile, K positions of a tile, S tiles.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,7 @@ from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 
 _QUERIES = 16
 _POSITIONS = 64
+_GELU_FACTOR = math.sqrt(8 / math.pi)
 _PACKED_ROWS_MIN = 2
 """oneDNN cuts a sum over many inputs elsewhere when there is one row only: seen with float32 and
 bfloat16, from 1,536 inputs on. From two rows on a row's bits are its own, for 1 to 8 threads."""
@@ -115,7 +117,13 @@ class TorchOps:
         return _turned(q_NHD, rope_N1D)
 
     def attention(
-        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+        self,
+        q_NHD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
         self._calls["attention"] += 1
         out_NHD = torch.empty_like(q_NHD)
@@ -128,8 +136,14 @@ class TorchOps:
             for begin in range(first, last, _QUERIES):
                 end = min(begin + _QUERIES, last)
                 positions_Q = batch.positions_N[begin:end]
+                unseen = max(0, int(positions_Q[0]) - (window or context) + 1) // _POSITIONS
                 out_NHD[begin:end] = _attend(
-                    q_NHD[begin:end], positions_Q, keys_SGDK, values_SGKD, scale
+                    q_NHD[begin:end],
+                    positions_Q - unseen * _POSITIONS,
+                    keys_SGDK[unseen:],
+                    values_SGKD[unseen:],
+                    scale,
+                    window or context,
                 )
         return out_NHD
 
@@ -137,6 +151,13 @@ class TorchOps:
         self._calls["silu_mul"] += 1
         gate_NF, up_NF = gate_up_NF2.float().chunk(2, dim=-1)
         return (functional.silu(gate_NF) * up_NF).to(gate_up_NF2.dtype)
+
+    def gelu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        self._calls["gelu_mul"] += 1
+        gate_NF, up_NF = gate_up_NF2.float().chunk(2, dim=-1)
+        # (1 + tanh(x)) / 2 = sigmoid(2 x): the left side loses digits where the result is small.
+        inner_NF = _GELU_FACTOR * (gate_NF + 0.044715 * gate_NF * gate_NF * gate_NF)
+        return (gate_NF * torch.sigmoid(inner_NF) * up_NF).to(gate_up_NF2.dtype)
 
 
 def _rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -169,9 +190,15 @@ def _tiles(pool_P2GTD: Tensor, table_B: Tensor, context: int) -> tuple[Tensor, T
 
 
 def _attend(
-    q_NHD: Tensor, positions_N: Tensor, keys_SGDK: Tensor, values_SGKD: Tensor, scale: float
+    q_NHD: Tensor,
+    positions_N: Tensor,
+    keys_SGDK: Tensor,
+    values_SGKD: Tensor,
+    scale: float,
+    window: int,
 ) -> Tensor:
-    """At most one tile of queries against all tiles of positions, in two passes."""
+    """At most one tile of queries against all tiles of positions, in two passes. Positions count
+    from the first tile on."""
     count, heads, head_dim = q_NHD.shape
     kv_heads = keys_SGDK.shape[1]
     q_QHD = functional.pad(q_NHD.float() * scale, (0, 0, 0, 0, 0, _QUERIES - count))
@@ -184,14 +211,15 @@ def _attend(
     limit_Q = functional.pad(positions_N, (0, _QUERIES - count))
     limit_X = limit_Q.repeat_interleave(heads // kv_heads)
     place_SK = torch.arange(keys_SGDK.shape[0] * _POSITIONS).reshape(-1, _POSITIONS)
-    hidden_SXK = place_SK[:, None, :] > limit_X[None, :, None]
+    before_SXK = limit_X[None, :, None] - place_SK[:, None, :]
+    hidden_SXK = (before_SXK < 0) | (before_SXK >= window)
     scores_SGXK = scores_SGXK.masked_fill(hidden_SXK[:, None], -torch.inf)
     best_GX1 = scores_SGXK.amax(dim=(0, 3))[..., None]
     weights_SGXK = torch.exp(scores_SGXK - best_GX1)
     parts_SGXD = torch.matmul(weights_SGXK, values_SGKD)
     sums_SGX1 = weights_SGXK.sum(-1, keepdim=True)
     out_GXD, sum_GX1 = parts_SGXD[0], sums_SGX1[0]
-    for tile in range(1, parts_SGXD.shape[0]):  # in order: a later, empty tile adds exactly 0
+    for tile in range(1, parts_SGXD.shape[0]):  # in order: an empty tile adds exactly 0
         out_GXD = out_GXD + parts_SGXD[tile]
         sum_GX1 = sum_GX1 + sums_SGX1[tile]
     out_QHD = (

@@ -15,7 +15,7 @@ from pdserve.model.architecture import Architecture
 from pdserve.model.kernels.attention import paged_attention
 from pdserve.model.kernels.norm import add_rms_norm, rms_norm
 from pdserve.model.kernels.rope import rope_and_cache
-from pdserve.model.kernels.silu import silu_mul
+from pdserve.model.kernels.silu import gelu_mul, silu_mul
 from pdserve.model.layers import LayerByLayer
 from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 from pdserve.model.torch_ops import linear
@@ -77,7 +77,13 @@ class TritonOps:
         )
 
     def attention(
-        self, q_NHD: Tensor, batch: BatchLayout, pool_PL2GTD: Tensor, layer: int, scale: float
+        self,
+        q_NHD: Tensor,
+        batch: BatchLayout,
+        pool_PL2GTD: Tensor,
+        layer: int,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
         self._calls["attention"] += 1
         return paged_attention(
@@ -89,9 +95,14 @@ class TritonOps:
             scale,
             longest_run=batch.longest_run,
             longest_context=batch.longest_context,
+            window=window,
             deterministic=self._deterministic,
         )
 
     def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
         self._calls["silu_mul"] += 1
         return silu_mul(gate_up_NF2)
+
+    def gelu_mul(self, gate_up_NF2: Tensor) -> Tensor:
+        self._calls["gelu_mul"] += 1
+        return gelu_mul(gate_up_NF2)

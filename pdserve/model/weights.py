@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pdserve.config import Quantization
 from pdserve.errors import ConfigError
-from pdserve.model.architecture import Architecture
-from pdserve.model.ops import LayerWeights, LinearWeight, Ops
+from pdserve.model.architecture import Architecture, Experts
+from pdserve.model.families.registry import FAMILIES
+from pdserve.model.ops import FeedForward, LayerWeights, LinearWeight, Mixture, Ops
 from pdserve.model.quantised import Q4_1, Q8_0, QuantisedWeight, joined, quantised
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class _Builder:
         quantization: Quantization,
     ) -> None:
         self._architecture = architecture
+        self._names = FAMILIES[architecture.family].names
         self._files = files
         self._ops = ops
         self._dtype = dtype
@@ -103,7 +105,7 @@ class _Builder:
         shape = self._architecture
         embedding = self._matrix(_EMBEDDING, (shape.vocab_size, shape.hidden))
         layers = tuple(self._layer(index) for index in range(shape.layer_count))
-        norm_C = self._take("model.norm.weight", (shape.hidden,))
+        norm_C = self._norm("model.norm", shape.hidden)
         if shape.tied_head:
             head = self._ops.pack(embedding)
             self._left.discard(_HEAD)  # some files store the shared tensor twice
@@ -121,25 +123,62 @@ class _Builder:
         return Weights(embedding, layers, norm_C, head)
 
     def _layer(self, index: int) -> LayerWeights:
-        shape = self._architecture
+        shape, names = self._architecture, self._names
         at = f"model.layers.{index}."
         q, kv = shape.head_count * shape.head_dim, shape.kv_head_count * shape.head_dim
         attention = [f"{at}self_attn.{name}_proj" for name in ("q", "k", "v")]
-        norms = [f"{at}self_attn.{name}_norm.weight" for name in ("q", "k")]
+        experts = shape.layers[index].experts
         if shape.qkv_bias and f"{attention[0]}.bias" not in self._left:
             raise ConfigError(f"the weights lack {attention[0]}.bias")
         return LayerWeights(
-            attention_norm_C=self._take(f"{at}input_layernorm.weight", (shape.hidden,)),
+            attention_norm_C=self._norm(f"{at}input_layernorm", shape.hidden),
             qkv=self._linear(attention, [q, kv, kv], shape.hidden),
-            q_norm_D=self._take(norms[0], (shape.head_dim,)) if shape.qk_norm else None,
-            k_norm_D=self._take(norms[1], (shape.head_dim,)) if shape.qk_norm else None,
+            q_norm_D=self._norm_if(shape.qk_norm, f"{at}self_attn.q_norm", shape.head_dim),
+            k_norm_D=self._norm_if(shape.qk_norm, f"{at}self_attn.k_norm", shape.head_dim),
             attention_output=self._linear([f"{at}self_attn.o_proj"], [shape.hidden], q),
-            ffn_norm_C=self._take(f"{at}post_attention_layernorm.weight", (shape.hidden,)),
-            gate_up=self._linear(
-                [f"{at}mlp.gate_proj", f"{at}mlp.up_proj"], [shape.ffn] * 2, shape.hidden
+            attention_output_norm_C=self._norm_if(
+                shape.output_norms, f"{at}{names.attention_output_norm}", shape.hidden
             ),
-            down=self._linear([f"{at}mlp.down_proj"], [shape.hidden], shape.ffn),
+            ffn_norm_C=self._norm(f"{at}{names.ffn_norm}", shape.hidden),
+            ffn=self._feed_forward(f"{at}mlp.", ("gate_proj", "up_proj", "down_proj"), shape.ffn)
+            if experts is None
+            else self._mixture(at, experts),
+            ffn_output_norm_C=self._norm_if(
+                shape.output_norms, f"{at}{names.ffn_output_norm}", shape.hidden
+            ),
         )
+
+    def _feed_forward(self, at: str, names: tuple[str, str, str], ffn: int) -> FeedForward:
+        gate, up, down = (f"{at}{name}" for name in names)
+        hidden = self._architecture.hidden
+        return FeedForward(
+            gate_up=self._linear([gate, up], [ffn, ffn], hidden),
+            down=self._linear([down], [hidden], ffn),
+        )
+
+    def _mixture(self, at: str, experts: Experts) -> Mixture:
+        names = self._names
+        parts = (names.expert_gate, names.expert_up, names.expert_down)
+        # Never quantised: it is small, and who computes hangs on it.
+        router = self._take(
+            f"{at}{names.router}.weight", (experts.count, self._architecture.hidden)
+        )
+        return Mixture(
+            router=self._ops.pack(LinearWeight(router)),
+            experts=tuple(
+                self._feed_forward(f"{at}{names.experts}.{expert}.", parts, experts.ffn)
+                for expert in range(experts.count)
+            ),
+        )
+
+    def _norm(self, module: str, size: int) -> Tensor:
+        """A norm's weight as it is multiplied with: the offset is added before anything is rounded,
+        and the sum rounded once."""
+        weight, offset = self._stored(f"{module}.weight", (size,)), self._architecture.norm_offset
+        return self._converted(weight.float() + offset if offset else weight)
+
+    def _norm_if(self, present: bool, module: str, size: int) -> Tensor | None:
+        return self._norm(module, size) if present else None
 
     def _linear(self, names: Sequence[str], outputs: Sequence[int], inputs: int) -> LinearWeight:
         """One matrix of those named, one below the other, with their biases if they have any."""
@@ -193,8 +232,11 @@ class _Builder:
         return quantised(self._files.tensor(name), target)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._converted(self._stored(name, shape))
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._claim(name)
-        return self._converted(_checked(name, self._files.tensor(name), shape))
+        return _checked(name, self._files.tensor(name), shape)
 
     def _claim(self, name: str) -> None:
         if name not in self._left:

@@ -1,5 +1,6 @@
 """Paged attention against its reference, and each row against itself in other company."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ class Case:
     tables_RB: torch.Tensor
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
+    window: int | None = None
 
     def arguments(self) -> tuple[Any, ...]:
         starts = [sum(self.lengths[:r]) for r in range(len(self.lengths) + 1)]
@@ -41,11 +43,12 @@ class Case:
             *self.arguments(),
             longest_run=max(self.lengths),
             longest_context=max(self.contexts),
+            window=self.window,
             deterministic=deterministic,
         )
 
     def reference(self) -> torch.Tensor:
-        return paged_attention_reference(*self.arguments())
+        return paged_attention_reference(*self.arguments(), window=self.window)
 
     def part(self, run: int, first: int, length: int) -> "Case":
         """``length`` tokens of one run, from its token ``first`` on, as a batch of their own."""
@@ -69,6 +72,7 @@ def case(
     T: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    window: int | None = None,
 ) -> Case:
     """Runs of (length, context). Whatever no run has written is NaN; queries and the pool are views
     with gaps."""
@@ -92,6 +96,7 @@ def case(
         tables_RB=tables_RB.to(DEVICE),
         lengths=tuple(length for length, _ in runs),
         contexts=tuple(context for _, context in runs),
+        window=window,
     )
 
 
@@ -115,12 +120,40 @@ def test_it_equals_the_reference(runs: list[tuple[int, int]], dtype: torch.dtype
     assert_near(batch.attend(), batch.reference())
 
 
+@pytest.mark.parametrize("window", [1, 5, 32, 40, 600])
+@pytest.mark.parametrize(
+    "runs", [RUNS["decoded tokens, several splits"], RUNS["all kinds together"]], ids=len
+)
+def test_a_window_hides_what_the_reference_hides(runs: list[tuple[int, int]], window: int) -> None:
+    batch = case(runs, window=window)
+    assert_near(batch.attend(), batch.reference())
+    assert_near(batch.attend(deterministic=False), batch.reference())
+
+
+@pytest.mark.parametrize("run", [(1, 600), (3, 600)])
+def test_what_lies_before_every_window_is_not_read(run: tuple[int, int]) -> None:
+    """It may be NaN: a block that nobody can see any more may come to hold anything."""
+    batch = case([run], window=40)
+    clean_NHD = batch.attend()
+    first_seen = run[1] - run[0] - 40 + 1
+    for position in range(first_seen):
+        block = int(batch.tables_RB[0, position // 16])
+        batch.pool_P2GTD[block, :, :, position % 16] = math.nan
+    assert torch.equal(batch.attend(), clean_NHD)
+
+
+def test_a_window_as_long_as_the_context_changes_no_bit() -> None:
+    batch = case([(20, 20), (3, 530), (1, 600)], dtype=torch.bfloat16)
+    assert torch.equal(replace(batch, window=600).attend(), batch.attend())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("H", "G", "D", "T"),
     [
         (9, 3, 64, 16),  # SmolLM2
         (4, 4, 128, 16),  # every head has keys of its own
+        (4, 1, 256, 16),  # Gemma 3
         (33, 1, 16, 16),  # one head more than a tile has rows
         (2, 1, 32, 5),  # blocks that no tile is a multiple of
         (2, 1, 16, 64),  # blocks larger than a tile
@@ -148,14 +181,18 @@ def test_one_head_of_more_rows_than_a_tile_decodes_over_several_splits() -> None
     "dtype",
     [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)],
 )
+@pytest.mark.parametrize("window", [None, 2, 511])
 @pytest.mark.parametrize("D", [16, 128])
-def test_a_row_has_the_same_bits_decoded_chunked_and_in_company(D: int, dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_decoded_chunked_and_in_company(
+    D: int, window: int | None, dtype: torch.dtype
+) -> None:
     """Goal: no bit depends on the batch, on chunk borders, or on prefill or decode.
 
     Method: tokens 508 to 513 of a context, which lie in two splits: in company with other runs, in
-    one chunk, in chunks of 2, and alone, where the last two take decode's split path.
+    one chunk, in chunks of 2, and alone, where the last two take decode's split path. Windows
+    begin, for some of the tokens, in the second split; or in the first tile.
     """
-    batch = case([(20, 20), (6, 514), (1, 600)], H=3, G=1, D=D, dtype=dtype)
+    batch = case([(20, 20), (6, 514), (1, 600)], H=3, G=1, D=D, dtype=dtype, window=window)
     together_NHD = batch.attend()
     expected_NHD = together_NHD[20:26]
     for length in (6, 2, 1):
@@ -171,9 +208,10 @@ def test_a_row_has_the_same_bits_decoded_chunked_and_in_company(D: int, dtype: t
     heads_per_group=st.sampled_from([1, 3, 4]),
     T=st.sampled_from([4, 16]),
     seed=st.integers(0, 1000),
+    window=st.none() | st.integers(1, 80),
 )
 def test_any_row_alone_equals_itself_in_any_batch(
-    runs: list[tuple[int, int]], heads_per_group: int, T: int, seed: int
+    runs: list[tuple[int, int]], heads_per_group: int, T: int, seed: int, window: int | None
 ) -> None:
     batch = case(
         [(length, length + prefix) for length, prefix in runs],
@@ -182,6 +220,7 @@ def test_any_row_alone_equals_itself_in_any_batch(
         T=T,
         dtype=torch.bfloat16,
         seed=seed,
+        window=window,
     )
     together_NHD = batch.attend()
     assert_near(together_NHD, batch.reference())
@@ -240,8 +279,13 @@ def test_what_does_not_fit_together_is_refused(index: int, value: object, said: 
 
 
 def test_a_head_dim_without_a_kernel_is_refused() -> None:
-    with pytest.raises(ValueError, match="16, 32, 64 or 128, got 24"):
+    with pytest.raises(ValueError, match="16, 32, 64, 128 or 256, got 24"):
         case([(1, 1)], D=24).attend()
+
+
+def test_a_window_that_sees_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="window must be positive or None, got 0"):
+        case([(1, 1)], window=0).attend()
 
 
 @pytest.mark.parametrize(("longest_run", "longest_context"), [(2, 1), (1, 17), (-1, 1)])
@@ -254,7 +298,7 @@ def test_lengths_beyond_the_block_table_are_refused(longest_run: int, longest_co
 
 def test_decode_and_prefill_share_their_tiles_unless_told_otherwise() -> None:
     for dtype in DTYPES:
-        for D in (64, 128):
-            shared = attention.prefill_tiles(dtype, D, deterministic=True)
-            assert shared == attention.decode_tiles(dtype, D)
+        for D, windowed in itertools.product((64, 128, 256), (False, True)):
+            shared = attention.prefill_tiles(dtype, D, deterministic=True, windowed=windowed)
+            assert shared == attention.decode_tiles(dtype, D, windowed=windowed)
             assert attention.SPLIT_TOKENS % shared.tokens == 0

@@ -1,10 +1,22 @@
+"""SwiGLU's and GeGLU's elementwise halves against their references."""
+
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from pdserve.model.kernels.silu import silu_mul, silu_mul_reference
+from pdserve.model.kernels.silu import gelu_mul, gelu_mul_reference, silu_mul, silu_mul_reference
 from tests.kernels.support import DEVICE, DTYPES, assert_near, randn
 
+Gate = Callable[[Tensor], Tensor]
 
+
+@pytest.mark.parametrize(
+    ("ours", "reference"),
+    [(silu_mul, silu_mul_reference), (gelu_mul, gelu_mul_reference)],
+    ids=["silu", "gelu"],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("N", "F"),
@@ -16,9 +28,11 @@ from tests.kernels.support import DEVICE, DTYPES, assert_near, randn
         (0, 8),  # nothing to do
     ],
 )
-def test_it_equals_the_reference(N: int, F: int, dtype: torch.dtype) -> None:
+def test_it_equals_the_reference(
+    N: int, F: int, dtype: torch.dtype, ours: Gate, reference: Gate
+) -> None:
     gate_up_NF2 = randn(N, 2 * F, dtype=dtype)
-    assert_near(silu_mul(gate_up_NF2), silu_mul_reference(gate_up_NF2))
+    assert_near(ours(gate_up_NF2), reference(gate_up_NF2))
 
 
 def test_rows_may_lie_apart() -> None:
@@ -29,6 +43,7 @@ def test_rows_may_lie_apart() -> None:
 def test_large_gates_neither_overflow_nor_vanish() -> None:
     gate_up_NF2 = torch.tensor([[80.0, -80.0, 0.0, 1.0, 1.0, 1.0]], device=DEVICE)
     assert_near(silu_mul(gate_up_NF2), torch.tensor([[80.0, 0.0, 0.0]], device=DEVICE))
+    assert_near(gelu_mul(gate_up_NF2), torch.tensor([[80.0, 0.0, 0.0]], device=DEVICE))
 
 
 @pytest.mark.parametrize(

@@ -20,17 +20,39 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3"]
 
 CLASS_OF_FAMILY: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+_FIELDS_OF_FAMILY: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "rope_local_base_freq": 1_000.0,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+        "pad_token_id": 0,
+    },
 }
 _FIRST_LIKELY_TOKEN = 32  # below are special tokens and single bytes
 _LIKELY_TOKENS = 256
 _VOCAB_WITHOUT_TOKENIZER = 512
+_DENSE = "gate_proj up_proj down_proj"
 _CONTROL_TOKEN = 3  # token type in GGUF
 
 
@@ -80,6 +102,7 @@ def write_small_model(
         "bos_token_id": tokenizer.get("bos_token_id", 1),
         "eos_token_id": tokenizer.get("eos_token_id", 2),
         "torch_dtype": "float32",
+        **_FIELDS_OF_FAMILY.get(family, {}),
         **(config or {}),
     }
     (directory / "config.json").write_text(json.dumps(fields, indent=1))
@@ -104,27 +127,47 @@ def _weights(
     def around_one(count: int) -> Tensor:
         return torch.randn(count, generator=generator).mul_(0.2).add_(1)
 
+    def norm(count: int) -> Tensor:
+        return around_one(count) - (1 if family == "gemma3" else 0)
+
+    def feed_forward(at: str, names: str, ffn: int) -> None:
+        gate, up, down = names.split()
+        state[f"{at}{gate}.weight"] = matrix(ffn, hidden)
+        state[f"{at}{up}.weight"] = matrix(ffn, hidden)
+        state[f"{at}{down}.weight"] = matrix(hidden, ffn)
+
     state = {
         "model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator),
-        "model.norm.weight": around_one(hidden),
+        "model.norm.weight": norm(hidden),
     }
     if not config["tie_word_embeddings"]:
         state["lm_head.weight"] = _peaked_head(config["vocab_size"], hidden, generator)
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
-        state[at + "input_layernorm.weight"] = around_one(hidden)
-        state[at + "post_attention_layernorm.weight"] = around_one(hidden)
+        state[at + "input_layernorm.weight"] = norm(hidden)
+        state[at + "post_attention_layernorm.weight"] = norm(hidden)
+        if family == "gemma3":
+            state[at + "pre_feedforward_layernorm.weight"] = norm(hidden)
+            state[at + "post_feedforward_layernorm.weight"] = norm(hidden)
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
             state[f"{at}self_attn.{name}_proj.weight"] = matrix(rows, hidden)
             if family == "qwen2":
                 state[f"{at}self_attn.{name}_proj.bias"] = around_one(rows) - 1
-        if family == "qwen3":
-            state[at + "self_attn.q_norm.weight"] = around_one(head_dim)
-            state[at + "self_attn.k_norm.weight"] = around_one(head_dim)
+        if family in ("qwen3", "qwen3_moe", "gemma3"):
+            state[at + "self_attn.q_norm.weight"] = norm(head_dim)
+            state[at + "self_attn.k_norm.weight"] = norm(head_dim)
         state[at + "self_attn.o_proj.weight"] = matrix(hidden, q)
-        state[at + "mlp.gate_proj.weight"] = matrix(ffn, hidden)
-        state[at + "mlp.up_proj.weight"] = matrix(ffn, hidden)
-        state[at + "mlp.down_proj.weight"] = matrix(hidden, ffn)
+        if family == "mixtral":
+            state[at + "block_sparse_moe.gate.weight"] = matrix(config["num_local_experts"], hidden)
+            for expert in range(config["num_local_experts"]):
+                feed_forward(f"{at}block_sparse_moe.experts.{expert}.", "w1 w3 w2", ffn)
+        elif family == "qwen3_moe" and layer not in config.get("mlp_only_layers", ()):
+            state[at + "mlp.gate.weight"] = matrix(config["num_experts"], hidden)
+            for expert in range(config["num_experts"]):
+                channels = config["moe_intermediate_size"]
+                feed_forward(f"{at}mlp.experts.{expert}.", _DENSE, channels)
+        else:
+            feed_forward(f"{at}mlp.", _DENSE, ffn)
     return state
 
 

@@ -5,6 +5,9 @@
 // keys are turned into [D, TILE] and values into [TILE, D], packed as products.h has them, once for
 // all rows; then register blocks of up to ROWS rows go through scores, online softmax and the sum
 // of values. (The online softmax is FlashAttention's, Dao et al. 2022, section 3.1.)
+//
+// A *window* hides all but the last so many positions from a query, its own included. A row goes
+// through the tiles it sees something of and through no others, whatever its neighbours see.
 
 #pragma once
 
@@ -47,17 +50,19 @@ struct Task {
     const int32_t* table;
 };
 
-// Where a tile's keys and values lie; null behind the last position.
+// Where a tile's keys and values lie; null before the first position that is seen, and behind the last.
 template <class T> struct Where {
     const T* keys[TILE] = {};
     const T* values[TILE] = {};
 
     Where(const T* pool, const Cache& cache, const int32_t* table, int64_t head, int64_t first,
-          int64_t end) {
+          int64_t begin, int64_t end) {
         int64_t block = first / cache.block_tokens, token = first % cache.block_tokens;
         for (int j = 0; j < TILE && first + j < end; ++j) {
-            keys[j] = pool + cache.key(table[block], head, token);
-            values[j] = keys[j] + cache.to_values();
+            if (first + j >= begin) {
+                keys[j] = pool + cache.key(table[block], head, token);
+                values[j] = keys[j] + cache.to_values();
+            }
             if (++token == cache.block_tokens) token = 0, ++block;
         }
     }
@@ -81,7 +86,7 @@ template <class T> class Attending {
 
   public:
     void run(const Task& task, int64_t head, const T* q, const T* pool, T* out, const Cache& cache,
-             int64_t heads, float scale) {
+             int64_t heads, float scale, int64_t window) {
         const int64_t dim = cache.head_dim, group = heads / cache.kv_heads;
         const int rows = task.count * (int)group;
         _scale = scale * LOG2_E;
@@ -100,23 +105,31 @@ template <class T> class Attending {
             for (int c = 0; c < _packs; ++c)
                 _queries[row * _packs + c] = P::along(q + at(row), c * PACK * LANES, dim);
 
-        const int64_t end = task.position + task.count;  // positions that some row sees
-        Where<T> tile(pool, cache, task.table, head, 0, end);
-        for (int64_t first = 0; first < end; first += TILE) {
+        // Positions that some row sees.
+        const int64_t begin = std::max<int64_t>(0, task.position - window + 1);
+        const int64_t end = task.position + task.count;
+        int64_t first = begin / TILE * TILE;
+        Where<T> tile(pool, cache, task.table, head, first, begin, end);
+        for (; first < end; first += TILE) {
             fill(tile, dim);
-            tile = Where<T>(pool, cache, task.table, head, first + TILE, end);
-            // Rows whose token comes before this tile are done.
-            const int skipped = (int)(std::max<int64_t>(0, first - task.position) * group);
-            const int ahead = (TILE * ROWS + rows - skipped - 1) / (rows - skipped);
+            tile = Where<T>(pool, cache, task.table, head, first + TILE, begin, end);
+            // Rows whose token comes before this tile are done; those whose window begins after it
+            // have their turn later.
+            const int done = (int)(std::max<int64_t>(0, first - task.position) * group);
+            const int last = (int)(std::min<int64_t>(
+                task.count, first + TILE + window - 1 - task.position) * group);
+            const int ahead = (TILE * ROWS + last - done - 1) / (last - done);
             int fetched = 0;
-            for (int row = skipped; row < rows; row += ROWS) {
-                const int count = std::min(ROWS, rows - row);
-                int visible[ROWS];
-                for (int r = 0; r < count; ++r)
-                    visible[r] = (int)std::min<int64_t>(
-                        TILE, task.position + (row + r) / group - first + 1);
+            for (int row = done; row < last; row += ROWS) {
+                const int count = std::min(ROWS, last - row);
+                int seen[ROWS], hidden[ROWS];
+                for (int r = 0; r < count; ++r) {
+                    const int64_t position = task.position + (row + r) / group - first;
+                    seen[r] = (int)std::min<int64_t>(TILE, position + 1);
+                    hidden[r] = (int)std::max<int64_t>(0, position - window + 1);
+                }
                 for (int i = 0; i < ahead; ++i) tile.fetch(fetched++, dim);
-                attend(row, count, visible);
+                attend(row, count, seen, hidden);
             }
         }
         for (int row = 0; row < rows; ++row) {
@@ -127,7 +140,7 @@ template <class T> class Attending {
     }
 
   private:
-    // The keys and values of a tile; zeros behind the last.
+    // The keys and values of a tile; zeros where there are none.
     void fill(const Where<T>& tile, int64_t dim) {
         for (int j = 0; j < TILE; j += PACK)
             for (int c = 0; c < _dim_vectors; ++c)
@@ -145,19 +158,20 @@ template <class T> class Attending {
             }
     }
 
-    void attend(int row, int count, const int* visible) {
+    void attend(int row, int count, const int* seen, const int* hidden) {
         switch (count) {
-            case 1: return attend_block<1>(row, visible);
-            case 2: return attend_block<2>(row, visible);
-            case 3: return attend_block<3>(row, visible);
-            case 4: return attend_block<4>(row, visible);
-            case 5: return attend_block<5>(row, visible);
-            default: return attend_block<ROWS>(row, visible);
+            case 1: return attend_block<1>(row, seen, hidden);
+            case 2: return attend_block<2>(row, seen, hidden);
+            case 3: return attend_block<3>(row, seen, hidden);
+            case 4: return attend_block<4>(row, seen, hidden);
+            case 5: return attend_block<5>(row, seen, hidden);
+            default: return attend_block<ROWS>(row, seen, hidden);
         }
     }
 
-    // One register block against one tile. visible[r]: how many of the tile's positions row r sees.
-    template <int COUNT> void attend_block(int row, const int* visible) {
+    // One register block against one tile. Row r sees the tile's positions hidden[r] to seen[r] - 1;
+    // at least one.
+    template <int COUNT> void attend_block(int row, const int* seen, const int* hidden) {
         Vec score[COUNT][GROUPS];
         for (int r = 0; r < COUNT; ++r)
             for (int g = 0; g < GROUPS; ++g) score[r][g] = all(0.0f);
@@ -174,10 +188,11 @@ template <class T> class Attending {
         float best[COUNT];
         int positions = 0;
         for (int r = 0; r < COUNT; ++r) {
-            positions = std::max(positions, visible[r]);
-            for (int g = 0; g < GROUPS; ++g)
-                score[r][g] =
-                    LANE + g * LANES < visible[r] ? score[r][g] * _scale : all(-INFINITY);
+            positions = std::max(positions, seen[r]);
+            const Bits count = Bits{} + (uint32_t)(seen[r] - hidden[r]);
+            for (int g = 0; g < GROUPS; ++g)  // unsigned: what is before `hidden` is a large number
+                score[r][g] = (Bits)(LANE + (g * LANES - hidden[r])) < count
+                                  ? score[r][g] * _scale : all(-INFINITY);
             const Vec pairs =
                 larger(larger(score[r][0], score[r][1]), larger(score[r][2], score[r][3]));
             best[r] = std::max(_best[row + r], max_of(pairs));
@@ -234,7 +249,7 @@ template <class T> class Attending {
 template <class T>
 void attention(const T* q, const T* pool, T* out, const int64_t* positions, const int32_t* starts,
                const int32_t* tables, int64_t table_blocks, int64_t runs, Cache cache,
-               int64_t heads, float scale, int threads) {
+               int64_t heads, float scale, int64_t window, int threads) {
     const int queries = std::max<int>(1, QUERY_ROWS / (int)(heads / cache.kv_heads));
     std::vector<Task> tasks;
     for (int64_t run = 0; run < runs; ++run)
@@ -243,8 +258,11 @@ void attention(const T* q, const T* pool, T* out, const int64_t* positions, cons
                              (int)std::min<int64_t>(queries, starts[run + 1] - token),
                              tables + run * table_blocks});
     // The longest first, so that no thread is left with one when all others are done.
-    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
-        return (a.position + a.count) * a.count > (b.position + b.count) * b.count;
+    const auto work = [=](const Task& task) {
+        return (std::min(task.position, window) + task.count) * task.count;
+    };
+    std::stable_sort(tasks.begin(), tasks.end(), [=](const Task& a, const Task& b) {
+        return work(a) > work(b);
     });
     const int64_t pieces = (int64_t)tasks.size() * cache.kv_heads;
 #pragma omp parallel num_threads(threads) if (pieces > 1)
@@ -253,7 +271,7 @@ void attention(const T* q, const T* pool, T* out, const int64_t* positions, cons
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < pieces; ++piece)
             attending.run(tasks[piece / cache.kv_heads], piece % cache.kv_heads, q, pool, out,
-                          cache, heads, scale);
+                          cache, heads, scale, window);
     }
 }
 

@@ -81,6 +81,14 @@ void pdserve_silu_mul(int type, const void* gate_up, void* out, int64_t rows, in
     });
 }
 
+void pdserve_gelu_mul(int type, const void* gate_up, void* out, int64_t rows, int64_t channels,
+                      int threads) {
+    with_type(type, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        gelu_mul((const T*)gate_up, (T*)out, rows, channels, threads);
+    });
+}
+
 void pdserve_rope_and_cache(int type, const void* q, int64_t q_stride, const void* k,
                             int64_t k_stride, const void* v, int64_t v_stride, const float* rope,
                             const int64_t* positions, const int64_t* slots, void* q_out, void* pool,
@@ -99,12 +107,12 @@ void pdserve_attention(int type, const void* q, const void* pool, void* out,
                        const int64_t* positions, const int32_t* starts, const int32_t* tables,
                        int64_t table_blocks, int64_t runs, int64_t block_stride, int64_t offset,
                        int64_t block_tokens, int64_t kv_heads, int64_t head_dim, int64_t heads,
-                       float scale, int threads) {
+                       float scale, int64_t window, int threads) {
     const Cache cache{block_stride, offset, block_tokens, kv_heads, head_dim};
     with_type(type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         attention((const T*)q, (const T*)pool, (T*)out, positions, starts, tables, table_blocks,
-                  runs, cache, heads, scale, threads);
+                  runs, cache, heads, scale, window, threads);
     });
 }
 
@@ -135,12 +143,12 @@ void pdserve_linear(int, const void* x, int64_t x_stride, const void* packed, co
 void pdserve_layers(void* x, void* residual, const void* layers, const int64_t* sizes, float eps,
                     float scale, const int64_t* positions, const int64_t* slots,
                     const int32_t* starts, const int32_t* tables, const float* rope, void* pool,
-                    int threads) {
+                    const int64_t* windows, int threads) {
     const auto [count, hidden, heads, ffn, layer_stride, block_stride, block_tokens, kv_heads,
                 head_dim, tokens, runs, table_blocks, longest_context, elements, scored_elements,
                 products, products_per_byte] = *(const std::array<int64_t, 17>*)sizes;
     const Cache cache{block_stride, 0, block_tokens, kv_heads, head_dim};
-    const Model model{count, hidden, heads, ffn, layer_stride, cache, eps, scale};
+    const Model model{count, hidden, heads, ffn, layer_stride, cache, eps, scale, windows};
     const Batch batch{tokens, runs, table_blocks, longest_context, positions, slots, starts, tables};
     const Team team{threads, elements, scored_elements, products, products_per_byte};
     run_layers((bfloat16*)x, (bfloat16*)residual, (const Layer*)layers, model, batch, rope,

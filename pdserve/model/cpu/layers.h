@@ -21,6 +21,7 @@ struct Model {
     int64_t layers, hidden, heads, ffn, layer_stride;  // of the pool, in elements
     Cache cache;                                       // its offset is not used
     float eps, scale;
+    const int64_t* windows;                            // of each layer; see attention.h
 };
 
 struct Batch {
@@ -89,9 +90,10 @@ inline void run_layers(bfloat16* x, bfloat16* residual, const Layer* layers, con
         rope_and_cache(qkv, joined, keys, joined, keys + kept, joined, rope, batch.positions,
                        batch.slots, turned, pool, cache, n, model.heads,
                        team.of(n * attended, team.elements));
+        const int64_t seen = std::min(batch.longest_context, model.windows[l]);
         attention(turned, pool, mixed, batch.positions, batch.starts, batch.tables,
                   batch.table_blocks, batch.runs, cache, model.heads, model.scale,
-                  team.of(n * attended * batch.longest_context, team.scored_elements));
+                  model.windows[l], team.of(n * attended * seen, team.scored_elements));
         multiply(mixed, attended, layer.output, x, model.hidden);
         norm(layer.ffn_norm);
         multiply(x, model.hidden, layer.gate_up, gate_up, 2 * model.ffn);

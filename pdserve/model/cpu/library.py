@@ -34,9 +34,10 @@ _SIGNATURES = {
     "rms_norm": (*_ROWS, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT),
     "add_rms_norm": (*(_POINTER,) * 5, _SIZE, _SIZE, _FLOAT),
     "silu_mul": (_POINTER, _POINTER, _SIZE, _SIZE),
+    "gelu_mul": (_POINTER, _POINTER, _SIZE, _SIZE),
     "rope_and_cache": (*_ROWS * 3, *(_POINTER,) * 5, *_CACHE, _SIZE, _SIZE),
     "linear": (*_ROWS, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE),
-    "attention": (*(_POINTER,) * 6, _SIZE, _SIZE, *_CACHE, _SIZE, _FLOAT),
+    "attention": (*(_POINTER,) * 6, _SIZE, _SIZE, *_CACHE, _SIZE, _FLOAT, _SIZE),
 }  # between the type, which comes first, and the threads, which come last
 
 
@@ -59,7 +60,7 @@ def load_library() -> ctypes.CDLL | None:
         function.restype = None
     library.pdserve_bind_threads.argtypes = (_POINTER, _INT)
     library.pdserve_bind_threads.restype = _INT
-    library.pdserve_layers.argtypes = (*(_POINTER,) * 4, _FLOAT, _FLOAT, *(_POINTER,) * 6, _INT)
+    library.pdserve_layers.argtypes = (*(_POINTER,) * 4, _FLOAT, _FLOAT, *(_POINTER,) * 7, _INT)
     library.pdserve_layers.restype = None
     library.pdserve_has_linear.argtypes = ()
     library.pdserve_has_linear.restype = _INT

@@ -47,17 +47,32 @@ void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* res
     }
 }
 
-template <class T>
-void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t channels, int threads) {
+// What a gate is divided by is 1 + e^-x of this x: silu's, and that of gelu in its tanh form,
+// x = sqrt(8 / pi) * (g + 0.044715 g^3).
+inline Vec silu_exponent(Vec g) { return g; }
+inline Vec gelu_exponent(Vec g) { return g * (g * g * 0.0713548163f + 1.59576912f); }
+
+template <Vec (*EXPONENT)(Vec), class T>
+void gate_mul(const T* gate_up, T* out, int64_t rows, int64_t channels, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * channels > SMALL)
     for (int64_t row = 0; row < rows; ++row) {
         const T* gate = gate_up + row * 2 * channels;
         for (int64_t c = 0; c < channels; c += LANES) {
             const Vec g = load_at(gate, c, channels);
             const Vec u = load_at(gate + channels, c, channels);
-            store_at(out + row * channels, c, channels, g / (exp_of(-g) + 1.0f) * u);
+            store_at(out + row * channels, c, channels, g / (exp_of(-EXPONENT(g)) + 1.0f) * u);
         }
     }
+}
+
+template <class T>
+void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t channels, int threads) {
+    gate_mul<silu_exponent>(gate_up, out, rows, channels, threads);
+}
+
+template <class T>
+void gelu_mul(const T* gate_up, T* out, int64_t rows, int64_t channels, int threads) {
+    gate_mul<gelu_exponent>(gate_up, out, rows, channels, threads);
 }
 
 // One head: channel i turns with channel i + half.

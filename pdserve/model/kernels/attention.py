@@ -1,10 +1,12 @@
 """Causal attention over the paged KV pool, for prefill chunks and decoded tokens alike.
 
-The bits of a row depend on its query and on the KV before it, on nothing else. Three rules see to
+The bits of a row depend on its query and on the KV before it, on nothing else. Four rules see to
 that:
 
 * KV is read in tiles of ``tokens`` at absolute positions. Tiles that begin at or after a row's end
   are hidden from it, and a hidden tile changes nothing: it adds zeros, times one.
+* A *window* hides, likewise, tiles and splits that end before it. Programs start at the first that
+  one of their rows sees.
 * Tiles are summed (online softmax) within *splits* of ``SPLIT_TOKENS``, again at absolute
   positions, and splits are joined in ascending order. Whether one program walks all splits of its
   rows (``prefill_attention_kernel``) or each split has a program that leaves its part in memory for
@@ -58,19 +60,26 @@ class Tiles:
     stages: int
 
 
-def decode_tiles(dtype: torch.dtype, D: int) -> Tiles:
+def decode_tiles(dtype: torch.dtype, D: int, *, windowed: bool = False) -> Tiles:
     """Decode waits for memory, so rows that only pad a tile cost nothing; float32, which has no
-    exact matrix instruction, has its multiply-adds shared by more warps."""
+    exact matrix instruction, has its multiply-adds shared by more warps. So are heads of 256, whose
+    sums would not fit four warps' registers. Hiding what is before a window takes the registers of
+    one stage."""
     if dtype == torch.float32:
         rows = 16 if D > 64 else 32
-        return Tiles(rows=rows, tokens=rows, warps=8, stages=2)
-    return Tiles(rows=32, tokens=64 if D > 64 else 32, warps=4, stages=3)
+        return Tiles(rows=rows, tokens=rows, warps=8, stages=1 if windowed or D > 128 else 2)
+    if D > 128:
+        return Tiles(rows=32, tokens=64, warps=8, stages=2)
+    return Tiles(rows=32, tokens=64 if D > 64 else 32, warps=4, stages=2 if windowed else 3)
 
 
-def prefill_tiles(dtype: torch.dtype, D: int, *, deterministic: bool) -> Tiles:
-    """``make kernels`` says which tiles fit the registers of every generation; these do."""
-    if deterministic or dtype == torch.float32:
-        return decode_tiles(dtype, D)
+def prefill_tiles(
+    dtype: torch.dtype, D: int, *, deterministic: bool, windowed: bool = False
+) -> Tiles:
+    """``make kernels`` says which tiles fit the registers of every generation; these do, and for
+    heads of 256 none larger than decode's."""
+    if deterministic or dtype == torch.float32 or D > 128:
+        return decode_tiles(dtype, D, windowed=windowed)
     return Tiles(rows=64 if D > 64 else 128, tokens=64, warps=8, stages=2)
 
 
@@ -84,6 +93,7 @@ def paged_attention(
     *,
     longest_run: int,
     longest_context: int,
+    window: int | None = None,
     deterministic: bool = True,
 ) -> torch.Tensor:
     """Causal attention of every token over its run's KV, which is in the pool, its own included.
@@ -100,6 +110,7 @@ def paged_attention(
         scale: of the scores, positive; usually D ** -0.5.
         longest_run: tokens of the longest run; a larger number only costs time.
         longest_context: at least the largest of ``contexts_R``.
+        window: tokens that a query sees, its own the last of them; None is all before it.
         deterministic: see the top of this file.
 
     Returns:
@@ -113,6 +124,8 @@ def paged_attention(
     _check(q_NHD, starts_R1, tables_RB, contexts_R, pool_P2GTD)
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be positive or None, got {window}")
     N, H, D = q_NHD.shape
     R, B = tables_RB.shape
     G, block_tokens = pool_P2GTD.shape[2:4]
@@ -126,8 +139,9 @@ def paged_attention(
         return out_NHD
     heads_per_group = H // G
     rows = longest_run * heads_per_group
-    decode = decode_tiles(q_NHD.dtype, D)
-    prefill = prefill_tiles(q_NHD.dtype, D, deterministic=deterministic)
+    windowed, window = window is not None, window or 0
+    decode = decode_tiles(q_NHD.dtype, D, windowed=windowed)
+    prefill = prefill_tiles(q_NHD.dtype, D, deterministic=deterministic, windowed=windowed)
     tiles = prefill if rows > decode.rows else decode
     strides = (*q_NHD.stride()[:2], tables_RB.stride(0), *pool_P2GTD.stride()[:4])
     constants = {
@@ -135,6 +149,7 @@ def paged_attention(
         "BLOCK_TOKENS": block_tokens,
         "D": D,
         "SPLIT_TOKENS": SPLIT_TOKENS,
+        "WINDOWED": windowed,
         "INTERPRETED": q_NHD.device.type == "cpu",
     }
     if longest_run > 1 or longest_context <= SPLIT_TOKENS:
@@ -147,6 +162,7 @@ def paged_attention(
             out_NHD,
             *strides,
             scale * _LOG2_E,
+            window,
             **constants,
             **_shape(tiles),
             **OPTIONS,
@@ -167,6 +183,7 @@ def paged_attention(
         *strides,
         S,
         scale * _LOG2_E,
+        window,
         **constants,
         **_shape(decode),
         **OPTIONS,
@@ -178,8 +195,10 @@ def paged_attention(
         outs_RSHD,
         out_NHD,
         S,
+        window,
         D=D,
         SPLIT_TOKENS=SPLIT_TOKENS,
+        WINDOWED=windowed,
         num_warps=1,
         **OPTIONS,
     )
@@ -193,6 +212,8 @@ def paged_attention_reference(
     contexts_R: torch.Tensor,
     pool_P2GTD: torch.Tensor,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> torch.Tensor:
     """What ``paged_attention`` means."""
     G = pool_P2GTD.shape[2]
@@ -205,9 +226,11 @@ def paged_attention_reference(
         kv = pool_P2GTD[tables_RB[r].long()].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context]
         q_GHD = q_NHD[start:end].float().unflatten(1, (G, -1)).transpose(0, 1).transpose(1, 2)
         scores = q_GHD @ kv[0].float().unsqueeze(1).transpose(2, 3) * scale
-        hidden = torch.ones(end - start, context, dtype=torch.bool).triu(
-            context - (end - start) + 1
-        )
+        prefix = context - (end - start)
+        every = torch.ones(end - start, context, dtype=torch.bool)
+        hidden = every.triu(prefix + 1)
+        if window is not None:
+            hidden |= every.tril(prefix - window)
         weights = scores.masked_fill(hidden.to(scores.device), float("-inf")).softmax(dim=-1)
         out = weights @ kv[1].float().unsqueeze(1)  # [G, H/G, tokens, D]
         out_NHD[start:end] = out.permute(2, 0, 1, 3).flatten(1, 2).to(q_NHD.dtype)
@@ -243,8 +266,8 @@ def _check(
         raise ValueError(f"starts must be [R + 1] and contexts [R]: {shapes}")
     if pool_P2GTD.shape[1] != 2 or pool_P2GTD.shape[4] != D or H % pool_P2GTD.shape[2]:
         raise ValueError(f"D must agree and H be a multiple of G: {shapes}")
-    if D not in (16, 32, 64, 128):
-        raise ValueError(f"head_dim must be 16, 32, 64 or 128, got {D}")
+    if D not in (16, 32, 64, 128, 256):
+        raise ValueError(f"head_dim must be 16, 32, 64, 128 or 256, got {D}")
     if q_NHD.dtype not in DTYPES or pool_P2GTD.dtype != q_NHD.dtype:
         raise ValueError(
             f"q and the pool must share one of {DTYPES}, got {q_NHD.dtype} and {pool_P2GTD.dtype}"
@@ -266,11 +289,12 @@ def configurations() -> Iterator[Configuration]:
     for dtype in DTYPES:
         for D in HEAD_DIMS:
             yield from _configurations(dtype, D, heads=32, groups=8)
+            yield from _configurations(dtype, D, heads=32, groups=8, windowed=True)
     yield from _configurations(torch.bfloat16, 64, heads=9, groups=3)
 
 
 def _configurations(
-    dtype: torch.dtype, D: int, *, heads: int, groups: int
+    dtype: torch.dtype, D: int, *, heads: int, groups: int, windowed: bool = False
 ) -> Iterator[Configuration]:
     block_tokens = 16
     arguments: dict[str, torch.dtype | int | float] = {
@@ -288,6 +312,7 @@ def _configurations(
         "pool_stride_g": block_tokens * D,
         "pool_stride_t": D,
         "scale_log2": 0.18,
+        "window": 1000,
     }
     parts = dict.fromkeys(("peaks_ptr", "sums_ptr", "outs_ptr"), torch.float32)
     constants = {
@@ -295,11 +320,13 @@ def _configurations(
         "BLOCK_TOKENS": block_tokens,
         "D": D,
         "SPLIT_TOKENS": SPLIT_TOKENS,
+        "WINDOWED": windowed,
         "INTERPRETED": False,
     }
+    suffix = " windowed" if windowed else ""
     ways = {
-        "decode": decode_tiles(dtype, D),
-        "prefill": prefill_tiles(dtype, D, deterministic=True),
+        "decode": decode_tiles(dtype, D, windowed=windowed),
+        "prefill": prefill_tiles(dtype, D, deterministic=True, windowed=windowed),
     }
     if dtype != torch.float32:
         ways["fast prefill"] = prefill_tiles(dtype, D, deterministic=False)
@@ -310,15 +337,15 @@ def _configurations(
         available = {**arguments, **parts, "S": 16}
         yield Configuration(
             kernel,
-            f"{way}_attention H={heads} G={groups} D={D}",
+            f"{way}_attention H={heads} G={groups} D={D}{suffix}",
             {name: available[name] for name in kernel.arg_names if name in available},
             {**constants, **shape},
             options,
         )
     yield Configuration(
         join_splits_kernel,
-        f"join_splits D={D}",
-        {"contexts_ptr": torch.int32, **parts, "out_ptr": dtype, "S": 16},
-        {"D": D, "SPLIT_TOKENS": SPLIT_TOKENS},
+        f"join_splits D={D}{suffix}",
+        {"contexts_ptr": torch.int32, **parts, "out_ptr": dtype, "S": 16, "window": 1000},
+        {"D": D, "SPLIT_TOKENS": SPLIT_TOKENS, "WINDOWED": windowed},
         {"num_warps": 1},
     )

@@ -31,6 +31,8 @@ def _attend_split(
     position_Y,  # absolute position of each row's query
     split_start,  # absolute position of the split's first token
     split_end,  # of the last token that any row may see, plus 1, within the split
+    begin,  # of the first token that any row may see
+    window,  # tokens a row sees, its own the last of them; only if WINDOWED
     table_ptr,  # [B] int32: this run's blocks
     pool_ptr,  # [P, 2, G, T, D], at this kv head: the keys of its first block
     pool_stride_p,
@@ -41,6 +43,7 @@ def _attend_split(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    WINDOWED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """(peak [Y], sum [Y], unnormalised output [Y, D]) of one split. A row that sees nothing of it
@@ -49,10 +52,15 @@ def _attend_split(
     peak_Y = tl.full([ROWS], float("-inf"), tl.float32)
     sum_Y = tl.zeros([ROWS], tl.float32)
     out_YD = tl.zeros([ROWS, D], tl.float32)
+    if WINDOWED:
+        # Tiles stand at absolute positions, whatever the rows see of the first.
+        split_start = tl.maximum(split_start, begin // TOKENS * TOKENS)
     for tile_start in range(split_start, split_end, TOKENS):
         t = tile_start + tl.arange(0, TOKENS)
         # What lies beyond the context was never written and may be NaN; 0 * NaN would spread it.
         written = t < split_end
+        if WINDOWED:
+            written = written & (t >= begin)
         block = tl.load(table_ptr + t // BLOCK_TOKENS, mask=written, other=0).to(tl.int64)
         # 64-bit offsets: the pool passes 2**31 elements at 4 GiB of bf16.
         place = block * pool_stride_p + t % BLOCK_TOKENS * pool_stride_t
@@ -62,7 +70,12 @@ def _attend_split(
         v_XD = tl.load(v_ptr, mask=written[:, None], other=0.0)
 
         score_YX = _dot(q_YD, k_DX, tl.zeros([ROWS, TOKENS], tl.float32), INTERPRETED)
-        score_YX = tl.where(t[None, :] <= position_Y[:, None], score_YX, float("-inf"))
+        if WINDOWED:
+            # Unsigned: what comes after the row is a large number.
+            visible = (position_Y[:, None] - t[None, :]).to(tl.uint32, bitcast=True) < window
+        else:
+            visible = t[None, :] <= position_Y[:, None]
+        score_YX = tl.where(visible, score_YX, float("-inf"))
         new_peak_Y = tl.maximum(peak_Y, tl.max(score_YX, axis=1) * scale_log2)
         # A row that has seen nothing yet has no peak; -inf - -inf would be NaN.
         base_Y = tl.where(new_peak_Y == float("-inf"), 0.0, new_peak_Y)
@@ -76,17 +89,16 @@ def _attend_split(
 
 @triton.jit
 def _join(peak, total, split_peak, split_total):
-    """Two neighbouring stretches of KV as one: (peak, sum, and the factors of the two outputs).
-
-    At least one of the two has a peak: every row sees the first split's first token.
-    """
+    """Two neighbouring stretches of KV as one: (peak, sum, and the factors of the two outputs)."""
     new_peak = tl.maximum(peak, split_peak)
-    decay = tl.exp2(peak - new_peak)
-    split_decay = tl.exp2(split_peak - new_peak)
+    # A row whose window begins later has no peak in either; -inf - -inf would be NaN.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    decay = tl.exp2(peak - base)
+    split_decay = tl.exp2(split_peak - base)
     return new_peak, tl.fma(total, decay, split_total * split_decay), decay, split_decay
 
 
-@triton.jit(do_not_specialize=["tables_stride_r"])
+@triton.jit(do_not_specialize=["tables_stride_r", "window"])
 def prefill_attention_kernel(
     q_ptr,  # [N, H, D], each head's channels contiguous
     starts_ptr,  # [R + 1] int32: run r owns tokens [starts[r], starts[r + 1])
@@ -102,12 +114,14 @@ def prefill_attention_kernel(
     pool_stride_g,
     pool_stride_t,
     scale_log2,
+    window,  # tokens a query sees, its own the last of them; only if WINDOWED
     HEADS_PER_GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    WINDOWED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # Grid: (ceil(longest_run * heads_per_group / ROWS), G, R). Program (i, g, r) does tile i of the
@@ -123,8 +137,8 @@ def prefill_attention_kernel(
     row = first_row + tl.arange(0, ROWS)
     query = row // HEADS_PER_GROUP
     real = query < run_tokens
-    # Rows that pad the tile see token 0, so that no arithmetic on them is undefined.
-    position_Y = tl.where(real, context - run_tokens + query, 0)
+    # Rows that pad the tile see what the last one sees, so that no arithmetic on them is undefined.
+    position_Y = context - run_tokens + tl.minimum(query, run_tokens - 1)
     # 64-bit offsets: n * stride passes 2**31 elements at 350,000 tokens of 48 heads of 128.
     n = (first_token + query).to(tl.int64)
     h = g * HEADS_PER_GROUP + row % HEADS_PER_GROUP
@@ -135,13 +149,18 @@ def prefill_attention_kernel(
     peak_Y = tl.full([ROWS], float("-inf"), tl.float32)
     sum_Y = tl.zeros([ROWS], tl.float32)
     out_YD = tl.zeros([ROWS, D], tl.float32)
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(tl.min(position_Y, axis=0) - window + 1, 0)
     end = tl.max(position_Y, axis=0) + 1
-    for split_start in range(0, end, SPLIT_TOKENS):
+    for split_start in range(begin // SPLIT_TOKENS * SPLIT_TOKENS, end, SPLIT_TOKENS):
         split_peak_Y, split_sum_Y, split_out_YD = _attend_split(
             q_YD,
             position_Y,
             split_start,
             tl.minimum(split_start + SPLIT_TOKENS, end),
+            begin,
+            window,
             tables_ptr + r.to(tl.int64) * tables_stride_r,
             pool_ptr + g * pool_stride_g,
             pool_stride_p,
@@ -152,6 +171,7 @@ def prefill_attention_kernel(
             D,
             ROWS,
             TOKENS,
+            WINDOWED,
             INTERPRETED,
         )
         peak_Y, sum_Y, decay_Y, split_decay_Y = _join(peak_Y, sum_Y, split_peak_Y, split_sum_Y)
@@ -161,7 +181,7 @@ def prefill_attention_kernel(
     tl.store(out_tile_ptr + d[None, :], out_YD.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["tables_stride_r", "S"])
+@triton.jit(do_not_specialize=["tables_stride_r", "S", "window"])
 def decode_attention_kernel(
     q_ptr,  # [R, H, D], each head's channels contiguous
     tables_ptr,  # [R, B] int32, rows contiguous
@@ -179,16 +199,19 @@ def decode_attention_kernel(
     pool_stride_t,
     S,
     scale_log2,
+    window,  # tokens a query sees, its own the last of them; only if WINDOWED
     HEADS_PER_GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    WINDOWED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # Grid: (S * ceil(heads_per_group / ROWS), G, R). Program (s + S * i, g, r) leaves split s of
-    # row tile i of run r and kv head g in memory; splits past the end of a context leave at once.
+    # row tile i of run r and kv head g in memory; splits past the end of a context, or before its
+    # window, leave at once.
     s = tl.program_id(0) % S
     g = tl.program_id(1)
     r = tl.program_id(2).to(tl.int64)
@@ -196,6 +219,11 @@ def decode_attention_kernel(
     split_start = s * SPLIT_TOKENS
     if split_start >= context:
         return
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(context - window, 0)
+        if split_start + SPLIT_TOKENS <= begin:
+            return
     row = tl.program_id(0) // S * ROWS + tl.arange(0, ROWS)
     real = row < HEADS_PER_GROUP
     h = g * HEADS_PER_GROUP + row
@@ -207,6 +235,8 @@ def decode_attention_kernel(
         tl.zeros([ROWS], tl.int32) + (context - 1),
         split_start,
         tl.minimum(split_start + SPLIT_TOKENS, context),
+        begin,
+        window,
         tables_ptr + r * tables_stride_r,
         pool_ptr + g * pool_stride_g,
         pool_stride_p,
@@ -217,6 +247,7 @@ def decode_attention_kernel(
         D,
         ROWS,
         TOKENS,
+        WINDOWED,
         INTERPRETED,
     )
     part = (r * S + s) * tl.num_programs(1) * HEADS_PER_GROUP + h
@@ -225,7 +256,7 @@ def decode_attention_kernel(
     tl.store(outs_ptr + part[:, None] * D + d[None, :], out_YD, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "window"])
 def join_splits_kernel(
     contexts_ptr,  # [R] int32
     peaks_ptr,  # [R, S, H] float32, contiguous
@@ -233,19 +264,24 @@ def join_splits_kernel(
     outs_ptr,  # [R, S, H, D] float32, contiguous
     out_ptr,  # [R, H, D], contiguous
     S,
+    window,
     D: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     # Grid: (H, R). Program (h, r) joins the splits of one head, in ascending order.
     H = tl.num_programs(0)
     h = tl.program_id(0)
     r = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, D)
-    split_count = tl.cdiv(tl.load(contexts_ptr + r), SPLIT_TOKENS)
+    context = tl.load(contexts_ptr + r)
+    first_split = 0
+    if WINDOWED:
+        first_split = tl.maximum(context - window, 0) // SPLIT_TOKENS
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     out_D = tl.zeros([D], tl.float32)
-    for s in range(split_count):
+    for s in range(first_split, tl.cdiv(context, SPLIT_TOKENS)):
         # [1]: a row of its own width, so that this is the arithmetic of the rows in a tile.
         part = (r * S + s) * H + h + tl.arange(0, 1)
         split_out_D = tl.load(outs_ptr + ((r * S + s) * H + h) * D + d)

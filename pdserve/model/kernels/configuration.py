@@ -14,8 +14,8 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What weights and KV blocks may be made of."""
 
-HEAD_DIMS = (64, 128)
-"""Of the families that we serve. The kernels take any power of two from 16 to 128."""
+HEAD_DIMS = (64, 128, 256)
+"""Of the families that we serve. The kernels take any power of two from 16 to 256."""
 
 OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": False}
 """Of every launch. The compiler must not fuse a multiplication and an addition where it likes: two

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pdserve.config import Quantization
-from pdserve.model.architecture import read_architecture
 from pdserve.model.cpu.library import load_library
 from pdserve.model.cpu_ops import CpuOps
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.gguf_weights import GgufWeights
 from pdserve.model.ops import Ops
 from pdserve.model.pool import KvPool

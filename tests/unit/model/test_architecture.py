@@ -1,5 +1,6 @@
 """What config files declare, and the refusal of what we cannot compute."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 
 from pdserve.config import ModelConfig
 from pdserve.errors import ConfigError
-from pdserve.model.architecture import Architecture, context_limit, read_architecture
+from pdserve.model.architecture import Architecture, context_limit
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.source import ModelFiles
 from tests.models.small import Family, write_small_model
 
@@ -49,21 +51,94 @@ def test_the_ends_of_both_files_count_once(tmp_path: Path) -> None:
     assert architecture_of(tmp_path).eos_token_ids == (2, 7)
 
 
+SLIDING = {"sliding_window": 4096}
+TYPES = {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+
+
 @pytest.mark.parametrize(
-    ("fields", "context"),
+    ("family", "fields", "windows"),
     [
-        ({"sliding_window": 4096}, 4096),
-        ({"sliding_window": 10_000}, 8192),
-        ({"sliding_window": 4096, "use_sliding_window": False}, 8192),
-        ({"sliding_window": 4096, "layer_types": ["full_attention"]}, 8192),
-        ({"sliding_window": 4096, "layer_types": ["sliding_attention"]}, 4096),
+        ("mistral", SLIDING, (4096, 4096, 4096)),
+        ("mistral", {"sliding_window": 10_000}, (None, None, None)),  # the context has 8192
+        ("mistral", SLIDING | {"use_sliding_window": False}, (None, None, None)),
+        ("mistral", SLIDING | TYPES, (None, 4096, None)),
+        ("llama", SLIDING, (None, None, None)),
+        ("llama", SLIDING | TYPES, (None, 4096, None)),
+        ("qwen2", SLIDING, (None, None, None)),
+        ("qwen2", SLIDING | {"use_sliding_window": True}, (None, None, None)),
+        (
+            "qwen3",
+            SLIDING | {"use_sliding_window": True, "max_window_layers": 1},
+            (None, 4096, 4096),
+        ),
+        ("qwen3_moe", SLIDING, (None, None, None)),
+        ("qwen3_moe", SLIDING | {"use_sliding_window": True}, (4096, 4096, 4096)),
+        ("mixtral", SLIDING, (4096, 4096, 4096)),
+        ("gemma3", {"sliding_window_pattern": 3}, (24, 24, None)),
+        ("gemma3", {"sliding_window_pattern": None}, (24, 24, 24)),  # every sixth is full
+        ("gemma3", TYPES, (None, 24, None)),
     ],
 )
-def test_a_sliding_window_shortens_the_context(
-    tmp_path: Path, fields: dict[str, Any], context: int
+def test_each_layer_has_the_window_that_its_family_gives_it(
+    tmp_path: Path, family: Family, fields: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
-    architecture = architecture_of(tmp_path, family="mistral", **fields)
-    assert architecture.context_tokens == context
+    architecture = architecture_of(tmp_path, family=family, num_hidden_layers=3, **fields)
+    assert tuple(kind.window for kind in architecture.layers) == windows
+    assert architecture.context_tokens == 8192
+
+
+def test_a_window_that_hides_nothing_still_means_the_rope_of_layers_that_slide(
+    tmp_path: Path,
+) -> None:
+    architecture = architecture_of(
+        tmp_path, family="gemma3", num_hidden_layers=2, sliding_window=10_000
+    )
+    assert [kind.window for kind in architecture.layers] == [None, None]
+    assert [kind.rope.base for kind in architecture.layers] == [1000.0, 10_000.0]
+
+
+def test_attention_that_stops_growing_takes_longer_to_be_as_much_work(tmp_path: Path) -> None:
+    plain = architecture_of(tmp_path / "plain", num_hidden_layers=4, hidden_size=1024)
+    like_linear = plain.attention_like_linear_tokens
+    full, near = (dataclasses.replace(plain.layers[0], window=window) for window in (None, 100))
+    assert like_linear > 100
+    half = dataclasses.replace(plain, layers=(full, near) * 2)
+    assert half.attention_like_linear_tokens == like_linear + (like_linear - 100)
+    none = dataclasses.replace(plain, layers=(near,) * 4)
+    assert none.attention_like_linear_tokens == 1 << 30
+
+
+def test_only_the_experts_that_a_token_uses_are_work(tmp_path: Path) -> None:
+    sparse = architecture_of(tmp_path, family="qwen3_moe")  # 3 of 8 experts of 48
+    dense = dataclasses.replace(
+        sparse, ffn=3 * 48, layers=(dataclasses.replace(sparse.layers[0], experts=None),)
+    )
+    assert sparse.attention_like_linear_tokens == dense.attention_like_linear_tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "sparse"),
+    [
+        ({}, (True, True, True, True)),
+        ({"mlp_only_layers": [0, 3]}, (False, True, True, False)),
+        ({"decoder_sparse_step": 2}, (False, True, False, True)),
+    ],
+)
+def test_which_layers_of_qwen3_moe_have_experts(
+    tmp_path: Path, fields: dict[str, Any], sparse: tuple[bool, ...]
+) -> None:
+    architecture = architecture_of(tmp_path, family="qwen3_moe", num_hidden_layers=4, **fields)
+    assert tuple(kind.experts is not None for kind in architecture.layers) == sparse
+
+
+def test_gemma_ties_its_head_and_scales_its_scores(tmp_path: Path) -> None:
+    architecture = architecture_of(tmp_path, family="gemma3", query_pre_attn_scalar=168)
+    assert architecture.attention_scale == 168**-0.5
+    assert not architecture.tied_head
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]  # as in published files, whose writers leave out a default
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_architecture(ModelFiles("small", "safetensors", tmp_path)).tied_head
 
 
 @pytest.mark.parametrize(
@@ -77,7 +152,8 @@ def test_a_sliding_window_shortens_the_context(
         ({"num_key_value_heads": 3}, "no multiple"),
         ({"head_dim": 15}, "must be even"),
         ({"num_hidden_layers": 0}, "layer_count is 0"),
-        ({"layer_types": ["linear_attention"]}, "linear_attention"),
+        ({"layer_types": ["linear_attention"]}, "layer_types has linear_attention; known: full"),
+        ({"layer_types": ["full_attention"] * 2}, "names 2 layers, num_hidden_layers is 1"),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, "longrope"),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "lacks 'low_freq_factor'"),
         ({"partial_rotary_factor": 0.5}, "part of each head"),
@@ -88,6 +164,32 @@ def test_what_cannot_be_computed_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         architecture_of(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "says"),
+    [
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; known: silu, gelu"),
+        ("gemma3", {"sliding_window": None}, "sliding_window is not set"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters has a rope for full_attention alone",
+        ),
+        ("mistral", {"sliding_window": "4k"}, "sliding_window is '4k', not a number"),
+        ("mistral", {"sliding_window": 0}, "sliding window is 0, must be positive"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts is None"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "8 experts of 48 channels, 9 per token"),
+    ],
+)
+def test_what_a_family_cannot_have_is_refused_by_name(
+    tmp_path: Path, family: Family, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        architecture_of(tmp_path, family=family, **fields)
 
 
 @pytest.mark.parametrize(

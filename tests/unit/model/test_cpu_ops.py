@@ -69,9 +69,21 @@ def test_norms_equal_the_reference(channels: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_swiglu_equals_the_reference_far_from_zero_too(channels: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["silu_mul", "gelu_mul"])
+def test_gates_equal_the_reference_far_from_zero_too(
+    name: str, channels: int, dtype: torch.dtype
+) -> None:
     gate_up = draw(4, 2 * channels, dtype=dtype, scale=30)
-    close(ops_named("cpu").silu_mul(gate_up), TorchOps().silu_mul(gate_up))
+    ours, reference = (getattr(ops, name)(gate_up) for ops in (ops_named("cpu"), TorchOps()))
+    close(ours, reference)
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_gelu_is_that_of_torch(name: str) -> None:
+    gate = torch.linspace(-12, 12, 1001)
+    exact = torch.nn.functional.gelu(gate.double(), approximate="tanh")
+    ours = ops_named(name).gelu_mul(torch.stack((gate, torch.ones_like(gate)), dim=1))
+    torch.testing.assert_close(ours[:, 0].double(), exact, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,6 +120,7 @@ def test_rotary_and_cache_equal_the_reference_and_touch_nothing_else(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 30, 64, 65])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "runs"),
     [
@@ -119,7 +132,12 @@ def test_rotary_and_cache_equal_the_reference_and_touch_nothing_else(
     ],
 )
 def test_attention_equals_the_reference(
-    heads: int, kv_heads: int, head_dim: int, runs: list[tuple[int, int]], dtype: torch.dtype
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    runs: list[tuple[int, int]],
+    window: int | None,
+    dtype: torch.dtype,
 ) -> None:
     block_tokens = 16
     free = iter(torch.randperm(64, generator=torch.Generator().manual_seed(7)).tolist())
@@ -130,9 +148,9 @@ def test_attention_equals_the_reference(
     q = draw(len(batch.positions_N), heads, head_dim, dtype=dtype)
     pool = draw(64, 2, 2, kv_heads, block_tokens, head_dim, dtype=dtype)
     scale = head_dim**-0.5
-    ours = ops_named("cpu").attention(q, batch, pool, 1, scale)
-    close(ours, TorchOps().attention(q, batch, pool, 1, scale))
-    close(ours, sdpa(q, batch, runs, pool[:, 1], blocks, scale))
+    ours = ops_named("cpu").attention(q, batch, pool, 1, scale, window)
+    close(ours, TorchOps().attention(q, batch, pool, 1, scale, window))
+    close(ours, sdpa(q, batch, runs, pool[:, 1], blocks, scale, window))
 
 
 def sdpa(
@@ -142,13 +160,15 @@ def sdpa(
     pool_P2GTD: Tensor,
     blocks: list[list[int]],
     scale: float,
+    window: int | None,
 ) -> Tensor:
     """torch's own attention in float32, run by run."""
     outs = []
     for row, ((start, length), table) in enumerate(zip(runs, blocks, strict=True)):
         begin = int(batch.starts_R1[row])
         kv = pool_P2GTD[table].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : start + length]
-        seen = torch.arange(start + length) <= torch.arange(start, start + length)[:, None]
+        before = torch.arange(start, start + length)[:, None] - torch.arange(start + length)
+        seen = (before >= 0) & (before < (window or start + length))
         q = q_NHD[begin : begin + length].float().transpose(0, 1)
         out = torch.nn.functional.scaled_dot_product_attention(
             q[None], kv[:1], kv[1:], attn_mask=seen, scale=scale, enable_gqa=True
@@ -165,6 +185,17 @@ def test_a_token_after_the_query_cannot_be_seen_even_as_nan() -> None:
     clean = ops_named("cpu").attention(q, batch, pool, 0, 1.0)
     pool[:, :, :, :, 4:] = torch.nan
     assert torch.equal(ops_named("cpu").attention(q, batch, pool, 0, 1.0), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_before_every_window_is_not_read(dtype: torch.dtype) -> None:
+    batch = layout([(100, 3)], 16, [list(range(7))])
+    pool = draw(7, 1, 2, 1, 16, 24, dtype=dtype)
+    q = draw(3, 2, 24, dtype=dtype)
+    clean = ops_named("cpu").attention(q, batch, pool, 0, 1.0, 20)
+    for position in range(100 - 20 + 1):
+        pool[position // 16, :, :, :, position % 16] = torch.nan
+    assert torch.equal(ops_named("cpu").attention(q, batch, pool, 0, 1.0, 20), clean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

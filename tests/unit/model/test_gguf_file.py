@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdserve.errors import ConfigError
-from pdserve.model.architecture import read_architecture
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.gguf_file import GgufFile
 from pdserve.model.source import ModelFiles
 

@@ -29,6 +29,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "head dim 24, groups of 3, odd sizes": {"hidden": 72, "heads": 3, "kv_heads": 1, "ffn": 100},
     "one layer of SmolLM2": {"hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "layers": 1},
 }
+# Windows end within sequences and within tiles; one is a whole tile.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "a window of a tile": {"family": "mistral", "config": {"sliding_window": 64}},
+    "windows in the upper layer": {
+        "family": "qwen2",
+        "config": {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 1},
+    },
+    "gemma3": {"family": "gemma3", "layers": 3, "tied": True},
+    "qwen3_moe": {"family": "qwen3_moe", "config": {"mlp_only_layers": [0]}},
+    "mixtral": {"family": "mixtral", "config": {"sliding_window": 50}},
+}
 
 
 @dataclass
@@ -110,11 +121,11 @@ def draw_sequences(
     [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("kernels", ["cpu", "torch"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *FAMILIES])
 def test_company_chunks_and_moves_change_no_bit(
     tmp_path: Path, runner_of: RunnerOf, shape: str, kernels: str, dtype: torch.dtype
 ) -> None:
-    directory = write_small_model(tmp_path, **SHAPES[shape])
+    directory = write_small_model(tmp_path, **(SHAPES | FAMILIES)[shape])
     chance = random.Random(f"{shape} {kernels}")
     runners = [runner_of(directory, kernels=kernels, dtype=dtype, block_count=64) for _ in range(2)]
     sequences = draw_sequences(runners[0], chance, count=6, longest=150)
@@ -155,7 +166,7 @@ def test_with_quantised_weights_they_change_no_bit_either(
 
 @pytest.mark.parametrize("quantization", ["none", "int4"])
 @pytest.mark.parametrize("threads_sleep", [False, True])
-@pytest.mark.parametrize("shape", [*SHAPES, "with a norm on q and k", "with a bias on q, k and v"])
+@pytest.mark.parametrize("shape", [*SHAPES, "with a norm on q and k", *list(FAMILIES)[:2]])
 def test_all_layers_in_one_call_give_the_bits_of_one_after_the_other(
     tmp_path: Path,
     runner_of: RunnerOf,
@@ -163,9 +174,8 @@ def test_all_layers_in_one_call_give_the_bits_of_one_after_the_other(
     threads_sleep: bool,
     quantization: Quantization,
 ) -> None:
-    family = {"with a norm on q and k": "qwen3", "with a bias on q, k and v": "qwen2"}
-    sizes = SHAPES.get(shape) or {"family": family[shape]}
-    directory = write_small_model(tmp_path, **sizes)
+    sizes = SHAPES | FAMILIES | {"with a norm on q and k": {"family": "qwen3"}}
+    directory = write_small_model(tmp_path, **sizes[shape])
     runners = [
         runner_of(directory, dtype=torch.bfloat16, block_count=64, quantization=quantization)
         for _ in range(2)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from pdserve.model.architecture import Architecture, read_architecture
+from pdserve.model.architecture import Architecture
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.pool import KvPool
 from pdserve.model.source import ModelFiles
 from tests.models.small import write_small_model
@@ -40,7 +41,7 @@ def test_a_block_moves_as_its_bytes(architecture: Architecture, dtype: torch.dty
 
 
 def test_a_block_has_keys_and_values_of_every_layer(architecture: Architecture) -> None:
-    two_layers = dataclasses.replace(architecture, layer_count=2)
+    two_layers = dataclasses.replace(architecture, layers=architecture.layers * 2)
     # 2 layers, keys and values, 2 heads, 5 tokens, 16 channels of 2 bytes
     assert filled_pool(two_layers).block_bytes == 2 * 2 * 2 * 5 * 16 * 2
 

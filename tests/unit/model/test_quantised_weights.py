@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdserve.config import Quantization
 from pdserve.model.cpu_panels import Panels
-from pdserve.model.ops import LinearWeight
+from pdserve.model.ops import FeedForward, LinearWeight
 from pdserve.model.quantised import Q4_1, Q8_0, quantised
 from pdserve.model.runner import ModelRunner, Run
 from tests.models.small import Family, write_small_model
@@ -36,11 +36,12 @@ def kinds_of(runner: ModelRunner) -> dict[str, int]:
     """The format of each matrix of the first layer, of the embedding and of the head."""
     weights = runner.weights
     layer = weights.layers[0]
+    assert isinstance(layer.ffn, FeedForward)
     matrices: dict[str, LinearWeight] = {
         "qkv": layer.qkv,
         "attention_output": layer.attention_output,
-        "gate_up": layer.gate_up,
-        "down": layer.down,
+        "gate_up": layer.ffn.gate_up,
+        "down": layer.ffn.down,
         "embedding": weights.embedding,
         "head": weights.head,
     }

@@ -1,5 +1,6 @@
 """Greedy tokens and logits equal those of ``transformers``, in float32, for every family."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,33 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral"},
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "config": {"head_dim": 32}},
+    # The prompt has 20 tokens, the text 36: windows end within either.
+    "mistral, window": {"family": "mistral", "config": {"sliding_window": 7}},
+    "qwen2, window in the upper layer": {
+        "family": "qwen2",
+        "config": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1},
+    },
+    "qwen3_moe": {"family": "qwen3_moe"},
+    "qwen3_moe, shares not normalised": {
+        "family": "qwen3_moe",
+        "config": {"norm_topk_prob": False},
+    },
+    "qwen3_moe, one dense layer": {"family": "qwen3_moe", "config": {"mlp_only_layers": [1]}},
+    "mixtral": {"family": "mixtral"},
+    "gemma3": {"family": "gemma3", "tied": True, "layers": 4},
+    "gemma3, one rope stretched": {"family": "gemma3", "tied": True, "layers": 3, "config": LINEAR},
+    "gemma3, ropes in the newer spelling": {
+        "family": "gemma3",
+        "tied": True,
+        "layers": 3,
+        "config": {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+            },
+        },
+    },
 }
 
 
@@ -79,6 +107,45 @@ def test_safetensors_models_answer_as_the_reference(
 ) -> None:
     directory = write_small_model(tmp_path, **MODELS[model])
     assert_equal_to_reference(runner_of(directory, kernels=kernels), directory)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize("length", [63, 64, 65, 130])
+def test_what_a_window_hides_is_what_it_hides_in_the_reference(
+    tmp_path: Path, runner_of: RunnerOf, length: int, kernels: str
+) -> None:
+    """A window of 64 tokens, which is a tile of the kernels: prompts shorter than it, as long, one
+    token longer and twice as long, in chunks that begin and end before, at and behind its ends."""
+    directory = write_small_model(tmp_path, family="mistral", config={"sliding_window": 64})
+    runner = runner_of(directory, kernels=kernels)
+    tokens = [index * index * 7 % 509 for index in range(length)]
+    theirs_NV = reference_logits(directory, tokens)
+    for borders in ([0, length], [0, 1, 62, length], [0, 50, *range(60, length + 1)]):
+        for start, end in pairwise(borders):
+            ours_V = runner.step([Run(tokens[start:end], start, list(range(16)))])[0]
+            tolerance = 1e-5 * float(theirs_NV.abs().max())
+            torch.testing.assert_close(ours_V, theirs_NV[end - 1], rtol=0, atol=tolerance)
+
+
+def test_in_bfloat16_gemma_is_as_near_to_float32_as_the_reference_is(
+    tmp_path: Path, runner_of: RunnerOf
+) -> None:
+    """The reference adds 1 to norm weights in float32 at every use, we once before rounding them;
+    it rounds between operations where we do not."""
+    from transformers import AutoModelForCausalLM
+
+    directory = write_small_model(tmp_path, family="gemma3", layers=6, hidden=128, tied=True)
+    exact_NV = reference_logits(directory, PROMPT)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        theirs_NV = theirs(torch.tensor([PROMPT])).logits[0].float()
+    runner = runner_of(directory, dtype=torch.bfloat16)
+    blocks = list(range(4))
+    ours_NV = torch.cat([runner.step([Run([t], at, blocks)]) for at, t in enumerate(PROMPT)])
+
+    ours, reference = ((logits - exact_NV).norm() for logits in (ours_NV, theirs_NV))
+
+    assert ours < 1.1 * reference
 
 
 def test_weights_in_several_files_are_found_through_the_index(

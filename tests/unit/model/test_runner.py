@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from pdserve.config import ModelConfig
 from pdserve.errors import ConfigError
 from pdserve.model import load
-from pdserve.model.architecture import read_architecture
 from pdserve.model.cpu_ops import cpu_ops
+from pdserve.model.families.registry import read_architecture
 from pdserve.model.load import kv_identity, load_runner
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.model.source import ModelFiles
@@ -85,6 +85,25 @@ def test_a_family_with_biases_must_bring_them(tmp_path: Path, runner_of: RunnerO
     state = load_file(path)
     save_file({name: value for name, value in state.items() if "bias" not in name}, path)
     with pytest.raises(ConfigError, match=r"lack model.layers.0.self_attn.q_proj.bias"):
+        runner_of(tmp_path)
+
+
+def test_an_offset_is_added_to_a_norm_before_anything_is_rounded(
+    tmp_path: Path, runner_of: RunnerOf
+) -> None:
+    """A bit more than half a step of bfloat16 above 1; rounded first, it would come to 1."""
+    path = write_small_model(tmp_path, family="gemma3", layers=1) / "model.safetensors"
+    save_file(load_file(path) | {"model.norm.weight": torch.full((64,), 2**-8 + 2**-17)}, path)
+    runner = runner_of(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(runner.weights.norm_C, torch.full((64,), 1 + 2**-7, dtype=torch.bfloat16))
+
+
+def test_a_layer_of_experts_must_bring_all_of_them(tmp_path: Path, runner_of: RunnerOf) -> None:
+    path = write_small_model(tmp_path, family="qwen3_moe", layers=1) / "model.safetensors"
+    state = load_file(path)
+    del state["model.layers.0.mlp.experts.7.up_proj.weight"]
+    save_file(state, path)
+    with pytest.raises(ConfigError, match=r"lack model.layers.0.mlp.experts.7.up_proj.weight"):
         runner_of(tmp_path)
 
 

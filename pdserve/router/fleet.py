@@ -331,16 +331,20 @@ class Fleet:
         waiting_ns = sum(map(self.costs.prefill_ns, islice(worker.prompts.values(), 1, None)))
         return worker.free_at_ns - waiting_ns * worker.correction.factor - LEAD_NS
 
-    def soonest_open_ns(self, *, but: int | None = None) -> float:
-        """When the first worker, or the first but the one at a slot, takes another prompt."""
+    def soonest_open_ns(self) -> float:
+        """When the first worker takes another prompt."""
         self.settle()
         if self._soonest_ns is None:
             self._soonest_ns = _least(self.open_ns)
-        if but is None or self.open_ns.item(but) > self._soonest_ns:
-            return self._soonest_ns
-        open_ns = self.open_ns.copy()
-        open_ns[but] = math.inf
-        return _least(open_ns)
+        return self._soonest_ns
+
+    def is_another_open_by(self, instant_ns: float, *, but: int) -> bool:
+        """Whether a worker takes another prompt by then, the one at a slot left aside."""
+        if self.soonest_open_ns() > instant_ns:
+            return False
+        if self.open_ns.item(but) > instant_ns:
+            return True
+        return int(np.count_nonzero(self.open_ns <= instant_ns)) > 1
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 

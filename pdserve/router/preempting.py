@@ -74,7 +74,7 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
         first = next(shared.ranked(now_ns))
         if first.deferred_ns is not None or not _beats(state, first, last, worker, now_ns):
             break
-        if fleet.soonest_open_ns(but=slot) + LEAD_NS <= _border_ns(worker, now_ns):
+        if fleet.is_another_open_by(_border_ns(worker, now_ns) - LEAD_NS, but=slot):
             break
         keys_ns = keys_ns.copy()  # without those that were tried
         keys_ns[slot] = -math.inf

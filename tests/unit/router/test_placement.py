@@ -224,8 +224,11 @@ def test_one_of_several_is_open_shortly_before_it_is_done() -> None:
 def test_one_alone_is_open_while_the_next_chunk_has_room() -> None:
     fleet = _fleet("p0", "p1", "d0")
     _set(fleet, 0, busy_ms=300, prompts=(100,))
+    opens_ns = 300 * MS - LEAD_NS
     assert fleet.soonest_open_ns() == 0.0  # p1
-    assert fleet.soonest_open_ns(but=1) == 300 * MS - LEAD_NS
+    assert fleet.is_another_open_by(0.0, but=0)
+    assert not fleet.is_another_open_by(opens_ns - 1, but=1)
+    assert fleet.is_another_open_by(opens_ns, but=1)
     fleet.remove(fleet.at(1))
     assert fleet.soonest_open_ns() == 0.0
     _set(fleet, 0, busy_ms=300, prompts=FULL)

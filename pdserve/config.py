@@ -50,6 +50,8 @@ Placement = Literal[
 
 Quantization = Literal["none", "file", "int8", "int4"]
 
+ReasoningStyle = Literal["deepseek_r1", "qwen3"]
+
 
 class _Checked:
     """Collects what is wrong with a part and raises it all at once."""
@@ -328,6 +330,11 @@ class GatewayConfig(_Checked):
 
     n_max: int = 16
     """Choices per call."""
+
+    reasoning_parser: ReasoningStyle | None = None
+    """Tell the model's thoughts apart from its answer in chat completions over HTTP: what stands
+    between ``<think>`` and ``</think>``; with ``deepseek_r1`` all before ``</think>``, as those
+    models may leave the first tag out. None: the text as it is."""
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(

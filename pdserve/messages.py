@@ -62,6 +62,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # over output
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
     logprobs: int | None = None  # None: none; k ≥ 0: the chosen token's and the k best
+    no_repeat_ngram_size: int = 0  # no n tokens in a row twice, over prompt and output; 0 is off
 
 
 @dataclass(frozen=True, slots=True)

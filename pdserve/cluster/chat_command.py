@@ -36,10 +36,11 @@ def ask(url: str, messages: list[dict[str, str]], *, temperature: float, max_tok
     for event in post_events(url, "/v1/chat/completions", body):
         for choice in event["choices"]:
             text = choice["delta"].get("content") or ""
-            if text and first is None:
+            thought = choice["delta"].get("reasoning") or ""  # shown, and no part of the answer
+            if (thought or text) and first is None:
                 first = time.monotonic()
             parts.append(text)
-            sys.stdout.write(text)
+            sys.stdout.write(thought + text)
             sys.stdout.flush()
         if event.get("usage"):
             completion_tokens = event["usage"]["completion_tokens"]

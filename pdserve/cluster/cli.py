@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pdserve.cluster.vllm_flags import NOTES, ServeCommand
 from pdserve.errors import ConfigError, PdserveError
 
 app = typer.Typer(
@@ -25,8 +26,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 Url = Annotated[str, typer.Option(help="Where the gateway listens.")]
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 def serve(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -50,7 +52,7 @@ def serve(
     ] = None,
     first_chat: Annotated[bool, typer.Option(help="Send one chat and show its timing.")] = True,
 ) -> None:
-    """Start a cluster and serve until Ctrl-C."""
+    """Start a cluster and serve until Ctrl-C. Takes the flags of vllm serve, too."""
     from pdserve.cluster.serve_command import run
 
     flags: dict[str, Any] = {
@@ -62,7 +64,12 @@ def serve(
         "gateway.http_port": http_port,
         "gateway.grpc_port": grpc_port,
     }
-    run(_config(model, flags, assignments or []), ray_address=address, first_chat=first_chat)
+    run(
+        _config(model, flags, assignments or []),
+        ray_address=address,
+        first_chat=first_chat,
+        notes=context.meta[NOTES],
+    )
 
 
 @app.command()

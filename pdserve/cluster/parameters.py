@@ -24,6 +24,7 @@ LOGPROBS_MAX = 20
 TENANT_CHARACTERS_MAX = 256
 MODEL_CHARACTERS_MAX = 256
 TOP_K_MAX = 2**31 - 1
+NO_REPEAT_NGRAM_SIZE_MAX = 64  # each token is compared with what came before, so many deep
 SHOWN_CHARACTERS_MAX = 60
 
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
@@ -59,6 +60,7 @@ class Parameters:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: Sequence[str] = ()
@@ -175,6 +177,9 @@ def sampling_of(parameters: Parameters, limits: Limits) -> Sampling:
         logprobs=None
         if p.logprobs is None
         else _whole(p.logprobs_field, p.logprobs, 0, 0, min(LOGPROBS_MAX, limits.vocab_size)),
+        no_repeat_ngram_size=_whole(
+            "no_repeat_ngram_size", p.no_repeat_ngram_size, 0, 0, NO_REPEAT_NGRAM_SIZE_MAX
+        ),
     )
 
 

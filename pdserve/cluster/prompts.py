@@ -24,10 +24,15 @@ async def chat_prompt(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """The token ids of the messages, rendered by the model's chat template."""
+    """The token ids of the messages, rendered by the model's chat template; ``arguments`` are what
+    this template knows beside."""
     text = session.template.render(
-        checked_messages(messages), add_generation_prompt=add_generation_prompt, tools=tools
+        checked_messages(messages),
+        add_generation_prompt=add_generation_prompt,
+        tools=tools,
+        arguments=arguments,
     )
     return await text_prompt(session, text, field="messages", add_special_tokens=False)
 

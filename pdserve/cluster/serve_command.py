@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,9 +21,18 @@ FIRST_CHAT_TOKENS = 64
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
 
 
-def run(config: ClusterConfig, *, ray_address: str | None, first_chat: bool) -> None:
+def run(
+    config: ClusterConfig,
+    *,
+    ray_address: str | None,
+    first_chat: bool,
+    notes: Sequence[str] = (),
+) -> None:
+    """``notes``: what is to be said first, a line each."""
     console = Console(highlight=False)
     begun = time.monotonic()
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
 
     def progress(what: str) -> None:
         console.print(f"[dim]{time.monotonic() - begun:5.1f} s[/]  {what} …")

@@ -1,7 +1,8 @@
 """From logits to the next token of each sequence.
 
 In this order: repetition penalty (prompt and output), frequency and presence penalty (output),
-logit bias, forbidden tokens; temperature; top-k; top-p of what is left; min-p; one draw.
+logit bias, forbidden tokens, tokens that would repeat an n-gram; temperature; top-k; top-p of what
+is left; min-p; one draw.
 
 *Weights are whole numbers.* A token's weight is exp((logit - best) / temperature), scaled by 2**44
 and cut to an integer. Sums of integers are exact in any order, so top-p may add from the heaviest
@@ -99,6 +100,7 @@ def _changes_logits(row: SamplerRow) -> bool:
         or sampling.frequency_penalty != 0.0
         or sampling.presence_penalty != 0.0
         or sampling.logit_bias
+        or sampling.no_repeat_ngram_size
         or row.forbidden
     )
 
@@ -131,7 +133,30 @@ def adjusted(logits_V: Logits, row: SamplerRow) -> Logits:
         assert 0 <= token < len(logits_V), f"bias for token {token} of {len(logits_V)}"
         logits_V[token] += np.float32(bias)
     logits_V[_ids(row.forbidden)] = -np.inf
+    if sampling.no_repeat_ngram_size:
+        repeated = repeating(row.tokens, sampling.no_repeat_ngram_size)
+        best = logits_V.max()
+        logits_V[repeated], kept = -np.inf, logits_V[repeated]
+        if logits_V.max() == -np.inf < best:
+            logits_V[repeated] = kept  # every token would repeat one: none is forbidden for that
     return logits_V
+
+
+def repeating(tokens: Sequence[int], size: int) -> Indices:
+    """The tokens that would make of the end of ``tokens`` an n-gram of ``size`` that is in them.
+
+    As ``transformers`` has it: prompt and output alike, and of size 1 every token that is there.
+    """
+    assert size > 0, size
+    ids = _ids(tokens)
+    # Ends of n-grams, first any, then those whose tokens before it are our last ones, last first:
+    # a token that is rare leaves few candidates to the next comparison.
+    ends = np.arange(size - 1, len(ids))
+    for back in range(1, size):
+        if not len(ends):
+            break
+        ends = ends[ids[ends - back] == ids[-back]]
+    return np.unique(ids[ends])
 
 
 def draw(logits_V: Logits, sampling: Sampling, bits: int) -> int:

@@ -71,22 +71,36 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt.
 
+        Args:
+            arguments: what this model's template knows beside, such as ``enable_thinking``; a
+                template ignores what it does not know.
+
         Raises:
-            InvalidField: there are no messages, or the template refuses them.
+            InvalidField: there are no messages, the template refuses them, or an argument has the
+                name of something that is given already.
         """
         if not messages:
             raise InvalidField("messages", "is empty, must hold at least one message")
+        given = {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
+        }
+        for name in arguments or {}:
+            if name in given:
+                raise InvalidField(
+                    f"chat_template_kwargs.{name}",
+                    "is given to every template already; leave it out, and use the request's own "
+                    "field where it has one",
+                )
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )
+            return self._template.render({**given, **(arguments or {})})
         except _TEMPLATE_FAILURES as error:
             raise InvalidField(
                 "messages", f"the model's chat template does not take them: {error}"

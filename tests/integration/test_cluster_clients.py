@@ -3,7 +3,9 @@
 import asyncio
 import http.client
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +47,37 @@ def test_the_openai_sdk_streams_and_answers_the_same(cluster: TestCluster) -> No
     assert whole.choices[0].logprobs is not None
     assert len(whole.choices[0].logprobs.content or []) == 12
     assert [model.id for model in client.models.list()] == ["small"]
+
+
+def test_sixty_threads_with_a_penalty_get_what_each_gets_alone(cluster: TestCluster) -> None:
+    prompts = [f"Tale {index}: once upon a time" for index in range(6)]
+    together = threading.Barrier(60)
+
+    def ask(prompt: str, penalty: float) -> list[int]:
+        body = {
+            "prompt": prompt,
+            "max_tokens": 8,
+            "temperature": 0,
+            "presence_penalty": penalty,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        tokens: list[int] = answer.json()["choices"][0]["token_ids"]
+        return tokens
+
+    def thread(index: int) -> list[int]:
+        together.wait(timeout=30)
+        return ask(prompts[index % len(prompts)], 2.0)
+
+    with httpx.Client(base_url=cluster.url, timeout=60) as client:
+        alone = [ask(prompt, 2.0) for prompt in prompts]
+        assert all(len(tokens) == 8 for tokens in alone)
+        assert alone != [ask(prompt, 0.0) for prompt in prompts], "the penalty changes nothing"
+        with ThreadPoolExecutor(60) as pool:
+            answers = list(pool.map(thread, range(60)))
+    assert answers == alone * 10
 
 
 @pytest.mark.slow

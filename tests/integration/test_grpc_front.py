@@ -154,6 +154,7 @@ def test_every_parameter_arrives(stub: Any, session: FakeSession) -> None:
         logprobs=1,
         user="ann",
         service_class=pb.SERVICE_CLASS_INTERACTIVE,
+        no_repeat_ngram_size=3,
     )
     request = pb.GenerateRequest(
         model=MODEL, token_ids=pb.TokenIds(ids=[5, 6]), parameters=parameters, id="mine-1"
@@ -166,7 +167,9 @@ def test_every_parameter_arrives(stub: Any, session: FakeSession) -> None:
     assert [best.token_id for best in score.top] == [72]
     (call,) = session.calls
     assert call.prompt == (5, 6)
-    assert call.sampling == Sampling(0.0, 7, 0.5, 0.1, 1.1, -1.0, 0.5, ((3, 1.5), (9, -100.0)), 1)
+    assert call.sampling == Sampling(
+        0.0, 7, 0.5, 0.1, 1.1, -1.0, 0.5, ((3, 1.5), (9, -100.0)), 1, 3
+    )
     assert call.stop == Stop(9, 2, True, (1, 2), ("x", "yz"))
     assert (call.n, call.seed, call.tenant) == (2, 2**63 - 1, "ann")
     assert call.service_class is ServiceClass.INTERACTIVE

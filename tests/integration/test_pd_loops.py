@@ -60,6 +60,7 @@ SAMPLINGS = (
     Sampling(temperature=0.0),
     Sampling(temperature=1.1, top_p=0.95),
     Sampling(temperature=0.9, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2),
+    Sampling(temperature=0.0, no_repeat_ngram_size=2),
 )
 
 

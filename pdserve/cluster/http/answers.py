@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 from pdserve.cluster.calls import Piece
 from pdserve.cluster.why import US_PER_MS, decision_report, time_report
+from pdserve.config import ReasoningStyle
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
+from pdserve.text.reasoning import ReasoningParser
 from pdserve.text.tokenizer import Tokenizer
 
 LOGPROB_MIN = -9999.0
@@ -30,6 +32,7 @@ class Choice:
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     timing: Timing | None = None
+    thinking: ReasoningParser | None = None  # of a stream whose thoughts are told apart
 
     def note(self, piece: Piece) -> None:
         self.token_count += len(piece.tokens)
@@ -64,15 +67,24 @@ class Chat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: bool, token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        token_ids: bool = False,
+        reasoning: ReasoningStyle | None = None,
+    ) -> None:
+        """``reasoning``: how thoughts are told apart from answers; None: they are not."""
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._token_ids = token_ids
+        self._reasoning = reasoning
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "message": {"role": "assistant", **self._said("".join(choice.texts)), "refusal": None},
             "logprobs": self._scores(choice.tokens),
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
@@ -84,19 +96,40 @@ class Chat:
         if not choice.started:
             choice.started = True
             chunks.append(_chat_chunk(choice.index, {"role": "assistant", "content": ""}))
+        delta = self._delta(choice, piece)
         if piece.finish is not None:
-            delta = {"content": piece.text} if piece.text or self._logprobs else {}
+            if self._logprobs:
+                delta = delta or {"content": ""}
             chunks.append(
                 _chat_chunk(choice.index, delta, self._scores(piece.tokens), piece.finish)
                 | {"stop_reason": piece.stop_reason, **_ids(self._token_ids, piece.tokens)}
             )
-        elif piece.text or (piece.tokens and (self._logprobs or self._token_ids)):
-            delta = {"content": piece.text}
+        elif delta or (piece.tokens and (self._logprobs or self._token_ids)):
             chunks.append(
-                _chat_chunk(choice.index, delta, self._scores(piece.tokens))
+                _chat_chunk(choice.index, delta or {"content": ""}, self._scores(piece.tokens))
                 | _ids(self._token_ids, piece.tokens)
             )
         return chunks
+
+    def _said(self, text: str) -> dict[str, Any]:
+        """The fields of a message that hold its text."""
+        if self._reasoning is None:
+            return {"content": text}
+        parser = ReasoningParser(self._reasoning)
+        parts = parser.push(text) + parser.flush()
+        return {"content": parts.content or None, **_thought(parts.reasoning or None)}
+
+    def _delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        """The fields of a delta that hold what is settled with ``piece``; none where nothing is."""
+        if self._reasoning is None:
+            return {"content": piece.text} if piece.text else {}
+        if choice.thinking is None:
+            choice.thinking = ReasoningParser(self._reasoning)
+        parts = choice.thinking.push(piece.text)
+        if piece.finish is not None:
+            parts += choice.thinking.flush()
+        delta = _thought(parts.reasoning) if parts.reasoning else {}
+        return delta | ({"content": parts.content} if parts.content else {})
 
     def _scores(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._logprobs:
@@ -192,6 +225,11 @@ class Completion:
             "token_logprobs": logprobs,
             "top_logprobs": tops,
         }
+
+
+def _thought(reasoning: str | None) -> dict[str, Any]:
+    """Under both names that clients read: DeepSeek's, and the one that vLLM gave it later."""
+    return {"reasoning_content": reasoning, "reasoning": reasoning}
 
 
 def _ids(wanted: bool, tokens: Sequence[Token]) -> dict[str, Any]:

@@ -129,7 +129,13 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
         else:
             opened = body.add_generation_prompt is not False
             messages = body.messages or []
-            tokens = [*await chat_prompt(session, messages, add_generation_prompt=opened)]
+            prompt = await chat_prompt(
+                session,
+                messages,
+                add_generation_prompt=opened,
+                arguments=body.chat_template_kwargs,
+            )
+            tokens = [*prompt]
         return JSONResponse(
             {
                 "count": len(tokens),

@@ -58,9 +58,13 @@ async def chat_asked(
         body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
         tools=tools or None,
+        arguments=body.chat_template_kwargs,
     )
     dialect = Chat(
-        session.tokenizer, logprobs=bool(body.logprobs), token_ids=bool(body.return_token_ids)
+        session.tokenizer,
+        logprobs=bool(body.logprobs),
+        token_ids=bool(body.return_token_ids),
+        reasoning=config.reasoning_parser,
     )
     return _asked(session, config, body, headers, dialect=dialect, prompts=[("messages", prompt)])
 

@@ -68,6 +68,7 @@ class _Generation(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=100_000)
     seed: int | None = None
     stop: str | Texts | None = None
@@ -92,6 +93,7 @@ class _Generation(Body):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
             logit_bias=_token_keys(self.logit_bias or {}),
             seed=self.seed,
             stop=stop,
@@ -130,6 +132,9 @@ class ChatBody(_Generation):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     tools: Objects | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="For the model's chat template, such as enable_thinking."
+    )
 
     def _own_parameters(self) -> dict[str, Any]:
         if self.top_logprobs is not None and not self.logprobs:
@@ -160,6 +165,7 @@ class TokenizeBody(Body):
     messages: Annotated[list[Any], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -200,7 +206,7 @@ UNSUPPORTED: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = MappingPro
         "truncate_prompt_tokens": lambda value, _: value is None,
         "continue_final_message": _nothing,
         "chat_template": lambda value, _: value is None,
-        "chat_template_kwargs": _nothing,
+        "chat_template_kwargs": _nothing,  # completions only: chats have the field
         "documents": _nothing,
         "spaces_between_special_tokens": _only(True),
         "thinking_token_budget": lambda value, _: value is None,

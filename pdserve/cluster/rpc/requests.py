@@ -38,6 +38,7 @@ _OPTIONAL = (
     *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
     *("include_stop_str_in_output", "skip_special_tokens", "logprobs", "user"),
+    "no_repeat_ngram_size",
 )
 """Fields with presence that mean in ``Parameters`` what they mean in the message."""
 

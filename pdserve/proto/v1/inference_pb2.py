@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n pdserve/proto/v1/inference.proto\x12\npdserve.v1\"\xe2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12*\n\nparameters\x18\x04 \x01(\x0b\x32\x16.pdserve.v1.Parameters\x12\n\n\x02id\x18\x05 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x0b\n\x03why\x18\x07 \x01(\x08\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\xca\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\x12*\n\nparameters\x18\x03 \x01(\x0b\x32\x16.pdserve.v1.Parameters\x12\n\n\x02id\x18\x04 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x0b\n\x03why\x18\x06 \x01(\x08\x42\x18\n\x16_add_generation_prompt\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe2\x06\n\nParameters\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x0b \x03(\x0b\x32%.pdserve.v1.Parameters.LogitBiasEntry\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12\x11\n\x04user\x18\x13 \x01(\tH\x0f\x88\x01\x01\x12/\n\rservice_class\x18\x14 \x01(\x0e\x32\x18.pdserve.v1.ServiceClass\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x07\n\x05_user\"\xae\x02\n\rGenerateChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12 \n\x05usage\x18\t \x01(\x0b\x32\x11.pdserve.v1.Usage\x12\"\n\x06timing\x18\n \x01(\x0b\x32\x12.pdserve.v1.TimingB\r\n\x0bstop_reason\"z\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x03 \x01(\x0c\x12\x0f\n\x07logprob\x18\x04 \x01(\x01\x12#\n\x03top\x18\x05 \x03(\x0b\x32\x16.pdserve.v1.TopLogprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\"\x9a\x02\n\x06Timing\x12\x11\n\tqueued_us\x18\x01 \x01(\x04\x12\x12\n\nprefill_us\x18\x02 \x01(\x04\x12\x12\n\nhandoff_us\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_us\x18\x04 \x01(\x04\x12\x10\n\x08total_us\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x17\n\x0fpreempted_count\x18\x07 \x01(\r\x12\x14\n\x0cparked_count\x18\x08 \x01(\r\x12\r\n\x05level\x18\t \x01(\r\x12\x16\n\x0eprefill_worker\x18\n \x01(\t\x12\x15\n\rdecode_worker\x18\x0b \x01(\t\x12\'\n\tdecisions\x18\x0c \x03(\x0b\x32\x14.pdserve.v1.Decision\"\xdc\x01\n\x08\x44\x65\x63ision\x12\x12\n\nat_unix_us\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\twaited_us\x18\x03 \x01(\x04\x12\r\n\x05level\x18\x04 \x01(\r\x12\x0f\n\x07work_us\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x10\n\x08price_us\x18\t \x01(\x04\x12!\n\x06others\x18\n \x03(\x0b\x32\x11.pdserve.v1.Price\")\n\x05Price\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08price_us\x18\x02 \x01(\x04\"\x1b\n\rCancelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"+\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\x04*\x81\x01\n\x0cServiceClass\x12\x1d\n\x19SERVICE_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19SERVICE_CLASS_INTERACTIVE\x10\x01\x12\x1a\n\x16SERVICE_CLASS_STANDARD\x10\x02\x12\x17\n\x13SERVICE_CLASS_BATCH\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\x9d\x02\n\tInference\x12\x44\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x19.pdserve.v1.GenerateChunk0\x01\x12<\n\x04\x43hat\x12\x17.pdserve.v1.ChatRequest\x1a\x19.pdserve.v1.GenerateChunk0\x01\x12?\n\x06\x43\x61ncel\x12\x19.pdserve.v1.CancelRequest\x1a\x1a.pdserve.v1.CancelResponse\x12K\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1e.pdserve.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n pdserve/proto/v1/inference.proto\x12\npdserve.v1\"\xe2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12*\n\nparameters\x18\x04 \x01(\x0b\x32\x16.pdserve.v1.Parameters\x12\n\n\x02id\x18\x05 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x0b\n\x03why\x18\x07 \x01(\x08\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\xca\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x08messages\x18\x02 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\x12*\n\nparameters\x18\x03 \x01(\x0b\x32\x16.pdserve.v1.Parameters\x12\n\n\x02id\x18\x04 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x0b\n\x03why\x18\x06 \x01(\x08\x42\x18\n\x16_add_generation_prompt\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x9e\x07\n\nParameters\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x0b \x03(\x0b\x32%.pdserve.v1.Parameters.LogitBiasEntry\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12\x11\n\x04user\x18\x13 \x01(\tH\x0f\x88\x01\x01\x12/\n\rservice_class\x18\x14 \x01(\x0e\x32\x18.pdserve.v1.ServiceClass\x12!\n\x14no_repeat_ngram_size\x18\x15 \x01(\rH\x10\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_nB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x07\n\x05_userB\x17\n\x15_no_repeat_ngram_size\"\xae\x02\n\rGenerateChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x08 \x01(\rH\x00\x12 \n\x05usage\x18\t \x01(\x0b\x32\x11.pdserve.v1.Usage\x12\"\n\x06timing\x18\n \x01(\x0b\x32\x12.pdserve.v1.TimingB\r\n\x0bstop_reason\"z\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x03 \x01(\x0c\x12\x0f\n\x07logprob\x18\x04 \x01(\x01\x12#\n\x03top\x18\x05 \x03(\x0b\x32\x16.pdserve.v1.TopLogprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\"\x9a\x02\n\x06Timing\x12\x11\n\tqueued_us\x18\x01 \x01(\x04\x12\x12\n\nprefill_us\x18\x02 \x01(\x04\x12\x12\n\nhandoff_us\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_us\x18\x04 \x01(\x04\x12\x10\n\x08total_us\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x17\n\x0fpreempted_count\x18\x07 \x01(\r\x12\x14\n\x0cparked_count\x18\x08 \x01(\r\x12\r\n\x05level\x18\t \x01(\r\x12\x16\n\x0eprefill_worker\x18\n \x01(\t\x12\x15\n\rdecode_worker\x18\x0b \x01(\t\x12\'\n\tdecisions\x18\x0c \x03(\x0b\x32\x14.pdserve.v1.Decision\"\xdc\x01\n\x08\x44\x65\x63ision\x12\x12\n\nat_unix_us\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x11\n\twaited_us\x18\x03 \x01(\x04\x12\r\n\x05level\x18\x04 \x01(\r\x12\x0f\n\x07work_us\x18\x05 \x01(\x04\x12\x15\n\rcached_tokens\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x10\n\x08price_us\x18\t \x01(\x04\x12!\n\x06others\x18\n \x03(\x0b\x32\x11.pdserve.v1.Price\")\n\x05Price\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08price_us\x18\x02 \x01(\x04\"\x1b\n\rCancelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"+\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\x04*\x81\x01\n\x0cServiceClass\x12\x1d\n\x19SERVICE_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19SERVICE_CLASS_INTERACTIVE\x10\x01\x12\x1a\n\x16SERVICE_CLASS_STANDARD\x10\x02\x12\x17\n\x13SERVICE_CLASS_BATCH\x10\x03*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\x9d\x02\n\tInference\x12\x44\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x19.pdserve.v1.GenerateChunk0\x01\x12<\n\x04\x43hat\x12\x17.pdserve.v1.ChatRequest\x1a\x19.pdserve.v1.GenerateChunk0\x01\x12?\n\x06\x43\x61ncel\x12\x19.pdserve.v1.CancelRequest\x1a\x1a.pdserve.v1.CancelResponse\x12K\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1e.pdserve.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_SERVICECLASS']._serialized_start=2754
-  _globals['_SERVICECLASS']._serialized_end=2883
-  _globals['_FINISHREASON']._serialized_start=2886
-  _globals['_FINISHREASON']._serialized_end=3035
+  _globals['_SERVICECLASS']._serialized_start=2814
+  _globals['_SERVICECLASS']._serialized_end=2943
+  _globals['_FINISHREASON']._serialized_start=2946
+  _globals['_FINISHREASON']._serialized_end=3095
   _globals['_GENERATEREQUEST']._serialized_start=49
   _globals['_GENERATEREQUEST']._serialized_end=275
   _globals['_CHATREQUEST']._serialized_start=278
@@ -46,33 +46,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=542
   _globals['_TOKENIDS']._serialized_end=565
   _globals['_PARAMETERS']._serialized_start=568
-  _globals['_PARAMETERS']._serialized_end=1434
-  _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_start=1137
-  _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_end=1185
-  _globals['_GENERATECHUNK']._serialized_start=1437
-  _globals['_GENERATECHUNK']._serialized_end=1739
-  _globals['_TOKENLOGPROB']._serialized_start=1741
-  _globals['_TOKENLOGPROB']._serialized_end=1863
-  _globals['_TOPLOGPROB']._serialized_start=1865
-  _globals['_TOPLOGPROB']._serialized_end=1927
-  _globals['_USAGE']._serialized_start=1929
-  _globals['_USAGE']._serialized_end=2009
-  _globals['_TIMING']._serialized_start=2012
-  _globals['_TIMING']._serialized_end=2294
-  _globals['_DECISION']._serialized_start=2297
-  _globals['_DECISION']._serialized_end=2517
-  _globals['_PRICE']._serialized_start=2519
-  _globals['_PRICE']._serialized_end=2560
-  _globals['_CANCELREQUEST']._serialized_start=2562
-  _globals['_CANCELREQUEST']._serialized_end=2589
-  _globals['_CANCELRESPONSE']._serialized_start=2591
-  _globals['_CANCELRESPONSE']._serialized_end=2628
-  _globals['_LISTMODELSREQUEST']._serialized_start=2630
-  _globals['_LISTMODELSREQUEST']._serialized_end=2649
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2651
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2706
-  _globals['_MODEL']._serialized_start=2708
-  _globals['_MODEL']._serialized_end=2751
-  _globals['_INFERENCE']._serialized_start=3038
-  _globals['_INFERENCE']._serialized_end=3323
+  _globals['_PARAMETERS']._serialized_end=1494
+  _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_start=1172
+  _globals['_PARAMETERS_LOGITBIASENTRY']._serialized_end=1220
+  _globals['_GENERATECHUNK']._serialized_start=1497
+  _globals['_GENERATECHUNK']._serialized_end=1799
+  _globals['_TOKENLOGPROB']._serialized_start=1801
+  _globals['_TOKENLOGPROB']._serialized_end=1923
+  _globals['_TOPLOGPROB']._serialized_start=1925
+  _globals['_TOPLOGPROB']._serialized_end=1987
+  _globals['_USAGE']._serialized_start=1989
+  _globals['_USAGE']._serialized_end=2069
+  _globals['_TIMING']._serialized_start=2072
+  _globals['_TIMING']._serialized_end=2354
+  _globals['_DECISION']._serialized_start=2357
+  _globals['_DECISION']._serialized_end=2577
+  _globals['_PRICE']._serialized_start=2579
+  _globals['_PRICE']._serialized_end=2620
+  _globals['_CANCELREQUEST']._serialized_start=2622
+  _globals['_CANCELREQUEST']._serialized_end=2649
+  _globals['_CANCELRESPONSE']._serialized_start=2651
+  _globals['_CANCELRESPONSE']._serialized_end=2688
+  _globals['_LISTMODELSREQUEST']._serialized_start=2690
+  _globals['_LISTMODELSREQUEST']._serialized_end=2709
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2711
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2766
+  _globals['_MODEL']._serialized_start=2768
+  _globals['_MODEL']._serialized_end=2811
+  _globals['_INFERENCE']._serialized_start=3098
+  _globals['_INFERENCE']._serialized_end=3383
 # @@protoc_insertion_point(module_scope)

@@ -72,9 +72,11 @@ class FakeTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         told = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return f"{'tools ' * len(tools or ())}{told}{'assistant: ' * add_generation_prompt}"
+        prompt = f"{'tools ' * len(tools or ())}{told}{'assistant: ' * add_generation_prompt}"
+        return prompt + "".join(f"{name}={value}" for name, value in (arguments or {}).items())
 
 
 class FakeSession:

@@ -69,7 +69,15 @@ def test_null_is_the_same_as_absent(app: FastAPI, session: FakeSession) -> None:
         *("frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "stop_token_ids"),
         *("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "user", "tools"),
         *("service_tier", "priority", "stream", "stream_options", "tool_choice", "best_of"),
-        *("response_format", "suffix", "include_timing", "metadata", "reasoning_effort"),
+        *(
+            "no_repeat_ngram_size",
+            "chat_template_kwargs",
+            "response_format",
+            "suffix",
+            "include_timing",
+            "metadata",
+            "reasoning_effort",
+        ),
     )
     assert post(app, CHAT, ASK | dict.fromkeys(fields)).status == 200
     assert only_call(session).sampling == Sampling()
@@ -87,6 +95,7 @@ def test_every_parameter_arrives(app: FastAPI, session: FakeSession) -> None:
             **{"logit_bias": {"9": -100, "3": 1.5}, "seed": 42, "stop": ["x", "yz"]},
             **{"stop_token_ids": [1, 2], "ignore_eos": True, "logprobs": 3, "user": "ann"},
             **{"include_stop_str_in_output": True, "skip_special_tokens": False},
+            **{"no_repeat_ngram_size": 64},
             **{"service_tier": "flex", "priority": -5, "best_of": 2, "unheard_of": {"a": 1}},
         },
     )
@@ -95,7 +104,7 @@ def test_every_parameter_arrives(app: FastAPI, session: FakeSession) -> None:
         call=only_call(session).call,
         prompt=(5, 6, 7),
         n=2,
-        sampling=Sampling(0.0, 7, 0.5, 0.1, 1.1, -1.0, 0.5, ((3, 1.5), (9, -100.0)), 3),
+        sampling=Sampling(0.0, 7, 0.5, 0.1, 1.1, -1.0, 0.5, ((3, 1.5), (9, -100.0)), 3, 64),
         stop=Stop(9, 2, True, (1, 2), ("x", "yz")),
         seed=42,
         tenant="ann",

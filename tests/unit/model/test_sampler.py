@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from pdserve.messages import Sampling, Token
 from pdserve.model.philox import uniform
-from pdserve.model.sampler import SamplerRow, adjusted, draw, kept_weights, sample, sample_on_device
+from pdserve.model.sampler import (
+    SamplerRow,
+    adjusted,
+    draw,
+    kept_weights,
+    repeating,
+    sample,
+    sample_on_device,
+)
 
 GREEDY = Sampling(temperature=0.0)
 EIGHTHS = st.integers(-40, 40).map(lambda eighths: eighths / 8)
@@ -121,6 +129,50 @@ def test_a_bias_for_a_token_that_is_none_is_a_bug_of_the_border() -> None:
     for token in (-1, 2):
         with pytest.raises(AssertionError, match="bias for token"):
             one(logits_of(1.0, 2.0), row(replace(GREEDY, logit_bias=((token, 1.0),))))
+
+
+# ── n-grams that must not come again ─────────────────────────────────────────────────────────────
+
+# Few tokens, so that n-grams repeat.
+HISTORIES = st.lists(st.integers(0, 3), max_size=24)
+
+
+def naive_repeating(tokens: list[int], size: int) -> list[int]:
+    """Each token that, put at the end, makes an n-gram that was there before."""
+    seen = {tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)}
+    end = tokens[len(tokens) - size + 1 :]
+    return [token for token in range(4) if (*end, token) in seen]
+
+
+@given(tokens=HISTORIES, size=st.integers(1, 30))
+def test_repeating_tokens_agree_with_the_naive_ones(tokens: list[int], size: int) -> None:
+    assert repeating(tokens, size).tolist() == naive_repeating(tokens, size)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@given(size=st.integers(1, 4), prompt=HISTORIES, seed=st.integers(0, 2**63 - 1))
+def test_no_ngram_that_was_there_is_drawn_while_another_token_is_left(
+    temperature: float, size: int, prompt: list[int], seed: int
+) -> None:
+    sampling = Sampling(temperature=temperature, no_repeat_ngram_size=size)
+    logits = logits_of(3.0, 2.0, 1.0, 0.0)
+    tokens = list(prompt)
+    for index in range(12):
+        wanted = row(sampling, tokens=tuple(tokens), seed=seed, index=index)
+        token = one(logits, replace(wanted, prompt_tokens=len(prompt))).token
+        repeated = naive_repeating(tokens, size)
+        assert len(repeated) == 4 or token not in repeated
+        # On a device, in company, and resumed with all of it as a prompt: the same.
+        resumed = replace(wanted, prompt_tokens=len(tokens))
+        both = sample_on_device(logits.expand(2, -1), [row(GREEDY), resumed])
+        assert [told.token for told in both] == [0, token]
+        tokens.append(token)
+
+
+def test_where_every_token_would_repeat_none_is_forbidden_for_that() -> None:
+    sampling = replace(GREEDY, no_repeat_ngram_size=1)
+    assert one(logits_of(1.0, 2.0), row(sampling, tokens=(0, 1))) == Token(1)
+    assert one(logits_of(1.0, 2.0), row(sampling, tokens=(0,), forbidden=(1,))) == Token(0)
 
 
 # ── filters ──────────────────────────────────────────────────────────────────────────────────────

@@ -57,6 +57,16 @@ def test_tools_reach_the_template() -> None:
     assert rendered("{{ tools[0]['name'] }}", tools=[{"name": "f"}]) == "f"
 
 
+def test_arguments_reach_the_template_and_replace_nothing() -> None:
+    source = "{{ enable_thinking is defined and enable_thinking is false }}"
+    assert rendered(source) == "False"
+    assert rendered(source, arguments={"enable_thinking": False, "unheard_of": 1}) == "True"
+    for name in ("messages", "tools", "bos_token", "add_generation_prompt"):
+        with pytest.raises(InvalidField, match="given to every template") as caught:
+            rendered(source, arguments={name: None})
+        assert caught.value.field == f"chat_template_kwargs.{name}"
+
+
 @pytest.mark.parametrize(
     "source",
     [

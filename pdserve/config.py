@@ -140,6 +140,15 @@ class PoolConfig(_Checked):
     token waits for. So many at the beginning of a prompt, and as much work later on, where a token
     attends to more."""
 
+    speculation: Literal["off", "prompt_lookup"] = "off"
+    """``prompt_lookup``: a step also computes what followed when a stream's last few tokens stood
+    in its text before, as drafts, and keeps those that are what it would have drawn: the same
+    tokens in fewer steps where answers repeat their prompt or themselves. Drafts are left out where
+    they are measured not to pay."""
+
+    draft_tokens_max: int = 4
+    """Of one stream in one step."""
+
     pool_blocks: int | None = None
     """KV blocks in a worker's own memory; None takes ``pool_bytes``."""
 
@@ -165,7 +174,9 @@ class PoolConfig(_Checked):
         return self.replicas if self.replicas_max is None else self.replicas_max
 
     def _problems(self) -> Iterator[str]:
-        yield from self._positive("running_max", "chunk_tokens", "mixed_chunk_tokens", "pool_bytes")
+        yield from self._positive(
+            "running_max", "chunk_tokens", "mixed_chunk_tokens", "draft_tokens_max", "pool_bytes"
+        )
         if self.replicas < 0:
             yield f"replicas is {self.replicas}, must not be negative"
         if self.replicas_most < max(1, self.replicas):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from pdserve.clock import Clock, monotonic
 from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
+from pdserve.decode.drafting import PromptLookup
+from pdserve.decode.speculation import Speculation
 from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
 from pdserve.engine.loop import EngineLoop
@@ -169,9 +171,17 @@ def make_loop(
         namespace=namespace,
         store=store,
     )
-    streams = Streams(workplace)
+    streams = Streams(workplace, _speculation(settings))
     prompts = Prompts(workplace, keep=streams.keep)
     return EngineLoop(workplace, runner, settings, prompts=prompts, streams=streams, clock=clock)
+
+
+def _speculation(settings: PoolConfig) -> Speculation | None:
+    match settings.speculation:
+        case "off":
+            return None
+        case "prompt_lookup":
+            return Speculation(PromptLookup, settings.draft_tokens_max)
 
 
 def _flipper(which: str) -> Callable[[memoryview], None] | None:

@@ -1,8 +1,9 @@
-"""KV blocks from the store to tokens, one per running sequence and step.
+"""KV blocks from the store to tokens, one or more per running sequence and step.
 
 In: ``Handoff``, ``Resume``, ``Preempt``, ``Cancel``; sequences whose prompts this worker computed.
 Out: token deltas to the gateways, progress and parked requests to the router.
 
 Start at ``streams.py``; ``stream.py`` is one sequence and its stages, ``room.py`` who yields when
-blocks run out. The loop around it is ``engine.loop``.
+blocks run out; ``drafting.py`` guesses what comes next and ``speculation.py`` says how many of the
+guesses a step computes. The loop around it is ``engine.loop``.
 """

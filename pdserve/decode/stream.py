@@ -10,6 +10,7 @@ comes back to nobody, and is cleaned up where it arrives.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdserve.decode.speculation import Drafting
 from pdserve.engine.sequence import Sequence
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey
@@ -39,6 +40,7 @@ class Stream:
     handoff: Handoff | None  # None: kept, it came over no store
     stage: Stage = Stage.WAITING
     leaving_blocks: int = 0  # while PARKING: what its leaving will free
+    drafting: Drafting | None = None  # from its first step on, where there is speculation
 
     @property
     def keys(self) -> tuple[BlockKey, ...]:

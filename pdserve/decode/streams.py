@@ -10,6 +10,10 @@ Out of blocks, the latest sequences are *parked*: their KV goes to the store und
 anybody may adopt, and the router finds them a worker with room; or the router asks for it, because
 another should run. A resumed sequence is a hand-off like any other. Draining is parking everybody.
 
+With speculation a sequence is one row and one more for each draft, and gets as many tokens as turn
+out to be those that plain steps would have drawn. KV counts only for these (``kv_count``); what a
+wrong draft left behind it is never in a full block, and the next step writes over it.
+
 What a sequence leaves in full blocks is offered to the store when it ends, so that the next turn
 of the conversation finds it.
 """
@@ -19,8 +23,9 @@ from dataclasses import replace
 from functools import partial
 
 from pdserve.decode.room import victims
+from pdserve.decode.speculation import Drafting, Speculation
 from pdserve.decode.stream import Stage, Stream
-from pdserve.engine.loop import Share
+from pdserve.engine.loop import Share, StepTime
 from pdserve.engine.moves import Abort, Adopt, Forsake, Moved, Park
 from pdserve.engine.sayings import progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
@@ -36,8 +41,9 @@ WAITING_MAX = 256
 
 
 class Streams:
-    def __init__(self, workplace: Workplace) -> None:
+    def __init__(self, workplace: Workplace, speculation: Speculation | None = None) -> None:
         self._workplace = workplace
+        self._speculation = speculation
         self._device = workplace.device
         self._pool = workplace.pool
         self._counters = workplace.counters
@@ -209,29 +215,64 @@ class Streams:
 
     # ── generating ───────────────────────────────────────────────────────────────────────────────
 
-    def share(self) -> Share | None:
-        """The next token of everything that runs."""
+    def share(self, growing: int) -> Share | None:
+        """The next token of everything that runs, and more where drafts are worth it."""
         streams = self._with_room()
         if not streams:
             return None
-        sequences = [stream.sequence for stream in streams]
+        drafted = list(zip(streams, self._drafts(streams, growing), strict=True))
         return Share(
-            runs=[self._run(sequence) for sequence in sequences],
-            drawing=sequences,
-            on_done=partial(self._on_step, streams),
+            runs=[self._run(stream.sequence, drafts) for stream, drafts in drafted],
+            rows=(
+                stream.sequence.sampler_row(drafts[:count])
+                for stream, drafts in drafted
+                for count in range(len(drafts) + 1)
+            ),
+            on_done=partial(self._on_step, drafted),
         )
 
-    def _on_step(self, streams: list[Stream], tokens: Tokens[Token], _elapsed_us: int) -> None:
-        for stream, token in zip(streams, tokens, strict=True):
-            self._on_token(stream, token)
+    def _on_step(
+        self, drafted: list[tuple[Stream, list[int]]], drawn: Tokens[Token], time: StepTime
+    ) -> int:
+        if self._speculation is not None and not time.shared:
+            self._speculation.took(len(drawn), time.elapsed_us)
+        first = generated = 0
+        for stream, drafts in drafted:
+            end = first + 1 + len(drafts)
+            generated += self._on_drawn(stream, drafts, drawn[first:end])
+            first = end
+        return generated
 
-    def _run(self, sequence: Sequence) -> Run:
+    def _run(self, sequence: Sequence, drafts: list[int]) -> Run:
         return Run(
-            tokens=sequence.tokens[-1:], start=len(sequence.tokens) - 1, blocks=sequence.blocks
+            tokens=[sequence.tokens[-1], *drafts],
+            start=len(sequence.tokens) - 1,
+            blocks=sequence.blocks,
+            draft_count=len(drafts),
         )
 
-    def _on_token(self, stream: Stream, token: Token) -> None:
+    def _on_drawn(self, stream: Stream, drafts: list[int], drawn: Tokens[Token]) -> int:
+        """Take the tokens up to the first that is not its draft, which is as good as any: all that
+        it was drawn after is true."""
         sequence = stream.sequence
+        tokens: list[Token] = []
+        for token, draft in zip(drawn, (*drafts, None), strict=True):
+            self._on_token(sequence, token)
+            tokens.append(token)
+            if token.token != draft or sequence.ending is not None:
+                break
+        self._counters["tokens_drafted"] += len(drafts)
+        self._counters["tokens_accepted"] += sum(
+            token.token == draft for token, draft in zip(tokens, drafts, strict=False)
+        )
+        if self._speculation is not None and stream.drafting is not None:
+            self._speculation.came(stream.drafting, [token.token for token in tokens])
+        self._workplace.say_tokens(sequence, tuple(tokens), timed=sequence.ending is not None)
+        if sequence.ending is not None:
+            self._end(stream)
+        return len(tokens)
+
+    def _on_token(self, sequence: Sequence, token: Token) -> None:
         position = sequence.kv_count
         if position < sequence.request.prompt_tokens:
             self._counters["prompt_tokens_computed"] += 1
@@ -240,9 +281,39 @@ class Streams:
             last = sequence.full_blocks - 1
             self._pool.publish(sequence.keys(last + 1)[last], sequence.blocks[last])
         sequence.accept(token)
-        self._workplace.say_tokens(sequence, (token,), timed=sequence.ending is not None)
-        if sequence.ending is not None:
-            self._end(stream)
+
+    # ── drafts ───────────────────────────────────────────────────────────────────────────────────
+
+    def _drafts(self, streams: list[Stream], growing: int) -> list[list[int]]:
+        """For each stream, what its step computes beyond the next token; the blocks are taken."""
+        if self._speculation is None:
+            return [[] for _ in streams]
+        # Who grows finds a block in the next step: no draft has somebody parked for it.
+        spare = max(0, self._pool.free_count - growing)
+        rooms = [self._room_tokens(stream, spare) for stream in streams]
+        texts = [(self._drafting(stream), stream.sequence.tokens) for stream in streams]
+        chosen = self._speculation.choose(texts, rooms)
+        for stream, drafts in zip(streams, chosen, strict=True):
+            del drafts[self._room_tokens(stream, spare) :]
+            table = stream.sequence.table
+            missing = max(0, table.blocks_needed(len(stream.sequence.tokens) + len(drafts)))
+            table.blocks.extend(self._pool.take(missing))
+            spare -= missing
+        return chosen
+
+    def _room_tokens(self, stream: Stream, spare_blocks: int) -> int:
+        """How many drafts there is room for, in KV blocks and before the last token."""
+        sequence = stream.sequence
+        block_count = len(sequence.blocks) + spare_blocks
+        return min(
+            block_count * self._block_tokens - len(sequence.tokens), sequence.tokens_left - 1
+        )
+
+    def _drafting(self, stream: Stream) -> Drafting:
+        assert self._speculation is not None
+        if stream.drafting is None:
+            stream.drafting = self._speculation.begin()
+        return stream.drafting
 
     # ── room ─────────────────────────────────────────────────────────────────────────────────────
 

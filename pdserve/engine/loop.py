@@ -27,7 +27,6 @@ from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Moved
 from pdserve.engine.outputs import GiveUp, Load, Output
 from pdserve.engine.runner import Runner, wait_for
-from pdserve.engine.sequence import Sequence as TokenSequence
 from pdserve.engine.workplace import Workplace
 from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
@@ -42,9 +41,15 @@ from pdserve.messages import (
     Token,
 )
 from pdserve.model.runner import Run
-from pdserve.model.sampler import sample
+from pdserve.model.sampler import SamplerRow, sample
 
 ATTAINED_EVERY_NS = 1 * S
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    elapsed_us: int
+    shared: bool  # the step computed another part's runs too
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +57,13 @@ class Share:
     """What a part adds to one step, and what it does with the outcome."""
 
     runs: list[Run]
-    drawing: Iterable[TokenSequence]
-    """Those of ``runs`` that want logits, in order: each gets a token."""
+    rows: Iterable[SamplerRow]
+    """How a token is drawn from each row of logits that ``runs`` want, in order. Gone through once,
+    while a GPU computes them."""
 
-    on_done: Callable[[Sequence[Token], int], None]
-    """Called with the tokens, and how long the step took, in microseconds."""
+    on_done: Callable[[Sequence[Token], StepTime], int]
+    """Called with the drawn tokens; returns how many of them were generated: those drawn after a
+    draft that was wrong were not."""
 
 
 class Part(Protocol):
@@ -110,8 +117,9 @@ class StreamPart(Part, Protocol):
         """A later attempt is here: nobody will read these blocks."""
         ...
 
-    def share(self) -> Share | None:
-        """The next token of everything that runs."""
+    def share(self, growing: int) -> Share | None:
+        """The next token of everything that runs, and more where drafts are worth it and leave a
+        block for each of ``growing`` sequences."""
         ...
 
     def attained(self) -> tuple[Attained, ...]: ...
@@ -226,24 +234,23 @@ class EngineLoop:
         self._workplace.stirred = True
         began_ns = self._clock()
         logits = self._runner.step([run for share in shares for run in share.runs])
-        counts, rows = [], []
+        counts: list[int] = []
+        rows: list[SamplerRow] = []
         for share in shares:
-            rows += [sequence.sampler_row() for sequence in share.drawing]
+            rows += share.rows
             counts.append(len(rows))
         wait_for(logits)  # the router judges speeds by this step's time
         tokens = sample(logits, rows) if rows else []
-        elapsed_us = (self._clock() - began_ns) // US
-        first = 0
+        time = StepTime((self._clock() - began_ns) // US, shared=len(shares) > 1)
+        counters, first = self._workplace.counters, 0
         for share, end in zip(shares, counts, strict=True):
-            share.on_done(tokens[first:end], elapsed_us)
+            counters["tokens_generated"] += share.on_done(tokens[first:end], time)
             first = end
-        counters = self._workplace.counters
         counters["steps"] += 1
-        counters["tokens_generated"] += len(tokens)
         counters["step_us_total"] += (self._clock() - began_ns) // US
 
     def _shares(self) -> list[Share]:
-        streams = self._streams.share()
+        streams = self._streams.share(self._prompts.growing + self._streams.growing)
         budget = self._mixed_chunk_tokens if streams else self._chunk_tokens
         prompts = self._prompts.share(budget, beside_streams=streams is not None)
         return [share for share in (streams, prompts) if share is not None]

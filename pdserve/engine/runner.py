@@ -29,8 +29,8 @@ class Runner(Protocol):
     @property
     def pool(self) -> PoolShape: ...
     def step(self, runs: Sequence[Run]) -> Tensor:
-        """Writes the KV of all tokens; float32 logits of the last token of each run that wants
-        them, in order."""
+        """Writes the KV of all tokens; float32 logits, ``logits_count`` rows for each run, in
+        order."""
         ...
 
 

@@ -54,9 +54,10 @@ class EndingRules:
         """The tokens that end the request wherever they appear."""
         return tuple(sorted(self._stop_token_ids | self._eos_token_ids))
 
-    def none_left(self) -> bool:
-        """Whether there is no room for even one more token."""
-        return self._generated_count >= self._generated_max
+    @property
+    def tokens_left(self) -> int:
+        """How many more tokens there may be."""
+        return max(0, self._generated_max - self._generated_count)
 
     def push(self, token: int) -> Ending | None:
         self._generated_count += 1
@@ -68,7 +69,7 @@ class EndingRules:
             _shown, hit = self._strings.push(self._detokenizer.push((token,)))
             if hit is not None:
                 return Ending(FinishReason.STOP, hit)
-        return Ending(FinishReason.LENGTH) if self.none_left() else None
+        return None if self.tokens_left else Ending(FinishReason.LENGTH)
 
 
 class Sequence:
@@ -98,7 +99,7 @@ class Sequence:
         self.ending: Ending | None = None
         for token in self.tokens[request.prompt_tokens :]:
             self.ending = self.ending or self._rules.push(token)
-        if self.ending is None and self._rules.none_left():
+        if self.ending is None and not self._rules.tokens_left:
             self.ending = Ending(FinishReason.LENGTH)
 
     @property
@@ -112,6 +113,11 @@ class Sequence:
     @property
     def generated_count(self) -> int:
         return len(self.tokens) - self.request.prompt_tokens
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more tokens may be generated."""
+        return self._rules.tokens_left
 
     @property
     def full_blocks(self) -> int:
@@ -128,15 +134,18 @@ class Sequence:
         """The keys of the first ``block_count`` full blocks of ``tokens``."""
         return self._chain.extend(self.tokens)[:block_count]
 
-    def sampler_row(self) -> SamplerRow:
-        """How the next token is drawn: a function of the tokens so far and of the request."""
-        index, stop = self.generated_count, self.request.stop
+    def sampler_row(self, drafts: Tokens[int] = ()) -> SamplerRow:
+        """How the next token is drawn: a function of the tokens so far and of the request.
+
+        After ``drafts``: how it is drawn if these are the tokens that come first.
+        """
+        index, stop = self.generated_count + len(drafts), self.request.stop
         return SamplerRow(
             sampling=self.request.sampling,
             seed=self.request.seed,
             choice=self.request.choice,
             index=index,
-            tokens=self.tokens,
+            tokens=[*self.tokens, *drafts] if drafts else self.tokens,
             prompt_tokens=self.request.prompt_tokens,
             forbidden=self._enders if index < stop.min_tokens else (),
         )

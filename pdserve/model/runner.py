@@ -38,6 +38,15 @@ class Run:
     """Of the sequence from its beginning, at least up to the last token of this run."""
 
     wants_logits: bool = True
+    """Of the last token; and where that is a draft, of all drafts and of the token before them."""
+
+    draft_count: int = 0
+    """How many of the last tokens are drafts: guesses, to be held against these logits."""
+
+    @property
+    def logits_count(self) -> int:
+        """Rows of logits that it gets."""
+        return 1 + self.draft_count if self.wants_logits else 0
 
 
 class ModelRunner:
@@ -62,8 +71,8 @@ class ModelRunner:
         """Compute all tokens of ``runs`` and write their keys and values into the pool.
 
         Returns:
-            [R', V] float32 on the model's device: the logits of the last token of each run that
-            wants them, in order.
+            [R', V] float32 on the model's device: for each run ``logits_count`` rows, those of its
+            last tokens, in order.
 
         Raises:
             ValueError: a run is empty, leaves the context, or has too few blocks; or one block is
@@ -79,12 +88,19 @@ class ModelRunner:
         return self._logits(x_NC, residual_NC, runs)
 
     def _logits(self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run]) -> Tensor:
-        ends = np.cumsum([len(run.tokens) for run in runs]) - 1
-        wanted = ends[[run.wants_logits for run in runs]]
+        ends = np.cumsum([len(run.tokens) for run in runs])
+        wanted = np.array(
+            [
+                row
+                for end, run in zip(ends, runs, strict=True)
+                for row in range(end - run.logits_count, end)
+            ],
+            dtype=np.int64,
+        )
         if not wanted.size:
             return torch.empty((0, self.architecture.vocab_size), device=self._device)
         if wanted.size < x_NC.shape[0]:
-            rows = self._on_device(wanted.astype(np.int64))
+            rows = self._on_device(wanted)
             x_NC, residual_NC = x_NC[rows], residual_NC[rows]
         x_NC, _ = self.ops.add_rms_norm(
             x_NC, residual_NC, self.weights.norm_C, self.architecture.norm_eps
@@ -123,6 +139,11 @@ class ModelRunner:
                 raise ValueError(
                     f"a run covers positions {run.start} to {end}, must be a part of the "
                     f"{limit} that the model has"
+                )
+            if not 0 <= run.draft_count < len(run.tokens):
+                raise ValueError(
+                    f"{run.draft_count} of a run's {len(run.tokens)} tokens are drafts; a draft "
+                    "follows a token that is none"
                 )
             if len(run.blocks) * block_tokens < end:
                 raise ValueError(

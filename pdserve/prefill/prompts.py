@@ -23,7 +23,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import replace
 from functools import partial
 
-from pdserve.engine.loop import Share
+from pdserve.engine.loop import Share, StepTime
 from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
 from pdserve.engine.outputs import ToDecode
 from pdserve.engine.sayings import progress
@@ -276,22 +276,23 @@ class Prompts:
             return None
         return Share(
             runs=[self._run(prompt, chunk) for prompt, chunk in chosen],
-            drawing=[p.sequence for p, chunk in chosen if p.remaining_tokens == chunk],
+            rows=(p.sequence.sampler_row() for p, chunk in chosen if p.remaining_tokens == chunk),
             on_done=partial(self._on_step, chosen),
         )
 
     def _on_step(
-        self, chosen: list[tuple[Prompt, int]], tokens: Tokens[Token], elapsed_us: int
-    ) -> None:
+        self, chosen: list[tuple[Prompt, int]], tokens: Tokens[Token], time: StepTime
+    ) -> int:
         first_tokens = iter(tokens)
-        chunks = tuple(chunk for _, chunk in chosen)
-        for (prompt, chunk), share_us in zip(chosen, shares_us(elapsed_us, chunks), strict=True):
+        parts_us = shares_us(time.elapsed_us, tuple(chunk for _, chunk in chosen))
+        for (prompt, chunk), share_us in zip(chosen, parts_us, strict=True):
             self._on_computed(prompt, chunk, share_us)
             if prompt.stays:
                 self._workplace.offer_blocks(prompt.sequence)
             if prompt.remaining_tokens == 0:
                 self._on_first_token(prompt, next(first_tokens))
             self._push(prompt)
+        return len(tokens)
 
     def _choose_chunks(self, budget: int, beside_streams: bool) -> list[tuple[Prompt, int]]:
         chosen: list[tuple[Prompt, int]] = []

@@ -3,11 +3,12 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from pdserve.clock import Clock, monotonic
 from pdserve.cluster.worker_parts import make_loop
 from pdserve.config import PoolConfig, StoreConfig
 from pdserve.engine.loop import EngineLoop
@@ -101,7 +102,7 @@ def request(
     )
 
 
-def plain(asked: Request) -> tuple[int, ...]:
+def plain(asked: Request, *, habit: float = 0.0) -> tuple[int, ...]:
     """What a single loop without blocks, chunks or hand-offs generates, up to the token limit."""
     tokens = list(asked.tokens)
     while len(tokens) < asked.prompt_tokens + asked.stop.max_tokens:
@@ -110,7 +111,9 @@ def plain(asked: Request) -> tuple[int, ...]:
         row = SamplerRow(
             asked.sampling, asked.seed, asked.choice, index, tokens, asked.prompt_tokens
         )
-        tokens.append(sample(torch.from_numpy(np.stack([logits_of(kv)])), [row])[0].token)
+        tokens.append(
+            sample(torch.from_numpy(np.stack([logits_of(kv, habit=habit)])), [row])[0].token
+        )
     return tuple(tokens[asked.prompt_tokens :])
 
 
@@ -147,7 +150,18 @@ class LateMover(Mover):
 class Rig:
     """Prefill workers on host ``p``, decode workers on host ``d``, each host with a store."""
 
-    def __init__(self, *, one_host: bool = False, offload: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        one_host: bool = False,
+        offload: bool = True,
+        habit: float = 0.0,
+        speculation: Literal["off", "prompt_lookup"] = "off",
+        clock: Clock = monotonic,
+    ) -> None:
+        self.habit = habit
+        self.speculation = speculation
+        self.clock = clock
         self.p_store = FakeStore()
         self.d_store = self.p_store if one_host else FakeStore()
         self.p_address = address("d-store" if one_host else "p-store")
@@ -166,7 +180,11 @@ class Rig:
         self.resume_on: str | None = None  # parked requests go there at once
 
     def prefill(self, name: str = "p0", *, blocks: int = 64, chunk_tokens: int = 8) -> EngineLoop:
-        settings = PoolConfig(chunk_tokens=chunk_tokens, mixed_chunk_tokens=BLOCK_TOKENS)
+        settings = PoolConfig(
+            chunk_tokens=chunk_tokens,
+            mixed_chunk_tokens=BLOCK_TOKENS,
+            speculation=self.speculation,
+        )
         self.prefills[name] = self._make(name, self.p_address, blocks, settings)
         return self.prefills[name]
 
@@ -183,12 +201,13 @@ class Rig:
             running_max=running_max,
             chunk_tokens=chunk_tokens,
             mixed_chunk_tokens=mixed_chunk_tokens,
+            speculation=self.speculation,
         )
         self.decodes[name] = self._make(name, self.d_address, blocks, settings)
         return self.decodes[name]
 
     def _make(self, name: str, local: Address, blocks: int, settings: PoolConfig) -> EngineLoop:
-        runner = self.runners[name] = FakeRunner(blocks)
+        runner = self.runners[name] = FakeRunner(blocks, habit=self.habit)
         mover = Mover(runner.pool, lambda store: self.stores[store], local, threaded=False)
         return make_loop(
             worker=WorkerId(name),
@@ -198,6 +217,7 @@ class Rig:
             namespace=NAMESPACE,
             settings=settings,
             store=self.store_config,
+            clock=self.clock,
         )
 
     def dispatch(self, asked: Request, *, prefill: str = "p0", decode: str = "d0") -> Dispatch:

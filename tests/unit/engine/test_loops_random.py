@@ -10,7 +10,7 @@ answered as a router would.
 
 import random
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -30,9 +30,23 @@ ATTEMPTS_MAX = 30
 
 
 class World:
-    def __init__(self, seed: int, *, faults: bool) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        faults: bool,
+        habit: float = 0.0,
+        speculation: Literal["off", "prompt_lookup"] = "off",
+    ) -> None:
         self.dice = random.Random(seed)
-        self.rig = Rig(one_host=self.dice.random() < 0.5)
+        # A text has room in a pool; drafts need some of it to repeat.
+        self.prompt_max, self.answer_max = (10, 45) if habit else (30, 20)
+        self.rig = Rig(
+            one_host=self.dice.random() < 0.5,
+            habit=habit,
+            speculation=speculation,
+            clock=lambda: 0,  # in no time all drafts that are offered pay
+        )
         for name in ("p0", "p1"):
             self.rig.prefill(name, blocks=14, chunk_tokens=8)
         for name in ("d0", "d1"):
@@ -53,9 +67,9 @@ class World:
         number = len(self.first)
         asked = request(
             f"r{number}",
-            prompt(self.dice.randrange(1, 30), salt=self.dice.randrange(3)),
+            prompt(self.dice.randrange(1, self.prompt_max), salt=self.dice.randrange(3)),
             sampling=self.dice.choice(list(SAMPLINGS.values())),
-            max_tokens=self.dice.randrange(1, 20),
+            max_tokens=self.dice.randrange(1, self.answer_max),
             choice=number,
         )
         self.first[asked.request] = asked
@@ -153,13 +167,28 @@ def _late(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("faults", [False, True], ids=["calm", "faults"])
 def test_any_order_gives_the_same_tokens_and_leaves_nothing(seed: int, *, faults: bool) -> None:
-    world = World(seed, faults=faults)
+    play(World(seed, faults=faults), seed)
+
+
+@pytest.mark.parametrize("first_seed", range(100, 115, 3))
+@pytest.mark.parametrize("faults", [False, True], ids=["calm", "faults"])
+def test_with_drafts_too(first_seed: int, *, faults: bool) -> None:
+    accepted = 0
+    for seed in range(first_seed, first_seed + 3):
+        world = World(seed, faults=faults, habit=3.0, speculation="prompt_lookup")
+        play(world, seed)
+        accepted += sum(loop.load().counters.get("tokens_accepted", 0) for loop in world.loops)
+    assert accepted > 0
+
+
+def play(world: World, seed: int) -> None:
     world.play()
     world.settle()
     for name, asked in world.first.items():
         if name not in world.cancelled:
-            assert world.rig.tokens(name) == plain(asked), f"{name} of seed {seed}"
-    if faults:  # an abort that met a store that was down: the connection's end does it there
+            wanted = plain(asked, habit=world.rig.habit)
+            assert world.rig.tokens(name) == wanted, f"{name} of seed {seed}"
+    if world.faults:  # an abort that met a store that was down: the connection's end does it there
         for store in world.rig.stores.values():
             store.tickets.clear()
             store.claims.clear()

@@ -91,6 +91,15 @@ def test_below_min_tokens_what_would_end_it_is_forbidden() -> None:
     assert one.sampler_row().forbidden == ()
 
 
+def test_after_drafts_a_token_is_drawn_as_if_they_had_been_generated() -> None:
+    asked = request(ignore_eos=False, min_tokens=2, stop_token_ids=(3,))
+    drafted, plain = sequence(asked), sequence(asked)
+    for drafts in ((), (7,), (7, 1), (7, 1, 7)):
+        assert drafted.sampler_row(drafts) == plain.sampler_row()
+        plain.accept(Token((7, 1, 7, 0)[len(drafts)]))
+    assert drafted.generated_count == 0
+
+
 def test_ignored_end_of_sequence_is_not_forbidden() -> None:
     assert sequence(request(ignore_eos=True, min_tokens=1)).sampler_row().forbidden == ()
 

@@ -36,6 +36,8 @@ def runner(tmp_path: Path, runner_of: RunnerOf) -> ModelRunner:
         ([Run([1] * 17, 0, [0])], "has 1 blocks of 16"),
         ([Run([1], 0, [8])], "not all in 0..8"),
         ([Run([1], 0, [-1])], "not all in 0..8"),
+        ([Run([1, 2], 0, [0], draft_count=2)], "2 of a run's 2 tokens are drafts"),
+        ([Run([1, 2], 0, [0], draft_count=-1)], "-1 of a run's 2 tokens are drafts"),
         ([Run([512], 0, [0])], "outside 0..512"),
         ([Run([1], 0, [0]), Run([-1], 0, [1])], "outside 0..512"),
     ],
@@ -55,6 +57,27 @@ def test_the_last_position_of_the_context_can_be_used(runner: ModelRunner) -> No
 def test_a_step_in_which_nobody_wants_logits_still_writes_its_keys(runner: ModelRunner) -> None:
     assert runner.step([Run([1, 2], 0, [3], wants_logits=False)]).shape == (0, 512)
     assert runner.pool.tensor[3, 0, :, :, :2].any()
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_get_the_logits_that_each_gets_alone_beside_other_runs(
+    tmp_path: Path, runner_of: RunnerOf, kernels: str, dtype: torch.dtype
+) -> None:
+    runner = runner_of(write_small_model(tmp_path), kernels=kernels, dtype=dtype)
+    text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8]
+    one_by_one = [runner.step([Run([t], at, [0, 1])])[0] for at, t in enumerate(text)]
+    runner.step([Run(text[:13], 0, [2, 3], wants_logits=False)])
+    rows = runner.step(
+        [
+            Run(text[:7], 0, [4, 5]),
+            Run(text[13:18], 13, [2, 3], draft_count=4),
+            Run(text[:3], 0, [6], wants_logits=False),
+            Run(text, 0, [8, 9], draft_count=1),
+        ]
+    )
+    wanted = [one_by_one[index] for index in (6, 13, 14, 15, 16, 17, 17, 18)]
+    assert torch.equal(rows, torch.stack(wanted))
 
 
 def changed_weights(directory: Path, change: dict[str, torch.Tensor | None]) -> Path:

@@ -200,6 +200,20 @@ def _logprobs(text: str) -> Effect:
     return Effect(note=f"no effect here; up to {LOGPROBS_MAX} are always allowed")
 
 
+def _speculation(text: str) -> Effect:
+    try:
+        config = json.loads(text)
+        tokens = int(config.get("num_speculative_tokens", PoolConfig().draft_tokens_max))
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError('JSON such as {"method": "ngram", "num_speculative_tokens": 4}') from None
+    if config.get("method") != "ngram":
+        raise ConfigError(
+            f"has method {config.get('method')}, can only be ngram; leave it out, answers are the "
+            "same without"
+        )
+    return Effect(_set(decode__speculation="prompt_lookup", decode__draft_tokens_max=tokens))
+
+
 _DTYPES = MappingProxyType(
     {word: word for word in ("auto", "float32", "bfloat16", "float16")}
     | {"half": "float16", "float": "float32"}
@@ -304,7 +318,7 @@ _ALL = (
     Flag("--enable-lora", _refuse("merge the adapter into the weights"), takes=0),
     Flag("--enable-auto-tool-choice", _refuse("calls are left in the text: parse it"), takes=0),
     Flag("--tool-call-parser", _refuse("calls are left in the text: parse it")),
-    Flag("--speculative-config", _refuse("leave it out: answers are the same without")),
+    Flag("--speculative-config", _speculation),
     Flag("--tokenizer", _refuse("put the tokeniser's files beside the model's")),
     Flag("--chat-template", _refuse("put chat_template.jinja beside the model's files")),
 )

@@ -124,6 +124,10 @@ def test_our_own_flags_say_what_they_said(started: Started) -> None:
         ("--no-enable-prefix-caching", {"store.offload": False}),
         ("-tp 1 -pp 1 -dp 1 --cpu-offload-gb 0 --kv-cache-dtype auto --load-format auto", {}),
         ("--served-model-name a.b", {"model.served_name": "a.b"}),
+        (
+            '--speculative-config {"method":"ngram","num_speculative_tokens":6}',
+            {"decode.speculation": "prompt_lookup", "decode.draft_tokens_max": 6},
+        ),
     ],
 )
 def test_what_a_flag_sets(started: Started, line: str, expected: dict[str, Any]) -> None:
@@ -173,6 +177,8 @@ def test_what_changes_nothing_is_said_in_one_line(words: list[str]) -> None:
         ("--max-num-seqs 0", "--max-num-seqs is '0', must be at least 1"),
         ("--max-num-seqs --port 1", "--max-num-seqs needs a value"),
         ("--enforce-eager=1", "--enforce-eager takes no value"),
+        ("--speculative-config 4", "--speculative-config is '4', must be JSON such as"),
+        ('--speculative-config {"method":"eagle"}', "has method eagle, can only be ngram"),
         ("--enable-lora", "--enable-lora is not supported; merge the adapter"),
         ("--max-num-sequences 3", "is no flag of pdserve serve; did you mean '--max-num-seqs'?"),
         ("--prefil 3", "--prefil is no flag of pdserve serve; did you mean '--prefill'?"),

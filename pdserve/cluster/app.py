@@ -27,6 +27,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from pdserve.cluster.autoscaling import METRIC
+from pdserve.cluster.collecting import collect_rarely
 from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
@@ -128,6 +129,7 @@ class Router:
             self._config.router, host=local_host_id(), costs=costs_of(self._config.router)
         )
         await self._service.start(directory_of(self._config), tcp_host=tcp_host_of(self._config))
+        collect_rarely()
 
     async def address(self) -> tuple[str, str, str]:
         return _plain(self._service.address)

@@ -1,5 +1,7 @@
 """The whole simulation: conservation, determinism, physics, and each kind of failure."""
 
+import gc
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -337,3 +339,24 @@ def test_a_worker_that_does_both_may_die(mode: str) -> None:
     check_conservation(result)
     assert result.finished.all()
     assert result.generated_tokens.tolist() == [r.generated_tokens for r in trace.requests]
+
+
+def test_what_the_router_keeps_of_a_request_is_freed_without_collecting_garbage() -> None:
+    """Who collects rarely keeps nothing for it. (The simulation itself is one cycle.)"""
+    trace = poisson(500, 8.0, seed=3, prompt=exponential(400), generated=always(5))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        result = simulate(trace, settings(router=SKIP_JOIN, prefill_workers=2))
+        gc.collect()
+        kinds = Counter(type(found) for found in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert result.finished.all()
+    assert len(kinds) > 5
+    ours = ("pdserve.router.entry", "pdserve.router.orders", "pdserve.messages")
+    many = {kind: n for kind, n in kinds.items() if kind.__module__.startswith(ours) and n > 50}
+    assert many == {}

@@ -45,7 +45,11 @@ demo: setup  ## what this is for, live, in about 90 seconds
 PYTEST       := $(BIN)/python -m pytest -q
 WITH_CLUSTER := tests/faults tests/integration
 
+compile: setup  ## the router and the simulator to machine code; once per change, about a minute
+	@$(BIN)/pdserve compile
+
 test: setup-dev  ## the tests; at most 10 minutes on 2 cores
+	@$(BIN)/pdserve compile || true  # without a compiler the tests of what it builds are skipped
 	@said=$$(mktemp); trap 'kill $$beside 2>/dev/null; rm -f $$said' EXIT; \
 	nice -n 19 $(PYTEST) -m "not slow" -p no:cacheprovider $(WITH_CLUSTER:%=--ignore=%) \
 		>$$said 2>&1 & beside=$$!; \
@@ -80,4 +84,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo test test-all check lint kernels golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all check lint kernels golden proto bench clean

@@ -20,7 +20,7 @@ Tailed M/G/1", arXiv:2404.08826 (γ-Boost); skip-join is that of arXiv:2305.0592
 """
 
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +31,10 @@ from pdserve.router.entry import Entry
 from pdserve.router.places import DEAD_PLACES_MAX, Place, Places
 
 QUANTUM_RATIO = 2
+
+NEAR_PLACES = 64
+"""So far from the front of a level, no place that somebody left stays: whoever looks for the next
+ones looks there, again and again."""
 
 
 def quanta_ns(first_quantum_ns: int, level_count: int) -> tuple[int, ...]:
@@ -84,7 +88,7 @@ class Level(Places):
     def __init__(self) -> None:
         super().__init__()
         self._places: list[Place] = []
-        self._first = 0  # places before it are dead
+        self._first = 0  # places before it are dead, or stand behind it again
 
     def push(self, entry: Entry, virtual_ns: int) -> None:
         place = self._place(entry, virtual_ns)
@@ -94,16 +98,25 @@ class Level(Places):
             insort(self._places, place, lo=self._first)  # only a re-entry moves what stands there
 
     def remove(self, request: RequestId) -> None:
-        del self._live[request]
+        place = self._live.pop(request)
         if not self._live:
             self._places.clear()
             self._first = 0
             return
+        self._close(place)
         while self._first < len(self._places) and not self._is_live(self._places[self._first]):
             self._first += 1
         if len(self._places) > 2 * len(self._live) + DEAD_PLACES_MAX:
-            self._places = [place for place in self._places if self._is_live(place)]
+            self._places = list(self)
             self._first = 0
+
+    def _close(self, place: Place) -> None:
+        """Near the front, leave no dead place: those before it move up."""
+        places, first = self._places, self._first
+        at = bisect_left(places, place, lo=first, hi=min(len(places), first + NEAR_PLACES))
+        if at < len(places) and places[at][2] == place[2]:
+            places[first + 1 : at + 1] = places[first:at]
+            self._first += 1
 
     def __iter__(self) -> Iterator[Place]:
         for index in range(self._first, len(self._places)):

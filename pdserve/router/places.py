@@ -18,7 +18,7 @@ Place = tuple[Any, int, int, Entry]
 
 class Places:
     def __init__(self) -> None:
-        self._live: dict[RequestId, int] = {}  # to the serial of its place
+        self._live: dict[RequestId, Place] = {}
         self._serial = 0
 
     def __len__(self) -> int:
@@ -31,8 +31,9 @@ class Places:
         """Its place from now on."""
         assert entry.id not in self._live, f"{entry.id} waits already"
         self._serial += 1
-        self._live[entry.id] = self._serial
-        return key, entry.order, self._serial, entry
+        place = self._live[entry.id] = (key, entry.order, self._serial, entry)
+        return place
 
     def _is_live(self, place: Place) -> bool:
-        return self._live.get(place[3].id) == place[2]
+        live = self._live.get(place[3].id)
+        return live is not None and live[2] == place[2]

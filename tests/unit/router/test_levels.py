@@ -1,3 +1,4 @@
+import itertools
 from bisect import bisect_left
 
 import pytest
@@ -173,3 +174,23 @@ def test_taking_the_head_costs_the_same_from_a_long_level(monkeypatch: pytest.Mo
         looks_per_request.append(looks / count)
     short, long = looks_per_request
     assert long < 1.5 * short
+
+
+def test_who_left_from_near_the_front_is_not_walked_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many places are looked at as are found, though half of those in front went."""
+    level = _level(*((f"r{index}", index) for index in range(500)))
+    for index in range(1, 60, 2):
+        level.remove(RequestId(f"r{index}"))
+    level.check()
+    looks = 0
+    is_live = Level._is_live
+
+    def counted(level: Level, place: Place) -> bool:
+        nonlocal looks
+        looks += 1
+        return is_live(level, place)
+
+    monkeypatch.setattr(levels.Level, "_is_live", counted)
+    found = [place[3].id for place in itertools.islice(level, 30)]
+    assert found == [f"r{index}" for index in range(0, 60, 2)]
+    assert looks == 30

@@ -35,7 +35,7 @@ setup-dev: $(VENV)/.dev $(MODEL)  ## the same, and what tests and lint need
 serve: setup  ## start a cluster on this machine, show one chat, serve until Ctrl-C
 	@$(BIN)/pdserve serve $(MODEL_ARG)
 
-demo: setup  ## what this is for, live, in about 90 seconds
+demo: setup  ## what this is for, live, in about two minutes
 	@$(BIN)/python -m pdserve.cluster.demo
 
 # ── check ────────────────────────────────────────────────────────────────────────────────────────
@@ -68,6 +68,13 @@ lint: setup-dev  ## ruff and mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+FUZZ := tests/unit/wire/test_wire_fuzz.py $(addprefix tests/unit/kvstore/test_,server_fuzz.py ssd_log_fuzz.py)
+
+campaign: setup-dev  ## kill the KV store for an hour, and fuzz it; SEED=7 repeats the strikes
+	@$(BIN)/python -m tests.campaign $(if $(SEED),--seed $(SEED)) --seconds 3600 --kills 2000 \
+		--gets 10000000 --damage 100000 --report
+	@$(PYTEST) --hypothesis-profile=campaign --timeout=0 $(FUZZ)
+
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90, sm_100; needs no GPU
 	@env -u TRITON_INTERPRET $(BIN)/python -m pdserve.model.kernels.compile_all
 
@@ -84,4 +91,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all check lint kernels golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all campaign check lint kernels golden proto bench clean

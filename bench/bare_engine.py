@@ -119,7 +119,8 @@ def _answer(runner: "ModelRunner", asked: dict[str, Any]) -> Any:
         case {"matrices_rows": rows}:
             return _matrices_s(runner, rows)
         case _:
-            known_bytes = _weight_bytes(runner.weights) + runner.pool.tensor.nbytes
+            pool = runner.pool
+            known_bytes = _weight_bytes(runner.weights) + pool.block_count * pool.block_bytes
             return _resident_mib() - known_bytes / 2**20
 
 

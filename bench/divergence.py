@@ -187,8 +187,10 @@ class TorchAsItComes(TorchOps):
         return out_NHD
 
 
-def runner_with(ops: TorchOps, config: ModelConfig, block_count: int) -> ModelRunner:
-    """As ``load_runner`` makes it, with operations of our own choice."""
+def runner_with(
+    ops: TorchOps, config: ModelConfig, block_count: int, kv_dtype: torch.dtype | None = None
+) -> ModelRunner:
+    """As ``load_runner`` makes it, with operations, and a pool, of our own choice."""
     files = locate(config)
     architecture = read_architecture(files)
     device, dtype = device_of(config), TENSORS[config.dtype]
@@ -202,7 +204,7 @@ def runner_with(ops: TorchOps, config: ModelConfig, block_count: int) -> ModelRu
         architecture,
         block_count=block_count,
         block_tokens=BLOCK_TOKENS,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
         device=device,
     )
     return ModelRunner(architecture, weights, ops, pool)

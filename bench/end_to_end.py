@@ -27,7 +27,7 @@ from pathlib import Path
 from bench.bare_engine import BareEngine, Done, Work, bare_engine
 from bench.frame import ROOT, Options, Row, at_most, interleave, row, run
 from bench.http_load import Answer, ask, ask_all, random_tokens
-from bench.kvstore import running_node
+from bench.kvstore_node import running_node
 from pdserve.cluster.local import local_cluster
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import PdserveError
@@ -42,6 +42,7 @@ ANSWER_TOKENS = 64
 BATCH = 16  # requests at once, for throughput
 STREAMS = 8
 PUSHED_BLOCKS = 32
+STORE_SLOTS = 376
 START_S_MAX = 120.0
 
 FIRST_TOKEN = re.compile(rb"model {4}\S")  # of the chat that `pdserve serve` begins with
@@ -178,7 +179,7 @@ def both_percentiles(title: str, samples: dict[str, list[float]], reference: str
 
 
 def engine_steps(options: Options) -> Iterator[Row]:
-    with running_node() as store, token_sink() as sink:
+    with running_node(slot_count=STORE_SLOTS) as store, token_sink() as sink:
         samples = {
             pushed: step_samples(store, sink, options.rounds(16), pushed)
             for pushed in (0, PUSHED_BLOCKS)

@@ -1,6 +1,7 @@
 """The engine alone on a CPU: beside vLLM's CPU build, llama.cpp, and its own matrices.
 
     python -m bench.engine [--quick] [--rounds 3] [--only ours] [--json FILE]
+    python -m bench.engine --device cuda [--quick] [--json FILE]       on a GPU: see ``engine_gpu``
 
 Ours is the bare engine (``bare_engine``), in bfloat16 and with the weights of 4 and 8 bits as the
 GGUF file holds them; vLLM has the same weights in bf16 (``peers/bench_vllm.py``), llama.cpp the
@@ -25,12 +26,13 @@ from typing import Any
 
 from bench.bare_engine import CHUNK_TOKENS, Work, bare_engine
 from bench.frame import ROOT, Bar, Options, Row, at_least, at_most, row, run, skipped
-from bench.servers import peers_home
+from bench.peer_places import PEERS, peer_missing, peer_model, peer_python
 
 ROUNDS = 3
 LOAD_S_MAX = 6.0
 OVERHEAD_MIB_MAX = 400.0
 PEER_S_MAX = 1800.0
+SCRIPTS = {"vllm": "bench/peers/bench_vllm.py", "llama": "bench/peers/bench_llama_cpp.py"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,15 @@ class Samples:
 
 
 def measure(options: Options) -> Iterator[Row]:
+    if options.arguments.device == "cuda":
+        from bench import engine_gpu  # Triton is where GPUs are
+
+        yield from engine_gpu.measure(options)
+        return
     rounds = options.arguments.rounds or (1 if options.quick else ROUNDS)
     ours = {name: Samples() for name in FORMS}
     vllm, llama = Samples(), Samples()
-    missing = {"vllm": _missing("vllm"), "llama": _missing("llama")}
+    missing = {peer: peer_missing(peer) for peer in PEERS}
     if options.arguments.only == "ours":
         missing = dict.fromkeys(missing, "--only ours")
     for index in range(rounds):
@@ -175,11 +182,7 @@ def _measure_ours(samples: Samples, quantization: str, *, seed: int) -> None:
 
 
 def _measure_vllm(samples: Samples, *, seed: int, repeat: int) -> None:
-    home = peers_home()
-    said = _said(
-        *(str(home / "vllm/bin/python"), "bench/peers/bench_vllm.py", str(home / "model/hf")),
-        *(f"--threads={_cores()}", f"--repeat={repeat}", f"--seed={seed}"),
-    )
+    said = _said("vllm", f"--repeat={repeat}", f"--seed={seed}")
     for one in said:
         if "requests" in one:
             shape = Shape(one["requests"], one["prompt_tokens"], one["generated_tokens"])
@@ -187,13 +190,7 @@ def _measure_vllm(samples: Samples, *, seed: int, repeat: int) -> None:
 
 
 def _measure_llama(samples: Samples) -> None:
-    home = peers_home()
-    (file,) = (home / "model").glob("*.gguf")
-    said = _said(
-        *(str(home / "llama/bin/python"), "bench/peers/bench_llama_cpp.py", str(file)),
-        f"--threads={_cores()}",
-    )
-    for one in said:
+    for one in _said("llama"):
         rates = [one["tokens"] / seconds for seconds in one["seconds"]]
         if one["name"] == "decode":
             samples.step_rates += rates
@@ -201,26 +198,26 @@ def _measure_llama(samples: Samples) -> None:
             samples.rates[Shape(1, one["tokens"], 1)] += rates
 
 
-def _said(*command: str) -> list[dict[str, Any]]:
+def _said(peer: str, *options: str) -> list[dict[str, Any]]:
+    """What the peer's own benchmark prints."""
+    command = [str(peer_python(peer)), SCRIPTS[peer], str(peer_model(peer))]
+    threads = f"--threads={len(os.sched_getaffinity(0))}"
     done = subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=PEER_S_MAX,
+        [*command, threads, *options],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PEER_S_MAX,
         env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-    )  # fmt: skip
+    )
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def _missing(peer: str) -> str:
-    python = peers_home() / peer / "bin/python"
-    return "" if python.exists() else f"no {python}; run bench/peers/setup.sh model {peer}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, with --quick 1")
     parser.add_argument("--only", choices=("ours",))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 if __name__ == "__main__":

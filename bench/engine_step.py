@@ -77,6 +77,7 @@ WORKER = WorkerId("decode-bench")
 class HalfPool:
     block_count: int
     block_tokens: int
+    copy_block: Callable[[int, int], None]
 
 
 class HalfRunner:
@@ -84,7 +85,8 @@ class HalfRunner:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.architecture = runner.architecture
-        self.pool = HalfPool(HALF_BLOCKS, runner.pool.block_tokens)
+        self.pool = HalfPool(HALF_BLOCKS, runner.pool.block_tokens, runner.pool.copy_block)
+        self.adapters = runner.adapters
         self.step = runner.step
 
 

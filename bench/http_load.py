@@ -24,6 +24,7 @@ class Answer:
     sent_s: float
     first_byte_s: float
     token_s: list[float]  # when each token came
+    tokens: list[int]
     timing: dict[str, Any]  # the cluster's own account
     cached_tokens: int
 
@@ -84,6 +85,7 @@ def read_events(
 ) -> Answer:
     """An answer from its lines, each with the time at which it came."""
     token_s: list[float] = []
+    tokens: list[int] = []
     timing: dict[str, Any] = {}
     cached_tokens = 0
     for at_s, line in lines:
@@ -93,9 +95,11 @@ def read_events(
         event = json.loads(data)
         assert "error" not in event, event
         for choice in event["choices"]:
-            token_s.extend([at_s] * len(choice.get("token_ids") or ()))
+            some = choice.get("token_ids") or ()
+            token_s.extend([at_s] * len(some))
+            tokens.extend(some)
         timing = event.get("pdserve") or timing
         if event.get("usage"):
             cached_tokens = event["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert len(token_s) == generated_tokens, f"{len(token_s)} tokens of {generated_tokens}"
-    return Answer(sent_s, first_byte_s, token_s, timing, cached_tokens)
+    return Answer(sent_s, first_byte_s, token_s, tokens, timing, cached_tokens)

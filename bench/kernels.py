@@ -3,10 +3,11 @@
     python -m bench.kernels [--json FILE] [--quick]
 
 The shapes are Llama-3-8B's, in bf16. A kernel that moves data is compared with a device-to-device
-copy of 512 MiB, prefill attention with a square matrix product; both are measured in turn with it.
-What is moved is larger than the cache of any GPU, and so is not read from there the second time.
-Calls are recorded into a CUDA graph, so that what is timed is the GPU and not Python. Without a
-CUDA device every row says that it was skipped.
+copy of 512 MiB, prefill attention and linear layers of many rows with a square matrix product; both
+are measured in turn with it. What is moved is larger than the cache of any GPU, and so is not read
+from there the second time; the logits that are drawn from are not. Calls are recorded into a CUDA
+graph, so that what is timed is the GPU and not Python. Without a CUDA device every row says that it
+was skipped.
 """
 
 import math
@@ -17,11 +18,17 @@ from typing import Any
 import torch
 
 from bench.frame import Options, Row, interleave, row, run, skipped
+from pdserve.model.fp8_weights import Fp8Weight, in_fp8
 from pdserve.model.kernels.attention import paged_attention
 from pdserve.model.kernels.blocks import gather_blocks, scatter_blocks
+from pdserve.model.kernels.fp8_linear import fp8_linear
+from pdserve.model.kernels.grouped_linear import PANEL, grouped_linear
 from pdserve.model.kernels.norm import add_rms_norm
 from pdserve.model.kernels.rope import rope_and_cache
+from pdserve.model.kernels.sampling import drawn_tokens
 from pdserve.model.kernels.silu import silu_mul
+from pdserve.model.ops import LinearWeight
+from pdserve.model.whole_weights import power_factor
 
 DTYPE = torch.bfloat16
 CALLS = 20  # in one graph: a launch of it, some 10 µs, is then a small part
@@ -35,10 +42,12 @@ class Sizes:
     device: str = "cuda"
     tokens: int = 8192  # of a prefill step
     sequences: int = 64  # of a decode step
+    streams: int = 16  # of a small one
     context: int = 4096
     long_context: int = 65_536  # of one sequence alone
     hidden: int = 4096
     ffn: int = 14_336
+    vocabulary: int = 128_256
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
@@ -121,6 +130,50 @@ def scatter(sizes: Sizes) -> Work:
     return Work(lambda: scatter_blocks(staging, blocks, pool), 2 * staging.nbytes)
 
 
+def sampled(sizes: Sizes, *, top_k: int, top_p: float) -> Work:
+    """One read of the logits is what any sampler needs."""
+    logits = sizes.randn(sizes.sequences, sizes.vocabulary).float() * 3
+    settings = torch.tensor([[power_factor(1.0), top_k, top_p, 0, 1 << 52]], dtype=torch.float64)
+    settings = settings.repeat(sizes.sequences, 1).to(sizes.device)
+    return Work(lambda: drawn_tokens(logits, settings), logits.nbytes)
+
+
+def few_rows(sizes: Sizes, *, bits: int) -> Work:
+    """A decode step's gate and up: weights are what it reads."""
+    x = sizes.randn(sizes.streams, sizes.hidden)
+    packed, scales = _grouped(sizes, bits)
+    return Work(
+        lambda: grouped_linear(x, packed, scales, None, bits=bits, group=PANEL),
+        packed.nbytes + scales.nbytes,
+    )
+
+
+def many_rows(sizes: Sizes, *, bits: int, deterministic: bool) -> Work:
+    x = sizes.randn(sizes.tokens, sizes.hidden)
+    packed, scales = _grouped(sizes, bits)
+    return Work(
+        lambda: grouped_linear(
+            x, packed, scales, None, bits=bits, group=PANEL, deterministic=deterministic
+        ),
+        4 * sizes.tokens * sizes.hidden * sizes.ffn,
+    )
+
+
+def fp8_few_rows(sizes: Sizes) -> Work:
+    weight = _fp8(sizes)
+    x = sizes.randn(sizes.streams, sizes.hidden)
+    return Work(lambda: fp8_linear(x, weight.weight_OC, weight.scales_O), weight.weight_OC.nbytes)
+
+
+def fp8_many_rows(sizes: Sizes, *, deterministic: bool) -> Work:
+    weight = _fp8(sizes)
+    x = sizes.randn(sizes.tokens, sizes.hidden)
+    return Work(
+        lambda: fp8_linear(x, weight.weight_OC, weight.scales_O, deterministic=deterministic),
+        4 * sizes.tokens * sizes.hidden * sizes.ffn,
+    )
+
+
 BYTES = ("GB/s", "device copy", copy)
 OPERATIONS = ("GFLOP/s", "dense matmul", matmul)
 
@@ -135,6 +188,31 @@ MEASURES: dict[str, tuple[tuple[str, str, Callable[[Sizes], Work]], Callable[[Si
         lambda sizes: decode(sizes, sizes.sequences, sizes.context),
     ),
     "decode attention, 1 × 65,536": (BYTES, lambda sizes: decode(sizes, 1, sizes.long_context)),
+    "drawn_tokens, 64 × 128,256": (BYTES, lambda sizes: sampled(sizes, top_k=0, top_p=1.0)),
+    "drawn_tokens, 64 × 128,256, top-p": (BYTES, lambda sizes: sampled(sizes, top_k=0, top_p=0.9)),
+    "drawn_tokens, 64 × 128,256, top-k and top-p": (
+        BYTES,
+        lambda sizes: sampled(sizes, top_k=50, top_p=0.9),
+    ),
+    "4-bit linear, 16 rows": (BYTES, lambda sizes: few_rows(sizes, bits=4)),
+    "8-bit linear, 16 rows": (BYTES, lambda sizes: few_rows(sizes, bits=8)),
+    "fp8 linear, 16 rows": (BYTES, fp8_few_rows),
+    "4-bit linear, 8,192 rows": (
+        OPERATIONS,
+        lambda sizes: many_rows(sizes, bits=4, deterministic=True),
+    ),
+    "4-bit linear, 8,192 rows, larger tiles": (
+        OPERATIONS,
+        lambda sizes: many_rows(sizes, bits=4, deterministic=False),
+    ),
+    "fp8 linear, 8,192 rows": (
+        OPERATIONS,
+        lambda sizes: fp8_many_rows(sizes, deterministic=True),
+    ),
+    "fp8 linear, 8,192 rows, larger tiles": (
+        OPERATIONS,
+        lambda sizes: fp8_many_rows(sizes, deterministic=False),
+    ),
     "prefill attention, 8,192": (OPERATIONS, lambda sizes: prefill(sizes, deterministic=True)),
     "prefill attention, 8,192, larger tiles": (
         OPERATIONS,
@@ -187,6 +265,17 @@ def _moved(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
     """A pool of one layer as rows, twice as large as what is moved, and every other block of it."""
     pool = _pool(sizes, 2 * sizes.moved_blocks).flatten(1)
     return pool, sizes.integers(list(range(0, 2 * sizes.moved_blocks, 2)))
+
+
+def _grouped(sizes: Sizes, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    steps, outputs = sizes.hidden * bits // (8 * PANEL), 2 * sizes.ffn
+    packed = torch.randint(256, (steps, outputs, PANEL), dtype=torch.uint8, device=sizes.device)
+    pairs = torch.rand(steps * 8 // bits, outputs, 2, device=sizes.device).half()
+    return packed, pairs.view(torch.int32)[..., 0].contiguous()
+
+
+def _fp8(sizes: Sizes) -> Fp8Weight:
+    return in_fp8(LinearWeight(sizes.randn(2 * sizes.ffn, sizes.hidden)))
 
 
 def _attention(

@@ -4,31 +4,29 @@
 
 One node process and one client, blocks of the default model (16 tokens of SmolLM2 in bf16). What a
 copy is compared with goes through as much memory as the arena has, warm; what goes over a socket is
-compared with a bare request and answer of the same size between two processes.
+compared with a bare request and answer of the same size between two processes. Keys and the end of
+a hand-off are in ``kvstore_handoff``.
 """
 
-import contextlib
 import itertools
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from bench import kvstore_remote
 from bench.frame import Options, Row, at_least, at_most, interleave, row, run
+from bench.kvstore_handoff import NODE_SLOTS, chain_rows, handoff_rows
+from bench.kvstore_local import measure_local
+from bench.kvstore_node import BLOCK_BYTES, bare_peer, running_node
+from bench.kvstore_ssd import measure_ssd
 from pdserve.ids import BlockKey, HostId
-from pdserve.kvstore.client import Claim, StoreClient
+from pdserve.kvstore.claims import Claim
+from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.keys import block_keys, namespace_digest
-from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
 
-BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 2
 BLOCK_COUNT = 94  # a prompt of 1,500 tokens
 BLOCK_TOKENS = 16
 SLOT_COUNT = 4 * BLOCK_COUNT
@@ -51,43 +49,6 @@ def keys_of(prompt: int) -> tuple[BlockKey, ...]:
     return block_keys(NAMESPACE, tokens, BLOCK_TOKENS)
 
 
-@contextlib.contextmanager
-def running_node() -> Iterator[Address]:
-    directory = tempfile.mkdtemp()
-    node = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "pdserve.kvstore.node", "--directory", directory),
-            *("--arena-bytes", str(SLOT_COUNT * BLOCK_BYTES), "--block-bytes", str(BLOCK_BYTES)),
-            *("--tcp-host", "127.0.0.1"),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert node.stdin is not None
-    assert node.stdout is not None
-    try:
-        yield Address(**json.loads(node.stdout.readline())["address"])
-    finally:
-        node.stdin.close()
-        node.stdout.close()
-        node.wait()
-        shutil.rmtree(directory)
-
-
-@contextlib.contextmanager
-def bare_peer() -> Iterator[socket.socket]:
-    peer = subprocess.Popen(
-        [sys.executable, "-c", _BARE_PEER, str(BLOCK_BYTES)], stdout=subprocess.PIPE
-    )
-    assert peer.stdout is not None
-    port = int(peer.stdout.readline())
-    with socket.create_connection(("127.0.0.1", port)) as connected:
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        yield connected
-    peer.wait()
-    peer.stdout.close()
-
-
 def gb_per_s(action: Callable[[], None], block_count: int) -> float:
     began_s = time.perf_counter()
     action()
@@ -95,6 +56,13 @@ def gb_per_s(action: Callable[[], None], block_count: int) -> float:
 
 
 def measure(options: Options) -> Iterator[Row]:
+    yield from copies(options)
+    yield from chain_rows(options)
+    with running_node(slot_count=NODE_SLOTS) as address:
+        yield from handoff_rows(options, address)
+
+
+def copies(options: Options) -> Iterator[Row]:
     source = np.frombuffer(os.urandom(BLOCK_BYTES), np.uint8)
     buffer = memoryview(bytearray(BLOCK_BYTES))
     target = np.frombuffer(buffer, np.uint8)
@@ -112,7 +80,10 @@ def measure(options: Options) -> Iterator[Row]:
     def fill(_: int, out: memoryview) -> None:
         np.copyto(np.frombuffer(out, np.uint8), source)
 
-    with running_node() as address, bare_peer() as bare:
+    with (
+        running_node(slot_count=SLOT_COUNT) as address,
+        bare_peer(_BARE_PEER, BLOCK_BYTES) as bare,
+    ):
         local = StoreClient(address, host=local_host_id(), owner="local")
         remote = StoreClient(address, host=HostId("elsewhere"), owner="remote")
         prompts = iter(range(1_000_000))
@@ -187,6 +158,9 @@ def measure(options: Options) -> Iterator[Row]:
     yield compared("read, TCP, verified", "remote_read", "bare TCP", "bare", 0.25)
     yield compared("put, TCP, verified", "remote_put", "bare TCP", "bare", 0.15)
     yield row(f"claim and release {BLOCK_COUNT} blocks", samples["claim"], "µs", bar=at_most(1000))
+    yield from itertools.chain(
+        measure_ssd(options), measure_local(options), kvstore_remote.measure(options)
+    )
 
 
 def _expect(stored_count: int) -> None:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from pdserve.cluster.router_service import RouterService
-from pdserve.config import RouterConfig
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, WorkerId
 from pdserve.messages import (
     Address,
@@ -29,6 +28,7 @@ from pdserve.messages import (
     Stop,
     Submit,
 )
+from pdserve.router_config import RouterConfig
 from pdserve.wire.connection import Connection, connect
 
 HOST = HostId("here")

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.frame import ROOT, commit
+from bench.peer_places import peers_home
 from bench.peers.mixed_load import Arrival, Outcome, drive
-from bench.servers import Form, Ours, ServerFailed, peers_home, serving
+from bench.servers import Form, Ours, ServerFailed, serving
 
 DIGEST_CHARS = 12
 PACKAGE = ROOT / "pdserve"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pdserve.clock import S
-from pdserve.config import RouterConfig
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.settings import STUDY_COSTS, Noise
 from pdserve.simulator.traces import Trace, TraceRequest, load_trace

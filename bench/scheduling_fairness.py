@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from bench.frame import Row, at_most
-from pdserve.config import RouterConfig
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.adversaries import SCENARIOS, VICTIM, tenant_flood
 from pdserve.simulator.run import SimulationSettings, simulate
 

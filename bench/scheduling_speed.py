@@ -15,7 +15,6 @@ from bench.router_latency import dispatch_ms
 from bench.scheduling_cells import UNLIMITED
 from pdserve.clock import MS, US, S
 from pdserve.cluster.collecting import collect_rarely
-from pdserve.config import RouterConfig
 from pdserve.ids import HostId, RequestId, StoreId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import (
@@ -33,6 +32,7 @@ from pdserve.messages import (
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.core import RouterCore
 from pdserve.router.costs import CostModel, PrefillCost
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.settings import STUDY_COSTS
 from pdserve.simulator.synthetic import exponential, poisson

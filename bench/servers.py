@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from bench.frame import ROOT
+from bench.peer_places import peer_missing, peer_model, peer_python, peers_home
 from bench.peers.mixed_load import CHAT, LONG, Arrival, Target, drive
 
 START_S_MAX = 900.0  # vLLM compiles for one to two minutes, much longer beside other work
@@ -96,9 +97,8 @@ class Vllm:
         return f"vLLM {self.budget_tokens or 'default'}/{self.long_threshold_tokens}/{policy}"
 
     def command(self, port: int) -> list[str]:
-        home = peers_home()
         options = [
-            *(f"--model={home / 'model/hf'}", "--served-model-name=smollm2", "--dtype=bfloat16"),
+            *(f"--model={peer_model('vllm')}", "--served-model-name=smollm2", "--dtype=bfloat16"),
             *(f"--port={port}", "--host=127.0.0.1", f"--max-model-len={VLLM_CONTEXT_TOKENS}"),
             *("--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"),
             f"--long-prefill-token-threshold={self.long_threshold_tokens}",
@@ -106,8 +106,7 @@ class Vllm:
         ]
         if self.budget_tokens is not None:
             options.append(f"--max-num-batched-tokens={self.budget_tokens}")
-        python = str(home / "vllm/bin/python")
-        return [python, "-m", "vllm.entrypoints.openai.api_server", *options]
+        return [str(peer_python("vllm")), "-m", "vllm.entrypoints.openai.api_server", *options]
 
     def environment(self) -> Mapping[str, str]:
         cores = sorted(os.sched_getaffinity(0))
@@ -123,17 +122,8 @@ class Vllm:
 Form = Ours | Vllm
 
 
-def peers_home() -> Path:
-    """Where ``peers/setup.sh`` put them."""
-    return Path(os.environ.get("PDSERVE_PEERS", "~/.cache/pdserve-peers")).expanduser()
-
-
 def vllm_missing() -> str:
-    """Why vLLM cannot be measured here; "" where it can."""
-    home = peers_home()
-    if (home / "vllm/bin/python").exists() and (home / "model/hf/model.safetensors").exists():
-        return ""
-    return f"no vLLM in {home}: run bench/peers/setup.sh model vllm"
+    return peer_missing("vllm")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
 """Settings of a cluster: one tree, frozen and checked at once. Where they come from: ``settings``.
 
-Every part is a frozen dataclass; a core gets the numbers it needs, not the tree.
+Every part is a frozen dataclass; a core gets the numbers it needs, not the tree. The router's part
+is long, and stands in ``router_config``.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pdserve.errors import ConfigError
+from pdserve.checked import Checked
+from pdserve.router_config import RouterConfig
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -15,66 +18,20 @@ GiB = 1 << 30
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-
-QueuePolicy = Literal[
-    "skip_join",
-    "fcfs",
-    "sjf_raw",
-    "sjf",
-    "sjf_aging",
-    "edf",
-    "hrrn",
-    "lpm",
-    "lpm_aging",
-    "wspt",
-    "gamma_boost",
-    "mlfq",
-    "fastserve",
-    "fastserve_released",
-    "srpt",
-]
-
-Placement = Literal[
-    "late",
-    "random",
-    "round_robin",
-    "least_requests",
-    "least_work",
-    "two_choices",
-    "mooncake",
-    "dynamo",
-    "lmetric",
-    "preble",
-]
+ADAPTERS_MAX = 64
+"""Of one model. All are in every worker's memory."""
 
 
-Quantization = Literal["none", "file", "int8", "int4"]
+Quantization = Literal["none", "file", "int8", "int4", "fp8"]
+StoredAs = Literal["any", "gguf", "awq", "gptq", "fp8", "compressed-tensors"]
 
 ReasoningStyle = Literal["deepseek_r1", "qwen3"]
 
-
-class _Checked:
-    """Collects what is wrong with a part and raises it all at once."""
-
-    __slots__ = ()
-
-    def _problems(self) -> Iterator[str]:
-        yield from ()
-
-    def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
-            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
-
-    def _positive(self, *names: str) -> Iterator[str]:
-        for name in names:
-            value = getattr(self, name)
-            if not value > 0:  # NaN is not positive either
-                yield f"{name} is {value}, must be positive"
+ToolCallStyle = Literal["hermes", "llama3_json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     source: str = DEFAULT_MODEL
     """A directory, a GGUF file, a hub id, or the name of the default model."""
 
@@ -85,14 +42,27 @@ class ModelConfig(_Checked):
     """What clients say in ``model``; None is the last part of ``source``."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and KV blocks. ``auto``: bfloat16, which every CPU and GPU here is fastest in."""
+    """Of weights, and of KV blocks without ``kv_dtype``. ``auto``: bfloat16, which every CPU and
+    GPU here is fastest in."""
 
-    quantization: Literal["auto", "none", "file", "int8", "int4"] = "auto"
-    """Of the matrices in a CPU's memory. ``none``: all are of ``dtype``. ``file``: what a GGUF file
-    holds as Q4_0, Q4_1 or Q8_0 stays as it is; the same tokens, from less memory and sooner.
-    ``auto``: that, where the kernels of the machine read it. ``int8`` and ``int4`` round the
-    weights of any file when they are read, in groups of 32; with ``int4`` embedding and output
-    layer have 8 bits. All but ``none`` need bfloat16."""
+    quantization: Literal["auto", "none", "file", "int8", "int4", "fp8"] = "auto"
+    """Of the matrices in memory. ``none``: all are of ``dtype``. ``file``: what the files hold
+    quantised in a form that we compute with (``docs/weights.md``) stays as it is; the same weights,
+    from less memory and sooner, and on a CPU the same tokens. ``auto``: that, on a CPU whose
+    kernels read it. ``int8`` and ``int4`` round the weights of any file when they are read, in
+    groups of 32, unless they have as many bits already; with ``int4`` embedding and output layer
+    have 8 bits. ``fp8``, on a GPU: layers of 8-bit floating point (e4m3) with a scale for each
+    output, and for each token of what they multiply; embedding and output layer stay of ``dtype``.
+    All but ``none`` need bfloat16."""
+
+    stored_as: StoredAs = "any"
+    """How the files must hold their weights: others are refused. They say it themselves; this
+    guards a command line against another model than it was written for."""
+
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of KV blocks. ``auto``: ``dtype``. ``int8`` and ``fp8`` (e4m3) keep 8 bits, with a scale for
+    each token and head: half the memory, and half the bytes of a hand-off. ``fp8`` needs Triton's
+    kernels. What they change about a model's answers: ``python -m bench.perplexity``."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "cpu", "triton"] = "auto"
@@ -105,11 +75,28 @@ class ModelConfig(_Checked):
     block_tokens: int = 16
     """Tokens per KV block. Smaller blocks share more prefixes and cost more bookkeeping."""
 
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """``auto``: on a GPU, decode steps are recorded as CUDA graphs when they first occur, and
+    replayed; models with experts excepted. ``off``: kernels are launched one by one; slower, and no
+    memory is taken for graphs."""
+
     deterministic: bool = True
     """Take only paths whose result for a token does not depend on its batch."""
 
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters: the name that clients say in ``model``, and the directory that PEFT saved it
+    in. Every worker loads them all when it starts, and any of them may share a batch."""
+
+    adapter_rank_max: int = 64
+    """No adapter may have a higher rank: an adapter's memory is that of its matrices, ``rank``
+    times the inputs and outputs of all that it adapts."""
+
     def _problems(self) -> Iterator[str]:
-        yield from self._positive("block_tokens")
+        yield from self._positive("block_tokens", "adapter_rank_max")
+        if len(self.adapters) > ADAPTERS_MAX:
+            yield f"adapters has {len(self.adapters)} entries, at most {ADAPTERS_MAX} are loaded"
+        if "" in self.adapters:
+            yield "adapters has one without a name; a request without a model is the base model's"
         stays = self.quantization in ("auto", "none")
         if not stays and self.dtype not in ("auto", "bfloat16"):
             yield (
@@ -121,7 +108,7 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PoolConfig(_Checked):
+class PoolConfig(Checked):
     """One pool of workers."""
 
     replicas: int = 1
@@ -146,6 +133,12 @@ class PoolConfig(_Checked):
     tokens in fewer steps where answers repeat their prompt or themselves. Drafts are left out where
     they are measured not to pay."""
 
+    step_ahead: bool = False
+    """Launch a decode step before the tokens of the one before it are read, where all its streams
+    are greedy and plain and nobody joins: the same tokens, and a GPU that need not wait for the
+    host. A stream that ends unforeseen has been computed one token too far. Not with
+    ``speculation``."""
+
     draft_tokens_max: int = 4
     """Of one stream in one step."""
 
@@ -153,17 +146,25 @@ class PoolConfig(_Checked):
     """KV blocks in a worker's own memory; None takes ``pool_bytes``."""
 
     pool_bytes: int = 768 * MiB
+    """Of all processes of a worker together."""
+
+    tensor_parallel: int = 1
+    """Processes of one worker, each with a part of every layer and a GPU of its own: for models
+    that do not fit into one, or are too slow on it. The model is cut into as many parts as the
+    least common multiple of both pools' numbers says, and its key/value heads and feed-forward
+    channels must be a multiple of that."""
+
     threads: int = 0
-    """Compute threads of a worker on a CPU; 0 is one per core."""
+    """Compute threads of each process of a worker on a CPU; 0 is one per core, shared out."""
 
     nice: int = 0
     """Added to the process's niceness: decode before prefill where they share cores."""
 
     cpus: float = 0.0
-    """What Ray reserves per worker. 0 leaves placement to Ray's other rules."""
+    """What Ray reserves per process of a worker. 0 leaves placement to Ray's other rules."""
 
     gpus: float | None = None
-    """None: one where the device is a GPU, else none."""
+    """Per process of a worker. None: one where the device is a GPU, else none."""
 
     resources: Mapping[str, float] = field(default_factory=dict)
     """Custom Ray resources per worker: the way to tie a pool to certain hosts."""
@@ -175,7 +176,12 @@ class PoolConfig(_Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
-            "running_max", "chunk_tokens", "mixed_chunk_tokens", "draft_tokens_max", "pool_bytes"
+            "running_max",
+            "chunk_tokens",
+            "mixed_chunk_tokens",
+            "draft_tokens_max",
+            "pool_bytes",
+            "tensor_parallel",
         )
         if self.replicas < 0:
             yield f"replicas is {self.replicas}, must not be negative"
@@ -183,6 +189,11 @@ class PoolConfig(_Checked):
             yield f"replicas_max is {self.replicas_max}, must be at least replicas and 1"
         if self.pool_blocks is not None and self.pool_blocks < 2:
             yield f"pool_blocks is {self.pool_blocks}, must be at least 2"
+        if self.step_ahead and self.speculation != "off":
+            yield (
+                f"step_ahead is on and speculation {self.speculation}: drafts need to know the "
+                "tokens before them; take one of the two"
+            )
         if self.threads < 0:
             yield f"threads is {self.threads}, must not be negative"
         if self.cpus < 0:
@@ -190,7 +201,7 @@ class PoolConfig(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreConfig(_Checked):
+class StoreConfig(Checked):
     """The KV store node of each host."""
 
     arena_bytes: int = 2 * GiB
@@ -202,128 +213,79 @@ class StoreConfig(_Checked):
     offload: bool = True
     """Whether workers look for prefixes in the store and put what they compute there."""
 
+    eviction: Literal["turns", "lru"] = "turns"
+    """What goes first when the arena is full. ``turns``: blocks of conversations that are least
+    likely to go on soon, by what was seen of others. ``lru``: what was used longest ago."""
+
+    tenant_shares: Mapping[str, float] = field(default_factory=dict)
+    """Weights of tenants (``user``): once the arena is full, who has more than its share gives way
+    first, and nobody below its share loses blocks to another. ``"*"`` is each tenant that is not
+    named, 1 where it is left out. Empty: all blocks compete alike, whosever they are."""
+
+    hard_pin_ratio: float = 0.25
+    """The most of the arena that blocks with a hard pin may take; more are refused."""
+
+    ssd_directory: str | None = None
+    """On a local disk of each host: what is used again is kept there too, comes back from there
+    where that is sooner than computing, and is found after a restart. None: no disk is used."""
+
+    ssd_bytes: int = 16 * GiB
+    """The most that the blocks in ``ssd_directory`` take, per host and kind of block."""
+
+    ssd_write: Literal["second_touch", "write_through", "on_evict"] = "second_touch"
+    """What goes to the disk. ``second_touch``: what a prompt finds again; most blocks are used
+    once. ``write_through``: all that is stored, at once. ``on_evict``: what leaves memory; each
+    eviction then takes a copy, and after ``kill -9`` what was in memory is lost."""
+
     redis_url: str | None = None
     """Where membership is kept; None: an embedded store on local disk."""
 
     ticket_wait_ms: int = 10_000
     """How long a hand-off waits for slots at the other side before it gives up."""
 
+    key_salt: str = field(default="", repr=False)
+    """A secret of this cluster that goes into the keys of all blocks: who does not know it can
+    neither make a key nor tell whether two tenants asked for the same. Another one finds nothing of
+    what is stored. Empty: keys depend on tokens, model and tenant alone."""
+
     shared_memory: bool = True
     """False forbids shared memory even on one host: blocks then travel over sockets."""
 
+    tls_authority: str | None = None
+    """With ``tls_certificate`` and ``tls_key``, files in PEM format: blocks between hosts go over
+    TLS, and each side must show a certificate that this authority signed. None: TCP is plain."""
+
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+
+    key_file: str | None = None
+    """The cluster's secret, the same file on every host, readable by its owner alone: who reaches
+    a store over TCP must show a token signed with it. None: whoever reaches the port may do all."""
+
+    mooncake: bool = False
+    """Blocks between hosts go through Mooncake's Transfer Engine, which has neither certificates
+    nor permissions; for trusted networks. Needs ``pip install pdserve[mooncake]`` on every host."""
+
     def _problems(self) -> Iterator[str]:
-        yield from self._positive("arena_bytes", "ticket_wait_ms")
+        yield from self._positive("arena_bytes", "ssd_bytes", "ticket_wait_ms")
+        for tenant, weight in self.tenant_shares.items():
+            if not 0 < weight < math.inf:
+                yield f"tenant_shares.{tenant} is {weight}, must be positive"
+        if not 0 <= self.hard_pin_ratio <= 0.9:
+            yield (
+                f"hard_pin_ratio is {self.hard_pin_ratio}, must be in [0, 0.9]: hand-offs need "
+                "room that nobody has pinned"
+            )
+        if self.mooncake and (self.tls_key is not None or self.key_file is not None):
+            yield "mooncake: it goes with neither TLS nor key_file; leave out one of them"
+        tls = ("tls_authority", "tls_certificate", "tls_key")
+        missing = [name for name in tls if getattr(self, name) is None]
+        if 0 < len(missing) < len(tls):
+            yield f"{' and '.join(missing)}: TLS needs {', '.join(tls)}; give all three, or none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig(_Checked):
-    mode: Literal["disaggregated", "aggregated", "auto"] = "disaggregated"
-    """``aggregated``: every decode worker prefills too, and there is no prefill pool. ``auto``: a
-    decode worker prefills a prompt itself, or a prefill worker keeps a short answer, where that is
-    predicted to be sooner."""
-
-    policy: QueuePolicy = "skip_join"
-    """The order of waiting prompts. ``skip_join`` and ``fcfs`` are for use, the others for
-    comparison."""
-
-    placement: Placement = "late"
-    """``late``: prompts wait in the router until a worker is free. The others choose a prefill
-    worker on arrival; for comparison."""
-
-    placement_stale_ms: float = 0.0
-    """How old the loads are that a placement on arrival sees; for comparison."""
-
-    decode_admission: Literal["eager", "peak"] = "eager"
-    """When a decode worker has room for a stream: while the tokens there are fit, and what does not
-    fit later is parked; or while what all are predicted to grow to fits."""
-
-    decode_policy: Literal["gated", "fcfs", "mlfq", "oracle"] = "gated"
-    """Whether a decode is parked for another. ``gated``: where the lengths of past answers say that
-    it pays; ``fcfs``: never, unless memory runs out. The others are for comparison."""
-
-    preemption: bool = True
-    """Whether a running prefill yields at a chunk boundary to much shorter ones."""
-
-    level_count: int = 12
-    first_quantum_ms: float = 25.0
-    """Level 0 takes prefills predicted to last so long; each further level takes twice as much."""
-
-    goal: Literal["mean", "balanced", "tail", "slo"] = "balanced"
-    """What the boost is steered to: the least mean time to first token; the least mean with a 99th
-    percentile like first come first served; no worse a tail at all; most requests within
-    ``ttft_slo_ms``."""
-
-    gamma_per_s: float | None = None
-    """A fixed boost decay instead of a goal: towards 0 shortest first, towards infinity first come
-    first served."""
-
-    rescue_after_ms: float = 60_000.0
-    """Who waited so long, and ``rescue_ratio`` times its own prefill, is rescued."""
-
-    rescue_ratio: float = 20.0
-    rescue_share: float = 0.1
-    """Part of the prefill pool's time that the rescued may take from the others."""
-
-    tenant_weights: Mapping[str, float] = field(default_factory=dict)
-    """Shares of tenants under contention; 1 for who is not named."""
-
-    ttft_slo_ms: float | None = None
-    """Refuse a new request whose first token is predicted later; None refuses none for that."""
-
-    tpot_slo_ms: float | None = None
-    """Bind a request only where a token is predicted to take no longer; None: anywhere."""
-
-    profile: str | None = None
-    """What work costs here: the file that ``pdserve profile`` wrote, or the name of a shipped
-    profile. None: learned as it goes."""
-
-    waiting_max: int = 1024
-    """Requests that may wait; one more is refused with a hint when to try again."""
-
-    preempted_max: int = 2
-    """A prefill preempted so often runs through; so does a decode parked so often."""
-
-    attempts_max: int = 5
-    """Attempts of one request before the client is told that workers keep dying."""
-
-    prefill_tokens_per_s: int = 1500
-    """The rate believed before a worker has reported one, without a profile."""
-
-    worker_silence_ms: int = 5_000
-    """A worker that says nothing for so long is taken for lost."""
-
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether anything depends on how many tokens running streams have."""
-        return self.decode_policy != "fcfs" or self.decode_admission == "peak"
-
-    def _problems(self) -> Iterator[str]:
-        yield from self._positive(
-            "level_count",
-            "first_quantum_ms",
-            "rescue_after_ms",
-            "rescue_ratio",
-            "waiting_max",
-            "attempts_max",
-            "prefill_tokens_per_s",
-            "worker_silence_ms",
-        )
-        for name in ("gamma_per_s", "ttft_slo_ms", "tpot_slo_ms"):
-            if getattr(self, name) is not None:
-                yield from self._positive(name)
-        if self.level_count > 16:
-            yield f"level_count is {self.level_count}, must be at most 16"
-        if not 0 < self.rescue_share <= 1:
-            yield f"rescue_share is {self.rescue_share}, must be in (0, 1]"
-        if self.goal == "slo" and self.ttft_slo_ms is None:
-            yield "goal is slo, which needs ttft_slo_ms"
-        for tenant, weight in self.tenant_weights.items():
-            if not weight > 0:
-                yield f"tenant_weights.{tenant} is {weight}, must be positive"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayConfig(_Checked):
+class GatewayConfig(Checked):
     host: str = "127.0.0.1"
     http_port: int = 8000
     """Of our own HTTP server; 0 takes a free one, -1 leaves HTTP to Serve's proxy."""
@@ -342,6 +304,21 @@ class GatewayConfig(_Checked):
     n_max: int = 16
     """Choices per call."""
 
+    api_keys: str | None = None
+    """A file that ``pdserve keys`` writes: whoever asks must send one of its keys. None: everybody
+    who reaches the gateway may use it."""
+
+    tls_certificate: str | None = None
+    """HTTPS and gRPC over TLS, with this certificate and its key, both PEM files."""
+
+    tls_key: str | None = None
+    tls_client_authority: str | None = None
+    """Clients must show a certificate of this authority."""
+
+    tool_call_parser: ToolCallStyle = "hermes"
+    """How the model writes its calls of tools: ``hermes`` within ``<tool_call>`` and
+    ``</tool_call>`` (Qwen 2.5 and 3 too), ``llama3_json`` as a bare JSON object."""
+
     reasoning_parser: ReasoningStyle | None = None
     """Tell the model's thoughts apart from its answer in chat completions over HTTP: what stands
     between ``<think>`` and ``</think>``; with ``deepseek_r1`` all before ``</think>``, as those
@@ -351,13 +328,17 @@ class GatewayConfig(_Checked):
         yield from self._positive(
             "replicas", "request_timeout_s", "body_bytes_max", "streams_max", "n_max"
         )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            yield "tls_certificate and tls_key belong together; set both or none"
+        if self.tls_client_authority is not None and self.tls_certificate is None:
+            yield "tls_client_authority needs tls_certificate and tls_key"
         for name in ("http_port", "grpc_port"):
             if not -1 <= getattr(self, name) <= 65535:
                 yield f"{name} is {getattr(self, name)}, must be a port, 0 or -1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AutoscalingConfig(_Checked):
+class AutoscalingConfig(Checked):
     """When a pool grows or shrinks between ``replicas`` and ``replicas_max``."""
 
     queue_age_ms: float = 1000.0
@@ -379,7 +360,7 @@ class AutoscalingConfig(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig(_Checked):
+class ClusterConfig(Checked):
     """Everything that can be set."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -401,9 +382,33 @@ class ClusterConfig(_Checked):
 
     @property
     def has_one_worker(self) -> bool:
-        """Whether a single worker computes everything, so that its threads have the cores to
+        """Whether a single process computes everything, so that its threads have the cores to
         themselves."""
-        return self.router.mode == "aggregated" and self.decode.replicas_most == 1
+        aggregated = self.router.mode == "aggregated"
+        return aggregated and self.decode.replicas_most == self.decode.tensor_parallel == 1
+
+    @property
+    def tensor_parts(self) -> int:
+        """How many parts the model is cut into, in every worker alike, so that all compute the same
+        bits; a worker's processes have one each, or several."""
+        if self.router.mode == "aggregated":
+            return self.decode.tensor_parallel
+        return math.lcm(self.prefill.tensor_parallel, self.decode.tensor_parallel)
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive("drain_timeout_s")
+        if self.model.adapters and self.tensor_parts > 1:
+            yield (
+                "model.adapters: a model over several processes takes none so far; leave it out, "
+                "or set prefill.tensor_parallel and decode.tensor_parallel to 1"
+            )
+        if self.model.kv_dtype != "auto" and self.tensor_parts > 1:
+            yield (
+                f"model.kv_dtype is {self.model.kv_dtype}: a model over several processes keeps KV "
+                "as it is so far; take auto, or set tensor_parallel to 1"
+            )
+        if self.decode.step_ahead and self.tensor_parts > 1:
+            yield (
+                "decode.step_ahead: a model over several processes has to know each token before "
+                "the next step; set it to false, or tensor_parallel to 1"
+            )

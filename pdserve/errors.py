@@ -7,16 +7,25 @@
     │   ├── PromptTooLong
     │   ├── UnknownModel
     │   ├── UnknownRequest
+    │   ├── ConstraintFailed   its grammar took too much to follow, or cannot be compiled
     │   └── Cancelled          the client said so
+    ├── AccessError            not for whoever asks
+    │   ├── Unauthorized       no key, or none that is known
+    │   └── Forbidden          the key does not reach so far
     ├── CapacityError          not now                           retry after ``retry_after_ms``
     │   ├── QueueFull
+    │   ├── RateLimited        the key has asked too often
     │   └── OutOfBlocks
     ├── DeadlineExceeded       the client's own deadline passed
     ├── WorkerLost             a worker died more often than we retry
+    ├── AdapterMissing         a worker has other adapters than the gateway
+    ├── RankLost               a process of a split worker died  the worker ends and is restarted
     ├── StoreError             the KV store let us down          fall back to recomputing
     │   ├── BlockMissing
     │   ├── ChecksumMismatch
+    │   ├── CodecMismatch      blocks are written otherwise than their reader expects
     │   ├── TicketGone
+    │   ├── AccessDenied       a token that does not allow it
     │   └── StoreUnavailable
     ├── WireError              the other side sent what it must not, or went away
     │   ├── FrameError         a frame breaks the protocol or a limit
@@ -77,8 +86,9 @@ class PromptTooLong(RequestError):
 class UnknownModel(RequestError):
     kind = "model_not_found"
 
-    def __init__(self, model: str, known: str) -> None:
-        super().__init__(f"The model {model!r} does not exist; this cluster serves {known!r}")
+    def __init__(self, model: str, *known: str) -> None:
+        serves = ", ".join(map(repr, known))
+        super().__init__(f"The model {model!r} does not exist; this cluster serves {serves}")
         self.field = "model"
 
 
@@ -86,8 +96,24 @@ class UnknownRequest(RequestError):
     kind = "unknown_request"
 
 
+class ConstraintFailed(RequestError):
+    kind = "constraint_failed"
+
+
 class Cancelled(RequestError):
     kind = "cancelled"
+
+
+class AccessError(PdserveError):
+    kind = "access"
+
+
+class Unauthorized(AccessError):
+    kind = "invalid_api_key"
+
+
+class Forbidden(AccessError):
+    kind = "permission_denied"
 
 
 class CapacityError(PdserveError):
@@ -100,6 +126,10 @@ class CapacityError(PdserveError):
 
 class QueueFull(CapacityError):
     kind = "queue_full"
+
+
+class RateLimited(CapacityError):
+    kind = "rate_limit_exceeded"
 
 
 class OutOfBlocks(CapacityError):
@@ -119,6 +149,21 @@ class WorkerLost(PdserveError):
     kind = "worker_lost"
 
 
+class AdapterMissing(PdserveError):
+    kind = "adapter_missing"
+
+    def __init__(self, worker: str, model: str, digest: str) -> None:
+        super().__init__(
+            f"{worker} has not loaded the adapter {model!r} with the files that the gateway read "
+            f"(digest {digest}); give every host the same files, and restart the workers"
+        )
+        self.field = "model"
+
+
+class RankLost(PdserveError):
+    kind = "rank_lost"
+
+
 class StoreError(PdserveError):
     kind = "store"
 
@@ -131,8 +176,16 @@ class ChecksumMismatch(StoreError):
     kind = "checksum_mismatch"
 
 
+class CodecMismatch(StoreError):
+    kind = "codec_mismatch"
+
+
 class TicketGone(StoreError):
     kind = "ticket_gone"
+
+
+class AccessDenied(StoreError):
+    kind = "access_denied"
 
 
 class StoreUnavailable(StoreError):
@@ -177,9 +230,13 @@ STATUS: Mapping[type[PdserveError], Status] = MappingProxyType(
         UnknownModel: Status(404, "invalid_request_error", "NOT_FOUND"),
         UnknownRequest: Status(404, "invalid_request_error", "NOT_FOUND"),
         Cancelled: Status(499, "cancelled", "CANCELLED"),
+        AccessError: Status(403, "permission_error", "PERMISSION_DENIED"),
+        Unauthorized: Status(401, "authentication_error", "UNAUTHENTICATED"),
         CapacityError: _BUSY,
         DeadlineExceeded: Status(504, "timeout_error", "DEADLINE_EXCEEDED"),
         WorkerLost: _UNAVAILABLE,
+        AdapterMissing: _UNAVAILABLE,
+        RankLost: _UNAVAILABLE,
         StoreError: _UNAVAILABLE,
         WireError: _UNAVAILABLE,
     }

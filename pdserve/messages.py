@@ -49,6 +49,23 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ConstraintKind(StrEnum):
+    """In which language ``Constraint.text`` is."""
+
+    JSON_SCHEMA = "json_schema"  # the answer is a JSON value that the schema allows
+    REGEX = "regex"  # the whole answer matches
+    CHOICE = "choice"  # a JSON list of texts: the answer is one of them
+    LARK = "lark"  # a grammar with a rule ``start``
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What texts an answer may be. Pure data; ``text.grammar`` compiles it."""
+
+    kind: ConstraintKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one token is drawn from the logits. Pure data; the arithmetic is in ``model.sampler``."""
@@ -63,6 +80,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
     logprobs: int | None = None  # None: none; k ≥ 0: the chosen token's and the k best
     no_repeat_ngram_size: int = 0  # no n tokens in a row twice, over prompt and output; 0 is off
+    constraint: Constraint | None = None  # from the first generated token on
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +92,16 @@ class Stop:
     ignore_eos: bool = False
     token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence tokens
     strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Beams:
+    """The likeliest answers are searched for, none is drawn. The search is in ``decode.beams``."""
+
+    width: int  # unfinished answers that every step keeps
+    n: int  # so many answers are given, the best first; at most ``width``
+    length_penalty: float = 1.0  # an answer's score is its logprob / length ** length_penalty
+    early_stopping: bool = False  # with the first ``width`` answers, though better ones may come
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +122,17 @@ class Request:
     seed: int  # token i of choice c draws Philox(seed, c, i)
     deadline_unix_ms: int
     reply_to: Address
+    adapter: str = ""  # its digest, if ``model`` is an adapter: whose KV and whose matrices
+    beams: Beams | None = None  # with them the request answers for all choices of its call
 
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    @property
+    def width(self) -> int:
+        """Sequences that it decodes at once."""
+        return self.beams.width if self.beams else 1
 
     @property
     def emitted_count(self) -> int:
@@ -238,6 +273,14 @@ class Preempt:
     phase: Phase  # in which it is to be interrupted: ``PREFILLING`` or ``DECODING``
 
 
+@dataclass(frozen=True, slots=True)
+class FetchAhead:
+    """A prompt waits in the router: the worker's store may bring up what its disk has of it."""
+
+    block_keys: tuple[BlockKey, ...]
+    tenant: str
+
+
 # ── prefill → decode, decode → router → decode ───────────────────────────────────────────────────
 
 
@@ -255,7 +298,10 @@ class Handoff:
     store: Address
     tokens: tuple[int, ...]  # prompt and everything generated
     block_keys: tuple[BlockKey, ...]  # of the full blocks of ``tokens[:-1]``
-    unsent: tuple[Token, ...]  # the last tokens of ``tokens``, which no gateway has been sent
+    unsent: tuple[Token, ...]
+    """The last tokens of ``tokens``, which no gateway has been sent. Of a beam search always one:
+    the best of the first candidates, and with it as ``logprob.top`` all of them."""
+
     timing: Timing
 
     @property
@@ -288,6 +334,7 @@ class Hello:
     running_max: int  # sequences it runs at once
     chunk_tokens: int
     pid: int
+    store_has_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +430,7 @@ class TokenDelta:
     stop_reason: str | int | None = None  # the stop string or token that ended it
     error: ErrorInfo | None = None  # with finish == ERROR
     timing: Timing | None = None  # with the first tokens and with the last
+    hypothesis: int = 0  # of a beam search: whose tokens these are, counted from the best
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,21 @@ def to_tree(config: ClusterConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def changes(config: ClusterConfig) -> list[tuple[str, Any, Any]]:
+    """(name, default, value) of every setting that is not as it is by default."""
+    found: list[tuple[str, Any, Any]] = []
+
+    def compare(where: str, default: Any, value: Any) -> None:
+        if isinstance(value, dict) and isinstance(default, dict) and set(value) == set(default):
+            for key in value:
+                compare(f"{where}.{key}" if where else key, default[key], value[key])
+        elif value != default:
+            found.append((where, default, value))
+
+    compare("", to_tree(ClusterConfig()), to_tree(config))
+    return found
+
+
 def _yaml_value(text: str, source: str) -> Any:
     import yaml
 

@@ -18,6 +18,7 @@ os.environ.setdefault("PDSERVE_COMPILED", "0")
 
 # A deadline is a bound on time, and here other tests take the processor at any moment.
 hypothesis.settings.register_profile("shared processor", deadline=None)
+hypothesis.settings.register_profile("campaign", deadline=None, max_examples=20_000)
 hypothesis.settings.load_profile("shared processor")
 
 
@@ -43,6 +44,18 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -
 
 
 @pytest.fixture(scope="session")
+def small_adapters(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two of them for the small model, each large enough to change what it says."""
+    from tests.models.adapter import shapes_of, write_adapter
+
+    directory, shapes = tmp_path_factory.mktemp("adapters"), shapes_of(small_model)
+    return {
+        name: write_adapter(directory / name, shapes, rank=rank, seed=rank)
+        for name, rank in (("terse", 4), ("verbose", 8))
+    }
+
+
+@pytest.fixture(scope="session")
 def reference(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """SmolLM2 as ``transformers`` computes it, in float32."""
     from tests.models.reference import reference_model
@@ -58,9 +71,9 @@ def cluster_port() -> int:
 
 
 @pytest.fixture
-def cluster(small_model: Path, cluster_port: int) -> "TestCluster":
-    """One prefill worker, two decode workers, the small model in float32. Shared: look at counters
-    before and after, and leave it as quiet as you found it.
+def cluster(small_model: Path, small_adapters: dict[str, Path], cluster_port: int) -> "TestCluster":
+    """One prefill worker, two decode workers, the small model in float32 and two adapters. Shared:
+    look at counters before and after, and leave it as quiet as you found it.
 
     Its HTTP port is fixed: a new gateway must be found where the old one was.
     """
@@ -69,7 +82,11 @@ def cluster(small_model: Path, cluster_port: int) -> "TestCluster":
     return shared(
         settings(
             small_model,
-            model={"dtype": "float32", "served_name": "small"},
+            model={
+                "dtype": "float32",
+                "served_name": "small",
+                "adapters": {name: str(path) for name, path in small_adapters.items()},
+            },
             decode={"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512},
             prefill={"chunk_tokens": 256, "threads": 1, "pool_blocks": 512},
             # Quanta for so small a model, and a first guess of its speed that is far too good.

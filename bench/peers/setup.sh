@@ -55,6 +55,9 @@ set_up_mooncake() {
 
 set_up_redis() {
   command -v redis-server >/dev/null || packages redis-server
+  [[ -d $home/redis/bin ]] && return
+  environment "$home/redis"
+  "$home/redis/bin/pip" install -q redis hiredis
 }
 
 mkdir -p "$wheels"

@@ -33,12 +33,13 @@ from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.store_supervisor import ensure_store, supervisor_of_this_host
 from pdserve.cluster.worker_shell import WorkerShell
-from pdserve.config import ClusterConfig, PoolConfig, RouterConfig
+from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import HostId
 from pdserve.messages import Address, Role
 from pdserve.router.costs import CostModel
 from pdserve.router.scaling import wanted_replicas
+from pdserve.router_config import RouterConfig
 from pdserve.settings import from_tree, to_tree
 from pdserve.wire.hosts import local_host_id
 
@@ -93,11 +94,15 @@ def _pools_of(config: ClusterConfig) -> dict[Role, PoolConfig]:
 
 
 def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
-    actor: dict[str, Any] = {"num_cpus": pool.cpus, "resources": dict(pool.resources)}
+    # A replica reserves for all processes of its worker: they are its children, on its host.
+    actor: dict[str, Any] = {
+        "num_cpus": pool.cpus * pool.tensor_parallel,
+        "resources": dict(pool.resources),
+    }
     if pool.gpus is not None:
-        actor["num_gpus"] = pool.gpus
+        actor["num_gpus"] = pool.gpus * pool.tensor_parallel
     elif config.model.device == "cuda":
-        actor["num_gpus"] = 1
+        actor["num_gpus"] = pool.tensor_parallel
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "graceful_shutdown_timeout_s": config.drain_timeout_s + 15.0,
@@ -182,7 +187,7 @@ class Worker:
         supervisor = supervisor_of_this_host(app, directory, tcp_host, config.store)
         await self._shell.start(
             directory,
-            lambda block_bytes: ensure_store(supervisor, block_bytes),
+            lambda block_bytes, codec: ensure_store(supervisor, block_bytes, codec),
             lambda: _find_router(router),
             tcp_host=tcp_host,
         )
@@ -230,6 +235,7 @@ class Gateway:
 
 
 async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> GatewaySession:
+    from pdserve.model.adapter_files import locate_adapters
     from pdserve.model.families.registry import read_architecture
     from pdserve.model.source import locate
     from pdserve.text.tokenizer import load_tokenizer
@@ -237,6 +243,7 @@ async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> Gate
     files = await asyncio.to_thread(locate, config.model)
     architecture = await asyncio.to_thread(read_architecture, files)
     tokenizer = await asyncio.to_thread(load_tokenizer, files.path)
+    adapters = await asyncio.to_thread(locate_adapters, config.model, files.name)
     served = Served(
         name=config.model.served_name or files.name,
         context_tokens=min(
@@ -245,6 +252,7 @@ async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> Gate
         namespace=bytes.fromhex(await _namespace(router)),
         block_tokens=config.model.block_tokens,
         streams_max=config.gateway.streams_max,
+        adapters={adapter.name: adapter.digest for adapter in adapters},
     )
     session = GatewaySession(served, tokenizer, host=local_host_id())
     await session.start(

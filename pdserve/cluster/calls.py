@@ -1,16 +1,18 @@
 """What the two fronts, HTTP and gRPC, ask of the gateway's session, and what they get back.
 
 A *call* is what a client sent: ``n`` choices over one prompt. The session turns it into requests,
-one per choice, follows them through losses and new attempts, and yields *pieces* in order per
-choice. The fronts know neither attempts nor workers.
+one per choice (a beam search is one request for all), follows them through losses and new attempts,
+and yields *pieces* in order per choice. The fronts know neither attempts nor workers.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pdserve.messages import FinishReason, Sampling, ServiceClass, Stop, Timing, Token
+from pdserve.ids import BlockKey
+from pdserve.messages import Beams, FinishReason, Sampling, ServiceClass, Stop, Timing, Token
 from pdserve.text.chat import ChatTemplate
+from pdserve.text.grammar import Grammars
 from pdserve.text.tokenizer import Tokenizer
 
 
@@ -28,6 +30,15 @@ class Call:
     skip_special_tokens: bool = True
     include_stop_string: bool = False
     prompt_field: str = "messages"  # what to name when the prompt does not fit
+    adapter: str | None = None  # by its name; None: the base model
+    beams: Beams | None = None  # search for the choices, instead of drawing each
+    best_of: int | None = None  # draw so many, give the ``n`` likeliest; None: draw ``n``
+    pin_ms: int | None = None  # how long the store keeps the prompt softly; None: as any
+
+    @property
+    def request_count(self) -> int:
+        """Requests that it becomes: one per choice, but one for a whole beam search."""
+        return 1 if self.beams else self.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +55,11 @@ class Piece:
 
 class Session(Protocol):
     model_name: str
+    adapters: Collection[str]  # their names
     context_tokens: int
     tokenizer: Tokenizer
     template: ChatTemplate
+    grammars: Grammars
 
     def generate(self, call: Call) -> AsyncIterator[Piece]:
         """The pieces of all choices, interleaved; ends when every choice has its ``finish``.
@@ -56,6 +69,13 @@ class Session(Protocol):
         """
         ...
 
-    def cancel(self, call: str) -> bool:
-        """Cancels a running call by id: its pieces end with ``CANCELLED``. False: not running."""
+    def block_keys(
+        self, tokens: Sequence[int], tenant: str, adapter: str | None
+    ) -> tuple[BlockKey, ...]:
+        """What the store calls the full blocks of a tenant's prompt."""
+        ...
+
+    def cancel(self, call: str, *, tenant: str | None = None) -> bool:
+        """Cancels a running call by id: its pieces end with ``CANCELLED``. False: not running, or
+        not this tenant's; None: whoever's it is."""
         ...

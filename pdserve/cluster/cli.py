@@ -1,5 +1,5 @@
-"""The command line: ``pdserve serve | chat | status | top | doctor``, once ``compile``;
-for planning ``profile | record | simulate | plan``.
+"""The command line: ``pdserve serve | chat | status | top | doctor | keys | config``, once
+``compile``; for planning ``profile | record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
 """
@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pdserve.cluster.config_command import app as config_app
+from pdserve.cluster.keys_command import app as keys_app
+from pdserve.cluster.kv_cli import DEFAULT_URL, Url, kv
 from pdserve.cluster.vllm_flags import NOTES, ServeCommand
 from pdserve.errors import ConfigError, PdserveError
 
@@ -20,10 +23,6 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-Url = Annotated[str, typer.Option(help="Where the gateway listens.")]
 
 
 @app.command(cls=ServeCommand)
@@ -37,7 +36,7 @@ def serve(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="Of the weights, on a CPU: auto, none, file, int8 or int4.")
+        str | None, typer.Option(help="Of the weights: auto, none, file, int8, int4 or fp8.")
     ] = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
@@ -121,6 +120,9 @@ def doctor(
 
     raise typer.Exit(code=0 if examine(_config(model, {}, assignments or [])) else 1)
 
+
+app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting: part.field=value.")
@@ -231,6 +233,9 @@ def plan(
         as_json=as_json,
     )
     raise typer.Exit(code=0 if held else 1)
+
+
+app.add_typer(kv, name="kv")
 
 
 @app.command()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ def compile_here() -> Path:
         return target
     if find_spec("mypyc") is None:
         raise ConfigError("mypyc is not installed; pip install 'pdserve[compile]'")
-    compiler = os.environ.get("CC", "cc")
+    compiler = os.environ.get("CC") or str(sysconfig.get_config_var("CC"))  # as setuptools takes it
     if shutil.which(compiler.split()[0]) is None:
         raise ConfigError(f"there is no C compiler {compiler!r}; install gcc, or set CC to one")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ def set_threads(pool: PoolConfig, *, alone: bool) -> int:
     next operation comes make a decode step of a small model a third shorter.
 
     Returns:
-        how many there are.
+        how many there are, in each process of the worker.
     """
-    threads = pool.threads or len(os.sched_getaffinity(0))
+    threads = pool.threads or max(1, len(os.sched_getaffinity(0)) // pool.tensor_parallel)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if alone:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -10,6 +10,9 @@ offset of its first token, and that is all it takes:
 
 A new attempt begins where delivery stands, so what a lost worker still had to say is dropped, and
 the tokens are equal anyway: token i depends on the tokens before it and on Philox(seed, choice, i).
+
+A beam search answers for all choices of its call. Nothing of it is certain before its end, so its
+next attempt begins at the prompt, and finds the same answers: those delivered by then stay.
 """
 
 from collections.abc import Sequence
@@ -39,6 +42,11 @@ class Delivery:
         self._stops = StopStrings(request.stop.strings)
         self._include_stop_string = include_stop_string
         self._held: dict[int, TokenDelta] = {}
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        """Choices whose ``finish`` is still to come."""
+        return () if self.finished else (self.request.choice,)
 
     def next_attempt(self, keys: Sequence[BlockKey]) -> Request:
         """The request again, with everything delivered so far behind its prompt.
@@ -115,3 +123,53 @@ class Delivery:
     def _flush(self) -> str:
         text, hit = self._stops.push(self._detokenizer.flush())
         return text if hit is not None else text + self._stops.flush()
+
+
+class BeamDelivery:
+    """A beam search's way to its client: each hypothesis is delivered as a choice of its own."""
+
+    def __init__(
+        self, request: Request, detokenizer: Detokenizer, *, include_stop_string: bool = False
+    ) -> None:
+        """``detokenizer`` has had the prompt, and is left as it is."""
+        assert request.beams is not None, f"{request.request} is no beam search"
+        self.request = request
+        self.finished = False
+        self._choices = [
+            Delivery(
+                replace(request, choice=choice),
+                detokenizer.fork(),
+                include_stop_string=include_stop_string,
+            )
+            for choice in range(request.beams.n)
+        ]
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        if self.finished:
+            return ()
+        return tuple(choice for each in self._choices for choice in each.open_choices)
+
+    def next_attempt(self, keys: Sequence[BlockKey]) -> Request:
+        """The request again, from its prompt on; ``keys`` are those of ``tokens_so_far()``."""
+        for each in self._choices:
+            each.next_attempt(())  # it is never submitted
+        self.request = replace(
+            self.request, attempt=self.request.attempt + 1, block_keys=tuple(keys)
+        )
+        return self.request
+
+    def tokens_so_far(self) -> tuple[int, ...]:
+        return self.request.tokens
+
+    def on_delta(self, delta: TokenDelta) -> list[Piece]:
+        """As ``Delivery.on_delta``. An error is that of all choices."""
+        if self.finished:
+            return []
+        try:
+            pieces = self._choices[delta.hypothesis].on_delta(delta)
+        except PdserveError:
+            self.finished = True
+            raise
+        self.finished = not self.open_choices
+        return pieces

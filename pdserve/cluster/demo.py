@@ -1,16 +1,18 @@
 """``make demo``: why prefill and decode are apart, why prefills are preempted, why KV is kept.
 
-Three acts on a real cluster with the real model; every figure is measured while it is shown.
+Four acts on a real cluster with the real model; every figure is measured while it is shown.
 
 1. Six chats arrive while a long prompt is being prefilled: once with preemption off, once on.
 2. ``kill -9`` of the decode worker in mid-sentence: the sentence goes on.
 3. A long document is asked about twice; in between, others push it out of the workers' memory.
+4. Everything is started again, and the document asked about once more.
 """
 
 import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +25,7 @@ from rich.table import Table
 
 from pdserve.cluster.http_client import get_json, post_events
 from pdserve.cluster.local import interrupt_once, local_cluster
-from pdserve.config import ClusterConfig, GatewayConfig, PoolConfig
+from pdserve.config import ClusterConfig, GatewayConfig, GiB, PoolConfig, StoreConfig
 
 LONG_PROMPT_TOKENS = 3000
 CHAT_COUNT = 6
@@ -50,15 +52,21 @@ class Line:
 
 
 def main() -> None:
-    begun = time.monotonic()
     interrupt_once()
+    with tempfile.TemporaryDirectory(prefix="pdserve-demo-") as disk:
+        _show(disk)
+
+
+def _show(disk: str) -> None:
+    begun = time.monotonic()
     config = ClusterConfig(
         prefill=PoolConfig(pool_blocks=POOL_BLOCKS, chunk_tokens=256, nice=5),
         decode=PoolConfig(pool_blocks=POOL_BLOCKS),
         gateway=GatewayConfig(http_port=0, grpc_port=-1),
+        store=StoreConfig(ssd_directory=disk, ssd_bytes=GiB),
         tcp=False,
     )
-    console.print("[bold]pdserve demo[/]: about 90 seconds, all figures measured as you watch\n")
+    console.print("[bold]pdserve demo[/]: about two minutes, all figures measured as you watch\n")
     console.print(
         f"[bold]1[/] {CHAT_COUNT} chats arrive behind a prompt of {LONG_PROMPT_TOKENS} tokens: the "
         f"wait for each token\n  [dim]{BARS[0]} {BAR_S_MIN * 1000:.0f} ms … {BARS[-1]} "
@@ -73,6 +81,7 @@ def main() -> None:
         _warm(cluster.http)
         with_ = _chats_behind_a_long_prompt(cluster.http)
         _show_gaps("preemption on", with_)
+        document = _tokens(DOCUMENT_TOKENS, seed=time.time_ns())
         lines = [
             Line(
                 "slowest first token of a chat",
@@ -81,8 +90,12 @@ def main() -> None:
             ),
             Line("longest gap inside a chat", _ms(max(_gaps(without))), _ms(max(_gaps(with_)))),
             _killed_in_mid_sentence(cluster.http),
-            _asked_twice(cluster.http),
+            _asked_twice(cluster.http, document),
         ]
+    console.print("\n[bold]4[/] everything ends and is started again")
+    with local_cluster(config) as cluster:
+        _warm(cluster.http)
+        lines.append(_asked_after_a_restart(cluster.http, document))
     table = Table(title="\nmeasured just now", title_justify="left", box=box.SIMPLE_HEAD)
     for column, width in (("", 38), ("without", 9), ("with", 26)):
         table.add_column(column, width=width)
@@ -203,9 +216,8 @@ def _texts(events: Iterator[dict[str, Any]]) -> Iterator[str]:
 # ── act 3 ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _asked_twice(url: str) -> Line:
+def _asked_twice(url: str, document: list[int]) -> Line:
     console.print(f"\n[bold]3[/] a document of {DOCUMENT_TOKENS} tokens, asked about twice")
-    document = _tokens(DOCUMENT_TOKENS, seed=time.time_ns())
     first_s = _first_token_s(url, document)
     for index in range(3):  # more than the workers' own memory holds
         _first_token_s(url, _tokens(DOCUMENT_TOKENS, seed=time.time_ns() + index))
@@ -214,6 +226,18 @@ def _asked_twice(url: str) -> Line:
         f"  first token after {_ms(first_s)}; again, from host memory, after {_ms(again_s)}"
     )
     return Line("long document asked again, first token", _ms(first_s), _ms(again_s))
+
+
+# ── act 4 ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _asked_after_a_restart(url: str, document: list[int]) -> Line:
+    again_s = _first_token_s(url, document)
+    unknown_s = _first_token_s(url, _tokens(DOCUMENT_TOKENS, seed=time.time_ns()))
+    console.print(
+        f"  the same document, from the disk, after {_ms(again_s)}; another after {_ms(unknown_s)}"
+    )
+    return Line("the same after a restart, first token", _ms(unknown_s), _ms(again_s))
 
 
 def _first_token_s(url: str, tokens: list[int]) -> float:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pdserve.cluster.app import sockets_directory
+from pdserve.cluster.splitting import check_parts
 from pdserve.config import ClusterConfig, GiB
 from pdserve.errors import ConfigError
 
@@ -44,18 +45,23 @@ def _findings(config: ClusterConfig) -> Iterator[Finding]:
 
 
 def _model(config: ClusterConfig) -> Finding:
+    from pdserve.model.adapter_files import locate_adapters
     from pdserve.model.families.registry import read_architecture
-    from pdserve.model.source import locate
+    from pdserve.model.source import locate, storage
 
     try:
         files = locate(config.model)
+        stored_as = storage(files)
         architecture = read_architecture(files)
+        adapters = locate_adapters(config.model, files.name)
+        check_parts(config)
     except ConfigError as error:
         return Finding(False, f"model: {error}")
     return Finding(
         True,
         f"model {files.name}: {architecture.family}, {architecture.layer_count} layers, context "
-        f"{architecture.context_tokens} tokens, {files.path}",
+        f"{architecture.context_tokens} tokens, weights {stored_as}, {len(adapters)} adapters, "
+        f"{files.path}",
     )
 
 

@@ -7,17 +7,23 @@ them (``SO_REUSEPORT``).
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from pdserve.cluster.access import Doorkeeper
+from pdserve.cluster.certificates import certificate_of, grpc_credentials
 from pdserve.cluster.http.app import create_app
+from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
 from pdserve.cluster.session import GatewaySession
-from pdserve.config import ClusterConfig
+from pdserve.cluster.store_metrics import render, reports_of
+from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import ConfigError
+from pdserve.wire.tls import CERT_REQUIRED
 
 STOP_S = 5.0
 """How long open connections may go on once the gateway leaves."""
@@ -40,9 +46,19 @@ class Front:
     ) -> None:
         self._session = session
         self._config = config.gateway
+        keys = config.gateway.api_keys
+        self._doorkeeper = Doorkeeper(None if keys is None else Path(keys))
+        self._tenants = config.store.tenant_shares
         self.app: FastAPI = create_app(
-            session, config=config.gateway, snapshot=snapshot, recording=recording
+            session,
+            config=config.gateway,
+            snapshot=snapshot,
+            recording=recording,
+            doorkeeper=self._doorkeeper,
+            stores=self._store_figures,
         )
+        session.pinning = self._pinning = Pinning(snapshot)
+        self._keeping: asyncio.Task[None] | None = None
         self.ports: dict[str, int] = {}
         self._grpc: GrpcServer | None = None
         self._http: uvicorn.Server | None = None
@@ -50,20 +66,30 @@ class Front:
 
     async def start(self) -> None:
         """Raises ConfigError where a port is taken by somebody else."""
+        self._keeping = asyncio.create_task(self._pinning.run())
         if self._config.http_port >= 0:
             await self._start_http()
         if self._config.grpc_port >= 0:
             self._grpc = await serve_grpc(
-                self._session, config=self._config, metrics=self.app.state.metrics
+                self._session,
+                config=self._config,
+                metrics=self.app.state.metrics,
+                credentials=grpc_credentials(self._config),
+                doorkeeper=self._doorkeeper,
             )
             self.ports["grpc"] = self._grpc.port
 
     async def stop(self) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
         if self._grpc is not None:
             await self._grpc.stop()
         if self._http is not None and self._serving is not None:
             self._http.should_exit = True
             await self._serving
+
+    async def _store_figures(self, snapshot: Mapping[str, Any]) -> bytes:
+        return render(await reports_of(snapshot), self._tenants)
 
     async def _start_http(self) -> None:
         listening = self._bind(self._config.http_port)
@@ -76,6 +102,7 @@ class Front:
                 lifespan="off",
                 timeout_graceful_shutdown=int(STOP_S),
                 timeout_keep_alive=KEEP_ALIVE_S,
+                **_tls(self._config),
             )
         )
         # Off the main thread, as replicas are, uvicorn leaves signals to their owner.
@@ -99,3 +126,20 @@ class Front:
             ) from error
         listening.listen(2048)
         return listening
+
+
+def _tls(config: GatewayConfig) -> dict[str, Any]:
+    """What uvicorn wants to be told."""
+    if config.tls_certificate is None:
+        return {}
+    certificate_of(config)  # what is wrong with the files is said here, by name
+    wanted: dict[str, Any] = {
+        "ssl_certfile": config.tls_certificate,
+        "ssl_keyfile": config.tls_key,
+    }
+    if config.tls_client_authority is not None:
+        wanted |= {
+            "ssl_ca_certs": config.tls_client_authority,
+            "ssl_cert_reqs": CERT_REQUIRED,
+        }
+    return wanted

@@ -1,8 +1,8 @@
 """Several calls as one stream of batches: whatever is ready at once comes out together.
 
-    session.generate(call 0) ──pump──┐
-    session.generate(call 1) ──pump──┼─► bounded list of ready pieces ──► batches()
-    …                        ──pump──┘
+    answered(session, call 0) ──pump──┐
+    answered(session, call 1) ──pump──┼─► bounded list of ready pieces ──► batches()
+    …                         ──pump──┘
 
 One pump task per call. A consumer that is slow to write finds several pieces waiting and sends
 them in one write; one that is far too slow stops the pumps. Leaving the generator, in whatever
@@ -12,9 +12,9 @@ way, cancels the pumps and so closes every call's iterator before it returns.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import cast
 
 from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.cluster.ranking import answered
 from pdserve.cluster.why import why_log
 from pdserve.errors import PdserveError
 
@@ -36,7 +36,7 @@ async def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[lis
     wake = asyncio.Event()
 
     async def pump(index: int, call: Call) -> None:
-        iterator = cast("AsyncGenerator[Piece]", session.generate(call))
+        iterator = answered(session, call)
         why = why_log(call)
         try:
             async with aclosing(iterator):

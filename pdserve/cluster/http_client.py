@@ -2,25 +2,54 @@
 
 import http.client
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from pdserve.errors import ConfigError, PdserveError
+from pdserve.wire.tls import public_context
 
 TIMEOUT_S = 600.0
 
+KEY_VARIABLE = "PDSERVE_API_KEY"
+"""Where our commands look for a key, if the gateway wants one."""
+
 
 def get_json(url: str, path: str, *, timeout_s: float = 5.0) -> Any:
-    """Raises ConfigError where nothing listens at ``url``."""
+    """
+    Raises:
+        ConfigError: nothing listens at ``url``.
+        PdserveError: the server refused.
+    """
     connection = _connect(url, timeout_s)
     try:
-        connection.request("GET", path)
-        return json.loads(connection.getresponse().read())
+        connection.request("GET", path, headers=_key())
+        response = connection.getresponse()
+        body = json.loads(response.read())
     except OSError as error:
         raise _nobody(url, error) from error
     finally:
         connection.close()
+    if response.status != 200:
+        raise PdserveError(_message(body))
+    return body
+
+
+def post_json(url: str, path: str, body: dict[str, Any]) -> Any:
+    """The answer's body. Raises PdserveError where the server refused."""
+    connection = _connect(url, TIMEOUT_S)
+    try:
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    except OSError as error:
+        raise _nobody(url, error) from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise PdserveError(_message(answer))
+    return answer
 
 
 def post_events(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -31,7 +60,9 @@ def post_events(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str,
     """
     connection = _connect(url, TIMEOUT_S)
     try:
-        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        connection.request(
+            "POST", path, json.dumps(body), {"content-type": "application/json", **_key()}
+        )
         response = connection.getresponse()
         if response.status != 200:
             raise PdserveError(_message(json.loads(response.read())))
@@ -52,9 +83,18 @@ def post_events(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str,
 
 def _connect(url: str, timeout_s: float) -> http.client.HTTPConnection:
     parts = urlsplit(url)
-    if parts.scheme != "http" or parts.hostname is None:
+    if parts.scheme not in ("http", "https") or parts.hostname is None:
         raise ConfigError(f"url is {url!r}, must look like http://127.0.0.1:8000")
+    if parts.scheme == "https":
+        return http.client.HTTPSConnection(
+            parts.hostname, parts.port or 443, timeout=timeout_s, context=public_context()
+        )
     return http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+
+
+def _key() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE)
+    return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
 def _nobody(url: str, error: OSError) -> ConfigError:

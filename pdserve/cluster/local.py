@@ -120,8 +120,9 @@ def _run(config: ClusterConfig, directory: Path) -> LocalCluster:
         raise ConfigError(f"the cluster did not start: {_reason(error)}") from error
     ports = json.loads(serve.get_app_handle(APP).addresses.remote().result(timeout_s=10))
     host = config.gateway.host
+    scheme = "http" if config.gateway.tls_certificate is None else "https"
     return LocalCluster(
-        http=f"http://{host}:{ports['http']}" if "http" in ports else "",
+        http=f"{scheme}://{host}:{ports['http']}" if "http" in ports else "",
         grpc=f"{host}:{ports['grpc']}" if "grpc" in ports else "",
         directory=directory,
     )
@@ -148,6 +149,7 @@ def end(directory: Path) -> None:
     if ray.is_initialized():
         with contextlib.suppress(Exception):  # whatever is broken, the next steps still clean up
             serve.shutdown()
+            _wait_for_end_of_serve()
         with contextlib.suppress(Exception):
             asyncio.run(stop_stores(APP))
         ray.shutdown()
@@ -155,6 +157,19 @@ def end(directory: Path) -> None:
     deadline = time.monotonic() + REMOVE_S_MAX
     while directory.exists() and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _wait_for_end_of_serve() -> None:
+    """Its controller answers before it is gone. Who starts Serve on the same Ray in between would
+    be given the one that is about to end."""
+    from ray.util import list_named_actors
+
+    deadline = time.monotonic() + REMOVE_S_MAX
+    while time.monotonic() < deadline:
+        names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+        if "SERVE_CONTROLLER_ACTOR" not in names:
+            return
+        time.sleep(0.02)
 
 
 def _short_temp() -> str:

@@ -7,12 +7,13 @@ range check, because it compares with nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from pdserve.cluster.calls import Call
+from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.pinning import lifetime_ms_of
 from pdserve.errors import InvalidField, PromptTooLong, UnknownModel
-from pdserve.messages import Sampling, ServiceClass, Stop
+from pdserve.messages import Beams, Constraint, Sampling, ServiceClass, Stop
 
 DEFAULT_TENANT = "default"
 
@@ -21,10 +22,13 @@ STOP_STRING_CHARACTERS_MAX = 1024
 STOP_TOKENS_MAX = 256
 LOGIT_BIAS_MAX = 1024
 LOGPROBS_MAX = 20
+PIN_MS_MAX = 24 * 3600 * 1000
 TENANT_CHARACTERS_MAX = 256
 MODEL_CHARACTERS_MAX = 256
 TOP_K_MAX = 2**31 - 1
 NO_REPEAT_NGRAM_SIZE_MAX = 64  # each token is compared with what came before, so many deep
+BEAM_WIDTH_MAX = 16  # each beam is a sequence of a decode worker's batch, with blocks of its own
+LENGTH_PENALTY_MAX = 10.0  # longer contexts than a million tokens to this power are still floats
 SHOWN_CHARACTERS_MAX = 60
 
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
@@ -72,6 +76,13 @@ class Parameters:
     logprobs_field: str = "logprobs"  # what the client calls that number
     user: str | None = None
     service_tier: str | None = None
+    prompt_cache_retention: str | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    constraint: Constraint | None = None  # ``constraints.check`` compiles it
+    constraint_field: str = ""  # what the client calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +103,37 @@ def call_of(
     prompt_field: str,
     default_max_tokens: int | None,
     deadline_unix_ms: int,
+    adapter: str | None = None,
+    tenant: str | None = None,
+    stream: bool = False,
 ) -> Call:
     """The call that a client's parameters and one prompt make.
+
+    Args:
+        tenant: whose key was sent; it counts, whatever ``user`` says.
+        stream: the answer is to be told while it comes; a beam search and ``best_of`` cannot be.
 
     Raises:
         InvalidField, PromptTooLong: the first thing that is out of bounds.
     """
+    beams = beams_of(parameters, limits)
+    best_of = None if beams else drawn_count(parameters, limits)
+    sampling = sampling_of(parameters, limits)
+    if beams and parameters.constraint is not None:
+        raise InvalidField(
+            parameters.constraint_field,
+            "is not followed by a beam search; leave it out, or use_beam_search",
+        )
+    if stream and (beams or best_of):
+        raise InvalidField(
+            "use_beam_search" if beams else "best_of",
+            "has its answers when all are complete, which cannot be streamed; set stream to false",
+        )
     return Call(
         call=call,
         prompt=prompt,
         n=choice_count(parameters, limits),
-        sampling=sampling_of(parameters, limits),
+        sampling=replace(sampling, temperature=0.0) if beams else sampling,
         stop=stop_of(
             parameters,
             limits,
@@ -111,28 +142,86 @@ def call_of(
             default_max_tokens=default_max_tokens,
         ),
         seed=seed_of(parameters),
-        tenant=tenant_of(parameters),
+        tenant=tenant_of(parameters.user) if tenant is None else tenant,
         service_class=service_class_of(parameters),
         deadline_unix_ms=deadline_unix_ms,
         skip_special_tokens=parameters.skip_special_tokens is not False,
         include_stop_string=bool(parameters.include_stop_str_in_output),
         prompt_field=prompt_field,
+        adapter=adapter,
+        beams=beams,
+        best_of=best_of,
+        pin_ms=pin_ms_of(parameters),
     )
 
 
-def check_model(model: str | None, served: str) -> None:
-    """Raises UnknownModel for any but the served one; nothing said is the served one."""
-    if not model or model == served:
-        return
+def check_model(model: str | None, session: Session) -> str | None:
+    """The adapter that ``model`` names; None for the base model, also where nothing is said.
+
+    Raises:
+        UnknownModel: it is neither.
+    """
+    if not model or model == session.model_name:
+        return None
+    if model in session.adapters:
+        return model
     if len(model) > MODEL_CHARACTERS_MAX:
         raise InvalidField(
             "model", f"has {len(model)} characters, at most {MODEL_CHARACTERS_MAX} are allowed"
         )
-    raise UnknownModel(model, served)
+    raise UnknownModel(model, session.model_name, *session.adapters)
 
 
 def choice_count(parameters: Parameters, limits: Limits) -> int:
     return _whole("n", parameters.n, 1, 1, limits.n_max)
+
+
+def drawn_count(parameters: Parameters, limits: Limits) -> int | None:
+    """How many choices are to be drawn for the ``n`` best of them; None: no more than ``n``."""
+    n = choice_count(parameters, limits)
+    if parameters.best_of is None or parameters.best_of == n:
+        return None
+    if parameters.best_of < n:
+        raise InvalidField("best_of", f"is {shown(parameters.best_of)}, must be at least n, {n}")
+    return _whole("best_of", parameters.best_of, n, n, limits.n_max)
+
+
+def beams_of(parameters: Parameters, limits: Limits) -> Beams | None:
+    """The beam search that is asked for; its width is ``best_of``, or ``n`` where that is not said.
+
+    Raises:
+        InvalidField: out of bounds, or what has no meaning with it, or without it.
+    """
+    p = parameters
+    if not p.use_beam_search:
+        for name, default in (("length_penalty", 1), ("early_stopping", False)):
+            if getattr(p, name) not in (None, default):
+                problem = f"is {shown(getattr(p, name))}, which needs use_beam_search to be true"
+                raise InvalidField(name, problem)
+        return None
+    drawing = (("temperature", 0), ("top_p", 1), ("top_k", 0), ("min_p", 0))
+    for name, off in drawing:
+        value = getattr(p, name)
+        if value not in (None, off) and (name, value) != ("top_k", -1):
+            problem = f"is {shown(value)}, but a beam search draws nothing; leave it out"
+            raise InvalidField(name, f"{problem} or set it to {off}")
+    if p.early_stopping not in (None, False, True, "never"):
+        raise InvalidField(
+            "early_stopping", f'is {shown(p.early_stopping)}, must be true, false or "never"'
+        )
+    n = choice_count(p, limits)
+    width = drawn_count(p, limits) or n
+    if width > BEAM_WIDTH_MAX:
+        name = "n" if p.best_of is None else "best_of"
+        raise InvalidField(name, f"is {width}, at most {BEAM_WIDTH_MAX} beams are allowed")
+    return Beams(
+        width,
+        n,
+        length_penalty=_number(
+            "length_penalty", p.length_penalty, 1.0, -LENGTH_PENALTY_MAX, LENGTH_PENALTY_MAX
+        ),
+        early_stopping=p.early_stopping is True,
+    )
 
 
 def seed_of(parameters: Parameters) -> int | None:
@@ -142,13 +231,27 @@ def seed_of(parameters: Parameters) -> int | None:
     return _whole("seed", parameters.seed, 0, SEED_MIN, SEED_MAX) % 2**63
 
 
-def tenant_of(parameters: Parameters) -> str:
-    user = parameters.user or DEFAULT_TENANT
+def tenant_of(user: str | None) -> str:
+    """Whom a request is for, by its ``user``."""
+    user = user or DEFAULT_TENANT
     if len(user) > TENANT_CHARACTERS_MAX:
         raise InvalidField(
             "user", f"has {len(user)} characters, at most {TENANT_CHARACTERS_MAX} are allowed"
         )
     return user
+
+
+def pin_ms_of(parameters: Parameters) -> int | None:
+    """How long the prompt's blocks get a soft pin; None: not at all."""
+    text = parameters.prompt_cache_retention
+    if text is None or text in ("in_memory", "in-memory"):
+        return None
+    lifetime_ms = lifetime_ms_of(text)
+    if lifetime_ms is None or lifetime_ms > PIN_MS_MAX:
+        raise InvalidField(
+            "prompt_cache_retention", f"is {text!r}; in_memory or a time up to 24h, as 30m, will do"
+        )
+    return lifetime_ms
 
 
 def service_class_of(parameters: Parameters) -> ServiceClass:
@@ -180,6 +283,7 @@ def sampling_of(parameters: Parameters, limits: Limits) -> Sampling:
         no_repeat_ngram_size=_whole(
             "no_repeat_ngram_size", p.no_repeat_ngram_size, 0, 0, NO_REPEAT_NGRAM_SIZE_MAX
         ),
+        constraint=p.constraint,
     )
 
 

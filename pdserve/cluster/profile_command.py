@@ -48,7 +48,7 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
     # As workers are started: threads that wait by sleeping take other paths.
     pool = config.decode if config.router.mode == "aggregated" else config.prefill
     threads = set_threads(pool, alone=config.has_one_worker)
-    from pdserve.model.load import load_runner
+    from pdserve.engine.leader import load_leader
     from pdserve.model.source import locate
 
     console = Console(highlight=False)
@@ -59,8 +59,10 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
 
     files = locate(config.model)
     say(f"loading {files.name}; measuring takes up to two minutes, keep the machine idle")
-    runner = load_runner(
+    runner, followers = load_leader(
         config.model,
+        rank_count=pool.tensor_parallel,
+        part_count=config.tensor_parts,
         block_count=config.decode.pool_blocks,
         pool_bytes=config.decode.pool_bytes,
         threads=pool.threads,
@@ -68,7 +70,10 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
     bench = Bench(
         runner, chunk_tokens=config.prefill.chunk_tokens, running_max=config.decode.running_max
     )
-    measured = measure(bench, say, alone=config.has_one_worker)
+    try:
+        measured = measure(bench, say, alone=config.has_one_worker)
+    finally:
+        followers.close()
     block_tokens = runner.pool.block_tokens
     costs, about = fitted(files.name, measured, runner.pool.block_bytes // block_tokens)
     path = out or Path(f"{files.name}.profile.yaml")

@@ -5,6 +5,7 @@ a thread, so that it does not hold up every stream of the gateway.
 """
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,11 +73,36 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidField(f"{where}.role", f"is {shown(role)}, must be one of {', '.join(ROLES)}")
     content = message.get("content")
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        content = ""  # an assistant that called a tool need not have said anything
+    if role == "assistant" and message.get("tool_calls"):
+        content = content or ""  # an assistant that called a tool need not have said anything
+        message = {**message, "tool_calls": _calls(f"{where}.tool_calls", message["tool_calls"])}
     # The developer role is OpenAI's newer word for system; templates know the older one.
     known = {"role": "system" if role == "developer" else role}
     return {**message, **known, "content": _text(f"{where}.content", content)}
+
+
+def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """Calls with their arguments as objects, as chat templates read them; clients send JSON."""
+    if not isinstance(calls, list):
+        raise InvalidField(where, f"is {shown(calls)}, must be a list of calls")
+    return [_call(f"{where}.{index}.function", call) for index, call in enumerate(calls)]
+
+
+def _call(where: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidField(
+            where, f"is {shown(function)}, must be an object with name and arguments"
+        )
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise InvalidField(
+                f"{where}.arguments", f"is {shown(arguments)}, which is not JSON"
+            ) from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text(where: str, content: Any) -> str:

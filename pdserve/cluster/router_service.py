@@ -15,7 +15,6 @@ from typing import assert_never
 
 from pdserve.clock import S, monotonic
 from pdserve.cluster.recording import Recorder
-from pdserve.config import RouterConfig
 from pdserve.errors import PdserveError, QueueFull, StoreUnavailable
 from pdserve.ids import HostId, WorkerId
 from pdserve.lifecycle import Event
@@ -34,6 +33,7 @@ from pdserve.messages import (
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
 from pdserve.router.costs import CostModel
 from pdserve.router.snapshot import RouterSnapshot
+from pdserve.router_config import RouterConfig
 from pdserve.wire.connection import Connection
 from pdserve.wire.listener import Listener
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from pdserve.cluster.chat_command import ask
-from pdserve.cluster.http_client import get_json
+from pdserve.cluster.http_client import KEY_VARIABLE, get_json
 from pdserve.cluster.local import LocalCluster, interrupt_once, local_cluster
+from pdserve.cluster.splitting import check_parts
 from pdserve.config import ClusterConfig
 
 START_S_TYPICAL = 20
@@ -44,13 +45,19 @@ def run(
         f"pdserve: {config.model.source}, {workers}; the first start takes about "
         f"{START_S_TYPICAL} s on two cores"
     )
+    if ray_address is None:  # elsewhere the model's files may not be here
+        check_parts(config)
     interrupt_once()
     try:
         with local_cluster(config, progress=progress, ray_address=ray_address) as cluster:
             progress("ready")
-            if first_chat and cluster.http:
-                _show_first_chat(console, cluster, begun)
-            _show_next(console, cluster)
+            if config.gateway.api_keys is not None and KEY_VARIABLE not in os.environ:
+                console.print(f"Whoever asks needs a key, our commands too ({KEY_VARIABLE}=…).")
+                console.print("Ctrl-C stops everything.")
+            else:
+                if first_chat and cluster.http:
+                    _show_first_chat(console, cluster, begun)
+                _show_next(console, cluster)
             while True:
                 signal.pause()
     except KeyboardInterrupt:

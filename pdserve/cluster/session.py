@@ -2,9 +2,10 @@
 
     front ──Call──► session ──Submit──► router … decode ──TokenBatch──► session ──Piece──► front
 
-One choice is one request. The first choice goes ahead alone; when its first token is back, its
-prompt's blocks are in the store, and the others follow and find them there. So n choices cost one
-prefill, on any number of prefill workers.
+One choice is one request, but for a beam search, which is one request for all its choices. The
+first choice goes ahead alone; when its first token is back, its prompt's blocks are in the store,
+and the others follow and find them there. So n choices cost one prefill, on any number of prefill
+workers.
 
 A lost worker, a router that came back, a broken hand-off: all end in the same place, `_again`,
 which submits the prompt and what was delivered as the next attempt. Recovery is admission.
@@ -14,14 +15,15 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pdserve.clock import unix_ms
 from pdserve.cluster.calls import Call, Piece
-from pdserve.cluster.delivery import Delivery
+from pdserve.cluster.delivery import BeamDelivery, Delivery
 from pdserve.cluster.link import RouterLink
+from pdserve.cluster.pinning import Pinning
 from pdserve.errors import (
     CapacityError,
     DeadlineExceeded,
@@ -30,7 +32,7 @@ from pdserve.errors import (
     QueueFull,
 )
 from pdserve.ids import BlockKey, HostId, RequestId, new_request_id
-from pdserve.kvstore.keys import block_keys
+from pdserve.kvstore.keys import adapter_namespace, block_keys
 from pdserve.messages import (
     Address,
     Cancel,
@@ -44,6 +46,7 @@ from pdserve.messages import (
 )
 from pdserve.text.chat import ChatTemplate, chat_template_of
 from pdserve.text.detokenizer import Detokenizer
+from pdserve.text.grammar import Grammars
 from pdserve.text.tokenizer import Tokenizer
 from pdserve.wire.connection import Connection
 from pdserve.wire.listener import Listener
@@ -67,6 +70,7 @@ class Served:
     namespace: bytes
     block_tokens: int
     streams_max: int
+    adapters: Mapping[str, str] = field(default_factory=dict)  # name → digest
 
 
 @dataclass(slots=True)
@@ -76,8 +80,9 @@ class _Running:
     call: Call
     seed: int
     pieces: asyncio.Queue[Piece | PdserveError] = field(default_factory=asyncio.Queue)
-    requests: dict[RequestId, Delivery] = field(default_factory=dict)
+    requests: dict[RequestId, Delivery | BeamDelivery] = field(default_factory=dict)
     started_count: int = 0
+    is_pinned: bool = False  # the stores will be told to keep its prompt
 
 
 class GatewaySession:
@@ -85,9 +90,14 @@ class GatewaySession:
 
     def __init__(self, served: Served, tokenizer: Tokenizer, *, host: HostId) -> None:
         self.model_name = served.name
+        self.adapters: Collection[str] = served.adapters
         self.context_tokens = served.context_tokens
         self.tokenizer = tokenizer
         self.template: ChatTemplate = chat_template_of(tokenizer)
+        self.grammars = Grammars(tokenizer)
+        self.pinning: Pinning | None = None
+        """Tells the stores which prompts to keep, where somebody runs it."""
+
         self._served = served
         self._host = host
         self._calls: dict[str, _Running] = {}
@@ -136,21 +146,30 @@ class GatewaySession:
             open_count = call.n
             while open_count:
                 piece = await _next_piece(running)
-                if running.started_count < call.n:
-                    self._begin(running, call.n)
+                self._pin_once(running)
+                if running.started_count < call.request_count:
+                    self._begin(running, call.request_count)
                 open_count -= piece.finish is not None
                 yield piece
         finally:
             self._forget(running)
 
-    def cancel(self, call: str) -> bool:
+    def _pin_once(self, running: _Running) -> None:
+        """With the first piece, when the prompt's blocks are stored."""
+        call = running.call
+        if call.pin_ms is not None and self.pinning is not None and not running.is_pinned:
+            running.is_pinned = True
+            keys = self.block_keys(call.prompt, call.tenant, call.adapter)
+            self.pinning.keep(keys, call.pin_ms)
+
+    def cancel(self, call: str, *, tenant: str | None = None) -> bool:
         running = self._calls.get(call)
-        if running is None:
+        if running is None or tenant not in (None, running.call.tenant):
             return False
-        waiting = range(running.started_count, running.call.n)
-        open_choices = [d.request.choice for d in running.requests.values() if not d.finished]
+        waiting = range(running.started_count, running.call.request_count)
+        open_choices = [choice for d in running.requests.values() for choice in d.open_choices]
         self._forget(running)
-        running.started_count = running.call.n
+        running.started_count = running.call.request_count
         for choice in [*open_choices, *waiting]:
             running.pieces.put_nowait(Piece(choice, "", (), FinishReason.CANCELLED))
         return True
@@ -168,8 +187,9 @@ class GatewaySession:
             raise CapacityError(f"a call {call.call} is running already", retry_after_ms=1000)
 
     def _begin(self, running: _Running, count: int) -> None:
-        """Submits choices until ``count`` of the call have begun."""
+        """Submits requests until ``count`` of the call have begun."""
         call = running.call
+        adapter = "" if call.adapter is None else self._served.adapters[call.adapter]
         room_tokens = self.context_tokens - len(call.prompt)
         stop = replace(call.stop, max_tokens=min(call.stop.max_tokens, room_tokens))
         for choice in range(running.started_count, count):
@@ -177,10 +197,10 @@ class GatewaySession:
                 request=new_request_id(),
                 attempt=0,
                 choice=choice,
-                model=self.model_name,
+                model=call.adapter or self.model_name,
                 tokens=call.prompt,
                 prompt_tokens=len(call.prompt),
-                block_keys=self._keys(call.prompt, call.tenant),
+                block_keys=self._keys(call.prompt, call.tenant, adapter),
                 tenant=call.tenant,
                 service_class=call.service_class,
                 sampling=call.sampling,
@@ -188,13 +208,16 @@ class GatewaySession:
                 seed=running.seed,
                 deadline_unix_ms=call.deadline_unix_ms,
                 reply_to=self._address(),
+                adapter=adapter,
+                beams=call.beams,
             )
             detokenizer = Detokenizer(
                 self.tokenizer,
                 prompt=call.prompt,
                 skip_special_tokens=call.skip_special_tokens,
             )
-            running.requests[request.request] = Delivery(
+            deliver = Delivery if call.beams is None else BeamDelivery
+            running.requests[request.request] = deliver(
                 request, detokenizer, include_stop_string=call.include_stop_string
             )
             self._by_request[request.request] = running
@@ -241,9 +264,9 @@ class GatewaySession:
         if delivery and not delivery.finished and delivery.request.attempt == attempt:
             self._again(delivery)
 
-    def _again(self, delivery: Delivery) -> None:
-        tokens = delivery.tokens_so_far()
-        keys = self._keys(tokens, delivery.request.tenant)
+    def _again(self, delivery: Delivery | BeamDelivery) -> None:
+        request, tokens = delivery.request, delivery.tokens_so_far()
+        keys = self._keys(tokens, request.tenant, request.adapter)
         self._post(Submit(delivery.next_attempt(keys)))
 
     # ── the workers' side ────────────────────────────────────────────────────────────────────────
@@ -267,20 +290,28 @@ class GatewaySession:
                     case other:
                         log.warning("a worker sent a %s, which no gateway expects", type(other))
 
-    def _find(self, request: RequestId) -> tuple[_Running | None, Delivery | None]:
+    def _find(self, request: RequestId) -> tuple[_Running | None, Delivery | BeamDelivery | None]:
         running = self._by_request.get(request)
         return running, running.requests.get(request) if running else None
 
-    def _end(self, running: _Running, delivery: Delivery, error: PdserveError) -> None:
+    def _end(
+        self, running: _Running, delivery: Delivery | BeamDelivery, error: PdserveError
+    ) -> None:
         delivery.finished = True
         self._by_request.pop(delivery.request.request, None)
         running.pieces.put_nowait(error)
 
     # ── small things ─────────────────────────────────────────────────────────────────────────────
 
-    def _keys(self, tokens: tuple[int, ...], tenant: str) -> tuple[BlockKey, ...]:
-        served = self._served
-        return block_keys(served.namespace, tokens, served.block_tokens, tenant=tenant)
+    def block_keys(
+        self, tokens: Sequence[int], tenant: str, adapter: str | None
+    ) -> tuple[BlockKey, ...]:
+        digest = "" if adapter is None else self._served.adapters[adapter]
+        return self._keys(tuple(tokens), tenant, digest)
+
+    def _keys(self, tokens: tuple[int, ...], tenant: str, adapter: str) -> tuple[BlockKey, ...]:
+        namespace = adapter_namespace(self._served.namespace, adapter)
+        return block_keys(namespace, tokens, self._served.block_tokens, tenant=tenant)
 
     def _address(self) -> Address:
         assert self._listener is not None, "start() comes first"

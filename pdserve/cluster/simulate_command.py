@@ -16,9 +16,10 @@ from rich.table import Table
 
 from pdserve.cluster.mishaps import failures_of
 from pdserve.cluster.profiles import Profile, Size, read_profile
-from pdserve.config import ClusterConfig, PoolConfig, QueuePolicy
+from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError
 from pdserve.router.costs import believed
+from pdserve.router_config import QueuePolicy
 from pdserve.simulator.page import page
 from pdserve.simulator.report import HEADINGS, SHORT, Case, Goal, as_json, rows
 from pdserve.simulator.run import SimulationSettings, simulate

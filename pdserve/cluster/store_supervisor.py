@@ -11,6 +11,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import ray
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pdserve.config import StoreConfig
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import HostId
+from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address
 
 log = logging.getLogger(__name__)
@@ -40,24 +42,26 @@ class StoreSupervisor:
         self._directory = Path(directory)
         self._tcp_host = tcp_host
         self._settings = settings
-        self._nodes: dict[int, tuple[subprocess.Popen[bytes], Address]] = {}  # by block bytes
+        self._nodes: dict[tuple[int, str], tuple[subprocess.Popen[bytes], Address]] = {}
+        """By the bytes and the codec of their blocks."""
+
         self._starting = asyncio.Lock()
         self._watch = asyncio.get_event_loop().create_task(self._leave_with_the_app())
 
-    async def ensure(self, block_bytes: int) -> tuple[str, str, str]:
-        """Host, Unix path and TCP address of the running node for blocks of this size.
+    async def ensure(self, block_bytes: int, codec: str) -> tuple[str, str, str]:
+        """Host, Unix path and TCP address of the running node for blocks of this size and codec.
 
-        Two sizes (a new model beside the old one, during an update) are two nodes: they share
+        Two kinds (a new model beside the old one, during an update) are two nodes: they share
         nothing, so neither can read the other's blocks.
 
         Raises:
             StoreUnavailable: the node does not start.
         """
         async with self._starting:
-            node = self._nodes.get(block_bytes)
+            node = self._nodes.get((block_bytes, codec))
             if node is None or node[0].poll() is not None:
-                node = await asyncio.to_thread(self._start, block_bytes)
-                self._nodes[block_bytes] = node
+                node = await asyncio.to_thread(self._start, block_bytes, codec)
+                self._nodes[block_bytes, codec] = node
         address = node[1]
         return address.host, address.unix_path, address.tcp
 
@@ -70,7 +74,7 @@ class StoreSupervisor:
             await asyncio.to_thread(_end, node)
         self._nodes.clear()
 
-    def _start(self, block_bytes: int) -> tuple[subprocess.Popen[bytes], Address]:
+    def _start(self, block_bytes: int, codec: str) -> tuple[subprocess.Popen[bytes], Address]:
         settings = self._settings
         command = [
             sys.executable,
@@ -82,9 +86,26 @@ class StoreSupervisor:
             str(settings.arena_bytes),
             "--block-bytes",
             str(block_bytes),
+            "--codec",
+            codec,
+            "--eviction",
+            settings.eviction,
+            "--shares",
+            json.dumps(dict(settings.tenant_shares)),
+            "--hard-pin-ratio",
+            str(settings.hard_pin_ratio),
         ]
+        if settings.ssd_directory is not None:
+            directory = Path(settings.ssd_directory).expanduser() / f"{block_bytes}-{codec}"
+            command += ["--ssd-directory", str(directory), "--ssd-bytes", str(settings.ssd_bytes)]
+            command += ["--ssd-write", settings.ssd_write]
         if self._tcp_host is not None:
             command += ["--tcp-host", self._tcp_host]
+            if settings.mooncake:
+                command += ["--mooncake"]
+        for name, path in asdict(credentials_of(settings)).items():
+            if path is not None:
+                command += ["--" + name.replace("_", "-"), str(path)]
         if settings.redis_url is not None:
             command += ["--redis-url", settings.redis_url]
         else:
@@ -155,14 +176,14 @@ def supervisor_of_this_host(
     )
 
 
-async def ensure_store(supervisor: ActorHandle, block_bytes: int) -> Address:
-    """The address of the host's node for blocks of this size, which is started if need be.
+async def ensure_store(supervisor: ActorHandle, block_bytes: int, codec: str) -> Address:
+    """The address of the host's node for blocks of this kind, which is started if need be.
 
     Raises:
         StoreUnavailable: it does not start.
     """
     async with asyncio.timeout(READY_TIMEOUT_S):
-        host, unix_path, tcp = await supervisor.ensure.remote(block_bytes)
+        host, unix_path, tcp = await supervisor.ensure.remote(block_bytes, codec)
     return Address(HostId(host), unix_path, tcp)
 
 

@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 from typer.core import TyperCommand
 
-from pdserve.config import PoolConfig, Quantization, ReasoningStyle
+from pdserve.config import PoolConfig, Quantization, ReasoningStyle, StoredAs, ToolCallStyle
 from pdserve.errors import ConfigError
 from pdserve.settings import nearest
 
@@ -214,17 +214,59 @@ def _speculation(text: str) -> Effect:
     return Effect(_set(decode__speculation="prompt_lookup", decode__draft_tokens_max=tokens))
 
 
+def _adapters(text: str) -> Effect:
+    """``name=path`` or JSON, any number of either, a space between them."""
+    wrong = ValueError('name=path, or {"name": "…", "path": "…"}, once for each adapter')
+    adapters: dict[str, str] = {}
+    rest = text.strip()
+    while rest:
+        if rest.startswith("{"):
+            try:
+                module, end = json.JSONDecoder().raw_decode(rest)
+                name, path = module["name"], module["path"]
+            except (ValueError, KeyError):
+                raise wrong from None
+            rest = rest[end:].strip()
+        else:
+            word, _, rest = rest.partition(" ")
+            name, _, path = word.partition("=")
+        if not (isinstance(name, str) and isinstance(path, str) and name and path):
+            raise wrong
+        adapters[name] = path
+    return Effect(_set(model__adapters=adapters))
+
+
+def _quantization(text: str) -> Effect:
+    """Ours say what the weights become; most of vLLM's, what they are."""
+    if text in _STORED_AS:
+        return Effect(_set(model__stored_as=_STORED_AS[text]))
+    way_out = (
+        f"or what the model's files are, {', '.join(_STORED_AS)}; otherwise take its unquantised "
+        "weights or a GGUF file"
+    )
+    return _one_of("model__quantization", _QUANTIZATIONS, way_out)(text)
+
+
 _DTYPES = MappingProxyType(
     {word: word for word in ("auto", "float32", "bfloat16", "float16")}
     | {"half": "float16", "float": "float32"}
 )
 _QUANTIZATIONS = MappingProxyType(
-    {word: word for word in ("auto", *get_args(Quantization))} | {"gguf": "auto", "None": "none"}
+    {word: word for word in ("auto", *get_args(Quantization))} | {"None": "none"}
 )
-_PARALLEL = "more workers: --prefill N and --decode N; a model must fit into one device"
+_STORED_AS = MappingProxyType(
+    {word: word for word in get_args(StoredAs) if word != "any"}
+    | {"awq_marlin": "awq", "gptq_marlin": "gptq"}  # the same files by another kernel of vLLM's
+)
+_KV_DTYPES = MappingProxyType(
+    {word: word for word in ("auto", "int8", "fp8")} | {"fp8_e4m3": "fp8"}
+)
+_PARALLEL = "more workers: --prefill N and --decode N; a large model: --tensor-parallel-size N"
 _LOGGED = "requests are not logged"
 _ALWAYS_CHUNKED = "prompts are always computed in chunks (--set prefill.chunk_tokens=N)"
-_NO_GRAPHS = "nothing is captured into CUDA graphs"
+_ALL_ADAPTERS = "every worker has all adapters in memory"
+_EXPERTS = "with --tensor-parallel-size every process has a part of each expert"
+_OWN_BUCKETS = "decode steps of any context are captured, each when it first occurs"
 
 _ALL = (
     Flag("--model", _text("model__source")),
@@ -233,18 +275,16 @@ _ALL = (
     Flag("--max-model-len", _context),
     Flag("--max-num-batched-tokens", _batched_tokens),
     Flag("--max-num-seqs", _sets("decode__running_max")),
+    Flag("--lora-modules", _adapters, takes=None),
+    Flag("--max-lora-rank", _sets("model__adapter_rank_max")),
     Flag("--block-size", _sets("model__block_tokens")),
     Flag("--kv-cache-memory-bytes", _sets("prefill__pool_bytes", "decode__pool_bytes")),
     Flag("--num-gpu-blocks-override", _sets("prefill__pool_blocks", "decode__pool_blocks")),
     Flag("--dtype", _one_of("model__dtype", _DTYPES, "take auto")),
+    Flag("--quantization", _quantization),
     Flag(
-        "--quantization",
-        _one_of(
-            "model__quantization",
-            _QUANTIZATIONS,
-            "take the model's bfloat16 weights or a GGUF file; on a CPU int8 and int4 make "
-            "quantised weights of them",
-        ),
+        "--kv-cache-dtype",
+        _one_of("model__kv_dtype", _KV_DTYPES, "take auto, or int8 on a CPU and fp8 on a GPU"),
     ),
     Flag(
         "--device",
@@ -283,28 +323,32 @@ _ALL = (
         _idle("a worker's KV memory is --set prefill.pool_bytes=N and --set decode.pool_bytes=N"),
     ),
     Flag("--swap-space", _idle("KV blocks leave for the store: --set store.arena_bytes=N")),
+    Flag("--enable-lora", _idle("the adapters of --lora-modules are loaded"), takes=0),
+    Flag("--max-loras", _idle("any of the adapters may share a batch")),
+    Flag("--max-cpu-loras", _idle(_ALL_ADAPTERS)),
+    Flag("--lora-dtype", _only("auto", way_out="an adapter is computed in the model's dtype")),
     Flag("--seed", _idle("a seed belongs to a request: send it with each")),
     Flag("--max-logprobs", _logprobs),
-    Flag("--enforce-eager", _idle(_NO_GRAPHS), takes=0),
-    Flag("--no-enforce-eager", _idle(_NO_GRAPHS), takes=0),
-    Flag("--max-seq-len-to-capture", _idle(_NO_GRAPHS)),
-    Flag("--compilation-config", _idle(_NO_GRAPHS)),
-    Flag("--async-scheduling", _idle("the router is its own process"), takes=0),
-    Flag("--no-async-scheduling", _idle("the router is its own process"), takes=0),
-    Flag("--enable-expert-parallel", _idle("a model is on one device"), takes=0),
+    Flag("--guided-decoding-backend", _idle("llguidance follows all constraints")),
+    Flag("--enforce-eager", lambda _: Effect(_set(model__cuda_graphs="off")), takes=0),
+    Flag("--no-enforce-eager", lambda _: Effect(_set(model__cuda_graphs="auto")), takes=0),
+    Flag("--max-seq-len-to-capture", _idle(_OWN_BUCKETS)),
+    Flag("--compilation-config", _idle(_OWN_BUCKETS)),
+    Flag("--async-scheduling", lambda _: Effect(_set(decode__step_ahead=True)), takes=0),
+    Flag("--no-async-scheduling", lambda _: Effect(_set(decode__step_ahead=False)), takes=0),
+    Flag("--enable-expert-parallel", _idle(_EXPERTS), takes=0),
     Flag("--trust-remote-code", _idle("no code of a model's repository is ever run"), takes=0),
     Flag("--disable-log-requests", _idle(_LOGGED), takes=0),
     Flag("--no-enable-log-requests", _idle(_LOGGED), takes=0),
     Flag("--disable-log-stats", _idle("figures are at /metrics, not in the log"), takes=0),
     Flag("--disable-uvicorn-access-log", _idle(_LOGGED), takes=0),
-    Flag("--disable-custom-all-reduce", _idle("a model is on one device"), takes=0),
+    Flag("--disable-custom-all-reduce", _idle("sums have an order of ours"), takes=0),
     Flag("--distributed-executor-backend", _idle("Ray places and starts the workers")),
     Flag("--enable-reasoning", _idle("--reasoning-parser says it all"), takes=0),
-    Flag("--tensor-parallel-size", _only("1", way_out=f"for more throughput {_PARALLEL}")),
+    Flag("--tensor-parallel-size", _sets("prefill__tensor_parallel", "decode__tensor_parallel")),
     Flag("--pipeline-parallel-size", _only("1", way_out=f"for more throughput {_PARALLEL}")),
     Flag("--data-parallel-size", _only("1", way_out=f"instead {_PARALLEL}")),
     Flag("--cpu-offload-gb", _only("0", way_out="a model's weights must fit into its device")),
-    Flag("--kv-cache-dtype", _only("auto", way_out="KV blocks have the model's dtype")),
     Flag(
         "--generation-config",
         _only("vllm", way_out="send the model's sampling parameters with the requests"),
@@ -314,10 +358,26 @@ _ALL = (
         "--load-format",
         _only("auto", "safetensors", "gguf", way_out="give MODEL as safetensors or as a GGUF file"),
     ),
-    Flag("--api-key", _refuse("put a proxy that checks keys before the gateway"), takes=None),
-    Flag("--enable-lora", _refuse("merge the adapter into the weights"), takes=0),
-    Flag("--enable-auto-tool-choice", _refuse("calls are left in the text: parse it"), takes=0),
-    Flag("--tool-call-parser", _refuse("calls are left in the text: parse it")),
+    Flag(
+        "--api-key",
+        _refuse(
+            "keys are kept as digests: pdserve keys add NAME --file KEYS.json, and "
+            "--set gateway.api_keys=KEYS.json"
+        ),
+        takes=None,
+    ),
+    Flag("--ssl-certfile", _sets("gateway__tls_certificate")),
+    Flag("--ssl-keyfile", _sets("gateway__tls_key")),
+    Flag("--ssl-ca-certs", _sets("gateway__tls_client_authority")),
+    Flag(
+        "--tool-call-parser",
+        _one_of(
+            "gateway__tool_call_parser",
+            {style: style for style in get_args(ToolCallStyle)},
+            "leave it out and parse the text",
+        ),
+    ),
+    Flag("--enable-auto-tool-choice", _idle("calls are always told apart"), takes=0),
     Flag("--speculative-config", _speculation),
     Flag("--tokenizer", _refuse("put the tokeniser's files beside the model's")),
     Flag("--chat-template", _refuse("put chat_template.jinja beside the model's files")),

@@ -5,7 +5,7 @@ Apart from the shell because this is the only place of `cluster` that loads torc
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdserve.clock import Clock, monotonic
 from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
@@ -13,6 +13,7 @@ from pdserve.decode.drafting import PromptLookup
 from pdserve.decode.speculation import Speculation
 from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
+from pdserve.engine.leader import Followers, load_leader
 from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.outputs import Load, Output, ToDecode
@@ -21,9 +22,11 @@ from pdserve.engine.thread import EngineThread
 from pdserve.engine.workplace import Workplace
 from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.client import StoreClient
-from pdserve.kvstore.keys import namespace_digest
+from pdserve.kvstore.codecs import PayloadCodec
+from pdserve.kvstore.keys import namespace_of
+from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
-from pdserve.model.load import kv_identity, load_runner
+from pdserve.model.load import kv_identity
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.prefill.prompts import Prompts
 from pdserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +39,16 @@ WARMING_TOKENS = 64
 """Enough for every operation to take the path of a chunk, and bearable in Triton's interpreter."""
 
 
+_CODECS = {
+    "torch.float32": PayloadCodec.FLOAT32,
+    "torch.bfloat16": PayloadCodec.BFLOAT16,
+    "torch.float16": PayloadCodec.FLOAT16,
+    "torch.int8": PayloadCodec.INT8,
+    "torch.float8_e4m3fn": PayloadCodec.FP8,
+}
+"""By the dtype of the pool whose blocks the store gets."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
     config: ClusterConfig
@@ -46,9 +59,16 @@ class WorkerParts:
     warming_calls: Mapping[str, int]
     """Of each operation, those before the first request."""
 
+    followers: Followers = field(default_factory=Followers)
+    """The further processes of a worker whose model is split."""
+
     @property
     def block_bytes(self) -> int:
         return self.runner.pool.block_bytes
+
+    @property
+    def codec(self) -> PayloadCodec:
+        return _CODECS[str(self.runner.pool.tensor.dtype)]
 
     @property
     def block_count(self) -> int:
@@ -56,16 +76,16 @@ class WorkerParts:
 
     def kernel_calls(self) -> dict[str, int]:
         """How often each operation ran for requests, under the name of the path that ran it."""
-        ops = self.runner.ops
         return {
-            f"calls_{ops.name}_{name}": count - self.warming_calls.get(name, 0)
-            for name, count in ops.calls().items()
+            f"calls_{self.runner.ops.name}_{name}": count - self.warming_calls.get(name, 0)
+            for name, count in self.runner.calls().items()
         }
 
     def open_store(
         self, store: Address, host: HostId, worker: WorkerId, *, warm: bool = False
     ) -> StoreClient:
         settings = self.config.store
+        credentials = credentials_of(settings)
         return StoreClient(
             store,
             host=host,
@@ -73,7 +93,11 @@ class WorkerParts:
             verify=settings.verify,
             shared_memory=settings.shared_memory,
             warm=warm,
+            codec=self.codec,
             corrupt=self._corrupt(),
+            ssl_context=credentials.ssl_context(server_side=False),
+            token=credentials.worker_token(),
+            mooncake=settings.mooncake,
         )
 
     def _corrupt(self) -> Callable[[memoryview], None] | None:
@@ -117,20 +141,25 @@ def build_parts(config: ClusterConfig, role: Role) -> WorkerParts:
 
     settings = _pool_settings(config, role)
     files = locate(config.model)
-    runner = load_runner(
+    runner, followers = load_leader(
         config.model,
+        rank_count=settings.tensor_parallel,
+        part_count=config.tensor_parts,
         block_count=settings.pool_blocks,
         pool_bytes=settings.pool_bytes,
         threads=settings.threads,
+        running_max=settings.running_max,
     )
     warm_up(runner)
+    identity = kv_identity(files, runner.architecture, config.model, parts=config.tensor_parts)
     return WorkerParts(
         config=config,
         role=role,
         runner=runner,
         tokenizer=load_tokenizer(files.path),
-        namespace=namespace_digest(**kv_identity(files, runner.architecture, config.model)),
-        warming_calls=dict(runner.ops.calls()),
+        namespace=namespace_of(identity, salt=config.store.key_salt),
+        warming_calls=dict(runner.calls()),
+        followers=followers,
     )
 
 

@@ -14,20 +14,22 @@ import contextlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdserve.clock import MS, S, monotonic
+from pdserve.cluster.fetching_ahead import FetchingAhead
 from pdserve.cluster.link import RouterLink
 from pdserve.config import ClusterConfig, PoolConfig
-from pdserve.errors import CapacityError, ErrorInfo, PdserveError, StoreUnavailable
+from pdserve.errors import CapacityError, ErrorInfo, PdserveError, RankLost, StoreUnavailable
 from pdserve.ids import BlockKey, HostId, new_worker_id
 from pdserve.messages import (
     Address,
     Cancel,
     ChunkDone,
+    FetchAhead,
     Goodbye,
     Handoff,
     Hello,
@@ -43,6 +45,7 @@ from pdserve.wire.listener import Listener
 from pdserve.wire.postbox import Postbox
 
 if TYPE_CHECKING:
+    from pdserve.cluster.worker_parts import WorkerParts
     from pdserve.engine.outputs import Load, Output, ToDecode
     from pdserve.engine.thread import EngineThread
     from pdserve.kvstore.answers import StoreStat
@@ -55,6 +58,10 @@ REPORT_S_MAX = 1.0
 
 STORE_CHANGES_S = 0.1
 """How often a worker asks its store node what came and went."""
+
+BATCH_TOKENS_MAX = 4096
+"""In one message to a gateway. Only the answers of a beam search are longer, and come at once; with
+logprobs so many tokens take 2 MB."""
 
 STUCK_S = 20.0
 """A step that takes longer is a hang: the longest honest one, a full chunk on a loaded laptop
@@ -70,10 +77,11 @@ class WorkerShell:
         self._host = host
         self._engine: EngineThread | None = None
         self._watching: StoreClient | None = None
-        self._kernel_calls: Callable[[], dict[str, int]] = dict
+        self._parts: WorkerParts | None = None
         self._link: RouterLink | None = None
         self._listener: Listener | None = None
         self._hello: Hello | None = None
+        self._ahead: FetchingAhead | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._postbox = Postbox(host=host, on_undelivered=self._undelivered)
         self._loop = asyncio.get_running_loop()
@@ -91,7 +99,7 @@ class WorkerShell:
     async def start(
         self,
         directory: Path,
-        find_store: Callable[[int], Awaitable[Address]],
+        find_store: Callable[[int, str], Awaitable[Address]],
         find_router: Callable[[], Awaitable[Address]],
         *,
         tcp_host: str | None,
@@ -105,8 +113,8 @@ class WorkerShell:
         loading = passing.submit(build_parts, self._config, self.role)
         passing.shutdown(wait=False)
         parts = await asyncio.wrap_future(loading)
-        self._kernel_calls = parts.kernel_calls
-        store = await find_store(parts.block_bytes)
+        self._parts = parts
+        store = await find_store(parts.block_bytes, parts.codec.label)
         client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)
         self._engine = parts.start_engine(
             self.worker, store, self._host, self._emit, self._announce
@@ -126,7 +134,9 @@ class WorkerShell:
             running_max=self._pool.running_max,
             chunk_tokens=self._pool.chunk_tokens,
             pid=os.getpid(),
+            store_has_disk=self._config.store.ssd_directory is not None,
         )
+        self._ahead = FetchingAhead(store, self._host)
         self._watching = client
         self._link = RouterLink(self, find_router=find_router, host=self._host)
         await self._link.start(timeout_s=30.0)
@@ -134,6 +144,8 @@ class WorkerShell:
             asyncio.create_task(self._report_regularly()),
             asyncio.create_task(self._watch_store()),
         ]
+        if self._hello.store_has_disk:
+            self._tasks.append(asyncio.create_task(self._ahead.run()))
 
     async def drain(self, *, timeout_s: float) -> None:
         """Hands everything back, says goodbye, and stops. At most ``timeout_s``."""
@@ -165,6 +177,8 @@ class WorkerShell:
             await self._listener.close()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop, timeout_s=10.0)
+        if self._parts is not None:
+            await asyncio.to_thread(self._parts.followers.close)
         await self._postbox.close()
         if self._watching is not None:
             self._watching.close()
@@ -174,13 +188,24 @@ class WorkerShell:
         engine = self._engine
         if engine is None:
             return
-        if not engine.alive:
-            raise RuntimeError(f"the engine of {self.worker} is dead: {engine.error!r}")
+        if (death := self._death()) is not None:
+            raise RuntimeError(f"{self.worker}: {death}")
         stuck_ns = engine.stuck_ns()
         if stuck_ns > STUCK_S * S:
             raise RuntimeError(f"{self.worker} has been in one step for {stuck_ns // MS} ms")
         if self._store_lost is not None:
             raise RuntimeError(f"{self.worker} lost its store node: {self._store_lost}")
+
+    def _death(self) -> str | None:
+        """Why this worker will compute nothing more; None while it can."""
+        if self._engine is not None and not self._engine.alive:
+            return f"the engine is dead: {self._engine.error!r}"
+        try:
+            if self._parts is not None:
+                self._parts.followers.check()
+        except RankLost as error:
+            return str(error)
+        return None
 
     @property
     def counters(self) -> dict[str, int]:
@@ -212,6 +237,9 @@ class WorkerShell:
     def hear(self, message: object) -> None:
         if isinstance(message, Goodbye):
             self._unbound = True
+        elif isinstance(message, FetchAhead):
+            if self._ahead is not None:
+                self._ahead.take(message)
         else:
             self._submit(message)
 
@@ -270,7 +298,8 @@ class WorkerShell:
                     self._to_router(message)
         for address, batch in deltas.items():
             try:
-                self._postbox.post(address, TokenBatch(self.worker, tuple(batch)))
+                for part in in_batches(batch):
+                    self._postbox.post(address, TokenBatch(self.worker, part))
             except CapacityError:
                 self._cancel_all(batch)  # a gateway that does not read has no use for more
         # Room that the router does not hear of is room that nobody uses: every change is told.
@@ -307,7 +336,7 @@ class WorkerShell:
             counters={
                 **(load.counters if load else {}),
                 **self._store_stat,
-                **self._kernel_calls(),
+                **(self._parts.kernel_calls() if self._parts else {}),
             },
         )
         if load is not None:
@@ -341,8 +370,8 @@ class WorkerShell:
     async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(REPORT_S_MAX / 4)
-            if self._engine is not None and not self._engine.alive:
-                log.error("%s: the engine died: %r", self.worker, self._engine.error)
+            if (death := self._death()) is not None:
+                log.error("%s: %s", self.worker, death)
                 assert self._link is not None
                 await self._link.close()  # the router takes it for lost, at once
                 return
@@ -386,6 +415,20 @@ class WorkerShell:
         self._submit(GiveUp())
 
 
+def in_batches(deltas: Sequence[TokenDelta]) -> Iterator[tuple[TokenDelta, ...]]:
+    """In order, each with at most ``BATCH_TOKENS_MAX`` tokens, or with one delta."""
+    batch: list[TokenDelta] = []
+    token_count = 0
+    for delta in deltas:
+        token_count += len(delta.tokens)
+        if batch and token_count > BATCH_TOKENS_MAX:
+            yield tuple(batch)
+            batch, token_count = [], len(delta.tokens)
+        batch.append(delta)
+    if batch:
+        yield tuple(batch)
+
+
 def _fullness(load: "Load") -> tuple[int, int, int]:
     return load.running, load.waiting, load.free_blocks
 
@@ -400,4 +443,5 @@ def store_counters(stat: "StoreStat") -> dict[str, int]:
         "store_pinned": stat.slots_pinned,
         "store_tickets": stat.tickets,
         "store_evicted": stat.evicted_count,
+        **{f"store_ssd_{name}": count for name, count in stat.ssd.items()},
     }

@@ -14,6 +14,10 @@ With speculation a sequence is one row and one more for each draft, and gets as 
 out to be those that plain steps would have drawn. KV counts only for these (``kv_count``); what a
 wrong draft left behind it is never in a full block, and the next step writes over it.
 
+A beam search is one stream with several sequences, its beams, which fork and are dropped as the
+search goes (``beam_group``). It says nothing until it is over, and then all its answers. Parked it
+is its prompt again, and begins anew wherever it is resumed, so it is not parked for others.
+
 What a sequence leaves in full blocks is offered to the store when it ends, so that the next turn
 of the conversation finds it.
 """
@@ -21,16 +25,20 @@ of the conversation finds it.
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
+from pdserve.decode.beam_group import BeamGroup
+from pdserve.decode.drafts import Drafts
 from pdserve.decode.room import victims
-from pdserve.decode.speculation import Drafting, Speculation
+from pdserve.decode.speculation import Speculation
 from pdserve.decode.stream import Stage, Stream
-from pdserve.engine.loop import Share, StepTime
-from pdserve.engine.moves import Abort, Adopt, Forsake, Moved, Park
+from pdserve.engine.loop import Following, Share, StepTime
+from pdserve.engine.masks import looking_ahead
+from pdserve.engine.moves import Abort, AbortAttempts, Adopt, Forsake, Moved, Park
 from pdserve.engine.sayings import progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
 from pdserve.engine.workplace import RETRY_AFTER_MS, Workplace
-from pdserve.errors import PdserveError, QueueFull
+from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
 from pdserve.ids import RequestId, TicketId
 from pdserve.lifecycle import Event
 from pdserve.messages import Attained, Cancel, Handoff, Parked, Token
@@ -43,11 +51,13 @@ WAITING_MAX = 256
 class Streams:
     def __init__(self, workplace: Workplace, speculation: Speculation | None = None) -> None:
         self._workplace = workplace
-        self._speculation = speculation
         self._device = workplace.device
         self._pool = workplace.pool
         self._counters = workplace.counters
         self._block_tokens = workplace.block_tokens
+        self._drafts = Drafts(
+            speculation, self._pool, self._counters, block_tokens=self._block_tokens
+        )
         self._streams: dict[RequestId, Stream] = {}  # in order of arrival
         self._draining = False
 
@@ -55,16 +65,16 @@ class Streams:
 
     @property
     def held(self) -> int:
-        return len(self._streams)
+        return sum(stream.width for stream in self._streams.values())
 
     @property
     def waiting(self) -> int:
-        return sum(stream.stage is Stage.WAITING for stream in self._streams.values())
+        return sum(stream.width for stream in self._in_stage(Stage.WAITING))
 
     @property
     def growing(self) -> int:
         begun = (Stage.ADOPTING, Stage.RUNNING)
-        return sum(stream.stage in begun for stream in self._streams.values())
+        return sum(stream.width for stream in self._streams.values() if stream.stage in begun)
 
     def attempt_of(self, request: RequestId) -> int | None:
         stream = self._streams.get(request)
@@ -74,6 +84,7 @@ class Streams:
         stream = self._streams.get(request)
         if (
             stream is not None
+            and stream.group is None
             and stream.stage is Stage.RUNNING
             and stream.sequence.request.attempt == attempt
         ):
@@ -81,7 +92,10 @@ class Streams:
 
     def cancel(self, cancel: Cancel) -> None:
         stream = self._streams.get(cancel.request)
-        if stream and cancel.covers(stream.sequence.request.attempt):
+        if stream is None:  # its hand-off may be lost on the way here, and its ticket with it
+            abort = AbortAttempts(self._workplace.local, cancel.request, cancel.attempt)
+            self._device.submit(abort)
+        elif cancel.covers(stream.sequence.request.attempt):
             self._let_go(stream)
 
     def give_up(self) -> None:
@@ -101,8 +115,8 @@ class Streams:
 
     def attained(self) -> tuple[Attained, ...]:
         return tuple(
-            Attained(sequence.id, sequence.request.attempt, sequence.generated_count)
-            for sequence in (stream.sequence for stream in self._in_stage(Stage.RUNNING))
+            Attained(stream.sequence.id, stream.sequence.request.attempt, stream.generated_count)
+            for stream in self._in_stage(Stage.RUNNING)
         )
 
     # ── taking over ──────────────────────────────────────────────────────────────────────────────
@@ -116,22 +130,32 @@ class Streams:
             replace(handoff.timing, decode=self._workplace.worker),
             handoff.block_keys,
         )
-        if handoff.unsent or sequence.ending:
-            self._note_takeover(sequence)
-            self._workplace.say_tokens(sequence, handoff.unsent, timed=True)
         too_many = self.waiting >= WAITING_MAX
         stream = Stream(sequence, handoff)
+        if handoff.unsent or sequence.ending:
+            self._note_takeover(sequence)
+            self._first_tokens(stream, handoff.unsent)
         self._streams[request.request] = stream
-        too_large = self._workplace.never_fits(self._workplace.blocks_for(handoff.length))
+        blocks = self._workplace.blocks_for(handoff.length) + stream.first_blocks
+        too_large = self._workplace.never_fits(blocks)
         if sequence.ending is not None:
             self._end(stream)
         elif too_large is not None:
-            self._fail(stream, too_large)
+            self._too_large(stream, too_large)
         elif too_many:
             self._fail(
                 stream,
                 QueueFull(f"{WAITING_MAX} hand-offs wait already", retry_after_ms=RETRY_AFTER_MS),
             )
+
+    def _first_tokens(self, stream: Stream, tokens: tuple[Token, ...]) -> None:
+        """The client's, or where a beam search begins."""
+        sequence = stream.sequence
+        if sequence.request.beams is None:
+            self._workplace.say_tokens(sequence, tokens, timed=True)
+        else:
+            (first,) = tokens
+            stream.group = BeamGroup(sequence, first)
 
     def refuse(self, handoff: Handoff) -> None:
         """Nobody will read these blocks: the store need not keep them pinned."""
@@ -142,21 +166,29 @@ class Streams:
         sequence.timing = replace(sequence.timing, decode=self._workplace.worker)
         stream = Stream(sequence, None, Stage.RUNNING)
         self._streams[sequence.id] = stream
-        self._workplace.say_tokens(sequence, (token,), timed=True)
-        self._workplace.say(progress(sequence, Event.ADOPTED))
-        if self._draining:
+        self._first_tokens(stream, (token,))
+        self._on_running(stream)
+
+    def _on_running(self, stream: Stream) -> None:
+        self._workplace.say(progress(stream.sequence, Event.ADOPTED))
+        if stream.group is not None and stream.group.search.is_over:
+            stream.group.say_answers(self._workplace)
+            self._end(stream)
+        elif self._draining:
             self._park(stream)
 
     def begin(self, slots: int, growing: int) -> None:
-        """Begin to copy in the longest waiting."""
+        """Begin to copy in the longest waiting. One that is wider than all there is begins
+        alone."""
         loading = {key for stream in self._in_stage(Stage.ADOPTING) for key in stream.keys}
         for stream in self._in_stage(Stage.WAITING):
             missing = stream.keys[self._pool.published(stream.keys) :]
             if missing and missing[0] in loading:
                 continue  # another choice of the same call is bringing it
-            if slots == 0 or not self._adopt(stream, growth_blocks=growing):
+            is_too_wide = slots < stream.width and growing > 0
+            if slots <= 0 or is_too_wide or not self._adopt(stream, growth_blocks=growing):
                 return
-            slots, growing = slots - 1, growing + 1
+            slots, growing = slots - stream.width, growing + stream.width
             loading.update(missing)
             self._workplace.stirred = True
 
@@ -168,7 +200,7 @@ class Streams:
         held = self._pool.hold_published(stream.keys)
         kv_blocks = self._workplace.blocks_for(len(sequence.tokens) - 1)
         wanted = self._workplace.blocks_for(len(sequence.tokens)) - len(held)
-        if not self._device.room(wanted + growth_blocks):
+        if not self._device.room(wanted + stream.first_blocks + growth_blocks):
             self._pool.release(held)
             return False
         sequence.blocks.extend(held + self._pool.take(wanted))
@@ -199,9 +231,7 @@ class Streams:
         stream.move_to(Stage.RUNNING)
         if stream.handoff and stream.handoff.unsent:
             self._note_takeover(sequence)
-        self._workplace.say(progress(sequence, Event.ADOPTED))
-        if self._draining:
-            self._park(stream)
+        self._on_running(stream)
 
     def _note_takeover(self, sequence: Sequence) -> None:
         """Time since prefill's first token, up to now; said again it only becomes larger."""
@@ -220,26 +250,87 @@ class Streams:
         streams = self._with_room()
         if not streams:
             return None
-        drafted = list(zip(streams, self._drafts(streams, growing), strict=True))
+        plain = [stream for stream in streams if stream.group is None]
+        drafted = list(zip(plain, self._drafts.of(plain, growing), strict=True))
+        groups = [(stream, stream.group) for stream in streams if stream.group is not None]
+        beams = [beam for _, group in groups for beam in group.beams]
         return Share(
-            runs=[self._run(stream.sequence, drafts) for stream, drafts in drafted],
-            rows=(
-                stream.sequence.sampler_row(drafts[:count])
-                for stream, drafts in drafted
-                for count in range(len(drafts) + 1)
+            runs=[
+                *(self._run(stream.sequence, drafts) for stream, drafts in drafted),
+                *(self._run(beam, []) for beam in beams),
+            ],
+            rows=looking_ahead(
+                [(stream.sequence.guide, drafts) for stream, drafts in drafted],
+                chain(
+                    (
+                        stream.sequence.sampler_row(drafts[:count])
+                        for stream, drafts in drafted
+                        for count in range(len(drafts) + 1)
+                    ),
+                    (beam.sampler_row() for beam in beams),
+                ),
             ),
-            on_done=partial(self._on_step, drafted),
+            on_done=partial(self._on_step, drafted, groups=groups),
+            after=partial(self._after, plain) if not (self._drafts.are_made or groups) else None,
         )
 
+    def _after(self, streams: list[Stream]) -> Following | None:
+        """The step after one of ``streams`` whose tokens are not known yet. Who has all its tokens
+        with that one takes no part; who turns out to end with it does, in vain. None: somebody is
+        to join, or blocks are short."""
+        rows = [
+            row
+            for row, stream in enumerate(streams)
+            if stream.stage is Stage.RUNNING and stream.sequence.tokens_left > 1
+        ]
+        going = [streams[row] for row in rows]
+        missing = [
+            max(0, stream.sequence.table.blocks_needed(len(stream.sequence.tokens) + 1))
+            for stream in going
+        ]
+        joining = set(self._in_stage(Stage.RUNNING)) - set(streams)
+        if not going or joining or not self._device.room(sum(missing)):
+            return None
+        for stream, count in zip(going, missing, strict=True):
+            stream.sequence.table.blocks.extend(self._pool.take(count))
+        unknown = 0
+        share = Share(
+            runs=[
+                Run(
+                    tokens=(unknown,),
+                    start=len(stream.sequence.tokens),
+                    blocks=stream.sequence.blocks,
+                    adapter=stream.sequence.request.adapter,
+                )
+                for stream in going
+            ],
+            rows=(),
+            on_done=partial(self._on_step, [(stream, []) for stream in going]),
+            after=partial(self._after, going),
+        )
+        return Following(share, rows)
+
     def _on_step(
-        self, drafted: list[tuple[Stream, list[int]]], drawn: Tokens[Token], time: StepTime
+        self,
+        drafted: list[tuple[Stream, list[int]]],
+        drawn: Tokens[Token],
+        time: StepTime,
+        groups: Tokens[tuple[Stream, BeamGroup]] = (),
     ) -> int:
-        if self._speculation is not None and not time.shared:
-            self._speculation.took(len(drawn), time.elapsed_us)
+        self._drafts.took(len(drawn), time)
         first = generated = 0
         for stream, drafts in drafted:
             end = first + 1 + len(drafts)
-            generated += self._on_drawn(stream, drafts, drawn[first:end])
+            if stream.stage is Stage.RUNNING:  # else it left while the step was in flight
+                generated += self._on_drawn(stream, drafts, drawn[first:end])
+            first = end
+        for stream, group in groups:
+            end = first + len(group.beams)
+            generated += end - first
+            group.advance(drawn[first:end], self._pool)
+            if group.search.is_over:
+                group.say_answers(self._workplace)
+                self._end(stream)
             first = end
         return generated
 
@@ -249,6 +340,7 @@ class Streams:
             start=len(sequence.tokens) - 1,
             blocks=sequence.blocks,
             draft_count=len(drafts),
+            adapter=sequence.request.adapter,
         )
 
     def _on_drawn(self, stream: Stream, drafts: list[int], drawn: Tokens[Token]) -> int:
@@ -261,12 +353,7 @@ class Streams:
             tokens.append(token)
             if token.token != draft or sequence.ending is not None:
                 break
-        self._counters["tokens_drafted"] += len(drafts)
-        self._counters["tokens_accepted"] += sum(
-            token.token == draft for token, draft in zip(tokens, drafts, strict=False)
-        )
-        if self._speculation is not None and stream.drafting is not None:
-            self._speculation.came(stream.drafting, [token.token for token in tokens])
+        self._drafts.came(stream, drafts, tokens)
         self._workplace.say_tokens(sequence, tuple(tokens), timed=sequence.ending is not None)
         if sequence.ending is not None:
             self._end(stream)
@@ -282,39 +369,6 @@ class Streams:
             self._pool.publish(sequence.keys(last + 1)[last], sequence.blocks[last])
         sequence.accept(token)
 
-    # ── drafts ───────────────────────────────────────────────────────────────────────────────────
-
-    def _drafts(self, streams: list[Stream], growing: int) -> list[list[int]]:
-        """For each stream, what its step computes beyond the next token; the blocks are taken."""
-        if self._speculation is None:
-            return [[] for _ in streams]
-        # Who grows finds a block in the next step: no draft has somebody parked for it.
-        spare = max(0, self._pool.free_count - growing)
-        rooms = [self._room_tokens(stream, spare) for stream in streams]
-        texts = [(self._drafting(stream), stream.sequence.tokens) for stream in streams]
-        chosen = self._speculation.choose(texts, rooms)
-        for stream, drafts in zip(streams, chosen, strict=True):
-            del drafts[self._room_tokens(stream, spare) :]
-            table = stream.sequence.table
-            missing = max(0, table.blocks_needed(len(stream.sequence.tokens) + len(drafts)))
-            table.blocks.extend(self._pool.take(missing))
-            spare -= missing
-        return chosen
-
-    def _room_tokens(self, stream: Stream, spare_blocks: int) -> int:
-        """How many drafts there is room for, in KV blocks and before the last token."""
-        sequence = stream.sequence
-        block_count = len(sequence.blocks) + spare_blocks
-        return min(
-            block_count * self._block_tokens - len(sequence.tokens), sequence.tokens_left - 1
-        )
-
-    def _drafting(self, stream: Stream) -> Drafting:
-        assert self._speculation is not None
-        if stream.drafting is None:
-            stream.drafting = self._speculation.begin()
-        return stream.drafting
-
     # ── room ─────────────────────────────────────────────────────────────────────────────────────
 
     def _with_room(self) -> list[Stream]:
@@ -326,33 +380,42 @@ class Streams:
         running = self._in_stage(Stage.RUNNING)
         ready, shortfall = [], 0
         for stream in running:
-            table, wanted = stream.sequence.table, len(stream.sequence.tokens)
-            if table.blocks_needed(wanted) <= 0:
-                ready.append(stream)
-            elif error := self._workplace.never_fits(self._workplace.blocks_for(wanted)):
-                self._fail(stream, error)
-            elif self._device.room(1):
-                table.blocks.extend(self._pool.take(1))
-                ready.append(stream)
+            missing = stream.missing_blocks
+            if missing and (error := self._never_fits(stream, missing)):
+                self._too_large(stream, error)
+            elif missing and not self._device.room(missing):
+                shortfall += missing
             else:
-                shortfall += 1
+                if missing or stream.group is not None:
+                    self._extend(stream, missing)
+                ready.append(stream)
         if shortfall == 0:
             return ready
         shortfall -= sum(stream.leaving_blocks for stream in self._in_stage(Stage.PARKING))
         if shortfall <= 0:
             return ready
         running = self._in_stage(Stage.RUNNING)
-        private = [self._pool.private_count(stream.sequence.blocks) for stream in running]
+        private = [self._pool.private_count(stream.blocks) for stream in running]
         leaving = victims(shortfall, private)
         for stream in running[len(running) - leaving :]:
             self._park(stream)
         return [stream for stream in ready if stream.stage is Stage.RUNNING]
 
+    def _never_fits(self, stream: Stream, missing_blocks: int) -> OutOfBlocks | None:
+        return self._workplace.never_fits(len(set(stream.blocks)) + missing_blocks)
+
+    def _extend(self, stream: Stream, missing_blocks: int) -> None:
+        """Room for the next token; for a beam search, its next beams."""
+        if stream.group is None:
+            stream.sequence.blocks.extend(self._pool.take(missing_blocks))
+        else:
+            stream.group.branch(self._pool, self._workplace.copy_block)
+
     def _park(self, stream: Stream) -> None:
         self._workplace.stirred = True
         sequence, full = stream.sequence, stream.sequence.full_blocks
         request = sequence.request
-        stream.leaving_blocks = self._pool.private_count(sequence.blocks)
+        stream.leaving_blocks = self._pool.private_count(stream.blocks)
         stream.move_to(Stage.PARKING)
         self._device.submit(
             Park(
@@ -362,10 +425,11 @@ class Streams:
                 sequence.keys(full),
                 tuple(sequence.blocks[:full]),
                 sequence.tail_block,
+                request.tenant,
             ),
             stream,
         )
-        self._workplace.release_blocks(stream.sequence)  # the move holds those that it reads
+        self._release(stream)  # the move holds those that it reads
 
     def _on_parked(
         self, stream: Stream, ticket: TicketId | None, error: PdserveError | None
@@ -387,7 +451,7 @@ class Streams:
             store=self._workplace.local,
             tokens=tuple(sequence.tokens),
             block_keys=sequence.keys(sequence.full_blocks),
-            unsent=(),
+            unsent=(stream.group.first,) if stream.group else (),
             timing=replace(timing, parked_count=timing.parked_count + 1, since_unix_us=unix_us()),
         )
         self._counters["parked"] += 1
@@ -397,9 +461,20 @@ class Streams:
     # ── letting go ───────────────────────────────────────────────────────────────────────────────
 
     def _end(self, stream: Stream) -> None:
-        self._workplace.say(progress(stream.sequence, Event.ENDED))
+        ended = progress(stream.sequence, Event.ENDED)
+        total_tokens = stream.sequence.request.prompt_tokens + stream.generated_count
+        self._workplace.say(replace(ended, total_tokens=total_tokens))
         self._workplace.offer_blocks(stream.sequence)
         self._let_go(stream)
+
+    def _too_large(self, stream: Stream, error: OutOfBlocks) -> None:
+        """The router finds that out with the next attempt; but a search's would come as far again,
+        so it is its client who is told."""
+        if stream.group is None:
+            self._fail(stream, error)
+        else:
+            self._workplace.say_error(stream.sequence, error)
+            self._end(stream)
 
     def _fail(self, stream: Stream, error: PdserveError) -> None:
         self._workplace.say_failed(stream.sequence, error)
@@ -408,8 +483,12 @@ class Streams:
     def _let_go(self, stream: Stream) -> None:
         if stream.stage is Stage.WAITING and stream.handoff is not None:
             self.refuse(stream.handoff)
-        self._workplace.release_blocks(stream.sequence)
+        self._release(stream)
         self._forget(stream)
+
+    def _release(self, stream: Stream) -> None:
+        for sequence in stream.sequences:
+            self._workplace.release_blocks(sequence)
 
     def _forget(self, stream: Stream) -> None:
         stream.move_to(Stage.GONE)

@@ -15,7 +15,7 @@ and a lookup by prefix keeps finding what is left. Publishing a key that another
 changes nothing: the second block stays private.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -114,8 +114,9 @@ class BlockPool:
         self._note(key, added=True)
 
     def private_count(self, blocks: Iterable[BlockId]) -> int:
-        """How many of ``blocks`` become available when their one holder releases them."""
-        return sum(self._holders[block] == 1 for block in blocks)
+        """How many of ``blocks`` become available when they are released, each as often as it is
+        named."""
+        return sum(self._holders[block] == times for block, times in Counter(blocks).items())
 
     def take_changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """Keys published and keys forgotten since the last call; none that came and went."""

@@ -14,6 +14,10 @@ chunk and never by itself.
 
 Room is shared alike. Prompts and streams together are at most ``running_max``, and who comes in
 leaves a block for each sequence that will go on growing here.
+
+With ``step_ahead`` a step is launched before the tokens of the one before it are known here, where
+the device can draw them and nobody joins: it need not wait while they are looked at. Such a step is
+*in flight*. What it gave for a stream that has gone by then is thrown away.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -40,8 +44,10 @@ from pdserve.messages import (
     Resume,
     Token,
 )
+from pdserve.model.drawn import Drawn
+from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
-from pdserve.model.sampler import SamplerRow, sample
+from pdserve.model.sampler import SamplerRow, is_plain, sample
 
 ATTAINED_EVERY_NS = 1 * S
 
@@ -64,6 +70,27 @@ class Share:
     on_done: Callable[[Sequence[Token], StepTime], int]
     """Called with the drawn tokens; returns how many of them were generated: those drawn after a
     draft that was wrong were not."""
+
+    told: LayersTold | None = None
+    """Hears, during the step, of the layers that are written."""
+
+    after: "Callable[[], Following | None] | None" = None
+    """While nobody knows the tokens of this step: the step after it. None: they must be known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    share: Share  # a token of each run; which one, the device knows
+    rows: list[int]  # of the share before, whose tokens these are
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that was launched and not yet looked at."""
+
+    share: Share
+    drawn: Drawn
+    began_ns: int
 
 
 class Part(Protocol):
@@ -143,6 +170,8 @@ class EngineLoop:
         self._streams = streams
         self._parts: tuple[Part, ...] = (prompts, streams)
         self._clock = clock
+        self._step_ahead = settings.step_ahead
+        self._flight: Flight | None = None
         self._running_max = settings.running_max
         self._chunk_tokens = max(settings.chunk_tokens, workplace.block_tokens)
         self._mixed_chunk_tokens = min(
@@ -218,6 +247,7 @@ class EngineLoop:
 
     def close(self) -> None:
         self._mover.close()
+        self._workplace.masks.close()
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────
 
@@ -228,26 +258,59 @@ class EngineLoop:
         part.begin(max(0, self._running_max - begun), growing)
 
     def _compute(self) -> None:
+        if self._flight is not None:
+            self._land(self._flight)
+            return
         shares = self._shares()
         if not shares:
             return
         self._workplace.stirred = True
         began_ns = self._clock()
-        logits = self._runner.step([run for share in shares for run in share.runs])
+        told = next((share.told for share in shares if share.told is not None), None)
+        logits = self._runner.step([run for share in shares for run in share.runs], None, told)
         counts: list[int] = []
         rows: list[SamplerRow] = []
         for share in shares:
             rows += share.rows
             counts.append(len(rows))
+        if self._step_ahead and len(shares) == 1 and shares[0].after and all(map(is_plain, rows)):
+            self._flight = Flight(shares[0], Drawn(logits), began_ns)
+            return
         wait_for(logits)  # the router judges speeds by this step's time
         tokens = sample(logits, rows) if rows else []
         time = StepTime((self._clock() - began_ns) // US, shared=len(shares) > 1)
-        counters, first = self._workplace.counters, 0
+        first = 0
         for share, end in zip(shares, counts, strict=True):
-            counters["tokens_generated"] += share.on_done(tokens[first:end], time)
+            self._done(share, tokens[first:end], time)
             first = end
-        counters["steps"] += 1
-        counters["step_us_total"] += (self._clock() - began_ns) // US
+        self._count_step(self._clock() - began_ns)
+
+    def _land(self, flight: Flight) -> None:
+        """Launch what follows, then look at what was in flight."""
+        self._workplace.stirred = True
+        self._flight = self._launched_after(flight)
+        tokens = flight.drawn.tokens()
+        now_ns = self._clock()
+        if self._flight is not None:
+            self._flight.began_ns = now_ns  # up to now the device was busy with the one before
+        self._done(flight.share, tokens, StepTime((now_ns - flight.began_ns) // US, shared=False))
+        self._count_step(now_ns - flight.began_ns)
+
+    def _launched_after(self, flight: Flight) -> Flight | None:
+        assert flight.share.after is not None
+        # A prompt comes in by a step that it shares.
+        following = None if self._prompts.held else flight.share.after()
+        if following is None:
+            return None
+        logits = self._runner.step(following.share.runs, flight.drawn.of(following.rows))
+        return Flight(following.share, Drawn(logits), self._clock())
+
+    def _done(self, share: Share, tokens: Sequence[Token], time: StepTime) -> None:
+        self._workplace.counters["tokens_generated"] += share.on_done(tokens, time)
+
+    def _count_step(self, elapsed_ns: int) -> None:
+        self._workplace.counters["steps"] += 1
+        self._workplace.counters["step_us_total"] += elapsed_ns // US
 
     def _shares(self) -> list[Share]:
         streams = self._streams.share(self._prompts.growing + self._streams.growing)

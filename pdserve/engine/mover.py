@@ -16,9 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, assert_never
 
+from pdserve.clock import monotonic
+from pdserve.engine.layered import LayeredBlocks, LayeredPushes, LayeredStore
 from pdserve.engine.moves import (
     ANY_READER,
     Abort,
+    AbortAttempts,
     Adopt,
     Forsake,
     Move,
@@ -26,19 +29,21 @@ from pdserve.engine.moves import (
     OpenTicket,
     Park,
     Push,
+    PushLayers,
     Put,
     Restore,
     blocks_touched,
 )
 from pdserve.engine.outputs import ToDecode
+from pdserve.engine.restorer import Restorer
 from pdserve.errors import (
     BlockMissing,
-    ChecksumMismatch,
     Disconnected,
     PdserveError,
     StoreUnavailable,
 )
 from pdserve.ids import BlockId, BlockKey, RequestId, TicketId
+from pdserve.kvstore.answers import PrefixQuote
 from pdserve.messages import Address
 
 log = logging.getLogger(__name__)
@@ -56,29 +61,44 @@ CLOSE_TIMEOUT_S = 5.0
 """How long what waits may still take when the mover is closed."""
 
 
-class Blocks(Protocol):
+class Blocks(LayeredBlocks, Protocol):
     """What the mover needs of ``model.pool.KvPool``."""
 
-    @property
-    def block_bytes(self) -> int: ...
     def read_block(self, block: int, out: memoryview) -> None: ...
     def write_block(self, block: int, data: memoryview) -> None: ...
 
 
-class Store(Protocol):
+class Store(LayeredStore, Protocol):
     """What the mover needs of ``kvstore.client.StoreClient``, and of its claims ``count`` (blocks
     with keys) and ``has_tail`` (one more behind them)."""
 
     @property
     def counters(self) -> Mapping[str, int]: ...
-    def claim(self, keys: Sequence[BlockKey]) -> Any: ...
-    def read(self, claim: Any, index: int, out: memoryview) -> None: ...
+    @property
+    def has_disk(self) -> bool: ...
+    def quote(self, keys: Sequence[BlockKey]) -> PrefixQuote: ...
+    def claim(self, keys: Sequence[BlockKey], *, fetch: bool = True, tenant: str = "") -> Any: ...
+    def read_each(
+        self, claim: Any, indices: Sequence[int], take: Callable[[int, memoryview], None]
+    ) -> None: ...
     def release(self, claim: Any) -> None: ...
     def put(
-        self, keys: Sequence[BlockKey], first: int, fill: Callable[[int, memoryview], None]
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        fill: Callable[[int, memoryview], None],
+        *,
+        tenant: str,
     ) -> int: ...
     def open_ticket(
-        self, request: RequestId, attempt: int, *, reader: str, block_count: int, wait_ms: int
+        self,
+        request: RequestId,
+        attempt: int,
+        *,
+        reader: str,
+        block_count: int,
+        wait_ms: int,
+        tenant: str,
     ) -> TicketId: ...
     def push(
         self,
@@ -90,6 +110,7 @@ class Store(Protocol):
     def push_tail(self, ticket: TicketId, fill: Callable[[memoryview], None]) -> None: ...
     def seal(self, ticket: TicketId) -> None: ...
     def abort(self, ticket: TicketId) -> None: ...
+    def abort_attempts(self, request: RequestId, attempt: int | None) -> None: ...
     def adopt(self, ticket: TicketId) -> Any: ...
     def close(self) -> None: ...
 
@@ -110,11 +131,12 @@ class Mover:
         self.local = local
         self.wake: Callable[[], None] = lambda: None
         self._pool = pool
-        self._staging = memoryview(bytearray(pool.block_bytes))
         self._client_for = client_for
         self._announce = announce
+        self._layered = LayeredPushes(pool)
         self._clients: dict[Address, Store] = {}
-        self._counted: Counter[str] = Counter()  # by clients that are gone
+        self._counted: Counter[str] = Counter()  # by clients that are gone, and by restores
+        self._restorer = Restorer(pool.block_bytes, pool.write_block, self._counted, monotonic)
         self._submitted: deque[tuple[Move, Any]] = deque()
         self._offered: deque[tuple[Move, Any]] = deque()
         self._moved: deque[Moved] = deque()
@@ -224,6 +246,7 @@ class Mover:
         if client is not None:
             self._counted.update(client.counters)
             client.close()
+            self._layered.lost(store)
 
     def _close_clients(self) -> None:
         for store in tuple(self._clients):
@@ -250,7 +273,7 @@ class Mover:
         count, ticket = len(blocks_touched(move)), None
         match move:
             case Restore():
-                count = self._restore(store, move)
+                count = self._restorer.restore(store, move)
             case OpenTicket():
                 ticket = store.open_ticket(
                     move.request,
@@ -258,15 +281,23 @@ class Mover:
                     reader=move.reader,
                     block_count=move.block_count,
                     wait_ms=move.wait_ms,
+                    tenant=move.tenant,
                 )
+                self._layered.opened(move, ticket)
+            case PushLayers():
+                self._layered.copy(store, move)
             case Push():
                 self._push(store, move)
             case Abort():
+                self._layered.ended(move.ticket)
                 store.abort(move.ticket)
+            case AbortAttempts():
+                store.abort_attempts(move.request, move.attempt)
             case Adopt():
                 self._adopt(store, move)
             case Put():
-                count = store.put(move.keys, 0, self._filler(move.blocks, 0))
+                fill = self._filler(move.blocks, 0)
+                count = store.put(move.keys, 0, fill, tenant=move.tenant)
             case Park():
                 ticket = self._park(store, move)
             case Forsake():
@@ -274,20 +305,6 @@ class Mover:
             case _:
                 assert_never(move)
         return count, ticket
-
-    def _restore(self, store: Store, move: Restore) -> int:
-        """A bad or missing block ends the prefix there; what follows is recomputed."""
-        claim = store.claim(move.keys)
-        count = 0
-        try:
-            while move.first + count < claim.count:
-                self._read(store, claim, move.first + count, move.blocks[count])
-                count += 1
-        except (BlockMissing, ChecksumMismatch) as error:
-            log.info("%d blocks restored, the next is not to be had: %s", count, error)
-        finally:
-            store.release(claim)
-        return count
 
     def _adopt(self, store: Store, move: Adopt) -> None:
         claim = store.adopt(move.ticket)
@@ -297,19 +314,27 @@ class Mover:
                 raise BlockMissing(
                     f"ticket {move.ticket} holds {block_count} blocks, {len(move.blocks)} expected"
                 )
-            for index, block in enumerate(move.blocks):
-                if block is not None:
-                    self._read(store, claim, index, block)
+            wanted = [
+                (index, block) for index, block in enumerate(move.blocks) if block is not None
+            ]
+            store.read_each(
+                claim,
+                [index for index, _ in wanted],
+                lambda position, data: self._pool.write_block(wanted[position][1], data),
+            )
         finally:
             store.release(claim)
 
     def _push(self, store: Store, move: Push) -> None:
-        if move.blocks:
-            store.push(move.ticket, move.keys, move.first, self._filler(move.blocks, move.first))
-        if move.tail is not None:
-            store.push_tail(move.ticket, partial(self._pool.read_block, move.tail))
+        if not self._layered.finish(move):
+            if move.blocks:
+                fill = self._filler(move.blocks, move.first)
+                store.push(move.ticket, move.keys, move.first, fill)
+            if move.tail is not None:
+                store.push_tail(move.ticket, partial(self._pool.read_block, move.tail))
         if move.seal:
             store.seal(move.ticket)
+            self._layered.ended(move.ticket)
 
     def _park(self, store: Store, move: Park) -> TicketId:
         block_count = len(blocks_touched(move))
@@ -319,6 +344,7 @@ class Mover:
             reader=ANY_READER,
             block_count=block_count,
             wait_ms=PARK_WAIT_MS,
+            tenant=move.tenant,
         )
         push = Push(move.store, ticket, move.keys, 0, move.blocks, seal=True, tail=move.tail)
         try:
@@ -327,10 +353,6 @@ class Mover:
             store.abort(ticket)
             raise
         return ticket
-
-    def _read(self, store: Store, claim: Any, index: int, block: BlockId) -> None:
-        store.read(claim, index, self._staging)
-        self._pool.write_block(block, self._staging)
 
     def _filler(self, blocks: Sequence[BlockId], first: int) -> Callable[[int, memoryview], None]:
         """For ``put`` and ``push``: writes the bytes of the block of key ``index``."""

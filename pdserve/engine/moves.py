@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdserve.engine.outputs import ToDecode
+from pdserve.engine.restoring import PrefillSpeed
 from pdserve.errors import PdserveError
 from pdserve.ids import BlockId, BlockKey, RequestId, TicketId
 from pdserve.messages import Address
@@ -19,12 +20,17 @@ ANY_READER = "*"
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Copy what the store has of ``keys[first:]``, up to the first that it lacks."""
+    """Copy what the store has of ``keys[first:]``, up to the first that it lacks; or, where a
+    ``speed`` is known, up to where computing the rest is sooner."""
 
     store: Address
     keys: tuple[BlockKey, ...]
     first: int
     blocks: tuple[BlockId, ...]  # of keys[first:]
+    prompt_tokens: int = 0
+    block_tokens: int = 1
+    speed: PrefillSpeed | None = None  # at which this worker computes what is not restored
+    tenant: str = ""  # whose share of the store it counts against, here and below
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class OpenTicket:
     reader: str
     block_count: int
     wait_ms: int
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +60,40 @@ class Push:
 
 
 @dataclass(frozen=True, slots=True)
+class PushLayers:
+    """While a step computes them: copy the first ``layers`` of a request's next blocks, its last,
+    ``tail``, included, into its ticket's slots. A ``Push`` of the same, or an ``Abort``, follows.
+
+    It is named by the request: its ticket may have been opened since anybody looked.
+    """
+
+    store: Address
+    request: RequestId
+    attempt: int
+    keys: tuple[BlockKey, ...]
+    first: int
+    blocks: tuple[BlockId, ...]  # of keys[first:]
+    tail: BlockId | None
+    layers: int
+    done: Any  # what must have happened before they are read, see ``model.ops.LayersTold``
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Give up a ticket: one that this worker opened, or one that was opened for it."""
 
     store: Address
     ticket: TicketId
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAttempts:
+    """Give up whatever tickets there are for this worker to adopt of a request, this attempt's and
+    earlier ones'; None: all. It has not been told of them, and may never be."""
+
+    store: Address
+    request: RequestId
+    attempt: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +112,7 @@ class Put:
     store: Address
     keys: tuple[BlockKey, ...]
     blocks: tuple[BlockId, ...]
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +125,7 @@ class Park:
     keys: tuple[BlockKey, ...]
     blocks: tuple[BlockId, ...]
     tail: BlockId | None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +135,9 @@ class Forsake:
     store: Address
 
 
-Move = Restore | OpenTicket | Push | Abort | Adopt | Put | Park | Forsake
+Move = (
+    Restore | OpenTicket | Push | PushLayers | Abort | AbortAttempts | Adopt | Put | Park | Forsake
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +155,11 @@ class Moved:
 def blocks_touched(move: Move) -> tuple[BlockId, ...]:
     """The device blocks that must stay as they are until the move is done."""
     match move:
-        case OpenTicket() | Abort() | Forsake():
+        case OpenTicket() | Abort() | AbortAttempts() | Forsake():
             return ()
         case Adopt():
             return tuple(block for block in move.blocks if block is not None)
-        case Push() | Park():
+        case Push() | PushLayers() | Park():
             return move.blocks if move.tail is None else (*move.blocks, move.tail)
         case Restore() | Put():
             return move.blocks

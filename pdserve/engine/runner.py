@@ -1,17 +1,20 @@
 """What the loops need of ``model.runner.ModelRunner``: one forward pass over a packed batch."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
 
 
 class Context(Protocol):
     @property
     def context_tokens(self) -> int: ...
+    @property
+    def layer_count(self) -> int: ...
     @property
     def attention_like_linear_tokens(self) -> int: ...
 
@@ -21,6 +24,9 @@ class PoolShape(Protocol):
     def block_count(self) -> int: ...
     @property
     def block_tokens(self) -> int: ...
+    def copy_block(self, source: int, target: int) -> None:
+        """Of all layers, and before the next step."""
+        ...
 
 
 class Runner(Protocol):
@@ -28,13 +34,24 @@ class Runner(Protocol):
     def architecture(self) -> Context: ...
     @property
     def pool(self) -> PoolShape: ...
-    def step(self, runs: Sequence[Run]) -> Tensor:
+    @property
+    def adapters(self) -> Container[str]:
+        """The digests of those that a run may name."""
+        ...
+
+    def step(
+        self,
+        runs: Sequence[Run],
+        drawn_R: Tensor | None = None,
+        told: LayersTold | None = None,
+    ) -> Tensor:
         """Writes the KV of all tokens; float32 logits, ``logits_count`` rows for each run, in
-        order."""
+        order. ``drawn_R``, on the device, stands for the tokens of ``runs``, all of one token.
+        ``told`` hears of layers that are written."""
         ...
 
 
 def wait_for(logits: Tensor) -> None:
     """Return when the step that gives ``logits`` is done: a GPU's step returns before that."""
     if logits.is_cuda:
-        torch.cuda.synchronize(logits.device)
+        torch.cuda.current_stream(logits.device).synchronize()  # not for copies beside it

@@ -6,29 +6,37 @@ them here, so a request goes on the same on whichever worker takes it up.
 
     tokens  = prompt + generated; generated ones count from 0 over all attempts
     kv_count  tokens whose keys and values are in the device pool: the first so many
+
+A beam search has a sequence for its prompt, whose one generated token is the best of the first
+candidates and settles nothing, and one for each beam, which begins as a *fork* of another.
 """
 
+import copy
 import time
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdserve.clock import US
 from pdserve.engine.blocks import BlockTable
+from pdserve.errors import ConstraintFailed, PdserveError
 from pdserve.ids import BlockId, BlockKey, RequestId
 from pdserve.kvstore.keys import KeyChain
 from pdserve.messages import FinishReason, Request, Route, Timing, Token
 from pdserve.model.sampler import SamplerRow
 from pdserve.text.detokenizer import Detokenizer
+from pdserve.text.grammar import Guide
 from pdserve.text.stops import StopStrings
 from pdserve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a request ends; ``stop_reason`` is the stop string or stop token that did it."""
+    """Why a request ends; ``stop_reason`` is the stop string or stop token that did it, ``error``
+    what went wrong with ``FinishReason.ERROR``."""
 
     finish: FinishReason
     stop_reason: str | int | None = None
+    error: PdserveError | None = None
 
 
 class EndingRules:
@@ -59,6 +67,14 @@ class EndingRules:
         """How many more tokens there may be."""
         return max(0, self._generated_max - self._generated_count)
 
+    def fork(self) -> "EndingRules":
+        """Rules of their own that have looked at the same tokens."""
+        other = copy.copy(self)
+        if self._strings is not None:
+            other._strings = self._strings.fork()
+            other._detokenizer = self._detokenizer.fork()
+        return other
+
     def push(self, token: int) -> Ending | None:
         self._generated_count += 1
         if token in self._stop_token_ids:
@@ -85,20 +101,32 @@ class Sequence:
         tokenizer: Tokenizer,
         block_tokens: int,
         context_tokens: int,
+        guide: Guide | None = None,
     ) -> None:
-        """``keys`` are those of the first full blocks of ``tokens``, as many as are known."""
+        """``keys`` are those of the first full blocks of ``tokens``, as many as are known;
+        ``guide`` stands behind them, where the request has a constraint."""
         self.request = request
         self.route = route
         self.timing = timing
         self.tokens = list(tokens)
         self.kv_count = 0
+        self.guide = guide
         self.table = BlockTable(block_tokens)
         self._chain = KeyChain(namespace, block_tokens, tenant=request.tenant, keys=keys)
         self._rules = EndingRules(request, tokenizer, context_tokens)
         self._enders = self._rules.enders
+        self._sampling = request.sampling
+        if request.beams is not None:
+            wanted = max(2 * request.beams.width, request.sampling.logprobs or 0)
+            self._sampling = replace(request.sampling, logprobs=wanted)
+        # A constrained answer ends where nothing may follow, and who ignores end-of-sequence only
+        # there: its text has to be one that the constraint allows.
+        ignores_eos = guide is not None and request.stop.ignore_eos
+        self._withheld = tokenizer.eos_token_ids if ignores_eos else ()
         self.ending: Ending | None = None
-        for token in self.tokens[request.prompt_tokens :]:
-            self.ending = self.ending or self._rules.push(token)
+        if request.beams is None:
+            for token in self.tokens[request.prompt_tokens :]:
+                self.ending = self.ending or self._rules.push(token)
         if self.ending is None and not self._rules.tokens_left:
             self.ending = Ending(FinishReason.LENGTH)
 
@@ -134,20 +162,41 @@ class Sequence:
         """The keys of the first ``block_count`` full blocks of ``tokens``."""
         return self._chain.extend(self.tokens)[:block_count]
 
+    @property
+    def enders(self) -> tuple[int, ...]:
+        """The tokens that end it wherever they appear."""
+        return self._enders
+
+    def would_end(self, token: int) -> Ending | None:
+        """What its ending would be if ``token`` came next; it stays as it is."""
+        return self._rules.fork().push(token)
+
+    def fork(self) -> "Sequence":
+        """Another sequence with the same past as far as it has KV, and without blocks."""
+        other = copy.copy(self)
+        other.tokens = self.tokens[: self.kv_count]
+        other.table = BlockTable(self.table.block_tokens)
+        other._rules = self._rules.fork()
+        other._chain = copy.copy(self._chain)  # it holds nothing that changes
+        return other
+
     def sampler_row(self, drafts: Tokens[int] = ()) -> SamplerRow:
         """How the next token is drawn: a function of the tokens so far and of the request.
 
         After ``drafts``: how it is drawn if these are the tokens that come first.
         """
         index, stop = self.generated_count + len(drafts), self.request.stop
+        early = self._enders if index < stop.min_tokens else ()
         return SamplerRow(
-            sampling=self.request.sampling,
+            sampling=self._sampling,
             seed=self.request.seed,
             choice=self.request.choice,
             index=index,
             tokens=[*self.tokens, *drafts] if drafts else self.tokens,
             prompt_tokens=self.request.prompt_tokens,
-            forbidden=self._enders if index < stop.min_tokens else (),
+            forbidden=early + self._withheld,
+            allowed=self.guide.allowed(len(drafts)) if self.guide is not None else None,
+            adjusted_logprobs=self.request.beams is not None,
         )
 
     def accept(self, token: Token) -> None:
@@ -155,6 +204,18 @@ class Sequence:
         assert self.ending is None, f"{self.id} has ended, it takes no more tokens"
         self.tokens.append(token.token)
         self.ending = self._rules.push(token.token)
+        if self.guide is not None:
+            self.guide.push(token.token)
+            self.ending = _guided(self.ending, self.guide)
+
+
+def _guided(ending: Ending | None, guide: Guide) -> Ending | None:
+    """A complete answer is one even where the token limit falls on its last token."""
+    if guide.problem is not None:
+        return Ending(FinishReason.ERROR, error=ConstraintFailed(guide.problem))
+    if guide.complete and (ending is None or ending.finish is FinishReason.LENGTH):
+        return Ending(FinishReason.STOP)
+    return ending
 
 
 def unix_us() -> int:

@@ -1,13 +1,15 @@
 """What a store node answers: plain values, made by the core and sent as they are."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pdserve.ids import BlockKey, SlotId
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimGrant:
-    """A pinned prefix. ``claim`` is 0 when it is empty: there is nothing to release."""
+    """A pinned prefix. ``claim`` is 0 when the node has nothing to release: the prefix is empty, or
+    the client has pinned it itself."""
 
     claim: int
     slots: tuple[SlotId, ...]
@@ -26,6 +28,16 @@ class WriteGrant:
     first_index: int
     slots: tuple[SlotId, ...]
     stored_count: int  # of the keys asked for
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixQuote:
+    """What a node has of a prefix, and what the part that is not in its arena would take."""
+
+    in_arena: int  # leading blocks
+    stored: int  # leading blocks, with those on the disk
+    fetch_fixed_s: float  # before the first of them is there: those in line before included
+    fetch_bytes_per_s: float  # 0.0 where there is no disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class StoreStat:
     slots_committed: int
     slots_private: int
     slots_quarantined: int
+    slots_draining: int  # found no more, but a reader still holds them
     slots_pinned: int
     claims: int
     writes: int
@@ -58,3 +71,5 @@ class StoreStat:
     connections: int
     evicted_count: int
     condemned_count: int
+    ssd: Mapping[str, int] = field(default_factory=dict)
+    """Of the tier below: ``blocks`` that are there now, and totals; empty where there is none."""

@@ -2,14 +2,14 @@
 
     superblock   one page: what this is, and its geometry
     headers      64 bytes per slot
-    payloads     one per slot, 64-byte aligned, from a page border on
+    payloads     one per slot, 64-byte aligned, large ones to pages, from a page border on
 
 The node alone writes headers. A client writes the payload of slots that were reserved for it, and
 reads those that it has claimed, through a mapping that cannot write. The file is never made
 shorter: whoever has mapped it can read it as long as it lives, whatever became of the node.
 
 A header says which bytes its payload should be: key, generation, and a checksum (XXH3, 64 bits)
-over key and payload.
+over key and payload; and how its numbers are written (``codecs``).
 """
 
 import mmap
@@ -26,17 +26,25 @@ from numpy.typing import NDArray
 
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId, StoreId
+from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.slots import Slot, SlotState
 
 SLOTS_MAX = 1 << 18
 """More than the answer to one question about all keys can carry."""
 
 ALIGNMENT_BYTES = 64
+PAGED_FROM_BYTES = 64 << 10
+"""Slots of so much or more begin at a page border, which costs 3 % at most: a disk can then write
+and read them where they are."""
+
 ALLOCATED_BYTES = 32 << 20
 """Memory asked for in one piece: about 10 ms, after which a node that ends can notice it."""
 
 TOUCHED_BYTES = 4 << 20
 """Touched in one piece: 0.3 ms where the pages have been cleared, 1 to 10 ms where not."""
+
+PIECE_BYTES = 256 << 10
+"""Copied and hashed in one go: the copy is in the second-level cache still."""
 
 TOUCHED_BYTES_MAX = 8 << 30
 """Of one mapping; its page tables take 16 MiB then, and a second has gone into them."""
@@ -46,18 +54,24 @@ REST_RATIO = 50
 core, and hardly a page is touched before ``warming`` has cleared it."""
 
 _MAGIC = b"pdsvkv\0\0"
-_VERSION = 1
-_SUPERBLOCK = struct.Struct("<8sIQQ64s")
-_HEADER = struct.Struct("<QQ16sI28x")
+_VERSION = 2
+_SUPERBLOCK = struct.Struct("<8sIIQQ64s")
+_HEADER = struct.Struct("<QQ16sII24x")
+_GENERATION = struct.Struct("<Q")  # the header's first field
 _STATES = tuple(SlotState)
 _NO_KEY = bytes(BLOCK_KEY_BYTES)
 
 
 def block_checksum(key: BlockKey | None, payload: memoryview) -> int:
     """Of a payload and the key it belongs to. Releases the interpreter lock."""
-    digest = xxhash.xxh3_64(key or _NO_KEY)
+    digest = checksum_of(key)
     digest.update(payload)
     return digest.intdigest()
+
+
+def checksum_of(key: BlockKey | None) -> xxhash.xxh3_64:
+    """``block_checksum`` of this key, which takes the payload piece by piece."""
+    return xxhash.xxh3_64(key or _NO_KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +81,8 @@ class Geometry:
 
     @property
     def stride_bytes(self) -> int:
-        return _round_up(self.block_bytes, ALIGNMENT_BYTES)
+        is_large = self.block_bytes >= PAGED_FROM_BYTES
+        return _round_up(self.block_bytes, mmap.PAGESIZE if is_large else ALIGNMENT_BYTES)
 
     @property
     def payload_offset(self) -> int:
@@ -82,7 +97,7 @@ def geometry_of(arena_bytes: int, block_bytes: int) -> Geometry:
     """As many slots as ``arena_bytes`` hold. Raises ConfigError when that is no sensible number."""
     if block_bytes <= 0:
         raise ConfigError(f"block_bytes is {block_bytes}, must be positive")
-    geometry = Geometry(arena_bytes // _round_up(block_bytes, ALIGNMENT_BYTES), block_bytes)
+    geometry = Geometry(arena_bytes // Geometry(1, block_bytes).stride_bytes, block_bytes)
     if not 1 <= geometry.slot_count <= SLOTS_MAX:
         raise ConfigError(
             f"an arena of {arena_bytes} bytes holds {geometry.slot_count} blocks of {block_bytes}; "
@@ -97,21 +112,38 @@ class Header:
     checksum: int
     key: BlockKey | None
     state: SlotState
+    codec: int = PayloadCodec.UNSTATED
 
 
 class Arena:
     """A mapping of the file. Made by ``create_arena`` in the node, by ``open_arena`` in clients."""
 
-    def __init__(self, descriptor: int, geometry: Geometry, *, writable: bool) -> None:
+    def __init__(self, descriptor: int, geometry: Geometry, codec: int, *, writable: bool) -> None:
         self.geometry = geometry
+        self.codec = codec
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._map = mmap.mmap(descriptor, geometry.file_bytes, access=access)
         self._view = memoryview(self._map)
         self._bytes = np.frombuffer(self._map, np.uint8)
+        # Computed once: a reader asks for them at every block, with cold caches.
+        self._block_bytes = geometry.block_bytes
+        self._stride_bytes = geometry.stride_bytes
+        self._payload_offset = geometry.payload_offset
+
+    @property
+    def address(self) -> int:
+        """Where this process has the file mapped."""
+        return int(self._bytes.ctypes.data)
 
     def header(self, slot: SlotId) -> Header:
-        generation, checksum, key, state = _HEADER.unpack_from(self._view, _header_at(slot))
-        return Header(generation, checksum, BlockKey(key) if any(key) else None, _STATES[state])
+        generation, checksum, key, state, codec = _HEADER.unpack_from(self._view, _header_at(slot))
+        known = BlockKey(key) if any(key) else None
+        return Header(generation, checksum, known, _STATES[state], codec)
+
+    def generation(self, slot: SlotId) -> int:
+        """Of the header; for who has read all of it before."""
+        generation: int = _GENERATION.unpack_from(self._view, _header_at(slot))[0]
+        return generation
 
     def write_header(self, slot: SlotId, record: Slot) -> None:
         state = _STATES.index(record.state)
@@ -122,6 +154,7 @@ class Arena:
             record.checksum,
             record.key or _NO_KEY,
             state,
+            self.codec,
         )
 
     def payload(self, slot: SlotId) -> memoryview:
@@ -129,12 +162,34 @@ class Arena:
         start = self._payload_at(slot)
         return self._view[start : start + self.geometry.block_bytes]
 
+    def room(self, slot: SlotId) -> memoryview:
+        """The slot's bytes, and those behind them that nobody else's begin in."""
+        start = self._payload_at(slot)
+        return self._view[start : start + self.geometry.stride_bytes]
+
+    def view(self, slot: SlotId) -> memoryview:
+        """``payload``, by an array of its own (``obj``), which ends with the view's last user."""
+        start = self._payload_at(slot)
+        return self._bytes[start : start + self._block_bytes].data
+
     def read(self, slot: SlotId, out: memoryview) -> None:
         """Copy the slot's bytes to ``out``. Releases the interpreter lock."""
         start = self._payload_at(slot)
         np.copyto(
             np.frombuffer(out, np.uint8), self._bytes[start : start + self.geometry.block_bytes]
         )
+
+    def read_hashed(self, slot: SlotId, key: BlockKey | None, out: memoryview) -> int:
+        """``read``, and the ``block_checksum`` of what is in ``out`` then: each piece is hashed
+        while it is in the cache. Releases the interpreter lock."""
+        start = self._payload_at(slot)
+        target = np.frombuffer(out, np.uint8)
+        digest = xxhash.xxh3_64(key or _NO_KEY)
+        for begin in range(0, self.geometry.block_bytes, PIECE_BYTES):
+            end = min(begin + PIECE_BYTES, self.geometry.block_bytes)
+            np.copyto(target[begin:end], self._bytes[start + begin : start + end])
+            digest.update(out[begin:end])
+        return digest.intdigest()
 
     def write(self, slot: SlotId, data: memoryview) -> None:
         """Copy ``data`` into the slot. Releases the interpreter lock."""
@@ -156,10 +211,16 @@ class Arena:
 
     def _payload_at(self, slot: SlotId) -> int:
         assert 0 <= slot < self.geometry.slot_count, f"slot {slot}"
-        return self.geometry.payload_offset + slot * self.geometry.stride_bytes
+        return self._payload_offset + slot * self._stride_bytes
 
 
-def create_arena(path: Path, geometry: Geometry, store_id: StoreId) -> Arena:
+def create_arena(
+    path: Path,
+    geometry: Geometry,
+    store_id: StoreId,
+    *,
+    codec: PayloadCodec = PayloadCodec.UNSTATED,
+) -> Arena:
     """A new arena, all slots free. Its memory is not there yet, see ``prefault``.
 
     Raises:
@@ -175,9 +236,9 @@ def create_arena(path: Path, geometry: Geometry, store_id: StoreId) -> Arena:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(descriptor, geometry.file_bytes)
-        arena = Arena(descriptor, geometry, writable=True)
+        arena = Arena(descriptor, geometry, codec, writable=True)
         superblock = _SUPERBLOCK.pack(
-            _MAGIC, _VERSION, geometry.slot_count, geometry.block_bytes, store_id.encode()
+            _MAGIC, _VERSION, codec, geometry.slot_count, geometry.block_bytes, store_id.encode()
         )
         os.pwrite(descriptor, superblock, 0)
     finally:
@@ -197,16 +258,21 @@ def open_arena(path: Path, store_id: StoreId, *, writable: bool) -> Arena:
     except OSError as error:
         raise StoreUnavailable(f"cannot open the arena {path}: {error.strerror}") from error
     try:
-        superblock = os.pread(descriptor, _SUPERBLOCK.size, 0).ljust(_SUPERBLOCK.size, b"\0")
-        magic, version, slot_count, block_bytes, name = _SUPERBLOCK.unpack(superblock)
-        if (magic, version, name.rstrip(b"\0")) != (_MAGIC, _VERSION, store_id.encode()):
-            raise StoreUnavailable(
-                f"{path} is not the arena of {store_id} in version {_VERSION}, but {magic!r} of "
-                f"{name.rstrip(bytes(1))!r} in version {version}"
-            )
-        return Arena(descriptor, Geometry(slot_count, block_bytes), writable=writable)
+        return map_arena(descriptor, store_id, writable=writable)
     finally:
         os.close(descriptor)
+
+
+def map_arena(descriptor: int, store_id: StoreId, *, writable: bool) -> Arena:
+    """As ``open_arena``, of an open file, which stays the caller's to close."""
+    superblock = os.pread(descriptor, _SUPERBLOCK.size, 0).ljust(_SUPERBLOCK.size, b"\0")
+    magic, version, codec, slot_count, block_bytes, name = _SUPERBLOCK.unpack(superblock)
+    if (magic, version, name.rstrip(b"\0")) != (_MAGIC, _VERSION, store_id.encode()):
+        raise StoreUnavailable(
+            f"this is not the arena of {store_id} in version {_VERSION}, but {magic!r} of "
+            f"{name.rstrip(bytes(1))!r} in version {version}"
+        )
+    return Arena(descriptor, Geometry(slot_count, block_bytes), codec, writable=writable)
 
 
 def allocate(path: Path, offset: int) -> int:

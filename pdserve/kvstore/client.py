@@ -1,73 +1,57 @@
 """What a worker uses of a store node: claim and read blocks, put blocks, hand tickets on.
 
 A ``StoreClient`` is one connection, blocking, for one thread at a time. On the node's host it maps
-the arena; elsewhere, or where shared memory is forbidden, the same calls move bytes over the
-socket. What it holds at the node (claims, unfinished writes, tickets) lives as long as its
-connection. When that is gone every call raises ``StoreUnavailable`` at once: the blocks are lost to
-this client, not to the request, which can be computed again; make a new client when the node, or
-its successor, is there.
+the arena and claims what is there without asking; elsewhere, or where shared memory is forbidden,
+the same calls move bytes over the socket. What it holds (claims, unfinished writes, tickets) lives
+as long as its connection, which a forked process shares and must leave alone. When that is gone
+every call raises ``StoreUnavailable`` at once: the blocks are lost to this client, not to the
+request, which can be computed again; make a new client when the node, or its successor, is there.
 """
 
-import contextlib
-from collections import Counter
+import os
+import threading
+import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
+from pdserve.clock import S
 from pdserve.errors import (
     ChecksumMismatch,
-    DeadlineExceeded,
-    Disconnected,
     StoreError,
     StoreUnavailable,
     WireError,
 )
-from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId
-from pdserve.kvstore import protocol
-from pdserve.kvstore.answers import ClaimGrant, StoreChanges, StoreStat, WriteGrant
-from pdserve.kvstore.arena import open_arena
-from pdserve.kvstore.transfer import Corrupt, Fill, SharedMemory, Sockets, Transfer
-from pdserve.messages import Address
-from pdserve.wire.blocking import connect_blocking
-from pdserve.wire.frame import Buffer, Frame
-
-CALL_TIMEOUT_S = 10.0
-"""For an answer that a live node gives in microseconds; longer means that it is not alive."""
-
-COUNTERS = (
-    "blocks_put",  # written by ``put``
-    "blocks_pushed",  # written by ``push`` and ``push_tail``
-    "bytes_pushed",
-    "blocks_present",  # asked to be written, but stored already
-    "blocks_restored",  # read
-    "bytes_restored",
-    "blocks_verified",  # read with their checksum computed
-    "checksum_failures",
-    "remote_bytes",  # block bytes that went over a socket, either way
+from pdserve.ids import BlockKey, HostId, StoreId, TicketId
+from pdserve.kvstore import admin, hazards, protocol
+from pdserve.kvstore.answers import ClaimGrant, PrefixQuote, StoreChanges, StoreStat
+from pdserve.kvstore.claims import Claim
+from pdserve.kvstore.codecs import PayloadCodec, refuse_other
+from pdserve.kvstore.counters import new_counters
+from pdserve.kvstore.local_reads import LocalReads
+from pdserve.kvstore.one_sided import OneSided
+from pdserve.kvstore.phases import Phases
+from pdserve.kvstore.pipeline import Corrupt
+from pdserve.kvstore.transfer import (
+    CALL_TIMEOUT_S,
+    SharedMemory,
+    Transfer,
+    patience_s,
+    unless_gone,
 )
+from pdserve.kvstore.ways import local_reads, open_way
+from pdserve.kvstore.writing import Writing
+from pdserve.messages import Address
+from pdserve.wire.blocking import Wait, connect_blocking
+from pdserve.wire.frame import Buffer, Frame
+from pdserve.wire.tls import TlsContext
+
+CONNECT_TIMEOUT_S = 5.0
+
+NOTE_NS = 1 * S
+"""Between two messages about how long things took; they leave with a release."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Blocks that stay as they are until ``StoreClient.release``.
-
-    Block ``index`` < ``count`` is the prefix's block of that index. With ``has_tail`` there is one
-    more, the unfinished last block of a ticket, at index ``count``.
-    """
-
-    grant: ClaimGrant
-    keys: tuple[BlockKey, ...]  # of the first blocks, as far as the reader knows them
-
-    @property
-    def count(self) -> int:
-        return len(self.grant.slots) - self.grant.has_tail
-
-    @property
-    def has_tail(self) -> bool:
-        return self.grant.has_tail
-
-
-class StoreClient:
+class StoreClient(Writing):
     def __init__(
         self,
         address: Address,
@@ -77,7 +61,12 @@ class StoreClient:
         verify: bool = True,
         shared_memory: bool = True,
         warm: bool = False,
+        codec: PayloadCodec | None = None,
         corrupt: Corrupt | None = None,
+        ssl_context: TlsContext | None = None,
+        token: str = "",
+        mooncake: bool = False,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
         """Connect to a node.
 
@@ -88,53 +77,106 @@ class StoreClient:
             shared_memory: False sends bytes over the socket even on the node's host.
             warm: pay for the first touch of shared memory now, beside everything else, for a client
                 whose writes somebody waits for.
+            codec: how the numbers of blocks are to be written; None takes them as they are.
             corrupt: for tests; called on bytes on their way, after their checksum was taken.
+            ssl_context: for a node that speaks TLS over TCP.
+            token: for a node that wants one over TCP, see ``capability``.
+            mooncake: use one-sided reads instead of the socket, where the node has them.
 
         Raises:
-            StoreUnavailable: nobody answers there.
+            StoreUnavailable: nobody answers there, or not to this certificate.
+            AccessDenied: the node does not take the token.
+            CodecMismatch: its blocks are of another codec.
         """
         self.address = address
+        self._local: LocalReads | None = None
+        self._staging = memoryview(b"")
+        self._on_close: Callable[[], None] = _nothing
         try:
-            self._connection = connect_blocking(address, host=host, codec=protocol.PROTOCOL)
+            self._connection = connect_blocking(
+                address,
+                host=host,
+                codec=protocol.PROTOCOL,
+                timeout_s=connect_timeout_s,
+                ssl_context=ssl_context,
+            )
         except WireError as error:
             raise StoreUnavailable(f"the store node cannot be reached: {error}") from error
+        shares_memory = shared_memory and address.host == host and bool(address.unix_path)
+        files: list[int] | None = [] if shares_memory else None
+        pins = shares_memory and hazards.register()
         try:
-            welcome: protocol.Welcome = self._call(protocol.Greet(owner)).message
+            greeting = protocol.Greet(owner, shares_memory, pins, token)
+            welcome: protocol.Welcome
+            welcome = self._call(greeting, files=files, timeout_s=connect_timeout_s).message
             self.store_id: StoreId = welcome.store_id
+            if codec is not None:
+                refuse_other(codec, welcome.codec)
             self.block_bytes = welcome.block_bytes
-            self._counters = Counter(dict.fromkeys(COUNTERS, 0))
-            self._transfer: Transfer
-            if shared_memory and address.host == host:
-                path = Path(welcome.arena_path)
-                self._transfer = shared = SharedMemory(
-                    self._call,
-                    open_arena(path, self.store_id, writable=False),
-                    lambda: open_arena(path, self.store_id, writable=True),
-                    self._counters,
-                    verify=verify,
-                    corrupt=corrupt,
-                )
-                if warm:
-                    shared.warm()
-            else:
-                self._transfer = Sockets(
-                    self._call, self.block_bytes, self._counters, verify=verify, corrupt=corrupt
-                )
+            self.has_disk = welcome.has_disk
+            self._key_prefix = welcome.key_prefix
+            self._counters = new_counters()
+            self._phases = Phases()
+            self._noted_ns = time.perf_counter_ns()
+            lent = None if files is None else dict(zip(welcome.files, files, strict=False))
+            self._tier = "remote" if lent is None else "memory"
+            self._transfer: Transfer = open_way(
+                self._connection,
+                self._call,
+                welcome,
+                lent,
+                self._counters,
+                mooncake=mooncake,
+                verify=verify,
+                codec=codec,
+                corrupt=corrupt,
+                phases=self._phases,
+            )
+            if lent is not None:
+                self._local = local_reads(welcome, lent, self._connection.post)
+            if isinstance(self._transfer, SharedMemory) and warm:
+                self._transfer.warm()
+            if isinstance(self._transfer, OneSided):
+                self._on_close = self._transfer.close
         except StoreError:
             self.close()
             raise
+        finally:
+            for descriptor in files or ():
+                os.close(descriptor)
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Totals since this client was made; ``COUNTERS`` has the names."""
+        """Totals since this client was made; ``counters`` has the names."""
         return self._counters
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────
 
-    def claim(self, keys: Sequence[BlockKey]) -> Claim:
-        """Hold the longest prefix of ``keys`` that is stored; it may be empty."""
-        grant: ClaimGrant = self._call(protocol.ClaimPrefix(tuple(keys))).message
+    def claim(self, keys: Sequence[BlockKey], *, fetch: bool = True, tenant: str = "") -> Claim:
+        """Hold the longest prefix of ``keys`` that is stored; it may be empty. Without ``fetch``
+        what only the node's disk has is not waited for; what comes up from there goes on the
+        account of ``tenant``."""
+        began_ns = time.perf_counter_ns()
+        claim = self._claim(self._own(keys), fetch=fetch, tenant=tenant)
+        self._phases.note(("lookup", self._tier), time.perf_counter_ns() - began_ns)
+        return claim
+
+    def _claim(self, keys: Sequence[BlockKey], *, fetch: bool, tenant: str) -> Claim:
+        if self._local is not None:
+            if not self._connection.is_open():  # what it left in memory is nobody's to lend
+                raise StoreUnavailable("the store node is gone")
+            found = self._local.claim(keys)
+            if found is not None:
+                grant, run = found
+                self._counters["claims_local"] += 1
+                return Claim(grant, tuple(keys[: len(grant.slots)]), run)
+        grant = self._call(protocol.ClaimPrefix(tuple(keys), fetch, tenant)).message
         return Claim(grant, tuple(keys[: len(grant.slots)]))
+
+    def quote(self, keys: Sequence[BlockKey]) -> PrefixQuote:
+        """What is stored of ``keys``, and where; nothing of it is held."""
+        quote: PrefixQuote = self._call(protocol.QuotePrefix(tuple(self._own(keys)))).message
+        return quote
 
     def read(self, claim: Claim, index: int, out: memoryview) -> None:
         """Copy a claimed block to ``out``, which has ``block_bytes`` bytes.
@@ -146,85 +188,134 @@ class StoreClient:
             BlockMissing: it was found to be wrong after it was claimed.
             ChecksumMismatch: it is wrong; from now on nobody finds it.
         """
-        assert 0 <= index < len(claim.grant.slots), f"block {index} of {len(claim.grant.slots)}"
-        flat = out.cast("B") if out.nbytes != len(out) else out
-        assert len(flat) == self.block_bytes, f"{len(flat)} bytes for {self.block_bytes}"
-        key = claim.keys[index] if index < len(claim.keys) else None
-        try:
-            self._transfer.receive(claim.grant, index, key, flat)
-        except ChecksumMismatch:
-            self._call(protocol.CondemnBlock(claim.grant.claim, index))
-            raise
-        self._counters["blocks_restored"] += 1
-        self._counters["bytes_restored"] += self.block_bytes
+        self.read_many(claim, [index], [out])
 
-    def release(self, claim: Claim) -> None:
-        """Idempotent. A node that is gone holds nothing, so that is no error here."""
-        if claim.grant.claim:
-            self._call_unless_gone(protocol.ReleaseClaim(claim.grant.claim))
+    def read_many(
+        self,
+        claim: Claim,
+        indices: Sequence[int],
+        outs: Sequence[memoryview],
+        *,
+        deadline_s: float | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """``read`` of several blocks, block ``indices[i]`` to ``outs[i]``; faster over a socket.
 
-    # ── writing ──────────────────────────────────────────────────────────────────────────────────
+        Args:
+            deadline_s: for all of them together; a node that took longer counts as gone. None:
+                what a node that is alive cannot need.
+            cancelled: set by another thread, ends this; some of ``outs`` are written then.
 
-    def put(self, keys: Sequence[BlockKey], first: int, fill: Fill) -> int:
-        """Store the blocks ``keys[first:]``; those that are stored already are not written again.
+        Raises:
+            BlockMissing, ChecksumMismatch: as for ``read``, of the first that cannot be had.
+            Cancelled: everything can go on.
+        """
+        views = [self._flat(out) for out in outs]
+        wait = self._wait(len(views), deadline_s, cancelled)
+        self._receive(claim, indices, views.__getitem__, lambda _: None, wait)
+
+    def read_each(
+        self, claim: Claim, indices: Sequence[int], take: Callable[[int, memoryview], None]
+    ) -> None:
+        """``read`` of several blocks, each in turn given to ``take(position, bytes)``, which
+        must be done with them when it returns.
+
+        Raises:
+            BlockMissing, ChecksumMismatch: of the first that ``take`` was not given.
+        """
+        if len(self._staging) == 0:
+            self._staging = memoryview(bytearray(self.block_bytes))
+        staging = self._staging
+        wait = self._wait(len(indices), None, None)
+        self._receive(
+            claim, indices, lambda _: staging, lambda position: take(position, staging), wait
+        )
+
+    def fetch(
+        self,
+        keys: Sequence[BlockKey],
+        outs: Sequence[memoryview],
+        *,
+        first: int = 0,
+        deadline_s: float | None = None,
+        cancelled: threading.Event | None = None,
+        done: Callable[[int], None] = lambda _: None,
+    ) -> int:
+        """Copy what is stored of ``keys[first:]`` to ``outs``: claim, read and release at once.
 
         Args:
             keys: of the whole chain, from its first block.
-            fill: ``fill(i, out)`` writes the bytes of block ``keys[i]`` into ``out``.
+            done: told of each block, by its place in ``outs``, when it is there and verified.
 
         Returns:
-            how many of ``keys[first:]`` are stored now, from ``keys[first]`` on. Fewer than all
-            when memory is short, 0 when the block before ``first`` is not stored.
-        """
-        grant: WriteGrant = self._call(protocol.Reserve(tuple(keys), first)).message
-        self._counters["blocks_put"] += len(grant.slots)
-        return self._write(grant, keys, first, fill)
-
-    def open_ticket(
-        self, request: RequestId, attempt: int, *, reader: str, block_count: int, wait_ms: int
-    ) -> TicketId:
-        """Reserve ``block_count`` slots for one request's blocks, its unfinished last one included.
-
-        Waits for up to ``wait_ms``, behind those who came earlier.
-
-        Args:
-            reader: the owner whose it is once sealed; ``"*"`` for whoever adopts it first, until
-                when it stays this connection's.
+            how many blocks were stored, from ``keys[first]`` on.
 
         Raises:
-            OutOfBlocks: they can never fit, or did not in time.
+            BlockMissing, ChecksumMismatch, Cancelled: as for ``read_many``.
         """
-        frame = self._call(
-            protocol.OpenTicket(request, attempt, reader, block_count, wait_ms),
-            timeout_s=CALL_TIMEOUT_S + wait_ms / 1000,
-        )
-        answer: protocol.TicketOpened = frame.message
-        return answer.ticket
+        views = [self._flat(out) for out in outs]
+        assert len(views) == len(keys) - first, f"{len(views)} buffers for {len(keys)} - {first}"
 
-    def push(self, ticket: TicketId, keys: Sequence[BlockKey], first: int, fill: Fill) -> None:
-        """Put ``keys[first:]`` under a ticket, which must have the blocks before them already.
+        def count(position: int) -> None:
+            self._count_restored()
+            done(position)
+
+        wait = self._wait(len(views), deadline_s, cancelled)
+        with unless_gone:
+            place = views.__getitem__
+            fetched = self._transfer.fetch(self._own(keys), first, place, count, wait)
+        if fetched is not None:
+            return fetched
+        claim = self.claim(keys)
+        try:
+            indices = range(first, claim.count)
+            self._receive(claim, indices, place, done, wait)
+        finally:
+            self.release(claim)
+        return len(indices)
+
+    def view(self, claim: Claim, index: int) -> memoryview:
+        """A claimed block's bytes where they lie, read-only, until the claim is released; verified
+        as by ``read``. Over a socket it is a copy.
 
         Raises:
-            TicketGone: it was aborted.
+            BlockMissing: it was found to be wrong after it was claimed.
+            ChecksumMismatch: it is wrong; from now on nobody finds it.
         """
-        message = protocol.ReservePush(ticket, tuple(keys), first)
-        grant: WriteGrant = self._call(message).message
-        self._write(grant, keys, first, fill)
-        self._count_pushed(grant)
+        key = claim.key_of(index)
+        try:
+            with unless_gone:
+                view = self._transfer.view(claim.grant, index, key)
+        except ChecksumMismatch:
+            self._condemn(claim, index)
+            raise
+        claim.views.append((view, weakref.ref(view.obj)))
+        self._count_restored()
+        return view
 
-    def push_tail(self, ticket: TicketId, fill: Callable[[memoryview], None]) -> None:
-        """The request's unfinished last block; it has no key, and is its reader's alone."""
-        grant: WriteGrant = self._call(protocol.ReserveTail(ticket)).message
-        self._write(grant, [None], 0, lambda _, out: fill(out))
-        self._count_pushed(grant)
+    def release(self, claim: Claim) -> None:
+        """Idempotent. A node that is gone holds nothing, so that is no error here.
 
-    def seal(self, ticket: TicketId) -> None:
-        """Everything is pushed: from now on the ticket is its reader's, whatever happens here."""
-        self._call(protocol.SealTicket(ticket))
-
-    def abort(self, ticket: TicketId) -> None:
-        """End a ticket, anybody's. Its blocks that have keys stay stored. Idempotent."""
-        self._call_unless_gone(protocol.AbortTicket(ticket))
+        Raises:
+            BufferError: an array or the like still uses a view; the claim is held further.
+        """
+        while claim.views:
+            view, used = claim.views[-1]
+            view.release()
+            if used() is not None:
+                raise BufferError(
+                    f"a view of claim {claim.grant.slots} is still used, by an array or another "
+                    "memoryview; drop that first"
+                )
+            claim.views.pop()
+        if claim.run is not None:
+            assert self._local is not None, "a claim of another client"
+            self._local.release(claim.run)
+        elif claim.grant.claim:
+            self._call_unless_gone(protocol.ReleaseClaim(claim.grant.claim))
+        if time.perf_counter_ns() - self._noted_ns > NOTE_NS:
+            self._noted_ns = time.perf_counter_ns()
+            self._call_unless_gone(admin.NotePhases(self._phases.take()))
 
     def adopt(self, ticket: TicketId) -> Claim:
         """Take over a sealed ticket's blocks as a claim. The ticket is gone.
@@ -249,28 +340,57 @@ class StoreClient:
     def close(self) -> None:
         """Give up everything that is held through this connection. Idempotent."""
         self._connection.close()
+        on_close, self._on_close = self._on_close, _nothing
+        on_close()
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 
-    def _write(
-        self, grant: WriteGrant, keys: Sequence[BlockKey | None], first: int, fill: Fill
-    ) -> int:
-        self._counters["blocks_present"] += max(0, min(grant.first_index, len(keys)) - first)
-        if grant.write == 0:
-            return grant.stored_count
+    def _receive(
+        self,
+        claim: Claim,
+        indices: Sequence[int],
+        place: Callable[[int], memoryview],
+        done: Callable[[int], None],
+        wait: Wait,
+    ) -> None:
+        keys = [claim.key_of(index) for index in indices]
+        count = 0
+
+        def count_on(position: int) -> None:
+            nonlocal count
+            count += 1
+            self._count_restored()
+            done(position)
+
         try:
-            return self._transfer.send(grant, keys, fill)
-        except BaseException:  # whatever ``fill`` raises; the slots must not stay reserved
-            self._call_unless_gone(protocol.Abandon(grant.write))
+            with unless_gone:
+                self._transfer.receive(claim.grant, indices, keys, place, count_on, wait)
+        except ChecksumMismatch:
+            self._condemn(claim, indices[count])
             raise
 
-    def _count_pushed(self, grant: WriteGrant) -> None:
-        self._counters["blocks_pushed"] += len(grant.slots)
-        self._counters["bytes_pushed"] += len(grant.slots) * self.block_bytes
+    def _wait(
+        self, count: int, deadline_s: float | None, cancelled: threading.Event | None
+    ) -> Wait:
+        limit_s = patience_s(count * self.block_bytes) if deadline_s is None else deadline_s
+        return Wait.of(limit_s, cancelled)
 
-    def _call_unless_gone(self, message: object) -> None:
-        with contextlib.suppress(StoreUnavailable):
-            self._call(message)
+    def _flat(self, out: memoryview) -> memoryview:
+        flat = out.cast("B") if out.nbytes != len(out) else out
+        assert len(flat) == self.block_bytes, f"{len(flat)} bytes for {self.block_bytes}"
+        return flat
+
+    def _condemn(self, claim: Claim, index: int) -> None:
+        """Nobody finds this block from now on."""
+        grant = claim.grant
+        if claim.run is None:
+            self._call(protocol.CondemnBlock(grant.claim, index))
+        else:
+            self._call(protocol.CondemnSlot(grant.slots[index], grant.generations[index]))
+
+    def _count_restored(self) -> None:
+        self._counters["blocks_restored"] += 1
+        self._counters["bytes_restored"] += self.block_bytes
 
     def _call(
         self,
@@ -278,9 +398,14 @@ class StoreClient:
         body: Sequence[Buffer] = (),
         *,
         into: memoryview | None = None,
+        files: list[int] | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Frame:
-        try:
-            return self._connection.call(message, body, timeout_s=timeout_s, into=into)
-        except (Disconnected, DeadlineExceeded) as error:
-            raise StoreUnavailable(f"the store node is gone: {error}") from error
+        if self._local is not None:
+            self._local.tell_asked()
+        with unless_gone:
+            return self._connection.call(message, body, timeout_s=timeout_s, into=into, files=files)
+
+
+def _nothing() -> None:
+    pass

@@ -14,15 +14,17 @@ While a write is open its slots are the writer's, even when the ticket it was fo
 somebody else: they become free when the writer says that it is done, or its connection ends.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pdserve.errors import BlockMissing, CapacityError, FrameError, TicketGone
-from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, RequestId, SlotId, TicketId
+from pdserve.ids import BlockKey, RequestId, SlotId, TicketId
 from pdserve.kvstore.answers import ClaimGrant, StoreChanges, StoreStat, WriteGrant
+from pdserve.kvstore.audit import misfits, stat_of
+from pdserve.kvstore.eviction import EvictionName, eviction_of
 from pdserve.kvstore.feed import CHANGES_MAX, ChangeFeed
-from pdserve.kvstore.slots import Slot, SlotState, SlotTable
+from pdserve.kvstore.pins import PinBook
+from pdserve.kvstore.readers import NOBODY, Readers, Room
+from pdserve.kvstore.slots import Evicted, Slot, SlotState, SlotTable
 from pdserve.kvstore.tickets import (
     ANYBODY,
     RETRY_AFTER_MS,
@@ -31,7 +33,7 @@ from pdserve.kvstore.tickets import (
     TicketBook,
     TicketState,
 )
-from pdserve.kvstore.writes import Write, commit_write, drop_write
+from pdserve.kvstore.writes import Owner, Write, check_keys, commit_write, drop_write
 
 CLAIMS_MAX = 4096
 """Claims that one connection may hold."""
@@ -40,33 +42,49 @@ WRITES_MAX = 64
 """Writes that one connection may have open."""
 
 
-@dataclass(slots=True)
-class _Owner:
-    name: str
-    claims: dict[int, list[SlotId]] = field(default_factory=dict)
-    writes: dict[int, Write] = field(default_factory=dict)
-
-
 class StoreCore:
     """Invariants, asserted by ``check``: those of ``SlotTable``; every RESERVED slot belongs to
     exactly one write or ticket; a slot's pins are what claims, writes and tickets account for; the
     first ticket in the queue does not fit.
     """
 
-    def __init__(self, slot_count: int, *, changes_max: int = CHANGES_MAX) -> None:
-        self._feed = ChangeFeed(changes_max=changes_max)
-        self._slots = SlotTable(slot_count, self._feed)
-        self._owners: dict[OwnerId, _Owner] = {}
-        self.tickets = TicketBook(self._slots)
+    def __init__(
+        self,
+        slot_count: int,
+        *,
+        eviction: EvictionName = "turns",
+        lower: Collection[BlockKey] = (),
+        readers: Readers = NOBODY,
+        changes_max: int = CHANGES_MAX,
+        shares: Mapping[str, float] | None = None,
+        hard_pins_max: int = 0,
+    ) -> None:
+        """``lower``: the blocks of the tier below, which somebody else moves and keeps up to date.
+        They count as stored; ``claim`` finds those in the arena. ``readers`` pin by themselves.
+        ``shares``: tenants' weights; None: all compete alike."""
+        self._lower = lower
+        self._feed = ChangeFeed(lower=lower, changes_max=changes_max)
+        for key in lower:
+            self._feed.note(key, True)
+        order = eviction_of(eviction, slot_count)
+        self.slots = self._slots = SlotTable(
+            slot_count, self._feed, order, readers.hide, shares=shares
+        )
+        self._owners: dict[OwnerId, Owner] = {}
+        self.room = Room(self._slots, readers)
+        """For the shell: what those did who read without asking."""
+
+        self.tickets = TicketBook(self._slots, self.room)
         """For the shell: who was granted, whose time is up."""
 
+        self.pins = PinBook(self._slots, hard_pins_max, self.tickets.grant)
         self._next_id = 0  # of owners, claims and writes together
 
     # ── connections ──────────────────────────────────────────────────────────────────────────
 
     def connect(self, name: str) -> OwnerId:
         owner = OwnerId(self._new_id())
-        self._owners[owner] = _Owner(name)
+        self._owners[owner] = Owner(name)
         return owner
 
     def disconnect(self, owner: OwnerId) -> None:
@@ -76,6 +94,7 @@ class StoreCore:
             drop_write(self._slots, write)
         for slots in record.claims.values():
             self._slots.unpin(slots)
+        self.room.forget(owner)
         is_last_of_name = not self._is_connected(record.name)
         for ticket in self.tickets:
             if ticket.is_writers:
@@ -89,13 +108,30 @@ class StoreCore:
     # ── reading ──────────────────────────────────────────────────────────────────────────────
 
     def claim(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
-        """Pin the longest prefix of ``keys`` that is stored."""
+        """Pin the longest prefix of ``keys`` that is stored, for a prompt that asks for it."""
+        grant = self.hold(owner, keys)
+        self._slots.asked(keys, grant.slots)
+        return grant
+
+    def hold(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
+        """``claim``, but for no prompt: what is known of its conversation stays as it is."""
         slots = self._slots.lookup(keys)
-        if not slots:
-            return ClaimGrant(0, (), (), has_tail=False)
-        self._refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
-        self._slots.pin(slots)
+        if slots:
+            self._refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
+            self._slots.pin(slots)
         return self._new_claim(owner, slots, has_tail=False)
+
+    def prefix_count(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading blocks are in the arena."""
+        return len(self._slots.lookup(keys))
+
+    @property
+    def owners(self) -> Mapping[OwnerId, Owner]:
+        """For those who look through the books; they change nothing."""
+        return self._owners
+
+    def knows(self, owner: OwnerId) -> bool:
+        return owner in self._owners
 
     def release(self, owner: OwnerId, claim: int) -> None:
         """Idempotent."""
@@ -110,42 +146,54 @@ class StoreCore:
         Raises:
             BlockMissing: it has been found to be wrong since it was claimed.
         """
-        slots = self._owners[owner].claims.get(claim, [])
-        if not 0 <= index < len(slots):
-            raise FrameError(f"block {index} of claim {claim}, which has {len(slots)}")
-        slot = self._slots[slots[index]]
-        if slot.state is SlotState.QUARANTINED:
+        slot = self._slot_of(owner, claim, index)
+        record = self._slots[slot]
+        if record.state is SlotState.QUARANTINED:
             raise BlockMissing(f"block {index} of claim {claim} failed its checksum earlier")
-        return slots[index], slot
+        return slot, record
 
     def condemn(self, owner: OwnerId, claim: int, index: int) -> None:
         """The owner found that a block it holds fails its checksum: nobody finds it again."""
-        slots = self._owners[owner].claims.get(claim, [])
-        if not 0 <= index < len(slots):
-            raise FrameError(f"block {index} of claim {claim}, which has {len(slots)}")
-        self._slots.condemn(slots[index])
-        self.tickets.grant()
+        self._slots.condemn(self._slot_of(owner, claim, index))
+        self._let_go_of_condemned()
+
+    def condemn_slot(self, owner: OwnerId, slot: SlotId, generation: int) -> None:
+        """``condemn`` for an owner that has pinned the block by itself; nothing happens where it
+        has not, or the slot has another block by now."""
+        self.room.condemn(owner, slot, generation)
+        self._let_go_of_condemned()
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────
 
-    def reserve(self, owner: OwnerId, keys: Sequence[BlockKey], first: int) -> WriteGrant:
+    def reserve(
+        self,
+        owner: OwnerId,
+        keys: Sequence[BlockKey],
+        first: int,
+        *,
+        tenant: str = "",
+        between_tiers: bool = False,
+    ) -> WriteGrant:
         """Slots for those of ``keys[first:]`` that are not stored; fewer when memory is short.
 
         None at all when the parent of ``keys[first]`` is not stored, or hand-offs wait for memory.
+        ``tenant``: on whose account; it gets no slots that are within another's share.
+        ``between_tiers``: as in ``hold``, no conversation goes on.
         """
-        _check_keys(keys, first)
+        check_keys(keys, first)
         self._refuse_if_full(len(self._owners[owner].writes), WRITES_MAX, "writes")
         prefix = self._slots.lookup(keys)
         present = len(prefix)
         stored = max(0, present - first)
         wanted = len(keys) - present
-        room = 0 if self.tickets.queued_count else self._room_beside(prefix)
-        count = min(wanted, room)
-        if present < first or count == 0:
-            self._touch(prefix)
+        self._slots.pin(prefix)  # before anything is evicted for what continues it
+        may_write = present >= first and not self.tickets.queued_count
+        reach = self._slots.free_count + self._slots.order.reach(tenant)
+        count = self.room.make(min(wanted, reach), tenant) if may_write else 0
+        if count == 0:
+            self._slots.unpin(prefix)
             return WriteGrant(0, present, (), stored)
-        self._slots.pin(prefix)
-        slots = tuple(self._slots.reserve(count))
+        slots = tuple(self._slots.reserve(count, tenant))
         return self._new_write(
             owner,
             Write(
@@ -156,6 +204,7 @@ class StoreCore:
                 prefix=prefix,
                 ticket=None,
                 checksums=[None] * count,
+                between_tiers=between_tiers,
             ),
             stored,
         )
@@ -164,8 +213,8 @@ class StoreCore:
         self, owner: OwnerId, ticket_id: TicketId, keys: Sequence[BlockKey], first: int
     ) -> WriteGrant:
         """Slots of the ticket for ``keys[first:]``; those that are stored already need none."""
-        _check_keys(keys, first)
-        ticket = self._open_ticket_of(owner, ticket_id)
+        check_keys(keys, first)
+        ticket = self._open_ticket_of(owner, ticket_id, for_tail=False)
         if first != len(ticket.blocks):
             raise FrameError(f"blocks from {first} on, but the ticket has {len(ticket.blocks)}")
         wanted = len(keys) - first
@@ -175,6 +224,8 @@ class StoreCore:
         # What others stored counts only where it continues the ticket's own, findable blocks.
         present = prefix[first:] if prefix[:first] == ticket.blocks else []
         self._slots.pin(present)
+        if first == 0:  # it may have its prefix from elsewhere, and have claimed nothing
+            self._slots.asked(keys, present)
         ticket.blocks += present
         for _ in present:  # each of these needs no slot of the ticket's own
             self._slots.abandon(ticket.reserved.pop())
@@ -197,8 +248,9 @@ class StoreCore:
         )
 
     def reserve_tail(self, owner: OwnerId, ticket_id: TicketId) -> WriteGrant:
-        """A slot of the ticket for the unfinished last block, which has no key."""
-        ticket = self._open_ticket_of(owner, ticket_id)
+        """A slot of the ticket for the unfinished last block, which has no key. A write of blocks
+        with keys may be open beside it."""
+        ticket = self._open_ticket_of(owner, ticket_id, for_tail=True)
         if ticket.tail is not None or not ticket.reserved:
             raise FrameError(
                 f"a tail block for ticket {ticket_id}, which has "
@@ -266,8 +318,11 @@ class StoreCore:
         reader: str,
         block_count: int,
         deadline_ns: int,
+        tenant: str = "",
     ) -> bool:
         """Whether the ticket is open now; if not it waits until it is granted or expires.
+
+        Tickets of the request's earlier attempts end.
 
         Raises:
             OutOfBlocks: it can never fit.
@@ -275,6 +330,7 @@ class StoreCore:
         """
         if block_count < 1:
             raise FrameError(f"a ticket for {block_count} blocks")
+        self.tickets.end_attempts(request, attempt - 1)
         return self.tickets.open(
             Ticket(
                 ticket=ticket_id,
@@ -284,6 +340,7 @@ class StoreCore:
                 reader=reader or ANYBODY,
                 block_count=block_count,
                 deadline_ns=deadline_ns,
+                tenant=tenant,
             )
         )
 
@@ -308,6 +365,11 @@ class StoreCore:
             self.tickets.end(ticket)
             self.tickets.grant()
 
+    def abort_attempts(self, reader: OwnerId, request: RequestId, attempt: int | None) -> None:
+        """End what was opened for this reader on behalf of a request. Idempotent."""
+        self.tickets.end_attempts(request, attempt, reader=self._owners[reader].name)
+        self.tickets.grant()
+
     def adopt(self, owner: OwnerId, ticket_id: TicketId) -> ClaimGrant:
         """Turn a sealed ticket into a claim of its reader.
 
@@ -331,9 +393,24 @@ class StoreCore:
     def changes(self, after: int) -> StoreChanges:
         changes = self._feed.since(after)
         if changes is None:
-            return StoreChanges(self._feed.sequence, tuple(self._slots.keys), (), complete=False)
+            stored = tuple(dict.fromkeys([*self._slots.keys, *self._lower]))
+            return StoreChanges(self._feed.sequence, stored, (), complete=False)
         added, removed = changes
         return StoreChanges(self._feed.sequence, tuple(added), tuple(removed), complete=True)
+
+    def lower_tier_changed(self, keys: Iterable[BlockKey], *, has_them: bool) -> None:
+        """These are below from now on, or not any more; news where the arena lacks them."""
+        for key in keys:
+            if self._slots.find(key) is None:
+                self._feed.note(key, has_them)
+
+    def keys_of(self, owner: OwnerId, write_id: int) -> tuple[BlockKey, ...]:
+        """Of the chain that an open write goes on; none of a tail."""
+        return self._write_of(owner, write_id).keys
+
+    def take_evicted(self) -> list[Evicted]:
+        """Blocks that left the arena since the last call; for who keeps them elsewhere."""
+        return self._slots.take_evicted()
 
     def take_changed_slots(self) -> dict[SlotId, Slot]:
         """Slots whose header in the arena is out of date."""
@@ -341,28 +418,8 @@ class StoreCore:
 
     def stat(self, asker: OwnerId | None = None) -> StoreStat:
         """Linear in the arena."""
-        name = None if asker is None else self._owners[asker].name
-        return StoreStat(
-            slots_total=self._slots.slot_count,
-            slots_free=self._slots.free_count,
-            slots_available=self._slots.available_count,
-            slots_reserved=self._slots.count(SlotState.RESERVED),
-            slots_committed=self._slots.count(SlotState.COMMITTED),
-            slots_private=self._slots.count(SlotState.PRIVATE),
-            slots_quarantined=self._slots.count(SlotState.QUARANTINED),
-            slots_pinned=self._slots.pinned_count(),
-            claims=sum(len(owner.claims) for owner in self._owners.values()),
-            writes=sum(len(owner.writes) for owner in self._owners.values()),
-            tickets=self.tickets.count,
-            tickets_queued=self.tickets.queued_count,
-            tickets_own=sum(
-                ticket.is_writers and self._owners[ticket.writer].name == name
-                for ticket in self.tickets
-            ),
-            connections=len(self._owners),
-            evicted_count=self._slots.evicted_count,
-            condemned_count=self._slots.condemned_count,
-        )
+        self.room.look()
+        return stat_of(self, None if asker is None else self._owners[asker].name)
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────
 
@@ -381,14 +438,15 @@ class StoreCore:
                 retry_after_ms=RETRY_AFTER_MS,
             )
 
-    def _room_beside(self, prefix: Sequence[SlotId]) -> int:
-        """Slots that can be had without touching ``prefix``, which is about to be pinned."""
-        idle = sum(self._slots[slot].pins == 0 for slot in prefix)
-        return self._slots.available_count - idle
+    def _let_go_of_condemned(self) -> None:
+        self.pins.drop_condemned()
+        self.tickets.grant()
 
-    def _touch(self, slots: Sequence[SlotId]) -> None:
-        self._slots.pin(slots)
-        self._slots.unpin(slots)
+    def _slot_of(self, owner: OwnerId, claim: int, index: int) -> SlotId:
+        slots = self._owners[owner].claims.get(claim, [])
+        if not 0 <= index < len(slots):
+            raise FrameError(f"block {index} of claim {claim}, which has {len(slots)}")
+        return slots[index]
 
     def _new_claim(self, owner: OwnerId, slots: list[SlotId], *, has_tail: bool) -> ClaimGrant:
         if not slots:
@@ -409,13 +467,17 @@ class StoreCore:
             raise FrameError(f"write {write_id} is not open")
         return write
 
-    def _open_ticket_of(self, owner: OwnerId, ticket_id: TicketId) -> Ticket:
+    def _open_ticket_of(
+        self, owner: OwnerId, ticket_id: TicketId, *, for_tail: bool | None = None
+    ) -> Ticket:
+        """``for_tail``: of which kind no write may be open; None: of either."""
         ticket = self.tickets.find(ticket_id)
         if ticket is None:
             raise TicketGone(f"ticket {ticket_id} was aborted, or lost its reader")
         if ticket.writer != owner or ticket.state is not TicketState.OPEN:
             raise TicketGone(f"ticket {ticket_id} is {ticket.state}, and not this writer's")
-        if any(write.ticket is ticket for write in self._owners[owner].writes.values()):
+        open_writes = (w for w in self._owners[owner].writes.values() if w.ticket is ticket)
+        if any(for_tail in (None, write.is_tail) for write in open_writes):
             raise FrameError(f"ticket {ticket_id} has a write that is neither committed nor over")
         return ticket
 
@@ -423,29 +485,6 @@ class StoreCore:
         """Assert the invariants. Linear in the arena; for tests."""
         self._slots.check()
         self.tickets.check()
-        reserved: list[SlotId] = []
-        pinned: Counter[SlotId] = Counter()
-        for owner in self._owners.values():
-            for slots in owner.claims.values():
-                pinned.update(slots)
-            for write in owner.writes.values():
-                reserved += write.slots
-                pinned.update(write.prefix)
-        for ticket in self.tickets:
-            assert ticket.writer in self._owners or not ticket.is_writers
-            reserved += ticket.reserved
-            pinned.update(ticket.pinned)
-        assert len(set(reserved)) == len(reserved), "a slot has two writers"
-        for index in range(self._slots.slot_count):
-            slot = SlotId(index)
-            state = self._slots[slot].state
-            assert (state is SlotState.RESERVED) == (slot in reserved), f"slot {slot} is {state}"
-            assert self._slots[slot].pins == pinned[slot], f"slot {slot}: pins"
-
-
-def _check_keys(keys: Sequence[BlockKey], first: int) -> None:
-    if not 0 <= first <= len(keys):
-        raise FrameError(f"blocks from {first} on, of {len(keys)}")
-    for key in keys:
-        if len(key) != BLOCK_KEY_BYTES:
-            raise FrameError(f"a block key of {len(key)} bytes, it must have {BLOCK_KEY_BYTES}")
+        self.pins.check()
+        wrong = list(misfits(self))
+        assert not wrong, wrong

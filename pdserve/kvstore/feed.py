@@ -1,10 +1,11 @@
-"""What entered and left a store's index, numbered, for those who keep a copy of it.
+"""What entered and left a store, numbered, for those who keep a copy of it.
 
-The feed remembers the last ``changes_max`` changes. Who asks for more gets everything that is in
-the index now, marked as not complete: the copy is thrown away and begun anew.
+The feed remembers the last ``changes_max`` changes. Who asks for more gets everything that is
+there now, marked as not complete: the copy is thrown away and begun anew.
 """
 
 from collections import deque
+from collections.abc import Collection
 from itertools import islice
 
 from pdserve.ids import BlockKey
@@ -13,17 +14,21 @@ CHANGES_MAX = 65_536
 
 
 class ChangeFeed:
-    def __init__(self, *, changes_max: int = CHANGES_MAX) -> None:
+    def __init__(self, *, lower: Collection[BlockKey] = (), changes_max: int = CHANGES_MAX) -> None:
+        """``lower``: what is stored in a tier below, and stays so when it leaves the index."""
         assert changes_max > 0
+        self._lower = lower
         self._changes: deque[tuple[BlockKey, bool]] = deque(maxlen=changes_max)
         self.sequence = 0
         """Of the last change; the first one has 1."""
 
     def added(self, key: BlockKey) -> None:
-        self._note(key, True)
+        if key not in self._lower:
+            self.note(key, True)
 
     def removed(self, key: BlockKey) -> None:
-        self._note(key, False)
+        if key not in self._lower:
+            self.note(key, False)
 
     def since(self, after: int) -> tuple[list[BlockKey], list[BlockKey]] | None:
         """(added, removed) between ``after`` and now, each key once, by what became of it last.
@@ -42,6 +47,7 @@ class ChangeFeed:
             [key for key, is_added in present.items() if not is_added],
         )
 
-    def _note(self, key: BlockKey, is_added: bool) -> None:
+    def note(self, key: BlockKey, is_added: bool) -> None:
+        """In whatever tier."""
         self.sequence += 1
         self._changes.append((key, is_added))

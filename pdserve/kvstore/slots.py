@@ -1,14 +1,16 @@
 """The life of a slot: one block's place in an arena. No bytes are touched here.
 
     FREE ──RESERVE──> RESERVED ──PUBLISH──> COMMITTED ──CONDEMN──> QUARANTINED
-                         │                      │                      ^
-                         └──KEEP──> PRIVATE <───┘ DETACH               │
-                                      └───────────────── CONDEMN ──────┘
-    and from each of the four, FREE ──> FREE.
+     ^                   │                      │                      ^
+     ├──FREE─────────────┴──KEEP──> PRIVATE <───┘ DETACH               │
+     │                                └───────────────── CONDEMN ──────┘
+     └──FREE── DRAINING <──DRAIN── each of the last three
 
 RESERVED belongs to one writer; COMMITTED is in the index, and its bytes never change; PRIVATE is
 complete too but in no index (a request's unfinished last block, or a block whose parent is gone),
-and lives as long as somebody has pinned it; QUARANTINED failed its checksum: nobody finds it again.
+and lives as long as somebody has pinned it; QUARANTINED failed its checksum: nobody finds it again;
+DRAINING is found no more either, and becomes free as soon as no reader holds it: those on the
+node's host pin blocks by themselves (``readers``), so that is known only when all have been asked.
 
 Blocks form a forest: a block's *parent* is the block before it in the chain. Two rules hold:
 a COMMITTED block's parent is COMMITTED, so the index is closed under prefixes and a lookup is a
@@ -16,19 +18,22 @@ walk; and the parent of a pinned block is pinned, because pins are taken on whol
 COMMITTED block without pins can be evicted, children before parents: what is *available* is a sum
 of two counters.
 
-Eviction takes the block whose last use is longest ago; of one chain the deepest first.
+Which idle block is evicted first is ``shares``' and ``eviction``'s to say; of one chain the deepest
+goes first.
 A slot's *generation* counts its reservations: (slot, generation) names bytes for ever.
 """
 
-import heapq
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, SlotId
+from pdserve.kvstore.eviction import Eviction
 from pdserve.kvstore.feed import ChangeFeed
+from pdserve.kvstore.shares import EvictionOrder
 
 
 class SlotState(StrEnum):
@@ -37,6 +42,7 @@ class SlotState(StrEnum):
     COMMITTED = "committed"
     PRIVATE = "private"
     QUARANTINED = "quarantined"
+    DRAINING = "draining"
 
 
 class SlotEvent(StrEnum):
@@ -45,6 +51,7 @@ class SlotEvent(StrEnum):
     KEEP = "keep"  # written, for its owner alone
     DETACH = "detach"  # an ancestor was condemned while somebody had this one pinned
     CONDEMN = "condemn"  # its bytes fail their checksum
+    DRAIN = "drain"  # nobody finds it from now on, and the node holds it no more
     FREE = "free"  # nobody wants it, and no process may touch it
 
 
@@ -59,15 +66,41 @@ TRANSITIONS: Mapping[SlotState, Mapping[SlotEvent, SlotState]] = MappingProxyTyp
         SlotState.COMMITTED: {
             SlotEvent.DETACH: SlotState.PRIVATE,
             SlotEvent.CONDEMN: SlotState.QUARANTINED,
-            SlotEvent.FREE: SlotState.FREE,
+            SlotEvent.DRAIN: SlotState.DRAINING,
         },
         SlotState.PRIVATE: {
             SlotEvent.CONDEMN: SlotState.QUARANTINED,
-            SlotEvent.FREE: SlotState.FREE,
+            SlotEvent.DRAIN: SlotState.DRAINING,
         },
-        SlotState.QUARANTINED: {SlotEvent.FREE: SlotState.FREE},
+        SlotState.QUARANTINED: {SlotEvent.DRAIN: SlotState.DRAINING},
+        SlotState.DRAINING: {SlotEvent.FREE: SlotState.FREE},
     }
 )
+
+
+EVICTED_KEPT_MAX = 4096
+"""Of which ``take_evicted`` can tell; more than one event evicts of any sensible arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A block that has just left its slot; its bytes are there until somebody writes."""
+
+    slot: SlotId
+    key: BlockKey
+    checksum: int
+
+
+PINNABLE = frozenset((SlotState.COMMITTED, SlotState.PRIVATE, SlotState.QUARANTINED))
+
+Hide = Callable[[Sequence[SlotId]], Collection[SlotId]]
+"""Lets nobody find these slots from now on; those of them that somebody holds without the table's
+knowing."""
+
+
+def nobody_reads(slots: Sequence[SlotId]) -> Collection[SlotId]:  # noqa: ARG001  (a ``Hide``)
+    """Where every reader asks the node for its pins."""
+    return ()
 
 
 @dataclass(slots=True)
@@ -83,26 +116,41 @@ class Slot:
     children: int = 0
     pins: int = 0
     last_use: int = 0  # the table's own count of uses; no clock
+    turn: int = 0  # of the conversation that used it last
 
 
 class SlotTable:
     """All slots of an arena, the index over them, and the order of eviction.
 
     Invariants, asserted by ``check``: the index holds exactly the COMMITTED slots; a COMMITTED
-    slot's parent is COMMITTED and has pins if it has; child counts are right; FREE and RESERVED
-    slots have no pins, PRIVATE and QUARANTINED ones have some; every idle leaf is in the heap.
+    slot's parent is COMMITTED and has pins if it has; child counts are right; FREE, RESERVED and
+    DRAINING slots have no pins, PRIVATE and QUARANTINED ones have some; every idle leaf is in the
+    heap.
     """
 
-    def __init__(self, slot_count: int, feed: ChangeFeed) -> None:
+    def __init__(
+        self,
+        slot_count: int,
+        feed: ChangeFeed,
+        eviction: Eviction,
+        hide: Hide = nobody_reads,
+        *,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
+        """``shares``: the tenants' weights; None: all blocks compete alike."""
         assert slot_count > 0
         self._slots = [Slot() for _ in range(slot_count)]
         self._free = [SlotId(slot) for slot in reversed(range(slot_count))]  # warm ones on top
         self._index: dict[BlockKey, SlotId] = {}
         self._idle_count = 0  # COMMITTED without pins
-        self._idle_leaves: list[tuple[int, int, SlotId]] = []  # heap; stale entries are skipped
+        self._eviction = eviction
+        self.order = EvictionOrder(eviction, slot_count, shares)
         self._uses = 0
         self._feed = feed
+        self._hide = hide
+        self._draining: list[SlotId] = []
         self._changed: set[SlotId] = set()
+        self._evicted: deque[Evicted] = deque(maxlen=EVICTED_KEPT_MAX)
         self.evicted_count = 0
         self.condemned_count = 0
 
@@ -119,8 +167,13 @@ class SlotTable:
 
     @property
     def available_count(self) -> int:
-        """How many slots ``reserve`` can give: the free ones, and those it may evict."""
+        """How many slots ``reserve`` can give: the free ones, and those it may evict; fewer when a
+        reader pins one of these at this moment."""
         return len(self._free) + self._idle_count
+
+    @property
+    def indexed_count(self) -> int:
+        return len(self._index)
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -139,6 +192,16 @@ class SlotTable:
         changed, self._changed = self._changed, set()
         return changed
 
+    def tell_again(self, slots: Iterable[SlotId]) -> None:
+        """As if these had changed."""
+        self._changed.update(slots)
+
+    def take_evicted(self) -> list[Evicted]:
+        """What was evicted since the last call, children before parents."""
+        evicted = list(self._evicted)
+        self._evicted.clear()
+        return evicted
+
     def find(self, key: BlockKey) -> SlotId | None:
         return self._index.get(key)
 
@@ -155,16 +218,56 @@ class SlotTable:
             parent = slot
         return found
 
-    def reserve(self, count: int) -> list[SlotId]:
-        """``count`` slots for one writer, evicting as many blocks as that takes."""
-        assert count <= self.available_count, f"{count} of {self.available_count} slots"
-        while len(self._free) < count:
-            self._evict_one()
+    def asked(self, keys: Sequence[BlockKey], prefix: Sequence[SlotId]) -> None:
+        """A prompt asks for ``keys``, of which ``prefix`` is here, pinned."""
+        self._set_turn(prefix, self._eviction.asked(keys, self._uses))
+
+    def wrote(self, keys: Sequence[BlockKey], chain: Sequence[SlotId]) -> None:
+        """Somebody is done with the blocks of ``keys``, which are ``chain`` and still pinned."""
+        self._set_turn(chain, self._eviction.wrote(keys, self._uses))
+
+    def _set_turn(self, slots: Sequence[SlotId], turn: int) -> None:
+        for slot in slots:
+            self._slots[slot].turn = turn
+
+    def reserve(self, count: int, tenant: str = "") -> list[SlotId]:
+        """``count`` slots for one writer of a tenant, evicting as many blocks as that takes."""
+        room = self.make_room(count, tenant)
+        assert room == count, f"{count} of {room} slots"
+        account = self.order.accounts.charge(tenant, count)
         taken = [self._free.pop() for _ in range(count)]
+        self.order.accounts.assign(taken, account)
         for slot in taken:
             self._move(slot, SlotEvent.RESERVE)
             self._slots[slot].generation += 1
         return taken
+
+    def make_room(self, count: int, tenant: str = "") -> int:
+        """Evict until ``count`` slots are free for a tenant, or as many as can be had; how many
+        those are."""
+        if count <= len(self._free):
+            return count
+        # What it is about to get counts in whose turn it is to give way.
+        accounts = self.order.accounts
+        account = accounts.charge(tenant, count)
+        while (short := count - len(self._free)) > 0 and self._idle_count:
+            for _ in range(min(short, self._idle_count)):
+                self._evict_one()
+            self.reap()
+        accounts.give_back(account, count)
+        return min(count, len(self._free))
+
+    def reap(self) -> None:
+        """Free the draining slots that nobody holds any more."""
+        if not self._draining:
+            return
+        held = self._hide(self._draining)
+        draining, self._draining = self._draining, []
+        for slot in draining:
+            if slot in held:
+                self._draining.append(slot)
+            else:
+                self._clear(slot)
 
     def publish(self, slot: SlotId, key: BlockKey, parent: SlotId | None, checksum: int) -> None:
         """Put a written slot into the index, with one pin. ``parent`` is None for a first block."""
@@ -197,7 +300,7 @@ class SlotTable:
         """One more pin for each; the slots are a whole prefix, or have pins already."""
         for slot in slots:
             record = self._slots[slot]
-            assert record.state not in (SlotState.FREE, SlotState.RESERVED), record.state
+            assert record.state in PINNABLE, record.state
             if record.pins == 0:
                 self._idle_count -= 1
             record.pins += 1
@@ -215,14 +318,15 @@ class SlotTable:
                     self._idle_count += 1
                     self._note_if_idle_leaf(slot)
                 else:
-                    self._clear(slot)
+                    self._drain(slot)
+        self.reap()
 
     def condemn(self, slot: SlotId) -> None:
         """Take a pinned slot with wrong bytes, and all that builds on it, out of the index."""
         assert self._slots[slot].pins > 0, "only who holds a block can say that it is wrong"
         if self._slots[slot].state is SlotState.QUARANTINED:
             return  # somebody else who holds it was faster
-        descendants = self._descendants(slot)
+        descendants = self.descendants(slot)
         was_committed = self._slots[slot].state is SlotState.COMMITTED
         self._move(slot, SlotEvent.CONDEMN)
         self.condemned_count += 1
@@ -234,11 +338,13 @@ class SlotTable:
                 self._move(below, SlotEvent.DETACH)
             else:
                 self._idle_count -= 1
-                self._clear(below)
+                self._drain(below)
         self._unlink(slot)
+        self.reap()
 
-    def _descendants(self, root: SlotId) -> list[SlotId]:
-        """Linear in the table: condemning is rare, and a list of children per slot is not free."""
+    def descendants(self, root: SlotId) -> list[SlotId]:
+        """All that builds on a block, parents before children. Linear in the table: it is rarely
+        asked for, and a list of children per slot is not free."""
         inside = {root}
         found = []
         for key in self.keys:
@@ -248,15 +354,29 @@ class SlotTable:
                 found.append(slot)
         return found
 
+    def evict_if_idle(self, slot: SlotId) -> bool:
+        """Evict a block that nobody has pinned and nothing builds on; who calls this calls
+        ``reap``. Whether it was one."""
+        if not self._is_idle_leaf(self._slots[slot]):
+            return False
+        self._evict(slot)
+        return True
+
+    def reorder(self, slots: Iterable[SlotId]) -> None:
+        """What decides over their order of eviction, beside their use, has changed."""
+        for slot in slots:
+            self._note_if_idle_leaf(slot)
+
     def _evict_one(self) -> None:
-        while True:
-            last_use, _, slot = heapq.heappop(self._idle_leaves)
-            record = self._slots[slot]
-            if self._is_idle_leaf(record) and record.last_use == last_use:
-                break
+        self._evict(self.order.take(self._uses, self._is_current))
+
+    def _evict(self, slot: SlotId) -> None:
         self._idle_count -= 1
+        record = self._slots[slot]
+        assert record.key is not None
+        self._evicted.append(Evicted(slot, record.key, record.checksum))
         self._unlink(slot)
-        self._clear(slot)
+        self._drain(slot)
         self.evicted_count += 1
 
     def _unlink(self, slot: SlotId) -> None:
@@ -270,12 +390,20 @@ class SlotTable:
             self._slots[parent].children -= 1
             self._note_if_idle_leaf(parent)
 
-    def _clear(self, slot: SlotId) -> None:
+    def _drain(self, slot: SlotId) -> None:
+        """Out of the index already; who calls this calls ``reap``."""
         record = self._slots[slot]
         assert record.children == 0, f"slot {slot} has children"
         assert record.pins == 0, f"slot {slot} is pinned"
+        self._move(slot, SlotEvent.DRAIN)
+        self._draining.append(slot)
+
+    def _clear(self, slot: SlotId) -> None:
+        record = self._slots[slot]
         self._move(slot, SlotEvent.FREE)
         record.key, record.checksum, record.parent, record.depth = None, 0, None, 0
+        record.turn = 0
+        self.order.freed(slot)
         self._free.append(slot)
 
     def _move(self, slot: SlotId, event: SlotEvent) -> None:
@@ -286,6 +414,11 @@ class SlotTable:
         record.state = following
         self._changed.add(slot)
 
+    def _is_current(self, slot: SlotId, turn: int, last_use: int) -> bool:
+        record = self._slots[slot]
+        as_noted = record.last_use == last_use and record.turn == turn
+        return as_noted and self._is_idle_leaf(record)
+
     @staticmethod
     def _is_idle_leaf(record: Slot) -> bool:
         return record.state is SlotState.COMMITTED and not record.pins and not record.children
@@ -294,29 +427,27 @@ class SlotTable:
         record = self._slots[slot]
         if not self._is_idle_leaf(record):
             return
-        heapq.heappush(self._idle_leaves, (record.last_use, -record.depth, slot))
-        # An entry is stale once its block was used again; half of the heap may be, not more.
-        if len(self._idle_leaves) > 2 * len(self._slots) + 64:
-            self._idle_leaves = [
-                (each.last_use, -each.depth, SlotId(index))
-                for index, each in enumerate(self._slots)
-                if self._is_idle_leaf(each)
-            ]
-            heapq.heapify(self._idle_leaves)
+        self.order.add(slot, record.turn, record.last_use, record.depth)
+        # An entry is out of date once its block was used again; half of all may be, not more.
+        if len(self.order) > 2 * len(self._slots) + 64:
+            self.order.clear()
+            for index, each in enumerate(self._slots):
+                if self._is_idle_leaf(each):
+                    self.order.add(SlotId(index), each.turn, each.last_use, each.depth)
 
     def check(self) -> None:
         """Assert the invariants. Linear in the table; for tests."""
         assert len(set(self._free)) == len(self._free)
         children = [0] * len(self._slots)
         idle = 0
-        heap = {(last_use, slot) for last_use, _, slot in self._idle_leaves}
         for index, record in enumerate(self._slots):
             slot = SlotId(index)
             committed = record.state is SlotState.COMMITTED
             indexed = record.key is not None and self._index.get(record.key) == slot
             assert committed == indexed, f"slot {slot} is {record.state}, indexed: {indexed}"
             assert (record.state is SlotState.FREE) == (slot in self._free)
-            if record.state in (SlotState.FREE, SlotState.RESERVED):
+            assert (record.state is SlotState.DRAINING) == (slot in self._draining)
+            if record.state in (SlotState.FREE, SlotState.RESERVED, SlotState.DRAINING):
                 assert record.pins == 0
             elif not committed:
                 assert record.pins > 0, f"slot {slot} is {record.state} and nobody holds it"
@@ -329,7 +460,9 @@ class SlotTable:
                 children[record.parent] += 1
             idle += committed and not record.pins
             if self._is_idle_leaf(record):
-                assert (record.last_use, slot) in heap, f"slot {slot} can never be evicted"
+                leaf = slot, record.turn, record.last_use
+                assert leaf in self.order, f"slot {slot} can never be evicted"
         assert idle == self._idle_count
         assert children == [record.children for record in self._slots]
         assert len(self._index) == self.count(SlotState.COMMITTED)
+        self.order.accounts.check(lambda slot: self._slots[slot].state is SlotState.FREE)

@@ -20,6 +20,7 @@ from typing import NewType
 
 from pdserve.errors import CapacityError, IllegalTransition, OutOfBlocks
 from pdserve.ids import RequestId, SlotId, TicketId
+from pdserve.kvstore.readers import Room
 from pdserve.kvstore.slots import SlotTable
 
 OwnerId = NewType("OwnerId", int)
@@ -75,6 +76,7 @@ class Ticket:
     reader: str
     block_count: int  # reserved when granted
     deadline_ns: int  # of the wait in the queue
+    tenant: str = ""
     state: TicketState = TicketState.QUEUED
     reserved: deque[SlotId] = field(default_factory=deque)  # not yet written
     blocks: list[SlotId] = field(default_factory=list)  # complete and pinned, in chain order
@@ -103,8 +105,9 @@ class TicketBook:
     calls ``grant``.
     """
 
-    def __init__(self, slots: SlotTable) -> None:
+    def __init__(self, slots: SlotTable, room: Room) -> None:
         self._slots = slots
+        self._room = room
         self._tickets: dict[TicketId, Ticket] = {}
         self._queue: deque[Ticket] = deque()
         self._granted: list[TicketId] = []
@@ -149,9 +152,9 @@ class TicketBook:
 
     def grant(self) -> None:
         """Open as many waiting tickets as fit, in order."""
-        while self._queue and self._queue[0].block_count <= self._slots.available_count:
+        while self._queue and self._room.has(self._queue[0].block_count, self._queue[0].tenant):
             ticket = self._queue.popleft()
-            ticket.reserved.extend(self._slots.reserve(ticket.block_count))
+            ticket.reserved.extend(self._slots.reserve(ticket.block_count, ticket.tenant))
             ticket.advance(TicketEvent.GRANTED)
             self._granted.append(ticket.ticket)
 
@@ -178,6 +181,18 @@ class TicketBook:
         del self._tickets[ticket.ticket]
         self._free_reserved(ticket)
         self._slots.unpin(ticket.pinned)
+
+    def end_attempts(
+        self, request: RequestId, attempt: int | None, *, reader: str | None = None
+    ) -> None:
+        """End the request's tickets of ``attempt`` and before it; None stands for any."""
+        for ticket in self:
+            if (
+                ticket.request == request
+                and (attempt is None or ticket.attempt <= attempt)
+                and reader in (None, ticket.reader)
+            ):
+                self.end(ticket)
 
     def expire(self, now_ns: int) -> list[tuple[TicketId, OutOfBlocks]]:
         """End the waiting tickets whose time is up, and say what they wanted."""

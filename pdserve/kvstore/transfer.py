@@ -4,8 +4,8 @@ Both ways keep the same promises. Writing: the bytes are in the slots, and their
 node, before the commit. Reading: what is in ``out`` afterwards has the checksum that the writer
 took, or an error says why not.
 
-A block whose checksum failed on a socket is sent again, up to ``TRANSIT_ATTEMPTS_MAX`` times in
-all: the fault may have been the way's. In shared memory there is no way that could have one.
+A block whose checksum failed on a socket is sent again, see ``pipeline``: the fault may have been
+the way's. In shared memory there is no way that could have one.
 """
 
 import threading
@@ -14,27 +14,57 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pdserve.errors import BlockMissing, ChecksumMismatch
+import numpy as np
+
+from pdserve.errors import (
+    BlockMissing,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    Disconnected,
+    StoreUnavailable,
+)
 from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore import protocol
 from pdserve.kvstore.answers import ClaimGrant, WriteGrant
-from pdserve.kvstore.arena import Arena, block_checksum
+from pdserve.kvstore.arena import Arena, Header, block_checksum
+from pdserve.kvstore.codecs import PayloadCodec
+from pdserve.kvstore.phases import Phases
+from pdserve.kvstore.pieces import PiecewiseWrite
+from pdserve.kvstore.pipeline import Corrupt, Done, Fill, Link, Pipeline, Place
 from pdserve.kvstore.slots import SlotState
+from pdserve.wire.blocking import Wait
 from pdserve.wire.frame import Buffer, Frame
 
-Fill = Callable[[int, memoryview], None]
-"""Writes the bytes of the block with this index into this buffer."""
+CALL_TIMEOUT_S = 10.0
+"""For an answer that a live node gives in microseconds; longer means that it is not alive."""
 
-Corrupt = Callable[[memoryview], None]
-"""For tests: changes bytes on their way, after their checksum was taken."""
+SLOW_BYTES_PER_S = 20_000_000
+"""A node that moves fewer counts as gone too."""
 
-STAGING_BYTES_MAX = 1 << 20
-"""Block bytes that wait in a client to be sent together; at least one block. Eight times as much
-is slower: it falls out of the cache between filling, checksum and socket (bench.kvstore)."""
 
-TRANSIT_ATTEMPTS_MAX = 3
+def patience_s(size: int) -> float:
+    """How long moving ``size`` bytes may take."""
+    return CALL_TIMEOUT_S + size / SLOW_BYTES_PER_S
 
-_READABLE = (SlotState.COMMITTED, SlotState.PRIVATE)
+
+class _UnlessGone:
+    """Says of a connection that ended that the node is gone."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Disconnected | DeadlineExceeded):
+            raise StoreUnavailable(f"the store node is gone: {error}") from error
+
+
+unless_gone = _UnlessGone()
+
+_READABLE = (SlotState.COMMITTED, SlotState.PRIVATE, SlotState.DRAINING)
+"""By who holds it. A DRAINING block may have failed somebody's checksum before, so it is verified
+each time."""
 
 
 class Call(Protocol):
@@ -51,17 +81,44 @@ class Transfer(Protocol):
         """
         ...
 
-    def receive(self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview) -> None:
-        """Copy a claimed block to ``out``. ``key`` is what it must be, None where unknown.
+    def receive(
+        self,
+        claim: ClaimGrant,
+        indices: Sequence[int],
+        keys: Sequence[BlockKey | None],
+        place: Place,
+        done: Done,
+        wait: Wait,
+    ) -> None:
+        """Copy claimed blocks, in order, each to ``place(position)``; ``done(position)`` says that
+        it is there. ``keys`` are what they must be, None where unknown.
 
         Raises:
-            BlockMissing: it is not readable any more.
-            ChecksumMismatch: it is not what its writer wrote.
+            BlockMissing: the next one is not readable any more.
+            ChecksumMismatch: the next one is not what its writer wrote.
+            Cancelled: by ``wait``.
         """
         ...
 
+    def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
+        """A claimed block's bytes, read-only; raises what ``receive`` raises. Its ``obj`` is an
+        array that nothing but users of the view refer to."""
+        ...
 
-class SharedMemory:
+    def fetch(
+        self,
+        keys: Sequence[BlockKey],  # noqa: ARG002  (here and below: of those that have one)
+        first: int,  # noqa: ARG002
+        place: Place,  # noqa: ARG002
+        done: Done,  # noqa: ARG002
+        wait: Wait,  # noqa: ARG002
+    ) -> int | None:
+        """As ``receive``, of what is stored of ``keys[first:]``, without a claim; how many. None:
+        nothing happened, this way has none shorter than a claim."""
+        return None
+
+
+class SharedMemory(Transfer):
     """For clients on the node's host: they write and read the arena itself."""
 
     def __init__(
@@ -73,14 +130,18 @@ class SharedMemory:
         *,
         verify: bool,
         corrupt: Corrupt | None,
+        codec: PayloadCodec | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self._call = call
+        self._codec = codec
         self._readable = readable
         self._open_writable = open_writable
         self._writable: Arena | None = None
         self._counters = counters
         self._verify = verify
         self._corrupt = corrupt
+        self._phases = phases or Phases()
         self._verified: dict[SlotId, int] = {}  # the generation; at most one per slot
 
     def warm(self) -> None:
@@ -90,123 +151,170 @@ class SharedMemory:
             target=self._writable.populate, args=(time.sleep,), name="arena warming", daemon=True
         ).start()
 
-    def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
+    def begin(self, grant: WriteGrant, keys: Sequence[BlockKey | None]) -> PiecewiseWrite:
+        """As ``send``, but the caller brings the bytes, until ``finish``."""
+        return PiecewiseWrite(grant, keys, self._arena())
+
+    def finish(self, write: PiecewiseWrite) -> int:
+        payloads, checksums = write.complete()
+        if self._corrupt is not None:
+            for payload in payloads:
+                self._corrupt(payload)
+        return stored_count(self._call(protocol.Commit(write.grant.write, checksums)))
+
+    def _arena(self) -> Arena:
         if self._writable is None:
             self._writable = self._open_writable()
+        return self._writable
+
+    def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
+        arena = self._arena()
         checksums = []
         for index, slot in enumerate(grant.slots, start=grant.first_index):
-            payload = self._writable.payload(slot)
+            payload = arena.payload(slot)
             fill(index, payload)
             checksums.append(block_checksum(keys[index], payload))
             if self._corrupt is not None:
                 self._corrupt(payload)
         answer = self._call(protocol.Commit(grant.write, tuple(checksums)))
-        return _stored_count(answer)
+        return stored_count(answer)
 
-    def receive(self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview) -> None:
+    def receive(
+        self,
+        claim: ClaimGrant,
+        indices: Sequence[int],
+        keys: Sequence[BlockKey | None],
+        place: Place,
+        done: Done,
+        wait: Wait,
+    ) -> None:
+        for position, (index, key) in enumerate(zip(indices, keys, strict=True)):
+            self._receive_one(claim, index, key, place(position))
+            done(position)
+            wait.check()
+
+    def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
+        slot = claim.slots[index]
+        header = self._header(claim, index, key)
+        payload = self._readable.view(slot)
+        if self._is_to_verify(slot, header):
+            checksum = _timed_checksum(self._phases, "memory", header.key, payload)
+            self._check(claim, index, header, checksum)
+        return payload
+
+    def _receive_one(
+        self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview
+    ) -> None:
         slot, generation = claim.slots[index], claim.generations[index]
-        header = self._readable.header(slot)
-        if header.generation != generation or header.state not in _READABLE:
-            raise BlockMissing(f"block {index} of claim {claim.claim} is {header.state} now")
-        if key is not None and header.key != key:
-            raise BlockMissing(f"block {index} of claim {claim.claim} is another one")
-        self._readable.read(slot, out)
+        header = self._header(claim, index, key)
+        verifies = self._is_to_verify(slot, header)
+        checksum = None
+        began_ns = time.perf_counter_ns()
+        if verifies and self._corrupt is None:
+            checksum = self._readable.read_hashed(slot, header.key, out)
+        else:
+            self._readable.read(slot, out)
+        self._phases.note(("copy", "memory"), time.perf_counter_ns() - began_ns)
         if self._corrupt is not None:
             self._corrupt(out)
+            checksum = block_checksum(header.key, out)
         # A pin keeps a slot from being reused; this notices if a node ever forgot one.
-        if self._readable.header(slot).generation != generation:
+        if self._readable.generation(slot) != generation:
             raise BlockMissing(f"block {index} of claim {claim.claim} changed while it was read")
-        if not self._verify or self._verified.get(slot) == generation:
-            return
-        if block_checksum(header.key, out) != header.checksum:
+        if verifies:
+            self._check(claim, index, header, checksum)
+
+    def _header(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> Header:
+        header = self._readable.header(claim.slots[index])
+        if header.generation != claim.generations[index] or header.state not in _READABLE:
+            raise BlockMissing(f"block {index} of claim {claim.claim} is {header.state} now")
+        is_other = self._codec not in (None, header.codec)
+        if is_other or (key is not None and header.key != key):
+            raise BlockMissing(f"block {index} of claim {claim.claim} is another one")
+        return header
+
+    def _is_to_verify(self, slot: SlotId, header: Header) -> bool:
+        is_verified = self._verified.get(slot) == header.generation
+        return self._verify and not (is_verified and header.state is not SlotState.DRAINING)
+
+    def _check(self, claim: ClaimGrant, index: int, header: Header, checksum: int | None) -> None:
+        slot = claim.slots[index]
+        if checksum != header.checksum:
             self._counters["checksum_failures"] += 1
             raise ChecksumMismatch(
                 f"block {index} of claim {claim.claim} in slot {slot} fails its checksum; it has "
                 "to be computed again"
             )
-        self._verified[slot] = generation
+        self._verified[slot] = header.generation
         self._counters["blocks_verified"] += 1
 
 
-class Sockets:
-    """For everybody else: bytes travel in the bodies of messages."""
+class Sockets(Transfer):
+    """For everybody else: bytes travel in the bodies of messages, several under way at a time."""
 
     def __init__(
         self,
         call: Call,
+        link: Link,
         block_bytes: int,
         counters: Counter[str],
         *,
         verify: bool,
         corrupt: Corrupt | None,
+        codec: PayloadCodec | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self._call = call
         self._block_bytes = block_bytes
-        self._counters = counters
-        self._verify = verify
-        self._corrupt = corrupt
-        self._staging_blocks = max(1, STAGING_BYTES_MAX // block_bytes)
-        self._staging = memoryview(b"")
-
-    def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
-        count = len(grant.slots)
-        for position in range(0, count, self._staging_blocks):
-            end = min(position + self._staging_blocks, count)
-            self._send_some(grant, range(position, end), keys, fill)
-        return _stored_count(self._call(protocol.Commit(grant.write, None)))
-
-    def receive(self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview) -> None:
-        for _ in range(TRANSIT_ATTEMPTS_MAX):
-            frame = self._call(protocol.ReadBlock(claim.claim, index), into=out)
-            header: protocol.BlockHeader = frame.message
-            self._counters["remote_bytes"] += len(frame.body)
-            if len(frame.body) != self._block_bytes or (key is not None and header.key != key):
-                raise BlockMissing(f"block {index} of claim {claim.claim} is another one")
-            if header.generation != claim.generations[index]:
-                raise BlockMissing(f"block {index} of claim {claim.claim} changed")
-            if self._corrupt is not None:
-                self._corrupt(out)
-            if not self._verify:
-                return
-            if block_checksum(header.key, out) == header.checksum:
-                self._counters["blocks_verified"] += 1
-                return
-            self._counters["checksum_failures"] += 1
-        raise ChecksumMismatch(
-            f"block {index} of claim {claim.claim} failed its checksum {TRANSIT_ATTEMPTS_MAX} "
-            "times; it has to be computed again"
+        self._phases = phases or Phases()
+        self._pipeline = Pipeline(
+            link, block_bytes, counters, verify=verify, corrupt=corrupt, codec=codec
         )
 
-    def _send_some(
-        self, grant: WriteGrant, positions: range, keys: Sequence[BlockKey | None], fill: Fill
+    def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
+        wait = Wait.of(patience_s(len(grant.slots) * self._block_bytes))
+        self._pipeline.write(grant, keys, fill, wait)
+        return stored_count(self._call(protocol.Commit(grant.write, None)))
+
+    def receive(
+        self,
+        claim: ClaimGrant,
+        indices: Sequence[int],
+        keys: Sequence[BlockKey | None],
+        place: Place,
+        done: Done,
+        wait: Wait,
     ) -> None:
-        if len(self._staging) < len(positions) * self._block_bytes:
-            self._staging = memoryview(bytearray(len(positions) * self._block_bytes))
-        for attempt in range(1, TRANSIT_ATTEMPTS_MAX + 1):
-            checksums = []
-            views = []
-            for place, position in enumerate(positions):
-                view = self._staging[place * self._block_bytes : (place + 1) * self._block_bytes]
-                index = grant.first_index + position
-                fill(index, view)
-                checksums.append(block_checksum(keys[index], view))
-                if self._corrupt is not None:
-                    self._corrupt(view)
-                views.append(view)
-            self._counters["remote_bytes"] += len(positions) * self._block_bytes
-            message = protocol.Fill(
-                grant.write, positions.start, tuple(checksums), verify=self._verify
-            )
-            try:
-                self._call(message, views)
-            except ChecksumMismatch:
-                self._counters["checksum_failures"] += 1
-                if attempt == TRANSIT_ATTEMPTS_MAX:
-                    raise
-            else:
-                return
+        began_ns = time.perf_counter_ns()
+        self._pipeline.read(claim, indices, keys, place, done, wait)
+        self._phases.note(("network", "remote"), time.perf_counter_ns() - began_ns)
+
+    def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
+        return view_of_copy(self, self._block_bytes, claim, index, key)
+
+    def fetch(
+        self, keys: Sequence[BlockKey], first: int, place: Place, done: Done, wait: Wait
+    ) -> int:
+        return self._pipeline.fetch(keys, first, place, done, wait)
 
 
-def _stored_count(frame: Frame) -> int:
+def _timed_checksum(phases: Phases, tier: str, key: BlockKey | None, payload: memoryview) -> int:
+    began_ns = time.perf_counter_ns()
+    checksum = block_checksum(key, payload)
+    phases.note(("verify", tier), time.perf_counter_ns() - began_ns)
+    return checksum
+
+
+def view_of_copy(
+    transfer: Transfer, block_bytes: int, claim: ClaimGrant, index: int, key: BlockKey | None
+) -> memoryview:
+    """``Transfer.view`` where there is no memory to look at."""
+    out = np.empty(block_bytes, np.uint8).data
+    wait = Wait.of(patience_s(block_bytes))
+    transfer.receive(claim, [index], [key], lambda _: out, lambda _: None, wait)
+    return out.toreadonly()
+
+
+def stored_count(frame: Frame) -> int:
     answer: protocol.Committed = frame.message
     return answer.stored_count

@@ -7,11 +7,11 @@ reader gets the blocks by their order and not by their keys.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
-from pdserve.errors import TicketGone
-from pdserve.ids import BlockKey, SlotId
+from pdserve.errors import FrameError, TicketGone
+from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId
 from pdserve.kvstore.slots import SlotState, SlotTable
 from pdserve.kvstore.tickets import Ticket, TicketState
 
@@ -25,6 +25,7 @@ class Write:
     prefix: list[SlotId]  # pinned until the commit, so that parents stay
     ticket: Ticket | None
     checksums: list[int | None]
+    between_tiers: bool = False
 
     @property
     def is_tail(self) -> bool:
@@ -39,6 +40,24 @@ class Write:
 
     def new_blocks(self) -> Iterator[tuple[BlockKey, SlotId, int]]:
         return zip(self.keys[self.first_index :], self.slots, self.filled, strict=True)
+
+
+@dataclass(slots=True)
+class Owner:
+    """What a client connection holds."""
+
+    name: str
+    claims: dict[int, list[SlotId]] = field(default_factory=dict)
+    writes: dict[int, Write] = field(default_factory=dict)
+
+
+def check_keys(keys: Sequence[BlockKey], first: int) -> None:
+    """Raises FrameError unless ``keys[first:]`` can be asked for."""
+    if not 0 <= first <= len(keys):
+        raise FrameError(f"blocks from {first} on, of {len(keys)}")
+    for key in keys:
+        if len(key) != BLOCK_KEY_BYTES:
+            raise FrameError(f"a block key of {len(key)} bytes, it must have {BLOCK_KEY_BYTES}")
 
 
 def commit_write(slots: SlotTable, write: Write) -> int:
@@ -82,6 +101,8 @@ def _commit_put(slots: SlotTable, write: Write) -> int:
         slots.abandon(slot)
     stored = takewhile(lambda slot: slots[slot].state is SlotState.COMMITTED, chain)
     stored_count = sum(1 for _ in stored)
+    if not write.between_tiers:
+        slots.wrote(write.keys[: len(chain)], chain)
     slots.unpin(chain)
     return max(0, stored_count - write.asked_index)
 
@@ -93,6 +114,7 @@ def _commit_push(slots: SlotTable, write: Write, ticket: Ticket) -> None:
             slots.keep(slot, key, checksum)
             placed = slot
         ticket.blocks.append(placed)
+    slots.wrote(write.keys, ticket.blocks)
 
 
 def _place(

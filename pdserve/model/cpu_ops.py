@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.cpu.library import load_library
-from pdserve.model.cpu_layers import ALL_TOKENS, CpuLayers, has_plain_layers
+from pdserve.model.cpu_layers import ALL_TOKENS, CpuLayers, cache_sizes, has_plain_layers
 from pdserve.model.cpu_panels import Panels, pack_panels, unpacked_rows
 from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 from pdserve.model.quantised import QuantisedWeight
@@ -168,7 +168,8 @@ class CpuOps(TorchOps):
     ) -> Tensor:
         tokens, heads, head_dim = q_NHD.shape
         for part in (q_NHD, k_NGD, v_NGD):
-            _check(part.stride(2) == 1 and part.stride(1) == head_dim, part, pool_PL2GTD)
+            _check(part.stride(2) == 1 and part.stride(1) == head_dim, part)
+        _check_pool(q_NHD, pool_PL2GTD)
         kv_heads = pool_PL2GTD.shape[3]
         _check(k_NGD.shape == v_NGD.shape == (tokens, kv_heads, head_dim), k_NGD, v_NGD)
         _check(rope_PD.dtype == torch.float32 and rope_PD.is_contiguous(), q_NHD)
@@ -193,7 +194,8 @@ class CpuOps(TorchOps):
         tables_RB, window = batch.tables_RB, window or ALL_TOKENS
         work = q_NHD.numel() * min(batch.longest_context, window)
         fits = q_NHD.is_contiguous() and tables_RB.is_contiguous()
-        _check(fits and q_NHD.shape[1] % pool_PL2GTD.shape[3] == 0, q_NHD, pool_PL2GTD)
+        _check(fits and q_NHD.shape[1] % pool_PL2GTD.shape[3] == 0, q_NHD)
+        _check_pool(q_NHD, pool_PL2GTD)
         out_NHD = torch.empty_like(q_NHD)
         self._call(
             "attention",
@@ -228,11 +230,15 @@ def _function(library: ctypes.CDLL, name: str) -> Any:
     return getattr(library, f"pdserve_{name}")
 
 
-def _cache(pool_PL2GTD: Tensor, layer: int) -> tuple[int, int, int, int, int]:
-    """Block stride, offset of the layer, block tokens, kv heads, head dim; in elements."""
-    _, _, _, kv_heads, block_tokens, head_dim = pool_PL2GTD.shape
-    block_stride, layer_stride = pool_PL2GTD.stride(0), pool_PL2GTD.stride(1)
-    return block_stride, layer * layer_stride, block_tokens, kv_heads, head_dim
+def _cache(pool_PL2GTD: Tensor, layer: int) -> tuple[int, ...]:
+    """As ``cache_sizes``, with the layer's offset in the place of the layers' stride."""
+    coded, block_stride, layer_stride, *sizes = cache_sizes(pool_PL2GTD)
+    return coded, block_stride, layer * layer_stride, *sizes
+
+
+def _check_pool(q_NHD: Tensor, pool_PL2GTD: Tensor) -> None:
+    """A pool has the dtype of q, or int8 with scales; the kernels know no other codes."""
+    _check(True, q_NHD, q_NHD if pool_PL2GTD.dtype == torch.int8 else pool_PL2GTD)
 
 
 def _check(fits: bool, *tensors: Tensor) -> None:

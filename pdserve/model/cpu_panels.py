@@ -1,7 +1,7 @@
 """Weights as the C++ kernels read them: panels of bfloat16, or of a quantised format.
 
 Whatever the format, a layer's results are those of its weights in bfloat16, to the bit
-(``cpu/panels.h``): a quantised weight takes a third or half of the memory, and no other part.
+(``cpu/panels.h``): a quantised weight takes a third to two thirds of the memory, and no other part.
 """
 
 import ctypes
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pdserve.model.ops import LinearWeight
-from pdserve.model.quantised import Q4_1, Q8_0, QuantisedWeight
+from pdserve.model.quantised import Q4_1, Q4_WIDE, Q8_0, Q8_WIDE, QuantisedWeight
 
 _BFLOAT16 = 0
-_FORMATS = {Q4_1: 1, Q8_0: 2}
+_FORMATS = {Q4_1: 1, Q8_0: 2, Q4_WIDE: 3, Q8_WIDE: 4}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ the vocabulary (two seconds for 49,152 of them); a start of a worker should not 
 Arrays are skipped here: nothing in ``model`` needs one. Dequantising stays with ``gguf``.
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ _SCALARS = {
 }  # fmt: skip
 _ALIGNMENT_DEFAULT = 32
 _DIMENSIONS_MAX = 4
-_KNOWN = "use Q4_0, Q4_1, Q8_0, F16, BF16 or F32"
+_ARRAY_DEPTH_MAX = 4
+_KNOWN = "use Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, F16, BF16 or F32"
 
 Value = TypeVar("Value", str, int, float)
 
@@ -47,6 +49,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str | int | float | bool] = {}
+        self._arrays: set[str] = set()  # names alone
         self.tensors: dict[str, GgufTensor] = {}
         try:
             with path.open("rb") as file:
@@ -62,6 +65,8 @@ class GgufFile:
 
     def field(self, name: str, kind: type[Value], default: Value | None = None) -> Value:
         value = self.metadata.get(name, default)
+        if name in self._arrays:
+            raise ConfigError(f"{self.path.name}: {name} is an array; only one value is supported")
         if value is None:
             raise ConfigError(f"{self.path.name} lacks the field {name}")
         if kind is float and isinstance(value, int):
@@ -75,29 +80,27 @@ class GgufFile:
             raise ConfigError(f"{self.path.name} lacks the tensor {name}")
         return self.tensors[name]
 
-    def blocks(self, name: str) -> tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]:
-        """The type's name and the stored bytes, [..., B]: those of a row along the last axis."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    def blocks(
+        self, name: str, part: int | None = None
+    ) -> tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+        """The type's name and the stored bytes, [..., B]: those of a row along the last axis.
 
+        Args:
+            part: which one along the first axis, of a tensor that is a stack of matrices.
+        """
         tensor = self.tensor(name)
-        try:
-            kind = GGMLQuantizationType(tensor.type_id)
-            group, group_bytes = GGML_QUANT_SIZES[kind]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(
-                f"{self.path.name}: tensor {name} has the unknown type {tensor.type_id}; {_KNOWN}"
-            ) from error
-        byte_count = int(np.prod(tensor.shape)) // group * group_bytes
-        if tensor.offset + byte_count > len(self.data):
-            raise ConfigError(f"{self.path.name} ends within the tensor {name}")
+        kind, byte_count = self._stored_as(tensor)
         raw = np.frombuffer(self.data, np.uint8, byte_count, tensor.offset)
-        return kind.name, raw.reshape(*tensor.shape[:-1], -1)
+        blocks = raw.reshape(*tensor.shape[:-1], -1)
+        return kind, blocks if part is None else blocks[part]
 
-    def dequantised(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The tensor in float32, of its own shape."""
+    def dequantised(
+        self, name: str, part: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The tensor, or a part of it, in float32 and of its own shape."""
         from gguf import GGMLQuantizationType, dequantize
 
-        type_name, blocks = self.blocks(name)
+        type_name, blocks = self.blocks(name, part)
         try:
             values = dequantize(blocks, GGMLQuantizationType[type_name])
         except NotImplementedError as error:
@@ -105,7 +108,38 @@ class GgufFile:
                 f"{self.path.name}: tensor {name} has type {type_name}, which cannot be read; "
                 f"{_KNOWN}"
             ) from error
-        return np.asarray(values, dtype=np.float32).reshape(self.tensor(name).shape)
+        shape = self.tensor(name).shape
+        values = np.asarray(values, dtype=np.float32)
+        return values.reshape(shape if part is None else shape[1:])
+
+    def check_whole(self) -> None:
+        """Every tensor has a known type and lies within the file: said before any is read."""
+        for tensor in self.tensors.values():
+            self._stored_as(tensor)
+
+    def _stored_as(self, tensor: GgufTensor) -> tuple[str, int]:
+        """The type's name, and how many bytes of the file the tensor is."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            kind = GGMLQuantizationType(tensor.type_id)
+            group, group_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{self.path.name}: tensor {tensor.name} has the unknown type {tensor.type_id}; "
+                f"{_KNOWN}"
+            ) from error
+        if not tensor.shape or tensor.shape[-1] % group:
+            raise ConfigError(
+                f"{self.path.name}: tensor {tensor.name} has the shape {tensor.shape}, of type "
+                f"{kind.name}, whose rows are multiples of {group}; the file is damaged"
+            )
+        byte_count = math.prod(tensor.shape) // group * group_bytes
+        if tensor.offset + byte_count > len(self.data):
+            raise ConfigError(
+                f"{self.path.name} ends within the tensor {tensor.name}; download it again"
+            )
+        return kind.name, byte_count
 
     def _read(self) -> None:
         cursor = _Cursor(self.data)
@@ -118,10 +152,14 @@ class GgufFile:
         for _ in range(field_count):
             name = cursor.text()
             value = cursor.value(cursor.scalar("<I"))
-            if value is not None:
+            if value is None:
+                self._arrays.add(name)
+            else:
                 self.metadata[name] = value
         entries = [self._entry(cursor) for _ in range(tensor_count)]
-        alignment = int(self.metadata.get("general.alignment", _ALIGNMENT_DEFAULT))
+        alignment = self.field("general.alignment", int, _ALIGNMENT_DEFAULT)
+        if alignment < 1:
+            raise IndexError(f"its tensors are aligned to {alignment} bytes")
         start = -(-cursor.position // alignment) * alignment
         for name, shape, type_id, offset in entries:
             self.tensors[name] = GgufTensor(name, shape, type_id, start + offset)
@@ -158,8 +196,10 @@ class _Cursor:
     def text(self) -> str:
         return self.take(self.scalar("<Q")).decode()
 
-    def value(self, kind: int) -> str | int | float | bool | None:
-        """The value, or None for an array, which is passed over."""
+    def value(self, kind: int, depth: int = 0) -> str | int | float | bool | None:
+        """The value, or None for an array, which is passed over; ``depth`` arrays are around it."""
+        if depth > _ARRAY_DEPTH_MAX:
+            raise IndexError(f"arrays within arrays, {depth} deep")
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -173,5 +213,5 @@ class _Cursor:
                     length = self.scalar("<Q")
                     self.position += length
                 else:
-                    self.value(element)
+                    self.value(element, depth + 1)
         return None

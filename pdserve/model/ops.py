@@ -15,9 +15,9 @@ Shape letters:
     L  layers                     T  tokens of a block  P  blocks of the pool; positions of the rope
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class BatchLayout:
 
     longest_run: int
     longest_context: int
+
+    adapted: "tuple[AdaptedRows, ...]" = ()
+    """The rows of the batch that are not the base model's alone; no row is in two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,54 @@ class LayerWeights:
     ffn_output_norm_C: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a linear layer: ``b (a x)``; see ``adapters.py``. Both are packed."""
+
+    a: LinearWeight
+    b: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayer:
+    """Of one layer, what is adapted."""
+
+    qkv: LowRank | None
+    attention_output: LowRank | None
+    gate_up: LowRank | None
+    down: LowRank | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    layers: tuple[AdapterLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRows:
+    """Tokens ``first:end`` of a batch, which are one adapter's."""
+
+    first: int
+    end: int
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class LayersTold:
+    """Who wants to hear during a step that keys and values of its tokens lie in the pool.
+
+    ``tell(count, done)`` says so of the first ``count`` layers, after ``every`` so many and after
+    the last. It is called by the thread that computes, which waits. On a GPU the kernels that write
+    them are launched by then, and have ended when the event ``done`` has; on a CPU it is None.
+    """
+
+    every: int
+    tell: Callable[[int, Any], None]
+
+    def is_due(self, count: int, layer_count: int) -> bool:
+        return count % self.every == 0 or count == layer_count
+
+
 class Stack(Protocol):
     """All layers of a model."""
 
@@ -97,6 +148,7 @@ class Stack(Protocol):
         batch: BatchLayout,
         ropes_LPD: Sequence[Tensor],
         pool_PL2GTD: Tensor,
+        told: LayersTold | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The last layer's output and the residual that it is to be added to; KV goes into the
         pool. ``embedded_NC`` may be overwritten. ``ropes_LPD``: a layer's table each, often one and
@@ -114,6 +166,12 @@ class Ops(Protocol):
 
     reads_quantised: bool
     """Whether ``pack`` takes a ``QuantisedWeight`` too."""
+
+    quantised_alike: bool
+    """Whether that gives the bits of the same weights dequantised and rounded to bfloat16."""
+
+    reads_fp8: bool
+    """Whether ``pack`` takes a ``fp8_weights.Fp8Weight`` too."""
 
     def pack(self, weight: LinearWeight) -> LinearWeight:
         """The same weight as ``linear`` likes it best; the plain one may then be dropped."""
@@ -144,7 +202,8 @@ class Ops(Protocol):
         pool_PL2GTD: Tensor,
         layer: int,
     ) -> Tensor:
-        """Turn q and k by their positions, put k and v into ``pool[:, layer]`` at ``slots``.
+        """Turn q and k by their positions, put k and v into ``pool[:, layer]`` at ``slots``; as
+        codes, where the pool's dtype is one of ``kv_codec``.
 
         Channel i < D/2 pairs with channel i + D/2. ``rope_PD`` is float32: D/2 cosines, then D/2
         sines, per position. q, k and v may be views whose rows are apart; a row is contiguous.

@@ -1,18 +1,20 @@
 """The paged KV cache of one worker: one tensor, cut into blocks that are single pieces of memory.
 
 Shape letters: P blocks, L layers, 2 (keys, values), G key/value heads, T tokens of a block,
-D channels of a head. ``pool[block]`` is contiguous, so a block leaves and enters as ``block_bytes``
-bytes, exact to the bit. Who holds which block is decided elsewhere; nothing here counts references.
+D channels of a head. A block is one piece of memory, so it leaves and enters as ``block_bytes``
+bytes, exact to the bit; in 8 bits, scales lie between its heads (``kv_codec``). Who holds which
+block is decided elsewhere; nothing here counts references.
 """
 
-import math
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pdserve.model.architecture import Architecture
+from pdserve.model.kv_codec import head_bytes
 
 ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -20,18 +22,27 @@ LAYOUT = "layer,kv,head,token,dim/1"
 """Name and version of the order of bytes in a block; part of what blocks must agree on."""
 
 
-def block_shape(architecture: Architecture, block_tokens: int) -> tuple[int, int, int, int, int]:
-    return (
-        architecture.layer_count,
-        2,
-        architecture.kv_head_count,
-        block_tokens,
-        architecture.head_dim,
-    )
-
-
 def block_bytes(architecture: Architecture, block_tokens: int, dtype: torch.dtype) -> int:
-    return math.prod(block_shape(architecture, block_tokens)) * dtype.itemsize
+    """``dtype``: of the pool; with one of 8 bits, scales count too."""
+    heads = architecture.layer_count * 2 * architecture.kv_head_count
+    return heads * head_bytes(block_tokens, architecture.head_dim, dtype)
+
+
+class Pool(Protocol):
+    """What steps and moves need of a pool: a ``KvPool``, or one that several processes share
+    (``parallel.pool``)."""
+
+    tensor: Tensor
+    block_count: int
+    block_tokens: int
+    block_bytes: int
+    layer_bytes: int  # of one layer in a block
+
+    def read_block(self, block: int, out: memoryview) -> None: ...
+    def await_layers(self, done: Any) -> None: ...
+    def read_layers(self, block: int, first: int, end: int, out: memoryview) -> None: ...
+    def write_block(self, block: int, data: memoryview) -> None: ...
+    def copy_block(self, source: int, target: int) -> None: ...
 
 
 class KvPool:
@@ -43,49 +54,94 @@ class KvPool:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        scratch: bool = False,
     ) -> None:
+        """With ``scratch`` there is one more block than ``block_count`` says: see
+        ``scratch_block``."""
         if block_count < 1:
             raise ValueError(f"block_count is {block_count}, must be positive")
         self.block_count = block_count
         self.block_tokens = block_tokens
         self.block_bytes = block_bytes(architecture, block_tokens, dtype)
+        self.layer_bytes = self.block_bytes // architecture.layer_count
         # Zeros: memory is taken page by page as blocks are first written, and a masked token that
         # was never written is 0, not a NaN that survives being multiplied by 0.
-        self.tensor = torch.zeros(
-            (block_count, *block_shape(architecture, block_tokens)), dtype=dtype, device=device
-        )
-        self._bytes_PE = self.tensor.view(block_count, -1).view(torch.uint8)
+        rows = block_count + scratch
+        self._bytes_PE = torch.zeros((rows, self.block_bytes), dtype=torch.uint8, device=device)
+        sizes = (rows, architecture.layer_count, 2, architecture.kv_head_count)
+        head_dim = architecture.head_dim
+        # What else a head has are scales.
+        codes_PL2GE = self._bytes_PE.view(dtype).view(*sizes, -1)[..., : block_tokens * head_dim]
+        self.tensor = codes_PL2GE.view(*sizes, block_tokens, head_dim)
         self._staging_lock = threading.Lock()
-        self._staging_E = (
-            None
-            if device.type == "cpu"
-            else torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True)
-        )
+        self._staging_E: torch.Tensor | None = None
+        if device.type != "cpu":
+            self._staging_E = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True)
+            # Copies have a stream of their own: they neither wait for a step nor hold one up.
+            self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def scratch_block(self) -> int:
+        """Where rows that only pad a batch put their KV: nobody is given it, nobody reads it."""
+        assert len(self.tensor) > self.block_count, "the pool was made without a scratch block"
+        return self.block_count
 
     def read_block(self, block: int, out: memoryview) -> None:
-        """Copy the bytes of ``block`` to ``out``, which must hold exactly ``block_bytes``."""
+        """Copy the bytes of ``block`` to ``out``, which must hold exactly ``block_bytes``.
+
+        On a GPU the step that wrote them must be done: steps under way are not waited for.
+        """
         target = self._as_array(block, out)
-        if self._staging_E is None:
-            np.copyto(target, self._bytes_PE[block].numpy())
-            return
-        with self._staging_lock:
-            self._staging_E.copy_(self._bytes_PE[block])
-            np.copyto(target, self._staging_E.numpy())
+        self._read(self._bytes_PE[block], target)
+
+    def await_layers(self, done: Any) -> None:
+        """Copies from now on happen after ``done`` (``ops.LayersTold``)."""
+        if done is not None:
+            self._copies.wait_event(done)
+
+    def read_layers(self, block: int, first: int, end: int, out: memoryview) -> None:
+        """Copy the bytes of layers ``first:end`` of ``block``, one piece of it, to ``out``, which
+        must hold exactly ``layer_bytes`` for each."""
+        self._check(block)
+        part = slice(first * self.layer_bytes, end * self.layer_bytes)
+        if not 0 <= part.start <= part.stop <= self.block_bytes:
+            raise ValueError(f"layers {first} to {end} of {self.block_bytes // self.layer_bytes}")
+        if out.nbytes != part.stop - part.start:
+            raise ValueError(f"the buffer has {out.nbytes} bytes, not {part.stop - part.start}")
+        self._read(self._bytes_PE[block, part], np.frombuffer(out, dtype=np.uint8))
 
     def write_block(self, block: int, data: memoryview) -> None:
-        """Make ``data``, exactly ``block_bytes`` long, the bytes of ``block``."""
+        """Make ``data``, exactly ``block_bytes`` long, the bytes of ``block``.
+
+        On a GPU after all steps launched so far: one of them may still write, for a sequence that
+        is gone, where this block was its own (``EngineLoop``, a step in flight).
+        """
         source = self._as_array(block, data)
         if self._staging_E is None:
             np.copyto(self._bytes_PE[block].numpy(), source)
             return
         with self._staging_lock:
             np.copyto(self._staging_E.numpy(), source)
-            self._bytes_PE[block].copy_(self._staging_E)
+            self._copies.wait_stream(torch.cuda.default_stream(self.tensor.device))
+            with torch.cuda.stream(self._copies):
+                self._bytes_PE[block].copy_(self._staging_E, non_blocking=True)
+            self._copies.synchronize()
 
     def copy_block(self, source: int, target: int) -> None:
         self._check(source)
         self._check(target)
-        self.tensor[target].copy_(self.tensor[source])
+        self._bytes_PE[target].copy_(self._bytes_PE[source])
+
+    def _read(self, bytes_E: Tensor, target: ByteArray) -> None:
+        if self._staging_E is None:
+            np.copyto(target, bytes_E.numpy())
+            return
+        with self._staging_lock:
+            staging_E = self._staging_E[: len(bytes_E)]
+            with torch.cuda.stream(self._copies):
+                staging_E.copy_(bytes_E, non_blocking=True)
+            self._copies.synchronize()
+            np.copyto(target, staging_E.numpy())
 
     def _as_array(self, block: int, buffer: memoryview) -> ByteArray:
         self._check(block)

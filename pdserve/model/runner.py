@@ -11,8 +11,11 @@ the bit, whatever shares the step; ``tests/unit/model/test_identity.py`` holds e
 Shape letters as in ``ops.py``; V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,8 +23,9 @@ import torch
 from torch import Tensor
 
 from pdserve.model.architecture import Architecture
-from pdserve.model.ops import BatchLayout, Ops
-from pdserve.model.pool import KvPool
+from pdserve.model.graphs import DecodeGraphs, Recorder
+from pdserve.model.ops import AdaptedRows, Adapter, BatchLayout, LayersTold, Ops, Stack
+from pdserve.model.pool import KvPool, Pool
 from pdserve.model.rope import Rope, rope_table
 from pdserve.model.weights import Weights
 
@@ -43,6 +47,9 @@ class Run:
     draft_count: int = 0
     """How many of the last tokens are drafts: guesses, to be held against these logits."""
 
+    adapter: str = ""
+    """The digest of the adapter whose sequence this is; "": the base model's."""
+
     @property
     def logits_count(self) -> int:
         """Rows of logits that it gets."""
@@ -51,44 +58,109 @@ class Run:
 
 class ModelRunner:
     def __init__(
-        self, architecture: Architecture, weights: Weights, ops: Ops, pool: KvPool
+        self,
+        architecture: Architecture,
+        weights: Weights,
+        ops: Ops,
+        pool: Pool,
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
+        *,
+        layers: Stack | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+        before: Callable[[Sequence[Run]], None] | None = None,
+        recorder: Recorder | None = None,
+        recorded_rows_max: int = 64,
     ) -> None:
+        """``adapters``: by their digests. ``layers`` and ``head`` are other than those of
+        ``weights`` where a model is split (``parallel``); ``before`` hears of every step that will
+        be computed. With a ``recorder``, which takes a ``KvPool``, steps of at most so many runs of
+        one token each are recorded once and then replayed: see ``graphs``."""
+        self.adapters = adapters
         self.architecture = architecture
         self.pool = pool
         self.ops = ops
         self.weights = weights
         self._device = weights.norm_C.device
-        self._layers = ops.stacked(weights.layers, architecture)
+        self._layers = layers or ops.stacked(weights.layers, architecture)
+        self._head = head or partial(ops.linear, weight=weights.head)
+        self._before = before
         self._embedding_scale = torch.tensor(
             architecture.embedding_scale, dtype=weights.norm_C.dtype, device=self._device
         )
         ropes = {kind.rope for kind in architecture.layers}
         tables = {rope: self._table_of(rope) for rope in ropes}
         self._ropes_LPD = [tables[kind.rope] for kind in architecture.layers]
+        self._graphs: DecodeGraphs | None = None
+        if recorder is not None:
+            assert isinstance(pool, KvPool), "a split model's steps are not recorded"
+            self._graphs = DecodeGraphs(
+                self._through_layers,
+                recorder,
+                pool,
+                context_tokens=architecture.context_tokens,
+                rows_max=recorded_rows_max,
+            )
+
+    def calls(self) -> Mapping[str, int]:
+        """How often each operation was asked for; a replayed graph counts as one of its own."""
+        replayed = {} if self._graphs is None else {"graph": self._graphs.replays}
+        return {**self.ops.calls(), **replayed}
 
     @torch.inference_mode()
-    def step(self, runs: Sequence[Run]) -> Tensor:
+    def step(
+        self,
+        runs: Sequence[Run],
+        drawn_R: Tensor | None = None,
+        told: LayersTold | None = None,
+    ) -> Tensor:
         """Compute all tokens of ``runs`` and write their keys and values into the pool.
+
+        Args:
+            drawn_R: int64, on the model's device: the token of each run, in place of those in
+                ``runs``, all of one token. So the host need not know what it asks for.
+            told: hears how far it is. A recorded step tells nothing.
 
         Returns:
             [R', V] float32 on the model's device: for each run ``logits_count`` rows, those of its
             last tokens, in order.
 
         Raises:
-            ValueError: a run is empty, leaves the context, or has too few blocks; or one block is
-                written by two runs. Nothing was computed.
+            ValueError: a run is empty, leaves the context, has too few blocks or an unknown
+                adapter; or one block is written by two runs. Nothing was computed.
         """
         self._check(runs)
-        batch = self._layout(runs)
-        tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in runs])
-        embedded_NC = self.ops.embedded(self._on_device(tokens), self.weights.embedding)
+        assert drawn_R is None or all(len(run.tokens) == 1 for run in runs), "a token each"
+        assert drawn_R is None or self._before is None, "others cannot know what was drawn here"
+        if self._before is not None:
+            self._before(runs)
+        order = sorted(range(len(runs)), key=lambda index: runs[index].adapter)
+        if self._graphs is not None and self._graphs.takes(runs):
+            x_NC, residual_NC = self._graphs.step(runs, drawn_R)
+        else:
+            packed = [runs[index] for index in order]  # so that an adapter's rows adjoin
+            if drawn_R is None:
+                tokens = np.concatenate([np.asarray(run.tokens, dtype=np.int64) for run in packed])
+                tokens_N = self._on_device(tokens)
+            else:
+                is_packed = order == list(range(len(runs)))
+                tokens_N = drawn_R if is_packed else drawn_R[self._on_device(np.array(order))]
+            x_NC, residual_NC = self._through_layers(tokens_N, self._layout(packed), told)
+        return self._logits(x_NC, residual_NC, runs, order)
+
+    def _through_layers(
+        self, tokens_N: Tensor, batch: BatchLayout, told: LayersTold | None = None
+    ) -> tuple[Tensor, Tensor]:
+        embedded_NC = self.ops.embedded(tokens_N, self.weights.embedding)
         if self.architecture.embedding_scale != 1:
             embedded_NC *= self._embedding_scale
-        x_NC, residual_NC = self._layers(embedded_NC, batch, self._ropes_LPD, self.pool.tensor)
-        return self._logits(x_NC, residual_NC, runs)
+        return self._layers(embedded_NC, batch, self._ropes_LPD, self.pool.tensor, told)
 
-    def _logits(self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run]) -> Tensor:
-        ends = np.cumsum([len(run.tokens) for run in runs])
+    def _logits(
+        self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run], order: Sequence[int]
+    ) -> Tensor:
+        """``order``: in which the rows of ``runs`` lie in the batch."""
+        ends = np.empty(len(runs), dtype=np.int64)
+        ends[order] = np.cumsum([len(runs[index].tokens) for index in order])
         wanted = np.array(
             [
                 row
@@ -99,13 +171,13 @@ class ModelRunner:
         )
         if not wanted.size:
             return torch.empty((0, self.architecture.vocab_size), device=self._device)
-        if wanted.size < x_NC.shape[0]:
+        if not np.array_equal(wanted, np.arange(x_NC.shape[0])):
             rows = self._on_device(wanted)
             x_NC, residual_NC = x_NC[rows], residual_NC[rows]
         x_NC, _ = self.ops.add_rms_norm(
             x_NC, residual_NC, self.weights.norm_C, self.architecture.norm_eps
         )
-        return self.ops.linear(x_NC, self.weights.head).float()
+        return self._head(x_NC).float()
 
     def _layout(self, runs: Sequence[Run]) -> BatchLayout:
         block_tokens = self.pool.block_tokens
@@ -127,7 +199,16 @@ class ModelRunner:
             contexts_R=self._on_device(contexts_R.astype(np.int32)),
             longest_run=int(lengths_R.max()),
             longest_context=int(contexts_R.max()),
+            adapted=tuple(self._adapted(runs, starts_R1.tolist())),
         )
+
+    def _adapted(self, runs: Sequence[Run], starts: Sequence[int]) -> Iterator[AdaptedRows]:
+        """``runs`` are in the order of their adapters."""
+        for digest, group in groupby(range(len(runs)), key=lambda index: runs[index].adapter):
+            if digest:
+                members = list(group)
+                first, end = starts[members[0]], starts[members[-1] + 1]
+                yield AdaptedRows(first, end, self.adapters[digest])
 
     def _check(self, runs: Sequence[Run]) -> None:
         if not runs:
@@ -153,6 +234,8 @@ class ModelRunner:
                 raise ValueError(f"blocks {run.blocks} are not all in 0..{self.pool.block_count}")
             if not 0 <= min(run.tokens) <= max(run.tokens) < self.architecture.vocab_size:
                 raise ValueError(f"a token is outside 0..{self.architecture.vocab_size}")
+            if run.adapter and run.adapter not in self.adapters:
+                raise ValueError(f"a run has the adapter {run.adapter}, which is not loaded")
 
     def _table_of(self, rope: Rope) -> Tensor:
         shape = self.architecture
@@ -160,4 +243,7 @@ class ModelRunner:
         return torch.from_numpy(table).to(self._device)
 
     def _on_device(self, array: IntArray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        host = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            host = host.pin_memory()  # from other memory the copy would wait for the steps before
+        return host.to(self._device, non_blocking=True)

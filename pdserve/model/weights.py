@@ -9,6 +9,7 @@ over: what we would silently ignore could change an answer.
 Shape letters: V vocabulary, C hidden, O outputs of a linear layer, D channels of a head.
 """
 
+import collections
 import dataclasses
 import logging
 import re
@@ -23,6 +24,7 @@ from pdserve.config import Quantization
 from pdserve.errors import ConfigError
 from pdserve.model.architecture import Architecture, Experts
 from pdserve.model.families.registry import FAMILIES
+from pdserve.model.fp8_weights import in_fp8
 from pdserve.model.ops import FeedForward, LayerWeights, LinearWeight, Mixture, Ops
 from pdserve.model.quantised import Q4_1, Q8_0, QuantisedWeight, joined, quantised
 
@@ -62,10 +64,12 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization = "none",
+    head_tokens: range | None = None,
 ) -> Weights:
     """All weights, converted, joined, packed and on the device.
 
     Args:
+        head_tokens: whose logits ``head`` gives; None is the whole vocabulary.
         quantization: which matrices stay quantised, or become so (``config.ModelConfig``). The
             weights are the same where ``ops`` cannot read them so; they take more memory then.
 
@@ -79,7 +83,8 @@ def build_weights(
             "kernels on this machine do not read them",
             *(str(dtype).removeprefix("torch."), ops.name),
         )
-    return _Builder(architecture, files, ops, dtype, device, quantization).build()
+    tokens = head_tokens or range(architecture.vocab_size)
+    return _Builder(architecture, files, ops, dtype, device, quantization).build(tokens)
 
 
 class _Builder:
@@ -99,27 +104,31 @@ class _Builder:
         self._dtype = dtype
         self._device = device
         self._quantization = quantization
+        self._kept: collections.Counter[str] = collections.Counter()  # matrices, by their format
         self._left = {name for name in files.names() if not _IGNORED.fullmatch(name)}
 
-    def build(self) -> Weights:
+    def build(self, head_tokens: range) -> Weights:
         shape = self._architecture
+        is_shared = shape.tied_head and len(head_tokens) == shape.vocab_size
         embedding = self._matrix(_EMBEDDING, (shape.vocab_size, shape.hidden))
         layers = tuple(self._layer(index) for index in range(shape.layer_count))
         norm_C = self._norm("model.norm", shape.hidden)
         if shape.tied_head:
-            head = self._ops.pack(embedding)
+            head = self._packed(embedding if is_shared else _rows(embedding, head_tokens))
             self._left.discard(_HEAD)  # some files store the shared tensor twice
         else:
-            head = self._linear(["lm_head"], [shape.vocab_size], shape.hidden)
+            head = self._linear(["lm_head"], [len(head_tokens)], shape.hidden)
         if isinstance(embedding, QuantisedWeight):
             # Rows are unpacked as they are looked up, a microsecond each: a plain copy beside the
             # head would take twice the head's memory.
-            embedding = head if shape.tied_head else self._ops.pack(embedding)
+            embedding = head if is_shared else self._ops.pack(embedding)
         if self._left:
             raise ConfigError(
                 f"the weights hold {len(self._left)} tensors that a {shape.family} model does not "
                 f"have, {sorted(self._left)[0]} among them; the files and config.json disagree"
             )
+        kept = ", ".join(f"{count} of {name}" for name, count in self._kept.items())
+        _logger.debug("matrices of layers and head as they are in memory: %s", kept)
         return Weights(embedding, layers, norm_C, head)
 
     def _layer(self, index: int) -> LayerWeights:
@@ -196,6 +205,13 @@ class _Builder:
         weight = self._below_one_another(weights)
         if biases:
             weight = dataclasses.replace(weight, bias_O=_joined(biases))
+        if self._quantization == "fp8" and f"{names[0]}.weight" != _HEAD:
+            weight = in_fp8(weight)
+        return self._packed(weight)
+
+    def _packed(self, weight: LinearWeight) -> LinearWeight:
+        plain = str(weight.weight_OC.dtype).removeprefix("torch.")
+        self._kept[weight.format.name if isinstance(weight, QuantisedWeight) else plain] += 1
         return self._ops.pack(weight)
 
     def _below_one_another(self, parts: Sequence[LinearWeight]) -> LinearWeight:
@@ -219,7 +235,7 @@ class _Builder:
         return weight if self._ops.reads_quantised else LinearWeight(self._plain(weight))
 
     def _quantised(self, name: str) -> QuantisedWeight | None:
-        if self._quantization == "none":
+        if self._quantization in ("none", "fp8"):
             return None
         stored = self._files.quantised(name)
         if self._quantization == "file":
@@ -227,8 +243,8 @@ class _Builder:
         # The last layer's errors are the answer's: its weights keep 8 bits, as in files of 4 bits.
         coarse = self._quantization == "int4" and name not in (_EMBEDDING, _HEAD)
         target = Q4_1 if coarse else Q8_0
-        if stored is not None and stored.format == target:
-            return stored
+        if stored is not None and stored.format.bits == target.bits:
+            return stored  # rounded again, it would only lose
         return quantised(self._files.tensor(name), target)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -255,6 +271,10 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if found != shape:
         raise ConfigError(f"{name} has the shape {found}, the architecture says {shape}")
+
+
+def _rows(weight: LinearWeight, outputs: range) -> LinearWeight:
+    return dataclasses.replace(weight, weight_OC=weight.weight_OC[outputs.start : outputs.stop])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,10 +12,11 @@ finds the stage and knows that nobody wants it any more.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdserve.engine.outputs import ToDecode
 from pdserve.engine.sequence import Sequence
 from pdserve.errors import IllegalTransition
 from pdserve.ids import TicketId
-from pdserve.messages import Address, Token
+from pdserve.messages import Address, Handoff, Token
 
 
 class Stage(StrEnum):
@@ -46,7 +47,7 @@ class Prompt:
     stage: Stage = Stage.WAITING
     ticket: TicketId | None = None
     ticket_tries: int = 0  # left, to get slots at the store
-    pushed_blocks: int = 0
+    pushed_blocks: int = 0  # or on their way
     pushing: bool = False  # one push at a time: the next takes everything computed meanwhile
     computed_tokens: int = 0  # by this worker, cached ones not counted
     first_token: Token | None = None
@@ -59,3 +60,20 @@ class Prompt:
     @property
     def remaining_tokens(self) -> int:
         return len(self.sequence.tokens) - self.sequence.kv_count
+
+    def handoff(self) -> ToDecode:
+        """What decode is to be told, once all blocks are sealed under the ticket."""
+        sequence = self.sequence
+        assert self.ticket is not None
+        assert self.first_token is not None
+        handoff = Handoff(
+            request=sequence.request,
+            route=sequence.route,
+            ticket=self.ticket,
+            store=self.store,
+            tokens=tuple(sequence.tokens),
+            block_keys=sequence.keys(sequence.full_blocks),
+            unsent=(self.first_token,),
+            timing=sequence.timing,
+        )
+        return ToDecode(sequence.route.decode_address, handoff)

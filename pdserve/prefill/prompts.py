@@ -3,8 +3,9 @@
 A prompt takes all its device blocks at once (so two prompts never wait for each other's), what of
 its prefix the device pool or the store of this host has, and a ticket at the store of decode's
 host. Then it is computed chunk by chunk. After each chunk the blocks that became full are pushed
-under the ticket by the mover while the next chunk is computed; after the last one the first token
-is drawn, tail and seal follow, and decode is sent the hand-off.
+under the ticket by the mover while the next chunk is computed; those of the last one while it is
+computed itself, layer by layer (``engine.layered``). Then the first token is drawn, what is left of
+blocks and tail is committed and sealed, and decode is sent the hand-off.
 
 A prompt whose route ends where it begins *stays*: no ticket, no push, and after its first token the
 sequence goes on here with the blocks it has. What it computes is offered to the store all the same.
@@ -24,17 +25,19 @@ from dataclasses import replace
 from functools import partial
 
 from pdserve.engine.loop import Share, StepTime
-from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, Put, Restore
-from pdserve.engine.outputs import ToDecode
+from pdserve.engine.masks import looking_ahead
+from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, PushLayers, Put, Restore
+from pdserve.engine.restoring import PrefillMeter
 from pdserve.engine.sayings import progress
 from pdserve.engine.sequence import Sequence, stretch_us, unix_us
 from pdserve.engine.workplace import RETRY_AFTER_MS, Workplace
 from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
 from pdserve.ids import BlockKey, RequestId
 from pdserve.lifecycle import Event
-from pdserve.messages import Cancel, ChunkDone, Dispatch, Handoff, Token
+from pdserve.messages import Cancel, ChunkDone, Dispatch, Token
+from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
-from pdserve.prefill.batch import chunk_tokens, equal_work_tokens, shares_us
+from pdserve.prefill.batch import ATTENTION_RATE, chunk_tokens, equal_work_tokens, shares_us
 from pdserve.prefill.prompt import Prompt, Stage
 
 WAITING_MAX = 64
@@ -54,6 +57,8 @@ class Prompts:
         self._pool = workplace.pool
         self._counters = workplace.counters
         self._block_tokens = workplace.block_tokens
+        like_linear = workplace.attention_like_linear_tokens
+        self._meter = PrefillMeter(like_linear * ATTENTION_RATE)
         self._prompts: dict[RequestId, Prompt] = {}  # in line
         self._draining = False
 
@@ -110,7 +115,7 @@ class Prompts:
             cached_tokens=dispatch.cached_tokens,
         )
         too_large = self._workplace.never_fits(self._workplace.blocks_for(request.length))
-        if sequence.ending is not None:  # an earlier attempt delivered its last token already
+        if sequence.ending is not None:  # delivered by an earlier attempt, or not to be had here
             self._say_end(sequence, ())
         elif too_large is not None:
             self._workplace.say_failed(sequence, too_large)
@@ -155,7 +160,17 @@ class Prompts:
         if self._store.offload and len(held) < len(keys) and worth_asking:
             prompt.move_to(Stage.RESTORING)
             blocks = tuple(sequence.blocks[len(held) : len(keys)])
-            self._device.submit(Restore(self._workplace.local, keys, len(held), blocks), prompt)
+            restore = Restore(
+                self._workplace.local,
+                keys,
+                len(held),
+                blocks,
+                prompt_tokens=len(sequence.tokens),
+                block_tokens=self._block_tokens,
+                speed=self._meter.speed,
+                tenant=sequence.request.tenant,
+            )
+            self._device.submit(restore, prompt)
         else:
             prompt.move_to(Stage.COMPUTING)
         return True
@@ -176,6 +191,7 @@ class Prompts:
                 reader=route.decode,
                 block_count=len(prompt.sequence.blocks),
                 wait_ms=min(TICKET_SLICE_MS, self._store.ticket_wait_ms),
+                tenant=request.tenant,
             ),
             prompt,
         )
@@ -228,7 +244,6 @@ class Prompts:
         move, error = moved.move, moved.error
         assert isinstance(move, Push)
         prompt.pushing = False
-        prompt.pushed_blocks = len(move.keys)
         if prompt.stage in (Stage.LEAVING, Stage.GONE):
             return
         if error is not None:
@@ -249,18 +264,18 @@ class Prompts:
         ready = seal or (prompt.stage is Stage.COMPUTING and full > prompt.pushed_blocks)
         if prompt.ticket is None or prompt.pushing or not ready:
             return
+        first, prompt.pushed_blocks = prompt.pushed_blocks, full
         prompt.pushing = True
-        keys, blocks = sequence.keys(full), tuple(sequence.blocks[:full])
         self._device.submit(
             Push(
                 prompt.store,
                 prompt.ticket,
-                keys,
-                prompt.pushed_blocks,
-                blocks[prompt.pushed_blocks :],
+                sequence.keys(full),
+                first,
+                tuple(sequence.blocks[first:full]),
                 seal=seal,
                 tail=sequence.tail_block if seal else None,
-                announce=self._handoff(prompt) if seal else None,
+                announce=prompt.handoff() if seal else None,
             ),
             prompt,
         )
@@ -274,16 +289,50 @@ class Prompts:
         chosen = self._choose_chunks(budget_tokens, beside_streams)
         if not chosen:
             return None
+        last = [prompt for prompt, chunk in chosen if prompt.remaining_tokens == chunk]
         return Share(
             runs=[self._run(prompt, chunk) for prompt, chunk in chosen],
-            rows=(p.sequence.sampler_row() for p, chunk in chosen if p.remaining_tokens == chunk),
+            rows=looking_ahead(
+                [(prompt.sequence.guide, ()) for prompt in last],
+                (prompt.sequence.sampler_row() for prompt in last),
+            ),
             on_done=partial(self._on_step, chosen),
+            told=self._told([self._last_layers(prompt) for prompt in last if not prompt.stays]),
+        )
+
+    def _told(self, pushes: list[PushLayers]) -> LayersTold | None:
+        """Has the last blocks of prompts pushed while they are computed: the first token waits."""
+        if not pushes:
+            return None
+
+        def tell(layers: int, done: object) -> None:
+            for push in pushes:
+                self._device.submit(replace(push, layers=layers, done=done))
+
+        return LayersTold(self._workplace.layers_told, tell)
+
+    def _last_layers(self, prompt: Prompt) -> PushLayers:
+        """Of the push that ``_push`` will ask for when the step is done."""
+        sequence, request = prompt.sequence, prompt.sequence.request
+        full, rest = divmod(len(sequence.tokens), self._block_tokens)
+        return PushLayers(
+            prompt.store,
+            request.request,
+            request.attempt,
+            sequence.keys(full),
+            prompt.pushed_blocks,
+            tuple(sequence.blocks[prompt.pushed_blocks : full]),
+            tail=sequence.blocks[full] if rest else None,
+            layers=0,
+            done=None,
         )
 
     def _on_step(
         self, chosen: list[tuple[Prompt, int]], tokens: Tokens[Token], time: StepTime
     ) -> int:
         first_tokens = iter(tokens)
+        counts = [(prompt.sequence.kv_count, chunk) for prompt, chunk in chosen]
+        self._meter.observe([(start, start + chunk) for start, chunk in counts], time.elapsed_us)
         parts_us = shares_us(time.elapsed_us, tuple(chunk for _, chunk in chosen))
         for (prompt, chunk), share_us in zip(chosen, parts_us, strict=True):
             self._on_computed(prompt, chunk, share_us)
@@ -341,6 +390,7 @@ class Prompts:
             start=start,
             blocks=sequence.blocks[: self._workplace.blocks_for(end)],
             wants_logits=end == len(sequence.tokens),
+            adapter=sequence.request.adapter,
         )
 
     def _on_computed(self, prompt: Prompt, chunk: int, share_us: int) -> None:
@@ -371,7 +421,10 @@ class Prompts:
             cached_tokens=cached,
             prefill=self._workplace.worker,
         )
-        sequence.accept(token)
+        if sequence.request.beams is None:
+            sequence.accept(token)
+        else:  # which of the candidates come first is the search's to say
+            sequence.tokens.append(token.token)
         if sequence.ending is None and prompt.stays:
             self._workplace.say(progress(sequence, Event.PREFILL_DONE))
             self._forget(prompt)
@@ -387,22 +440,6 @@ class Prompts:
 
     # ── letting go ───────────────────────────────────────────────────────────────────────────────
 
-    def _handoff(self, prompt: Prompt) -> ToDecode:
-        sequence = prompt.sequence
-        assert prompt.ticket is not None
-        assert prompt.first_token is not None
-        handoff = Handoff(
-            request=sequence.request,
-            route=sequence.route,
-            ticket=prompt.ticket,
-            store=prompt.store,
-            tokens=tuple(sequence.tokens),
-            block_keys=sequence.keys(sequence.full_blocks),
-            unsent=(prompt.first_token,),
-            timing=sequence.timing,
-        )
-        return ToDecode(sequence.route.decode_address, handoff)
-
     def _preempt(self, prompt: Prompt) -> None:
         if prompt.stage in (Stage.SEALING, Stage.LEAVING):
             return  # too late: nothing is left to compute; or twice
@@ -412,7 +449,8 @@ class Prompts:
         sequence, full = prompt.sequence, prompt.sequence.full_blocks
         prompt.move_to(Stage.LEAVING)
         if self._store.offload and full:
-            put = Put(self._workplace.local, sequence.keys(full), tuple(sequence.blocks[:full]))
+            blocks, tenant = tuple(sequence.blocks[:full]), sequence.request.tenant
+            put = Put(self._workplace.local, sequence.keys(full), blocks, tenant)
             self._device.submit(put, prompt)
         else:
             self._say_preempted(prompt)

@@ -3,13 +3,26 @@
 from dataclasses import dataclass
 
 from pdserve.ids import WorkerId
-from pdserve.messages import Address, Cancel, Dispatch, Goodbye, Lost, Preempt, Refused, Resume
+from pdserve.messages import (
+    Address,
+    Cancel,
+    Dispatch,
+    FetchAhead,
+    Goodbye,
+    Lost,
+    Preempt,
+    Refused,
+    Resume,
+)
+
+WorkerMessage = Dispatch | Preempt | Cancel | Resume | FetchAhead | Goodbye
+"""What the router says to a worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToWorker:
     worker: WorkerId
-    message: Dispatch | Preempt | Cancel | Resume | Goodbye
+    message: WorkerMessage
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 from pdserve import clock
 from pdserve.clock import MS, US, S
-from pdserve.config import RouterConfig
 from pdserve.errors import DeadlineExceeded, ErrorInfo, PdserveError
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event, Phase
@@ -27,6 +26,7 @@ from pdserve.messages import (
     Address,
     Cancel,
     ChunkDone,
+    FetchAhead,
     Goodbye,
     Handoff,
     Hello,
@@ -44,13 +44,14 @@ from pdserve.router.costs import CostModel, believed
 from pdserve.router.decode_orders import decode_order_of
 from pdserve.router.endings import drop, free_orphans, free_ticket, lose
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
+from pdserve.router.fleet import Worker, slots_of
 from pdserve.router.goals import GoalControl
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.orders.table import order_of
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import RouterState
+from pdserve.router_config import RouterConfig
 
 __all__ = ["Command", "RouterCore", "ToGateway", "ToWorker"]
 
@@ -100,6 +101,7 @@ class RouterCore:
         self._binding = binding_of(
             settings.placement, costs, stale_ns=round(settings.placement_stale_ms * MS)
         )
+        self._some_disk = False  # below the store of a worker, now or earlier
         self._gone_gateways: dict[Address, int] = {}  # until when their requests run on
 
     def _new_order(self, settings: RouterConfig, costs: CostModel, counters: Counter[str]) -> Order:
@@ -125,7 +127,24 @@ class RouterCore:
         else:
             self.state.counters["refused"] += 1
             commands.append(_refused(request, refusal))
-        return commands + planner.plan(self.state, now_ns)
+        commands += planner.plan(self.state, now_ns)
+        return commands + self._fetch_ahead(request)
+
+    def _fetch_ahead(self, request: Request) -> list[Command]:
+        """A prompt that waits, and of which some store knows a prefix: one that has a disk may
+        bring it up meanwhile. Which of several will compute the prompt is not decided yet."""
+        entry = self.state.entries.get(request.request)
+        if not self._some_disk or entry is None or entry.phase is not Phase.QUEUED:
+            return []
+        fleet = self.state.fleet
+        hits = fleet.hits(request.block_keys)
+        blocks, workers = hits[-1] if hits else (0, 0)
+        for slot in slots_of(workers):
+            worker = fleet.at(int(slot))
+            if blocks and worker.hello.store_has_disk:
+                message = FetchAhead(request.block_keys[:blocks], request.tenant)
+                return [ToWorker(worker.id, message)]
+        return []
 
     def _admit(self, request: Request, now_ns: int) -> None:
         entry = self.state.admit(request, now_ns)
@@ -179,6 +198,7 @@ class RouterCore:
             commands = self._forget_worker(known, now_ns)
             commands += [ToWorker(known.id, Cancel(r.request, r.attempt)) for r in held]
         self.state.fleet.add(hello, now_ns)
+        self._some_disk = self._some_disk or hello.store_has_disk
         self._count_workers()
         commands += free_orphans(self.state)
         return commands + planner.plan(self.state, now_ns)

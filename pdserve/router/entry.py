@@ -44,6 +44,12 @@ class Entry:
     decisions: tuple[Decision, ...] = ()
 
     @property
+    def beam_blocks(self) -> int:
+        """Blocks that a beam search takes beside those of its prompt as soon as it is decoded: each
+        beam begins one of its own."""
+        return self.request.width if self.request.beams else 0
+
+    @property
     def uncomputed_tokens(self) -> int:
         """Of its prefill; at least 1, because the last token is always computed."""
         return max(1, self.total_tokens - max(self.computed_tokens, self.cached_tokens))

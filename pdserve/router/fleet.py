@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId, WorkerId
 from pdserve.messages import Address, Hello, Report, Role
 from pdserve.router.costs import Correction, CostModel
 from pdserve.router.prefix_index import Hits, PrefixIndex
+from pdserve.router_config import RouterConfig
 
 HELD_MAX = 8
 """Prompts at one prefill worker, however short."""

@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.router.levels import Ladder
+from pdserve.router_config import RouterConfig
 
 GAMMAS_PER_S = tuple(0.05 * 2.0**step for step in range(-4, 8))  # 0.003 to 6.4 per second
 GAMMA_MIN_PER_S = 0.002

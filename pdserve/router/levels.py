@@ -25,10 +25,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
 from pdserve.router.places import DEAD_PLACES_MAX, Place, Places
+from pdserve.router_config import RouterConfig
 
 QUANTUM_RATIO = 2
 

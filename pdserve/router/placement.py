@@ -165,7 +165,7 @@ def place(
     ``only``: the prefill worker to which it was bound.
     """
     fleet.settle()
-    least_blocks = blocks_of(entry.total_tokens + 1, block_tokens)
+    least_blocks = blocks_of(entry.total_tokens + 1, block_tokens) + entry.beam_blocks
     decode: Worker | None = None
     if not fleet.aggregated:
         decode = choose_decode(fleet, least_blocks, tpot_slo_ns=tpot_slo_ns)

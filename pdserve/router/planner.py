@@ -52,12 +52,12 @@ def _resume_parked(state: RouterState, now_ns: int) -> list[Command]:
     for entry in resume_order(state, now_ns):
         assert entry.handoff is not None
         tokens = entry.handoff.length
-        if is_hopeless(state, tokens):
+        if is_hopeless(state, entry, tokens):
             commands += refuse_hopeless(state, entry, tokens, now_ns)
             continue
         decode = choose_resume(
             state.fleet,
-            blocks_of(tokens + 1, state.fleet.block_tokens),
+            blocks_of(tokens + 1, state.fleet.block_tokens) + entry.beam_blocks,
             parked_by=state.fleet.get(entry.handoff.route.decode),
         )
         if decode is None:
@@ -131,7 +131,7 @@ def _next_step(
     deferred: list[tuple[Entry, Deferred]] = []
     step: Send | Refuse | Again | None = None
     for entry in islice(order.ranked(now_ns), CANDIDATES_MAX):
-        if is_hopeless(state, entry.total_tokens):
+        if is_hopeless(state, entry, entry.total_tokens):
             step = Refuse(entry)
             break
         choice = placed(state, entry, now_ns, only=only)

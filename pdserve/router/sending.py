@@ -72,9 +72,10 @@ def take(state: RouterState, step: Send | Refuse | Again, now_ns: int) -> list[C
             return [ToWorker(choice.prefill.id, dispatch)]
 
 
-def is_hopeless(state: RouterState, tokens: int) -> bool:
+def is_hopeless(state: RouterState, entry: Entry, tokens: int) -> bool:
     """Whether there are decode workers, and it would not fit into any of them, however empty."""
-    return tokens >= state.fleet.largest_tokens > 0
+    fleet = state.fleet
+    return tokens + entry.beam_blocks * fleet.block_tokens >= fleet.largest_tokens > 0
 
 
 def refuse_hopeless(state: RouterState, entry: Entry, tokens: int, now_ns: int) -> list[Command]:
@@ -82,9 +83,9 @@ def refuse_hopeless(state: RouterState, entry: Entry, tokens: int, now_ns: int) 
     largest = state.fleet.largest
     assert largest is not None
     error: OutOfBlocks | PromptTooLong
-    if tokens > entry.request.prompt_tokens:
+    if tokens > entry.request.prompt_tokens or entry.beam_blocks:
         error = OutOfBlocks(
-            blocks_of(tokens + 1, largest.block_tokens),
+            blocks_of(tokens + 1, largest.block_tokens) + entry.beam_blocks,
             largest.block_count,
             retry_after_ms=OUT_OF_BLOCKS_RETRY_MS,
         )

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from pdserve.clock import MS, S
-from pdserve.ids import HostId, RequestId, WorkerId
+from pdserve.ids import HostId, RequestId, StoreId, WorkerId
 from pdserve.lifecycle import Phase
-from pdserve.messages import Role
+from pdserve.messages import Address, Role
 from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
 
@@ -24,6 +24,8 @@ class WorkerSnapshot:
     block_count: int
     running_max: int
     draining: bool
+    store_id: StoreId
+    store: Address  # of its host's store node
     counters: dict[str, int]  # the worker's own
 
 
@@ -82,5 +84,7 @@ def _worker(worker: Worker) -> WorkerSnapshot:
         block_count=worker.hello.block_count,
         running_max=worker.hello.running_max,
         draining=worker.draining,
+        store_id=worker.hello.store_id,
+        store=worker.hello.store,
         counters=dict(sorted(worker.counters.items())),
     )

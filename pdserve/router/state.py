@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.lifecycle import TERMINAL, Event, Phase, advance
 from pdserve.messages import ChunkDone, Decision, Handoff, Request, Timing
@@ -30,6 +29,7 @@ from pdserve.router.orders.base import Order
 from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.placement import Choice, blocks_of, least_uncached
 from pdserve.router.prefix_index import Hits
+from pdserve.router_config import RouterConfig
 
 ORPHANS_MAX = 1024
 """Tickets remembered while no decode worker is there to free them; beyond, the oldest is left to
@@ -359,7 +359,8 @@ class RouterState:
         tokens = entry.total_tokens if tokens is None else tokens
         entry.decode = decode.id
         entry.context_tokens = tokens
-        entry.reserved_blocks = blocks_of(tokens + 1, decode.hello.block_tokens)
+        blocks = blocks_of(tokens + 1, decode.hello.block_tokens)
+        entry.reserved_blocks = blocks + entry.beam_blocks
         decode.streams[entry.id] = None
         decode.reserved_blocks += entry.reserved_blocks
         decode.context_tokens += tokens

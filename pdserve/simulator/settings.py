@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from pdserve.config import RouterConfig
 from pdserve.messages import Role
 from pdserve.router.costs import CostModel, DecodeCost, MoveCost, PrefillCost, StepCost
+from pdserve.router_config import RouterConfig
 
 UNLIMITED_BLOCKS = 1 << 40
 

@@ -22,6 +22,7 @@ from pdserve.messages import (
     Cancel,
     ChunkDone,
     Dispatch,
+    FetchAhead,
     Goodbye,
     Handoff,
     Hello,
@@ -30,6 +31,7 @@ from pdserve.messages import (
     Role,
     WorkerFailed,
 )
+from pdserve.router.commands import WorkerMessage
 from pdserve.simulator.attempt import Attempt, Stage
 from pdserve.simulator.caches import BlockCache
 from pdserve.simulator.engine import Engine
@@ -61,12 +63,8 @@ class Worker:
         self._around = surroundings
         self._store = store
         prefills = hello.role is Role.PREFILL or settings.router.mode != "disaggregated"
-        self._reporter = Reporter(
-            hello,
-            self.cache if prefills else None,
-            store if prefills else None,
-            tells_attained=settings.router.counts_tokens,
-        )
+        said = (self.cache, store) if prefills else (None, None)
+        self._reporter = Reporter(hello, *said, tells_attained=settings.router.counts_tokens)
         self._held: dict[RequestId, Attempt] = {}
         self._prompts: deque[Attempt] = deque()
         self._waiting: deque[Attempt] = deque()
@@ -77,7 +75,7 @@ class Worker:
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
-    def receive(self, now_ns: int, message: Dispatch | Preempt | Cancel | Resume | Goodbye) -> None:
+    def receive(self, now_ns: int, message: WorkerMessage) -> None:
         """From the router. It is never answered before this returns."""
         if not self.alive:
             return
@@ -94,8 +92,8 @@ class Worker:
                     self._cancel(attempt, now_ns)
             case Resume(handoff):
                 self._resume(handoff, now_ns)
-            case Goodbye():
-                pass  # nobody drains here
+            case Goodbye() | FetchAhead():
+                pass  # nobody drains here, and no store has a disk
             case _:
                 assert_never(message)
 

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pdserve.errors import ConfigError, InvalidField
 from pdserve.text.tokenizer import Tokenizer
+from pdserve.text.tool_prompt import has_tools, written_out
 
 CHATML = (
     "{% for message in messages %}"
@@ -63,6 +64,7 @@ class ChatTemplate:
                 f"the model's chat template, line {error.lineno}: {error.message}; put one that "
                 "can be used into chat_template.jinja beside the model"
             ) from error
+        self._knows_tools = "tools" in source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(
@@ -85,6 +87,8 @@ class ChatTemplate:
         """
         if not messages:
             raise InvalidField("messages", "is empty, must hold at least one message")
+        if not self._knows_tools and (tools or any(map(has_tools, messages))):
+            messages, tools = written_out(messages, tools), None
         given = {
             "messages": messages,
             "tools": tools,

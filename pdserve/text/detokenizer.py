@@ -7,6 +7,7 @@ are exactly ``Tokenizer.decode`` of all tokens, however they were split into pus
 """
 
 import codecs
+import copy
 from collections.abc import Sequence
 
 from pdserve.text.tokenizer import Tokenizer
@@ -37,6 +38,13 @@ class Detokenizer:
         tail = self._tail(prompt)
         self._at_start = not tail
         self._decoder.decode(tail)
+
+    def fork(self) -> "Detokenizer":
+        """A stream of its own that has had the same tokens."""
+        other = copy.copy(self)
+        other._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        other._decoder.setstate(self._decoder.getstate())
+        return other
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete; may be empty."""

@@ -8,6 +8,7 @@ Text is shown as soon as it cannot become part of a stop string: kept back is th
 that is the beginning of one, fewer characters than the longest stop string has.
 """
 
+import copy
 from collections.abc import Sequence
 
 
@@ -21,6 +22,10 @@ class StopStrings:
         self._held_max = max(map(len, strings), default=1) - 1
         self._held = ""
         self._ended = False
+
+    def fork(self) -> "StopStrings":
+        """A stream of its own that has had the same text."""
+        return copy.copy(self)  # it holds nothing that changes
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that may be shown now, and the stop string that was hit, if any.

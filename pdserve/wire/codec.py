@@ -12,7 +12,7 @@ one), str, bytes, bool, NewTypes of these, ``StrEnum``, ``tuple[T, ...]``, ``tup
 ``Mapping[str, T]``, dataclasses, and unions of None, of plain types, or of dataclasses.
 
 A length that a message claims and does not contain costs nothing: a first pass, which allocates
-nothing, finds it. So a message of n bytes never takes more than about 64 n bytes (arrays of one).
+nothing, finds it. So a message of n bytes never takes more than about 90 n bytes (empty mappings).
 """
 
 import dataclasses

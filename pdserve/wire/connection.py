@@ -1,13 +1,16 @@
 """One peer, from asyncio: messages, calls with answers, and back-pressure both ways.
 
-Inbound bytes land in one small buffer, from which frames are cut; a frame that does not fit gets a
-buffer of its own size, into which the kernel then writes, so that a large body is never copied
-again. At most ``INBOUND_FRAMES_MAX`` frames or ``INBOUND_BYTES_MAX`` bytes wait to be received;
-then the socket is not read until somebody receives. Answers queue behind messages: who never
-receives must not expect answers either, beyond that bound.
+``inbound`` makes frames of what arrives. At most ``INBOUND_FRAMES_MAX`` frames or
+``INBOUND_BYTES_MAX`` bytes wait to be received; then the socket is not read until somebody
+receives. Answers queue behind messages: who never receives must not expect answers either, beyond
+that bound.
 
 Outbound, ``send`` returns when the kernel has the body (which may then be reused), and waits for
-earlier bytes to go before it hands over its own: at most one message is buffered here.
+earlier bytes to go before it hands over its own: at most one message is buffered here. A body goes
+from where it lies to the kernel without a copy, except through TLS.
+
+Who serves many small calls may ``attend`` to them instead: called in the turn of the event loop in
+which a frame arrives, it saves waking a task, and it may say where a body is to be received.
 
 When the peer dies or breaks the protocol, every waiting call and ``receive`` end with a
 ``WireError``; what had arrived before is still received first.
@@ -15,12 +18,10 @@ When the peer dies or breaks the protocol, every waiting call and ``receive`` en
 
 import asyncio
 import itertools
-import os
-import socket
 import ssl
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from pdserve.errors import (
     CapacityError,
@@ -33,17 +34,19 @@ from pdserve.errors import (
 from pdserve.ids import HostId
 from pdserve.messages import Address
 from pdserve.wire.codec import MESSAGES, Codec
-from pdserve.wire.endpoint import UnixTarget, refused, set_up, target_of
+from pdserve.wire.direct import DirectSender, duplicate_of, send_files
+from pdserve.wire.endpoint import dial, set_up
 from pdserve.wire.frame import (
-    HEADER_BYTES,
     Buffer,
     Frame,
     Header,
     Kind,
     body_views,
+    check_message,
+    pack_head,
     pack_header,
-    parse_header,
 )
+from pdserve.wire.inbound import Arrived, Attendant, Inbound, Received
 
 __all__ = ["Connection", "Frame", "connect"]
 
@@ -54,23 +57,7 @@ CALLS_MAX = 4096
 
 CLOSE_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 10.0
-POSTERS_MAX = 4096
-_RECEIVE_BYTES = 256 << 10
 _PIECE_BYTES = 256 << 10  # a body goes to the transport in such pieces: what it buffers it copies
-
-
-class Received(OrderedDict[int, int]):
-    """The last sequence number received from each poster, so that a post repeated after a broken
-    connection is dropped. Remembers the ``POSTERS_MAX`` posters that came last."""
-
-    def last(self, poster: int) -> int:
-        return self.get(poster, 0)
-
-    def note(self, poster: int, sequence: int) -> None:
-        self[poster] = sequence
-        self.move_to_end(poster)
-        if len(self) > POSTERS_MAX:
-            self.popitem(last=False)
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -93,14 +80,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._ended: WireError | None = None
         self._gone = asyncio.Event()  # the transport is closed
-        # Inbound: [start, end) of the buffer is not yet parsed. A payload that is not complete
-        # means that the buffer is empty.
-        self._view = memoryview(bytearray(_RECEIVE_BYTES))
-        self._start = 0
-        self._end = 0
-        self._header: Header | None = None
-        self._payload = memoryview(b"")
-        self._filled = 0
+        self._frames = Inbound(codec)
+        self._attendant: Attendant | None = None
+        self._is_awaited = False  # somebody waits in ``receive``
         self._inbound: deque[Frame] = deque()
         self._inbound_bytes = 0
         self._arrived = asyncio.Event()
@@ -114,6 +96,10 @@ class Connection(asyncio.BufferedProtocol):
         self._sending = asyncio.Lock()
         self._writable = asyncio.Event()
         self._writable.set()
+        self._direct: DirectSender | None = None  # for bodies; made for the first of them
+        self._is_tls = False
+        self._rest: list[memoryview] = []  # of an answer that ``answer_now`` began
+        self._on_sent: Callable[[], None] | None = None
 
     # ── for everybody ────────────────────────────────────────────────────────────────────────────
 
@@ -130,8 +116,17 @@ class Connection(asyncio.BufferedProtocol):
         """
         while not self._inbound:
             self.raise_if_ended()
+            if self._rest:
+                await self._write(b"")
+                continue
             self._arrived.clear()
-            await self._arrived.wait()
+            self._is_awaited = True
+            try:
+                await self._arrived.wait()
+            finally:
+                self._is_awaited = False
+        if self._rest:
+            await self._write(b"")
         frame = self._inbound.popleft()
         self._inbound_bytes -= len(frame.body)
         if not self._is_full():
@@ -175,6 +170,55 @@ class Connection(asyncio.BufferedProtocol):
         assert frame.call != 0, "nobody waits for an answer to this frame"
         await self._send(Kind.ANSWER, frame.call, message, body)
 
+    def limit_bodies(self, body_bytes_max: int) -> None:
+        """From the next frame on; a larger body ends the connection before it is allocated."""
+        self._frames.body_bytes_max = body_bytes_max
+
+    def attend(self, attendant: Attendant) -> None:
+        """From now on ``attendant`` serves what it can; ``receive`` gives the rest."""
+        self._attendant = attendant
+        self._frames.place = self._place
+
+    def dismiss(self) -> None:
+        """End ``attend``: from now on nothing is written to where a body was placed, and nothing
+        is sent from where an answer's body lies. An answer that is half out ends the connection."""
+        self._attendant = None
+        if self._rest or self._sending.locked():
+            self._rest, self._on_sent = [], None
+            self._transport.abort()
+        self._frames.displace()
+
+    def answer_now(
+        self,
+        frame: Frame,
+        message: object,
+        body: Sequence[Buffer] = (),
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """``answer`` for an attendant: what the kernel does not take at once ``receive`` sends,
+        before it gives another frame. ``on_sent`` is called when ``body`` may change; not at all if
+        the connection ends before."""
+        assert not self._rest, "an answer is under way"
+        assert frame.call != 0, "nobody waits for an answer to this frame"
+        data = self._codec.encode(message)
+        views = body_views(body)
+        head = pack_head(Kind.ANSWER, frame.call, data, sum(map(len, views)))
+        if self._transport.is_closing():
+            return
+        free = self._writable.is_set() and not self._sending.locked()
+        if free and not views:
+            self._transport.write(head)
+        else:
+            rest = [memoryview(head), *views]
+            if free and not self._is_tls:
+                rest = self._send_some(rest)
+            if rest:
+                self._rest, self._on_sent = rest, on_sent
+                self._arrived.set()
+                return
+        if on_sent is not None:
+            on_sent()
+
     async def close(self) -> None:
         """Send what is buffered, for at most ``CLOSE_TIMEOUT_S``, and close. Idempotent."""
         self._transport.close()
@@ -194,6 +238,26 @@ class Connection(asyncio.BufferedProtocol):
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
 
+    async def answer_with_files(
+        self, frame: Frame, message: object, descriptors: Sequence[int]
+    ) -> None:
+        """``answer``, and the peer gets descriptors of these open files; over a Unix socket.
+
+        The message must be small: nothing else may be on its way to the peer.
+        """
+        assert frame.call != 0, "nobody waits for an answer to this frame"
+        data = self._codec.encode(message)
+        packed = pack_head(Kind.ANSWER, frame.call, data)
+        async with self._sending:
+            await self._drained()
+            try:
+                sent = send_files(self._transport, packed, descriptors)
+            except OSError as error:
+                self._transport.abort()
+                raise Disconnected(f"{self.peer} takes no files: {error.strerror}") from error
+            if sent < len(packed):
+                self._transport.write(packed[sent:])
+
     # ── for the postbox ──────────────────────────────────────────────────────────────────────────
 
     async def introduce(self, poster: int) -> None:
@@ -203,11 +267,7 @@ class Connection(asyncio.BufferedProtocol):
     async def post(self, posts: Sequence[tuple[int, bytes]]) -> None:
         """Send encoded messages under their sequence numbers, in one write."""
         await self._write(
-            b"".join(
-                part
-                for sequence, data in posts
-                for part in (pack_header(Header(Kind.POST, sequence, len(data), 0)), data)
-            )
+            b"".join(pack_head(Kind.POST, sequence, data) for sequence, data in posts)
         )
 
     # ── outbound ─────────────────────────────────────────────────────────────────────────────────
@@ -215,22 +275,50 @@ class Connection(asyncio.BufferedProtocol):
     async def _send(self, kind: Kind, call: int, message: object, body: Sequence[Buffer]) -> None:
         data = self._codec.encode(message)
         views = body_views(body)
-        header = Header(kind, call, len(data), sum(map(len, views)))
-        await self._write(pack_header(header) + data, views)
+        await self._write(pack_head(kind, call, data, sum(map(len, views))), views)
 
     async def _write(self, head: bytes, body: Sequence[memoryview] = ()) -> None:
         async with self._sending:
             await self._drained()
-            self._transport.write(head)
             try:
-                for view in body:
-                    for start in range(0, len(view), _PIECE_BYTES):
-                        self._transport.write(view[start : start + _PIECE_BYTES])
-                        await self._drained()
+                if self._rest:
+                    rest, self._rest = self._rest, []
+                    await self._write_body(rest)
+                    on_sent, self._on_sent = self._on_sent, None
+                    if on_sent is not None:
+                        on_sent()
+                if body:
+                    await self._write_body([memoryview(head), *body])
+                elif head:
+                    self._transport.write(head)
             except asyncio.CancelledError:
                 # Half a frame is out; nothing sensible can follow it.
                 self._transport.abort()
                 raise
+
+    async def _write_body(self, views: list[memoryview]) -> None:
+        if self._is_tls:
+            for view in views:
+                for start in range(0, len(view), _PIECE_BYTES):
+                    self._transport.write(view[start : start + _PIECE_BYTES])
+                    await self._drained()
+            return
+        while views := self._send_some(views):
+            assert self._direct is not None
+            await self._direct.wait()
+            await self._drained()
+
+    def _send_some(self, views: list[memoryview]) -> list[memoryview]:
+        """Those that the kernel does not take at once; without a copy, past the transport, which
+        has nothing to send at this moment."""
+        if self._direct is None:
+            self._direct = DirectSender(self._transport)
+        try:
+            return self._direct.send_some(views)
+        except OSError as error:
+            self._end_with(Disconnected(f"{self.peer} is gone: {error.strerror or error}"))
+            self._transport.abort()
+            return []
 
     async def _drained(self) -> None:
         """Wait until the kernel has all bytes."""
@@ -247,62 +335,61 @@ class Connection(asyncio.BufferedProtocol):
     def _take_frames(self) -> None:
         """Cut frames from what was read, until a bound is met or bytes are missing."""
         try:
-            while not self._is_full() and self._take_header() and self._take_payload():
-                assert self._header is not None
-                header, self._header = self._header, None
-                self._deliver(header, self._payload)
+            while not self._is_full() and (arrived := self._frames.take()) is not None:
+                if arrived.header.kind in (Kind.MESSAGE, Kind.ANSWER, Kind.POST):
+                    self._deliver(arrived)
+                else:
+                    self._note(arrived)
         except WireError as error:
             self._end_with(error)
-            self._start = self._end = 0
+            self._frames.forget()
             self._transport.abort()
 
-    def _take_header(self) -> bool:
-        """Whether the header of the frame under way is known, and its payload allocated."""
-        if self._header is None:
-            if self._end - self._start < HEADER_BYTES:
-                return False
-            self._header = parse_header(self._view[self._start : self._start + HEADER_BYTES])
-            self._start += HEADER_BYTES
-            size = self._header.message_bytes + self._header.body_bytes
-            self._payload = memoryview(bytearray(size))
-            self._filled = 0
-        return True
+    def _place(self, message: Any, body_bytes: int) -> Sequence[memoryview] | None:
+        if self._attendant is None or not self._is_attended():
+            return None
+        return self._attendant.place(message, body_bytes)
 
-    def _take_payload(self) -> bool:
-        """Whether the payload is complete."""
-        count = min(len(self._payload) - self._filled, self._end - self._start)
-        if count:
-            source = self._view[self._start : self._start + count]
-            self._payload[self._filled : self._filled + count] = source
-            self._start += count
-            self._filled += count
-        return self._filled == len(self._payload)
+    def _is_attended(self) -> bool:
+        """Whether the attendant is next in line."""
+        return self._is_awaited and not self._inbound and not self._rest
 
-    def _deliver(self, header: Header, payload: memoryview) -> None:
-        if header.kind in (Kind.POSTER, Kind.RECEIPT) and len(payload):
-            raise FrameError(f"a {header.kind.name} carries {len(payload)} bytes, it must be bare")
+    def _note(self, arrived: Arrived) -> None:
+        """What carries no message."""
+        header = arrived.header
+        if header.message_bytes or header.body_bytes:
+            size = header.message_bytes + header.body_bytes
+            raise FrameError(f"a {header.kind.name} carries {size} bytes, it must be bare")
         if header.kind is Kind.RECEIPT:
             if self._on_receipt is not None:
                 self._on_receipt(header.call)
             return
-        if header.kind is Kind.POSTER:
-            self._poster = header.call
-            self._give_receipt()  # tells the poster what need not be repeated
-            return
+        self._poster = header.call
+        self._give_receipt()  # tells the poster what need not be repeated
+
+    def _deliver(self, arrived: Arrived) -> None:
+        header = arrived.header
+        call = header.call
         if header.kind is Kind.POST:
             if self._poster is None:
                 raise FrameError("a post without a poster before it")
-            if header.call <= self._received.last(self._poster):
+            if call <= self._received.last(self._poster):
                 return
-            self._received.note(self._poster, header.call)
+            self._received.note(self._poster, call)
             self._give_receipt()
-        message = self._codec.decode(payload[: header.message_bytes])
-        call = header.call if header.kind is not Kind.POST else 0
-        frame = Frame(message, payload[header.message_bytes :], call)
+            call = 0
+        message = arrived.message
+        if message is None:
+            check_message(arrived.header, arrived.data)
+            message = self._codec.decode(arrived.data)
+        frame = Frame(message, arrived.body, call, arrived.placed)
         if header.kind is Kind.ANSWER:
-            future = self._calls.get(header.call)
+            future = self._calls.get(call)
             if future is not None and not future.done():
                 future.set_result(frame)
+            return
+        attended = self._attendant is not None and call and self._is_attended()
+        if attended and self._attendant is not None and self._attendant.take(frame):
             return
         self._inbound.append(frame)
         self._inbound_bytes += len(frame.body)
@@ -338,6 +425,8 @@ class Connection(asyncio.BufferedProtocol):
                 future.exception()  # its caller may be busy sending; asyncio must not complain
         self._arrived.set()
         self._writable.set()
+        if self._direct is not None:
+            self._direct.wake()
 
     # ── called by the event loop ─────────────────────────────────────────────────────────────────
 
@@ -345,10 +434,10 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is not one
         # "Writable" means that the kernel has everything, so buffers may be reused. For TLS, which
         # copies, asyncio takes the limit for the first size that is too much.
-        tls = transport.get_extra_info("sslcontext") is not None
-        transport.set_write_buffer_limits(high=1 if tls else 0)
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
+        transport.set_write_buffer_limits(high=1 if self._is_tls else 0)
         try:
-            with _socket_of(transport) as connected:
+            with duplicate_of(transport) as connected:
                 self.peer = set_up(connected)
         except (WireError, OSError) as error:
             self._end_with(error if isinstance(error, WireError) else Disconnected(str(error)))
@@ -358,19 +447,10 @@ class Connection(asyncio.BufferedProtocol):
             self._on_open(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  (asyncio's signature)
-        if self._header is not None and self._start == self._end:
-            return self._payload[self._filled :]
-        if self._start > 0:
-            rest = bytes(self._view[self._start : self._end])
-            self._view[: len(rest)] = rest
-            self._start, self._end = 0, len(rest)
-        return self._view[self._end :]
+        return self._frames.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._header is not None and self._start == self._end:
-            self._filled += nbytes
-        else:
-            self._end += nbytes
+        self._frames.filled(nbytes)
         self._take_frames()
 
     def pause_writing(self) -> None:
@@ -382,15 +462,12 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f": {exc}" if exc is not None else ""
         self._end_with(Disconnected(f"{self.peer} is gone{reason}"))
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
         self._gone.set()
         if self._on_end is not None:
             self._on_end()
-
-
-def _socket_of(transport: asyncio.Transport) -> socket.socket:
-    """The socket itself, once more; both asyncio and uvloop wrap theirs and allow it little."""
-    wrapped: socket.socket = transport.get_extra_info("socket")
-    return socket.socket(fileno=os.dup(wrapped.fileno()))
 
 
 async def connect(
@@ -410,33 +487,7 @@ async def connect(
     Raises:
         Disconnected: nobody answers there within ``timeout_s``.
     """
-    return await dial(
-        Connection(codec), address, host=host, timeout_s=timeout_s, ssl_context=ssl_context
-    )
-
-
-async def dial(
-    connection: Connection,
-    address: Address,
-    *,
-    host: HostId,
-    timeout_s: float,
-    ssl_context: ssl.SSLContext | None,
-) -> Connection:
-    """``connection``, connected to ``address``."""
-    target = target_of(address, host)
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(timeout_s):
-            if isinstance(target, UnixTarget):
-                await loop.create_unix_connection(lambda: connection, target.path)
-            else:
-                await loop.create_connection(
-                    lambda: connection, target.host, target.port, ssl=ssl_context
-                )
-    except TimeoutError as error:
-        raise Disconnected(f"{target} did not answer within {timeout_s} s") from error
-    except OSError as error:
-        raise refused(target, error) from error
+    connection = Connection(codec)
+    await dial(lambda: connection, address, host=host, timeout_s=timeout_s, ssl_context=ssl_context)
     connection.raise_if_ended()
     return connection

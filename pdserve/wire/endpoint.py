@@ -5,10 +5,13 @@ kernel who is at the other end. Over TCP, TLS with certificates on both sides do
 TCP trusts its network, as Ray's own ports do.
 """
 
+import asyncio
 import os
 import socket
+import ssl
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +72,35 @@ def refused(target: Target, error: OSError) -> Disconnected:
     return Disconnected(f"cannot connect to {target}: {error.strerror or error}")
 
 
+async def dial(
+    make_protocol: Callable[[], asyncio.BaseProtocol],
+    address: Address,
+    *,
+    host: HostId,
+    timeout_s: float,
+    ssl_context: ssl.SSLContext | None,
+) -> None:
+    """Connect what ``make_protocol`` gives to ``address``, from ``host``.
+
+    Raises:
+        Disconnected: nobody answers there within ``timeout_s``.
+    """
+    target = target_of(address, host)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout_s):
+            if isinstance(target, UnixTarget):
+                await loop.create_unix_connection(make_protocol, target.path)
+            else:
+                await loop.create_connection(
+                    make_protocol, target.host, target.port, ssl=ssl_context
+                )
+    except TimeoutError as error:
+        raise Disconnected(f"{target} did not answer within {timeout_s} s") from error
+    except OSError as error:
+        raise refused(target, error) from error
+
+
 def bind_unix(directory: Path, name: str) -> socket.socket:
     """A bound, not yet listening Unix socket that only this user can reach.
 
@@ -123,6 +155,11 @@ def set_up(connected: socket.socket) -> str:
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     host, port, *_ = connected.getpeername()
     return f"tcp:{format_tcp(host, port)}"
+
+
+def is_local(peer: str) -> bool:
+    """Whether ``set_up`` found a process of this host, and of this user."""
+    return peer.startswith("unix:")
 
 
 def may_talk(peer_uid: int, own_uid: int) -> bool:

@@ -1,17 +1,20 @@
 """One frame: a fixed header, a message, and a body of raw bytes.
 
-    magic 4 | version 1 | kind 1 | zero 2 | call 8 | message length 4 | body length 8 | CRC-32 4
+    magic 4 | version 1 | kind 1 | zero 2 | call 8 | message length 4 | body length 8
+            | CRC-32 of the message 4 | CRC-32 of all before 4
     message: msgpack, as ``codec`` writes it
     body:    bytes that are not looked at; KV blocks, for instance
 
 The header is little-endian and carries a checksum of itself, so that a peer that lost its place in
 the stream is found at the next frame, before its lengths are believed. Both lengths are checked
-against their limits before a byte is allocated for them. Message and body rely on the transport:
-who sends KV blocks takes a checksum of their own along.
+against their limits before a byte is allocated for them. A message has a checksum too: with one bit
+changed it may well ask for another block. The body relies on the transport: who sends KV blocks
+takes a checksum of their own along.
 
 ``call`` ties an answer to its question. 0 is a message that expects none.
 """
 
+import socket
 import struct
 import zlib
 from collections.abc import Sequence
@@ -30,9 +33,11 @@ BODY_BYTES_MAX = 256 << 20
 """128 blocks of 2 MiB: more than one chunk of the largest models we serve."""
 
 MAGIC = b"pdsv"
-VERSION = 1
+VERSION = 2
 
-_HEADER = struct.Struct("<4sBBHQIQ")
+_VECTOR_MAX = 512  # buffers in one sendmsg; the system's limit is 1024
+
+_HEADER = struct.Struct("<4sBBHQIQI")
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
@@ -51,6 +56,7 @@ class Header:
     call: int
     message_bytes: int
     body_bytes: int
+    message_checksum: int = 0  # of no bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +66,21 @@ class Frame:
     message: Any  # of one of the types that the connection's codec knows
     body: memoryview
     call: int  # to be answered under this number; 0 expects no answer
+    placed: bool = False  # the body is where the receiver's attendant wanted it, not in ``body``
+
+
+def pack_head(kind: Kind, call: int, message: bytes, body_bytes: int = 0) -> bytes:
+    """A frame up to its body. Raises FrameError when a length is over its limit."""
+    header = Header(kind, call, len(message), body_bytes, zlib.crc32(message))
+    return pack_header(header) + message
 
 
 def pack_header(header: Header) -> bytes:
     """The header's bytes. Raises FrameError when a length is over its limit."""
     _check_lengths(header.message_bytes, header.body_bytes)
     data = _HEADER.pack(
-        MAGIC, VERSION, header.kind, 0, header.call, header.message_bytes, header.body_bytes
+        *(MAGIC, VERSION, header.kind, 0, header.call),
+        *(header.message_bytes, header.body_bytes, header.message_checksum),
     )
     return data + _CHECKSUM.pack(zlib.crc32(data))
 
@@ -74,7 +88,9 @@ def pack_header(header: Header) -> bytes:
 def parse_header(data: Buffer) -> Header:
     """The header in ``HEADER_BYTES`` bytes. Raises FrameError when it is none of ours."""
     assert len(data) == HEADER_BYTES
-    magic, version, kind, zero, call, message_bytes, body_bytes = _HEADER.unpack_from(data)
+    magic, version, kind, zero, call, message_bytes, body_bytes, of_message = _HEADER.unpack_from(
+        data
+    )
     (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
     if magic != MAGIC:
         raise FrameError(f"a frame begins with {magic!r}, not {MAGIC!r}: not a pdserve peer")
@@ -87,12 +103,28 @@ def parse_header(data: Buffer) -> Header:
     if zero != 0 or kind not in Kind.__members__.values():
         raise FrameError(f"a frame of the unknown kind {kind}, {zero}")
     _check_lengths(message_bytes, body_bytes)
-    return Header(Kind(kind), call, message_bytes, body_bytes)
+    return Header(Kind(kind), call, message_bytes, body_bytes, of_message)
+
+
+def check_message(header: Header, message: Buffer) -> None:
+    """Raises FrameError when the bytes are not those that the header was made for."""
+    if zlib.crc32(message) != header.message_checksum:
+        raise FrameError("a message fails its checksum")
 
 
 def body_views(body: Sequence[Buffer]) -> list[memoryview]:
     """The parts of a body as flat bytes, empty ones left out."""
     return [view for view in (memoryview(part).cast("B") for part in body) if len(view)]
+
+
+def sent_off(views: list[memoryview], connected: socket.socket) -> list[memoryview]:
+    """Send once, from several buffers; those that are not sent yet, the first of them cut."""
+    sent = connected.sendmsg(views[:_VECTOR_MAX])
+    for index, view in enumerate(views):
+        if sent < len(view):
+            return [view[sent:], *views[index + 1 :]]
+        sent -= len(view)
+    return []
 
 
 def _check_lengths(message_bytes: int, body_bytes: int) -> None:

@@ -14,8 +14,9 @@ from pdserve.errors import ConfigError, Disconnected, WireError
 from pdserve.ids import HostId
 from pdserve.messages import Address
 from pdserve.wire.codec import MESSAGES, Codec
-from pdserve.wire.connection import HANDSHAKE_TIMEOUT_S, Connection, Received
+from pdserve.wire.connection import HANDSHAKE_TIMEOUT_S, Connection
 from pdserve.wire.endpoint import bind_unix, format_tcp
+from pdserve.wire.inbound import Received
 
 CONNECTIONS_MAX = 4096
 BACKLOG = 1024

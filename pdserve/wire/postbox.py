@@ -22,7 +22,8 @@ from pdserve.errors import CapacityError, WireError
 from pdserve.ids import HostId
 from pdserve.messages import Address
 from pdserve.wire.codec import MESSAGES, Codec
-from pdserve.wire.connection import Connection, dial
+from pdserve.wire.connection import Connection
+from pdserve.wire.endpoint import dial
 
 BATCH_MAX = 256
 """Messages in one write, …"""
@@ -128,12 +129,13 @@ class Postbox:
         )
         remaining_s = outbox.stuck_since_s + self._grace_s - time.monotonic()
         await dial(
-            connection,
+            lambda: connection,
             outbox.address,
             host=self._host,
             timeout_s=max(remaining_s, BACKOFF_S_MAX),
             ssl_context=self._ssl_context,
         )
+        connection.raise_if_ended()
         try:
             await connection.introduce(outbox.poster)
             outbox.sent_count = 0

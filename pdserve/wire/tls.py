@@ -9,6 +9,9 @@ from pathlib import Path
 
 from pdserve.errors import ConfigError
 
+TlsContext = ssl.SSLContext
+"""For those who carry one and do nothing with it."""
+
 
 def member_context(
     *, certificate: Path, key: Path, authority: Path, server_side: bool
@@ -32,3 +35,22 @@ def member_context(
             f"{error.strerror or error}"
         ) from error
     return context
+
+
+CERT_REQUIRED = int(ssl.CERT_REQUIRED)
+
+
+def check_served(certificate: str, key: str, client_authority: str | None) -> None:
+    """Whether a server for the public can use these PEM files.
+
+    Raises:
+        OSError: a file cannot be read, or key and certificate do not belong together.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_authority)
+    context.load_cert_chain(certificate, key)
+
+
+def public_context() -> ssl.SSLContext:
+    """For who connects to such a server by its name. ``SSL_CERT_FILE`` in the environment names an
+    authority of one's own."""
+    return ssl.create_default_context()

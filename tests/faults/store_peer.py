@@ -2,10 +2,13 @@
 
     python -m tests.faults.store_peer ROLE ADDRESS(JSON) REMOTE(0|1)
 
-prints ``held`` (and a ticket's id, where there is one) and never ends by itself.
+prints ``held`` (and a ticket's id, where there is one) and never ends by itself, but for those who
+look at blocks: on a line of input they say whether what they saw was right, and end.
 """
 
 import json
+import random
+import select
 import sys
 import threading
 
@@ -13,12 +16,27 @@ from pdserve.ids import RequestId
 from pdserve.kvstore.client import StoreClient
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
-from tests.integration.store_nodes import ELSEWHERE, filler, keys_of
+from tests.integration.store_nodes import ELSEWHERE, content, filler, keys_of
 
 
 def say_and_wait(*words: str) -> None:
     print("held", *words, flush=True)
     threading.Event().wait()
+
+
+def compare(client: StoreClient, chance: random.Random) -> None:
+    """Claim chains and look at every block, until there is input; then say what was seen."""
+    right_count = wrong_count = 0
+    print("held", flush=True)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        name = chance.choice("abcdefgh")
+        claim = client.claim(keys_of(name, 4))
+        for index in range(claim.count):
+            is_right = client.view(claim, index) == content(name, index)
+            right_count += is_right
+            wrong_count += not is_right
+        client.release(claim)
+    print(right_count, wrong_count, client.counters["claims_local"], flush=True)
 
 
 def main(role: str, address: str, remote: str) -> None:
@@ -44,6 +62,15 @@ def main(role: str, address: str, remote: str) -> None:
             client.put(keys, 0, filler("peer"))
             client.claim(keys)
             say_and_wait()
+        case "views":
+            client.put(keys, 0, filler("peer"))
+            claim = client.claim(keys)
+            views = [client.view(claim, index) for index in range(claim.count)]
+            print("held", flush=True)
+            sys.stdin.readline()
+            print(*(view == content("peer", index) for index, view in enumerate(views)), flush=True)
+        case "compares":
+            compare(client, random.Random(1))
         case "puts":
             client.put(keys, 0, wait_in_the_middle)
         case "pushes":

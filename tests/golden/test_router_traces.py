@@ -31,12 +31,12 @@ from typing import Any
 import pytest
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.errors import ErrorInfo
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import Request, WorkerFailed
 from pdserve.router.core import Command, RouterCore
+from pdserve.router_config import RouterConfig
 from tests.unit.router import build
 
 FOLDER = Path(__file__).parent / "router"

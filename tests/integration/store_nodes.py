@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import ssl
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from pdserve.ids import BlockKey, HostId
 from pdserve.kvstore.answers import StoreStat
 from pdserve.kvstore.client import StoreClient
+from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.keys import block_keys, namespace_digest
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
@@ -37,7 +39,12 @@ class Node:
         *,
         remote: bool = False,
         verify: bool = True,
+        codec: PayloadCodec | None = None,
         corrupt: Callable[[memoryview], None] | None = None,
+        shared_memory: bool = True,
+        ssl_context: ssl.SSLContext | None = None,
+        token: str = "",
+        mooncake: bool = False,
     ) -> StoreClient:
         """Through shared memory, or with ``remote`` over TCP."""
         return StoreClient(
@@ -45,7 +52,12 @@ class Node:
             host=ELSEWHERE if remote else local_host_id(),
             owner=owner,
             verify=verify,
+            codec=codec,
             corrupt=corrupt,
+            shared_memory=shared_memory,
+            ssl_context=ssl_context,
+            token=token,
+            mooncake=mooncake,
         )
 
     def stop(self) -> int:
@@ -56,13 +68,18 @@ class Node:
 
 
 def start_node(
-    directory: Path, *arguments: str, slot_count: int = 16, shared: Path | None = None
+    directory: Path,
+    *arguments: str,
+    slot_count: int = 16,
+    shared: Path | None = None,
+    by: tuple[str, ...] = (),
 ) -> Node:
     """A node process that serves. Its shared memory is below ``directory`` unless said otherwise:
-    any file system will do for a test."""
+    any file system will do for a test. ``by``: the command that becomes it."""
     stride_bytes = -(-BLOCK_BYTES // 64) * 64
     process = subprocess.Popen(
         [
+            *by,
             sys.executable,
             *("-m", "pdserve.kvstore.node"),
             *("--directory", str(directory / "sockets")),
@@ -86,9 +103,13 @@ def start_node(
 
 @contextlib.contextmanager
 def running_node(
-    directory: Path, *arguments: str, slot_count: int = 16, shared: Path | None = None
+    directory: Path,
+    *arguments: str,
+    slot_count: int = 16,
+    shared: Path | None = None,
+    by: tuple[str, ...] = (),
 ) -> Iterator[Node]:
-    node = start_node(directory, *arguments, slot_count=slot_count, shared=shared)
+    node = start_node(directory, *arguments, slot_count=slot_count, shared=shared, by=by)
     try:
         yield node
     finally:

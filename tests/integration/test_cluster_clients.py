@@ -46,7 +46,7 @@ def test_the_openai_sdk_streams_and_answers_the_same(cluster: TestCluster) -> No
     assert usage.completion_tokens == whole.usage.completion_tokens == 12
     assert whole.choices[0].logprobs is not None
     assert len(whole.choices[0].logprobs.content or []) == 12
-    assert [model.id for model in client.models.list()] == ["small"]
+    assert [model.id for model in client.models.list()] == ["small", "terse", "verbose"]
 
 
 def test_sixty_threads_with_a_penalty_get_what_each_gets_alone(cluster: TestCluster) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -36,6 +37,30 @@ def test_a_killed_worker_costs_no_token(cluster: TestCluster, role: str, at: int
     assert pid not in cluster.pids(role)
     calm = storm(cluster, prompts, OUTPUT_TOKENS)
     assert [stream.tokens for stream in struck] == [stream.tokens for stream in calm]
+
+
+@pytest.mark.slow
+def test_a_search_whose_worker_is_killed_finds_the_same_answers(cluster: TestCluster) -> None:
+    fields = {"n": 2, "best_of": 8, "use_beam_search": True, "max_tokens": 600, "ignore_eos": True}
+
+    def answers() -> list[str]:
+        whole = cluster.complete(random_prompts(1, seed=6, length=45)[0], **fields)
+        return [choice["text"] for choice in whole["choices"]]
+
+    def searching() -> list[int]:
+        """Workers that have it; a search counts as many sequences as it is wide."""
+        return [w["pid"] for w in cluster.workers("decode") if w["running"] == 8]
+
+    calm = answers()
+    wait_for("quiet", lambda: held(cluster) == 0)
+    with ThreadPoolExecutor(1) as pool:
+        struck = pool.submit(answers)
+        wait_for("the search to run", lambda: searching() != [])
+        os.kill(searching()[0], signal.SIGKILL)
+        assert not struck.done()
+        assert struck.result(timeout=120) == calm
+    wait_for("a new worker", lambda: len(cluster.pids("decode")) == 2)
+    wait_for("everything to be given back", lambda: held(cluster) == 0)
 
 
 def test_cancelling_in_any_phase_gives_everything_back(cluster: TestCluster) -> None:

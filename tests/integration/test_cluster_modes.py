@@ -46,6 +46,14 @@ def _served(cluster: TestCluster) -> list[Stream]:
     return streams
 
 
+def _searched(cluster: TestCluster) -> list[str]:
+    """The answers of a beam search, best first."""
+    answer = cluster.complete(
+        _prompts()[4], n=3, best_of=4, use_beam_search=True, max_tokens=16, ignore_eos=True
+    )
+    return [choice["text"] for choice in answer["choices"]]
+
+
 def _routes(streams: list[Stream]) -> set[tuple[str, str]]:
     """The roles of who prefilled and who decoded, at the last decision."""
     found = set()
@@ -70,11 +78,13 @@ def _config(small_model: Path, mode: str, **router: object) -> Any:
 def test_one_pool_that_does_everything_and_two_that_help_each_other(small_model: Path) -> None:
     with running(_config(small_model, "aggregated")) as cluster:
         aggregated = _served(cluster)
+        searched = _searched(cluster)
         assert _routes(aggregated) == {("decode", "decode")}
         assert cluster.workers("prefill") == []
         assert cluster.counter("decode", "prompt_tokens_computed") >= sum(map(len, _prompts())) // 2
     with running(_config(small_model, "auto")) as cluster:
         auto = _served(cluster)
+        assert _searched(cluster) == searched
         routes = _routes(auto)
         assert ("prefill", "decode") in routes, "nothing was handed over"
         assert routes & {("decode", "decode"), ("prefill", "prefill")}, "nobody did both"

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from tests.integration.harness import Stream, TestCluster, running, settings, stream_tokens
 from tests.models.reference import best_tokens, reference_model, write_safetensors
@@ -118,3 +119,38 @@ def test_n_choices_share_the_prompt_and_differ_by_choice(cluster: TestCluster) -
     assert [c["text"] for c in sorted(again["choices"], key=lambda c: c["index"])] == texts
     computed = cluster.counter("prefill", "prompt_tokens_computed") - before
     assert computed <= 200 + 7 * 16, "choices share the prompt's full blocks"
+
+
+def test_a_beam_search_finds_what_transformers_finds(
+    cluster: TestCluster, small_model: Path, tmp_path: Path
+) -> None:
+    prompt = list(range(700, 745))
+    fields = {"use_beam_search": True, "max_tokens": 12, "ignore_eos": True, "logprobs": 0}
+    answer = cluster.complete(prompt, n=4, return_token_ids=True, **fields)
+    network = reference_model(small_model, scratch=tmp_path)
+    wanted = network.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        num_beams=4,
+        num_return_sequences=4,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert [choice["token_ids"] for choice in answer["choices"]] == wanted[:, 45:].tolist()
+    assert answer["usage"]["completion_tokens"] == 4 * 12
+    sums = [sum(choice["logprobs"]["token_logprobs"]) for choice in answer["choices"]]
+    assert sums == sorted(sums, reverse=True)
+    (best,) = cluster.complete(prompt, best_of=4, **fields)["choices"]
+    assert best["text"] == answer["choices"][0]["text"]
+
+
+def test_best_of_gives_the_likeliest_of_the_choices_that_n_draws(cluster: TestCluster) -> None:
+    prompt = list(range(800, 830))
+    fields = {"max_tokens": 8, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    drawn = cluster.complete(prompt, n=4, logprobs=0, **fields)["choices"]
+    means = [sum(choice["logprobs"]["token_logprobs"]) for choice in drawn]
+    ranked = sorted(range(4), key=lambda index: -means[index])
+    best = cluster.complete(prompt, n=2, best_of=4, **fields)["choices"]
+    assert [choice["text"] for choice in best] == [drawn[index]["text"] for index in ranked[:2]]

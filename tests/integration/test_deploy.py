@@ -222,7 +222,7 @@ def test_every_figure_of_the_dashboard_is_one_that_the_gateway_has() -> None:
     with metrics.follow("http", "chat") as meter:
         meter.status = "200"
     snapshot = {
-        "queue_by_level": [1, 0],
+        "queue_lengths": [1, 0],
         "oldest_wait_ms": 5,
         "parked": 0,
         "workers": [

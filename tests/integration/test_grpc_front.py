@@ -23,10 +23,19 @@ from pdserve.errors import (
     QueueFull,
     WorkerLost,
 )
-from pdserve.messages import FinishReason, Sampling, ServiceClass, Stop
+from pdserve.messages import Beams, FinishReason, Sampling, ServiceClass, Stop
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import InferenceStub
-from tests.unit.cluster.fake_session import HANG, MODEL, VOCAB_SIZE, FakeSession, piece, said, steps
+from tests.unit.cluster.fake_session import (
+    ADAPTER,
+    HANG,
+    MODEL,
+    VOCAB_SIZE,
+    FakeSession,
+    piece,
+    said,
+    steps,
+)
 
 WAIT_S = 10.0
 CONFIG = GatewayConfig(grpc_port=0, body_bytes_max=100_000)
@@ -90,6 +99,7 @@ def stub(channel: grpc.Channel) -> Any:
 @pytest.fixture(autouse=True)
 def fresh(session: FakeSession) -> Iterator[None]:
     session.script = said("Hello", " world")
+    session.adapters = ()
     session.calls.clear()
     session.cancelled.clear()
     session.opened.clear()
@@ -177,6 +187,21 @@ def test_every_parameter_arrives(stub: Any, session: FakeSession) -> None:
     assert not call.skip_special_tokens
 
 
+def test_a_beam_search_and_best_of_are_asked_for(stub: Any, session: FakeSession) -> None:
+    parameters = pb.Parameters(
+        n=2, best_of=4, use_beam_search=True, length_penalty=0.5, early_stopping=True
+    )
+    chunks = list(stub.Chat(chat(parameters=parameters)))
+    assert {chunk.choice for chunk in chunks} == {0, 1}
+    assert session.calls[0].beams == Beams(4, 2, 0.5, True)
+    chunks = list(stub.Chat(chat(parameters=pb.Parameters(best_of=3))))
+    assert [chunk.text for chunk in chunks] == ["Hello", " world"]
+    assert [len(chunk.logprobs) for chunk in chunks] == [0, 0]
+    assert (session.calls[1].n, session.calls[1].sampling.logprobs) == (3, 0)
+    error = failed(stub.Chat(chat(parameters=pb.Parameters(use_beam_search=True, temperature=1))))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_generate_defaults_and_stop_reasons(stub: Any, session: FakeSession) -> None:
     session.script = steps(piece("a", finish=FinishReason.STOP, stop_reason="END"))
     (chunk,) = stub.Generate(pb.GenerateRequest(text="x"))
@@ -185,6 +210,16 @@ def test_generate_defaults_and_stop_reasons(stub: Any, session: FakeSession) -> 
     session.script = steps(piece("a", finish=FinishReason.STOP, stop_reason=7))
     (chunk,) = stub.Generate(pb.GenerateRequest(text="x"))
     assert chunk.stop_token_id == 7
+
+
+def test_an_adapter_is_listed_and_asked_by_its_name(stub: Any, session: FakeSession) -> None:
+    session.adapters = (ADAPTER,)
+    _, adapter = stub.ListModels(pb.ListModelsRequest()).models
+    assert (adapter.id, adapter.context_tokens, adapter.parent) == (ADAPTER, 1000, MODEL)
+    list(stub.Generate(pb.GenerateRequest(text="x", model=ADAPTER)))
+    list(stub.Chat(chat(model=ADAPTER)))
+    list(stub.Chat(chat()))
+    assert [call.adapter for call in session.calls] == [ADAPTER, ADAPTER, None]
 
 
 def test_models_and_cancel(stub: Any, session: FakeSession) -> None:

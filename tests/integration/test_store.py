@@ -31,6 +31,7 @@ from tests.integration.store_nodes import (
 )
 
 REQUEST = RequestId("r-1")
+OTHER = RequestId("s")
 Connect = Callable[..., StoreClient]
 
 
@@ -90,6 +91,7 @@ def test_counters_are_blocks_times_block_bytes(
     client.push_tail(ticket, lambda out: filler(name)(9, out))
     client.abort(ticket)
     assert dict(client.counters) == {
+        "claims_local": 0 if remote else 2,
         "blocks_put": 3,
         "blocks_pushed": 2,
         "bytes_pushed": 2 * BLOCK_BYTES,
@@ -150,7 +152,7 @@ def test_a_waiting_ticket_is_granted_when_another_one_ends(connect: Connect) -> 
     granted = []
 
     def wait() -> None:
-        granted.append(waiter.open_ticket(REQUEST, 1, reader="*", block_count=16, wait_ms=15_000))
+        granted.append(waiter.open_ticket(OTHER, 0, reader="*", block_count=16, wait_ms=15_000))
 
     waiting = threading.Thread(target=wait)
     waiting.start()
@@ -165,10 +167,10 @@ def test_a_wait_for_slots_ends(connect: Connect) -> None:
     holder, waiter = connect("p1"), connect("p2")
     holder.open_ticket(REQUEST, 0, reader="*", block_count=16, wait_ms=0)
     with pytest.raises(OutOfBlocks, match="2 blocks wanted, 0 free") as caught:
-        waiter.open_ticket(REQUEST, 1, reader="*", block_count=2, wait_ms=20)
+        waiter.open_ticket(OTHER, 0, reader="*", block_count=2, wait_ms=20)
     assert caught.value.retry_after_ms == 50
     with pytest.raises(OutOfBlocks, match="17 blocks wanted, 16 free"):
-        waiter.open_ticket(REQUEST, 1, reader="*", block_count=17, wait_ms=20)
+        waiter.open_ticket(OTHER, 0, reader="*", block_count=17, wait_ms=20)
     assert waiter.stat().tickets_queued == 0
 
 

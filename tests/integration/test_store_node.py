@@ -106,7 +106,7 @@ def test_a_call_that_waits_when_the_node_is_killed_ends_at_once(tmp_path: Path) 
 
         def wait() -> None:
             try:
-                waiter.open_ticket("r", 1, reader="*", block_count=1, wait_ms=60_000)  # type: ignore[arg-type]
+                waiter.open_ticket("s", 0, reader="*", block_count=1, wait_ms=60_000)  # type: ignore[arg-type]
             except StoreUnavailable as error:
                 caught.append(error)
 
@@ -148,6 +148,14 @@ def test_what_a_reader_has_mapped_outlives_the_node(tmp_path: Path) -> None:
                 *("--redis-url", "redis://user:secret@127.0.0.1:1"),
             ],
             "cannot use Redis at 127.0.0.1:1",
+        ),
+        (
+            ["--arena-bytes", "8192", "--block-bytes", "4096", "--key-file", "/nowhere"],
+            "store.key_file is /nowhere: No such file",
+        ),
+        (
+            ["--arena-bytes", "8192", "--block-bytes", "4096", "--mooncake"],
+            "give --tcp-host as well",
         ),
     ],
 )

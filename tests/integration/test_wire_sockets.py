@@ -1,8 +1,6 @@
 """Frames over real sockets: Unix, TCP and TLS; calls, answers, listeners."""
 
 import asyncio
-import datetime
-import ipaddress
 import os
 import socket
 import ssl
@@ -28,6 +26,7 @@ from pdserve.wire.connection import Connection, connect
 from pdserve.wire.frame import Buffer
 from pdserve.wire.listener import Listener
 from pdserve.wire.tls import member_context
+from tests.integration.certificates import make_certificates
 from tests.integration.wire_peers import (
     HERE,
     THERE,
@@ -54,7 +53,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     ours = tmp_path_factory.mktemp("ours")
     theirs = tmp_path_factory.mktemp("theirs")
     for directory in (ours, theirs):
-        make_certificate(directory)
+        make_certificates(directory)
 
     def context(own: Path, *, server_side: bool) -> ssl.SSLContext:
         return member_context(
@@ -69,43 +68,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         client=context(ours, server_side=False),
         stranger=context(theirs, server_side=False),
     )
-
-
-def make_certificate(directory: Path) -> None:
-    """An authority and one member certificate that it signed."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    now = datetime.datetime.now(datetime.UTC)
-    authority_key = ec.generate_private_key(ec.SECP256R1())
-    for name, key, is_authority in (
-        ("authority", authority_key, True),
-        ("member", ec.generate_private_key(ec.SECP256R1()), False),
-    ):
-        own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(own)
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-                critical=False,
-            )
-            .sign(authority_key, hashes.SHA256())
-        )
-        pem = serialization.Encoding.PEM
-        (directory / f"{name}.pem").write_bytes(certificate.public_bytes(pem))
-        (directory / f"{name}.key").write_bytes(
-            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        )
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp", "tls"])

@@ -242,8 +242,9 @@ def test_a_send_cancelled_within_a_body_ends_the_connection(tmp_path: Path) -> N
     within(scenario())
 
 
-def raw_header(message_bytes: int, body_bytes: int) -> bytes:
-    data = struct.pack("<4sBBHQIQ", b"pdsv", 1, 1, 0, 0, message_bytes, body_bytes)
+def raw_header(message_bytes: int, body_bytes: int, message: bytes = b"") -> bytes:
+    lengths = message_bytes, body_bytes, zlib.crc32(message)
+    data = struct.pack("<4sBBHQIQI", b"pdsv", 2, 1, 0, 0, *lengths)
     return data + struct.pack("<I", zlib.crc32(data))
 
 
@@ -253,7 +254,8 @@ def raw_header(message_bytes: int, body_bytes: int) -> bytes:
         (b"GET / HTTP/1.1\r\nHost: x\r\nAccept: */*\r\n\r\n", "not a pdserve peer"),
         (raw_header(0, 1 << 60), "a body of 1152921504606846976 bytes"),
         (raw_header(0xFFFFFFFF, 0), "a message of 4294967295 bytes"),
-        (raw_header(3, 0) + b"abc", "not msgpack"),
+        (raw_header(3, 0, b"abc") + b"abc", "not msgpack"),
+        (raw_header(3, 0, b"abc") + b"abd", "a message fails its checksum"),
         (pack_header(Header(Kind.POST, 1, 0, 0)), "without a poster"),
         (pack_header(Header(Kind.RECEIPT, 1, 0, 9)) + bytes(9), "must be bare"),
     ],
@@ -290,7 +292,7 @@ def test_a_thread_is_told_when_its_peer_talks_nonsense() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         peer = BlockingConnection(ours, MESSAGES)
-        theirs.sendall(raw_header(1, 0) + b"\x01")
+        theirs.sendall(raw_header(1, 0, b"\x01") + b"\x01")
         with pytest.raises(FrameError, match="not the answer to call 1"):
             peer.call(cancel("r"), timeout_s=10)
 

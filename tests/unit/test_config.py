@@ -16,10 +16,10 @@ from pdserve.config import (
     GatewayConfig,
     ModelConfig,
     PoolConfig,
-    RouterConfig,
     StoreConfig,
 )
 from pdserve.errors import ConfigError
+from pdserve.router_config import RouterConfig
 from pdserve.settings import from_tree, load, to_tree
 
 
@@ -58,6 +58,21 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prefill", "decode", "mode", "parts"),
+    [(1, 1, "auto", 1), (2, 1, "auto", 2), (4, 6, "disaggregated", 12), (3, 2, "aggregated", 2)],
+)
+def test_all_workers_cut_the_model_alike(prefill: int, decode: int, mode: str, parts: int) -> None:
+    pools = {"prefill": {"tensor_parallel": prefill}, "decode": {"tensor_parallel": decode}}
+    assert from_tree({**pools, "router": {"mode": mode}}).tensor_parts == parts
+
+
+def test_a_worker_of_several_processes_has_no_core_to_itself() -> None:
+    tree = {"router": {"mode": "aggregated"}}
+    assert from_tree(tree).has_one_worker
+    assert not from_tree({**tree, "decode": {"tensor_parallel": 2}}).has_one_worker
+
+
+@pytest.mark.parametrize(
     ("tree", "problem"),
     [
         ({"prefil": {}}, "unknown key 'prefil'; did you mean 'prefill'?"),
@@ -67,6 +82,8 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
         ),
         ({"qqqq": 1}, "unknown key 'qqqq'; known: model, prefill"),
         ({"prefill": 3}, "prefill must be a mapping, not 3"),
+        ({"store": {"tenant_shares": {"a": 0}}}, "tenant_shares.a is 0.0, must be positive"),
+        ({"store": {"hard_pin_ratio": 1}}, "hard_pin_ratio is 1.0, must be in [0, 0.9]"),
         ({"prefill": {"replicas": "two"}}, "prefill.replicas is 'two', must be a whole number"),
         ({"prefill": {"replicas": True}}, "prefill.replicas is True, must be a whole number"),
         ({"prefill": {"replicas": 1.0}}, "prefill.replicas is 1.0, must be a whole number"),
@@ -75,9 +92,28 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
         ({"model": {"source": 3}}, "model.source is 3, must be text"),
         ({"model": {"dtype": "int8"}}, "model.dtype is 'int8', must be one of auto, float32"),
         ({"model": {"quantization": "int3"}}, "model.quantization is 'int3', must be one of auto"),
+        ({"model": {"kv_dtype": "fp16"}}, "model.kv_dtype is 'fp16', must be one of auto, int8"),
         (
             {"model": {"quantization": "file", "dtype": "float32"}},
             "quantization is file and dtype float32; quantised weights are computed with in bfl",
+        ),
+        ({"model": {"adapters": {"a": 3}}}, "model.adapters is {'a': 3}, must be text"),
+        ({"model": {"adapters": {"": "/a"}}}, "adapters has one without a name"),
+        (
+            {"model": {"adapters": {"a": "/a"}}, "decode": {"tensor_parallel": 2}},
+            "model.adapters: a model over several processes takes none so far",
+        ),
+        (
+            {"model": {"kv_dtype": "int8"}, "prefill": {"tensor_parallel": 2}},
+            "model.kv_dtype is int8: a model over several processes keeps KV as it is so far",
+        ),
+        (
+            {"decode": {"tensor_parallel": 2, "step_ahead": True}},
+            "decode.step_ahead: a model over several processes has to know each token",
+        ),
+        (
+            {"model": {"adapters": {str(i): "/a" for i in range(65)}}},
+            "adapters has 65 entries, at most 64 are loaded",
         ),
         ({"decode": {"resources": [1]}}, "decode.resources is [1], must be a mapping"),
         ({"decode": {"resources": {"a": "b"}}}, "decode.resources is {'a': 'b'}, must be a number"),
@@ -89,6 +125,7 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
             {"prefill": {"replicas": 3, "replicas_max": 1}},
             "replicas_max is 1, must be at least replicas and 1",
         ),
+        ({"decode": {"tensor_parallel": 0}}, "decode: PoolConfig: tensor_parallel is 0, must be"),
         ({"prefill": {"pool_blocks": 1}}, "pool_blocks is 1, must be at least 2"),
         ({"gateway": {"http_port": 70000}}, "http_port is 70000, must be a port, 0 or -1"),
         ({"router": {"level_count": 17}}, "level_count is 17, must be at most 16"),
@@ -96,6 +133,14 @@ def test_variables_that_name_no_part_are_not_ours() -> None:
         ({"autoscaling": {"kv_pressure_ratio": 2}}, "kv_pressure_ratio is 2.0, must be in (0, 1]"),
         ({"router": {"gamma_per_s": float("nan")}}, "gamma_per_s is nan, must be positive"),
         ({"drain_timeout_s": 0}, "drain_timeout_s is 0.0, must be positive"),
+        (
+            {"store": {"tls_authority": "a.pem", "tls_key": "k.pem"}},
+            "tls_certificate: TLS needs tls_authority, tls_certificate, tls_key; give all three",
+        ),
+        (
+            {"store": {"mooncake": True, "key_file": "k"}},
+            "mooncake: it goes with neither TLS nor key_file",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_with_value_and_rule(

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pdserve.cluster.calls import Piece
+from pdserve.cluster.http.speech import PLAIN, Manner, Speech
 from pdserve.cluster.why import US_PER_MS, decision_report, time_report
-from pdserve.config import ReasoningStyle
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
-from pdserve.text.reasoning import ReasoningParser
 from pdserve.text.tokenizer import Tokenizer
 
 LOGPROB_MIN = -9999.0
@@ -32,7 +31,7 @@ class Choice:
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     timing: Timing | None = None
-    thinking: ReasoningParser | None = None  # of a stream whose thoughts are told apart
+    speech: Speech | None = None  # of a stream whose text is told apart
 
     def note(self, piece: Piece) -> None:
         self.token_count += len(piece.tokens)
@@ -73,20 +72,30 @@ class Chat:
         *,
         logprobs: bool,
         token_ids: bool = False,
-        reasoning: ReasoningStyle | None = None,
+        manner: Manner = PLAIN,
+        calls_finish: bool = True,
     ) -> None:
-        """``reasoning``: how thoughts are told apart from answers; None: they are not."""
+        """
+        Args:
+            manner: how thoughts and calls are told apart from what is said.
+            calls_finish: an answer that calls tools says that it ended for that; False where the
+                client chose the call itself.
+        """
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._token_ids = token_ids
-        self._reasoning = reasoning
+        self._manner = manner
+        self._calls_finish = calls_finish
 
     def whole(self, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.texts)
+        speech = None if self._manner.is_plain else Speech(self._manner)
+        said = {"content": text} if speech is None else speech.message(text)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", **self._said("".join(choice.texts)), "refusal": None},
+            "message": {"role": "assistant", **said, "refusal": None},
             "logprobs": self._scores(choice.tokens),
-            "finish_reason": choice.finish,
+            "finish_reason": self._finish(choice.finish, speech),
             "stop_reason": choice.stop_reason,
             **_ids(self._token_ids, choice.tokens),
         }
@@ -101,7 +110,12 @@ class Chat:
             if self._logprobs:
                 delta = delta or {"content": ""}
             chunks.append(
-                _chat_chunk(choice.index, delta, self._scores(piece.tokens), piece.finish)
+                _chat_chunk(
+                    choice.index,
+                    delta,
+                    self._scores(piece.tokens),
+                    self._finish(piece.finish, choice.speech),
+                )
                 | {"stop_reason": piece.stop_reason, **_ids(self._token_ids, piece.tokens)}
             )
         elif delta or (piece.tokens and (self._logprobs or self._token_ids)):
@@ -111,25 +125,17 @@ class Chat:
             )
         return chunks
 
-    def _said(self, text: str) -> dict[str, Any]:
-        """The fields of a message that hold its text."""
-        if self._reasoning is None:
-            return {"content": text}
-        parser = ReasoningParser(self._reasoning)
-        parts = parser.push(text) + parser.flush()
-        return {"content": parts.content or None, **_thought(parts.reasoning or None)}
-
     def _delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """The fields of a delta that hold what is settled with ``piece``; none where nothing is."""
-        if self._reasoning is None:
+        if self._manner.is_plain:
             return {"content": piece.text} if piece.text else {}
-        if choice.thinking is None:
-            choice.thinking = ReasoningParser(self._reasoning)
-        parts = choice.thinking.push(piece.text)
-        if piece.finish is not None:
-            parts += choice.thinking.flush()
-        delta = _thought(parts.reasoning) if parts.reasoning else {}
-        return delta | ({"content": parts.content} if parts.content else {})
+        if choice.speech is None:
+            choice.speech = Speech(self._manner)
+        return choice.speech.delta(piece.text, last=piece.finish is not None)
+
+    def _finish(self, finish: FinishReason | None, speech: Speech | None) -> str | None:
+        calls = self._calls_finish and speech is not None and speech.has_calls
+        return "tool_calls" if calls and finish is FinishReason.STOP else finish
 
     def _scores(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._logprobs:
@@ -227,11 +233,6 @@ class Completion:
         }
 
 
-def _thought(reasoning: str | None) -> dict[str, Any]:
-    """Under both names that clients read: DeepSeek's, and the one that vLLM gave it later."""
-    return {"reasoning_content": reasoning, "reasoning": reasoning}
-
-
 def _ids(wanted: bool, tokens: Sequence[Token]) -> dict[str, Any]:
     """vLLM's field for clients that want ids beside text."""
     return {"token_ids": [token.token for token in tokens]} if wanted else {}
@@ -241,7 +242,7 @@ def _chat_chunk(
     index: int,
     delta: dict[str, Any],
     logprobs: dict[str, Any] | None = None,
-    finish: FinishReason | None = None,
+    finish: str | None = None,
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
+from pdserve.cluster.http.access import Access
 from pdserve.cluster.http.asking import chat_asked, completion_asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_response, internal_error
@@ -29,7 +31,8 @@ from pdserve.cluster.http.schemas import (
     TokenizeBody,
     checked,
 )
-from pdserve.cluster.parameters import check_model, check_tokens
+from pdserve.cluster.http.vllm_metrics import VllmMetrics
+from pdserve.cluster.parameters import check_model, check_tokens, tenant_of
 from pdserve.cluster.prompts import chat_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField, PdserveError
@@ -40,6 +43,7 @@ SNAPSHOT_WAIT_S = 2.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Snapshot = Callable[[], Awaitable[Mapping[str, Any]]]
+StoreFigures = Callable[[Mapping[str, Any]], Awaitable[bytes]]
 
 
 def create_app(
@@ -48,25 +52,33 @@ def create_app(
     config: GatewayConfig,
     metrics: FrontMetrics | None = None,
     snapshot: Snapshot | None = None,
+    stores: StoreFigures | None = None,
     recording: Snapshot | None = None,
+    doorkeeper: Doorkeeper | None = None,
 ) -> FastAPI:
     """The application around ``session``.
 
     Args:
         metrics: to share with the gRPC front; found again as ``app.state.metrics``.
         snapshot: the router's figures, for ``/metrics`` and ``/cluster/status``.
+        stores: what the stores named there say for ``/metrics``, in its format.
         recording: what has arrived since it was last asked, for ``/cluster/recording``.
+        doorkeeper: to share with the gRPC front; None: everybody is let in.
     """
     app = FastAPI(title="pdserve", version=version())
-    app.state.metrics = metrics or FrontMetrics()
-    app.add_middleware(RequestIds)
+    app.state.metrics = metrics or FrontMetrics(
+        VllmMetrics(session.model_name, session.context_tokens)
+    )
+    if doorkeeper is not None:
+        app.add_middleware(Access, doorkeeper=doorkeeper)
+    app.add_middleware(RequestIds)  # the last one added is the first to see a request
     app.add_exception_handler(PdserveError, _tell_error)
     app.add_exception_handler(HTTPException, _tell_error)
     app.add_exception_handler(Exception, _tell_bug)
     _add_generations(app, session, config)
     _add_models(app, session)
     _add_tokenizer(app, session, config)
-    _add_operations(app, snapshot)
+    _add_operations(app, snapshot, stores)
     if recording is not None:
         _add_answer(app, "/cluster/recording", recording)
     return app
@@ -92,24 +104,27 @@ def _add_generations(app: FastAPI, session: Session, config: GatewayConfig) -> N
 
 
 def _add_models(app: FastAPI, session: Session) -> None:
-    card = {
-        "id": session.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "pdserve",
-        "root": session.model_name,
-        "parent": None,
-        "max_model_len": session.context_tokens,
+    base = session.model_name
+    cards = {
+        name: {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "pdserve",
+            "root": name,
+            "parent": None if name == base else base,
+            "max_model_len": session.context_tokens,
+        }
+        for name in (base, *session.adapters)
     }
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": [*cards.values()]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        check_model(model, session.model_name)
-        return JSONResponse(card)
+        return JSONResponse(cards[check_model(model, session) or base])
 
 
 def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> None:
@@ -118,10 +133,16 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
     @app.post("/tokenize", openapi_extra=_body_schema(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = checked(TokenizeBody, await read_object(request, config.body_bytes_max))
-        check_model(body.model, session.model_name)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidField("prompt", "is one way and messages the other; send one of them")
-        if body.prompt is not None:
+        adapter = check_model(body.model, session)
+        ways = body.prompt, body.messages, body.prompt_token_ids
+        if sum(way is not None for way in ways) != 1:
+            raise InvalidField(
+                "prompt", "is one way, messages and prompt_token_ids are others; send one of them"
+            )
+        if body.prompt_token_ids is not None:
+            check_tokens("prompt_token_ids", body.prompt_token_ids, tokenizer.vocab_size)
+            tokens = body.prompt_token_ids
+        elif body.prompt is not None:
             special = body.add_special_tokens is not False
             tokens = await asyncio.to_thread(
                 tokenizer.encode, body.prompt, add_special_tokens=special
@@ -136,27 +157,29 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
                 arguments=body.chat_template_kwargs,
             )
             tokens = [*prompt]
-        return JSONResponse(
-            {
-                "count": len(tokens),
-                "max_model_len": session.context_tokens,
-                "tokens": tokens,
-                "token_strs": [tokenizer.token_text(token) for token in tokens]
-                if body.return_token_strs
-                else None,
-            }
-        )
+        answer = {
+            "count": len(tokens),
+            "max_model_len": session.context_tokens,
+            "tokens": tokens,
+            "token_strs": [tokenizer.token_text(token) for token in tokens]
+            if body.return_token_strs
+            else None,
+        }
+        if body.return_block_keys:
+            keys = session.block_keys(tokens, tenant_of(body.user), adapter)
+            answer["block_keys"] = [key.hex() for key in keys]
+        return JSONResponse(answer)
 
     @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = checked(DetokenizeBody, await read_object(request, config.body_bytes_max))
-        check_model(body.model, session.model_name)
+        check_model(body.model, session)
         check_tokens("tokens", body.tokens, tokenizer.vocab_size)
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
         return JSONResponse({"prompt": text})
 
 
-def _add_operations(app: FastAPI, snapshot: Snapshot | None) -> None:
+def _add_operations(app: FastAPI, snapshot: Snapshot | None, stores: StoreFigures | None) -> None:
     @app.get("/health")
     @app.get("/ping")
     async def health() -> Response:
@@ -169,13 +192,16 @@ def _add_operations(app: FastAPI, snapshot: Snapshot | None) -> None:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         figures = None
+        data = b""
         if snapshot is not None:
             try:
                 async with asyncio.timeout(SNAPSHOT_WAIT_S):
                     figures = await snapshot()
             except (TimeoutError, PdserveError):
                 figures = {}  # our own figures are worth showing, above all now
-        data = app.state.metrics.render(figures)
+            if stores is not None:
+                data = await stores(figures)
+        data = app.state.metrics.render(figures) + data
         return Response(data, headers={"content-type": METRICS_TYPE})
 
     if snapshot is not None:

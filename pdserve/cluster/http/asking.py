@@ -7,10 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 from pdserve.clock import unix_ms
+from pdserve.cluster import constraints
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.http.answers import Chat, Completion, Dialect
 from pdserve.cluster.http.schemas import ChatBody, CompletionBody, checked, prompts_of
-from pdserve.cluster.parameters import Limits, call_of, check_model, shown
+from pdserve.cluster.http.speech import Manner
+from pdserve.cluster.http.tools import Tools, tools_of
+from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model, shown
 from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
@@ -33,6 +36,7 @@ WHY_WORDS: Mapping[str | None, bool] = MappingProxyType(
 @dataclass(frozen=True, slots=True)
 class Asked:
     id: str
+    model: str  # that answers
     calls: tuple[Call, ...]  # one per prompt
     n: int  # choices per call
     dialect: Dialect
@@ -48,32 +52,62 @@ class Asked:
 
 
 async def chat_asked(
-    session: Session, config: GatewayConfig, tree: Mapping[str, Any], headers: Mapping[str, str]
+    session: Session,
+    config: GatewayConfig,
+    tree: Mapping[str, Any],
+    headers: Mapping[str, str],
+    tenant: str | None,
 ) -> Asked:
     body = checked(ChatBody, tree)
-    check_model(body.model, session.model_name)
-    tools = body.tools if tree.get("tool_choice") != "none" else None
+    adapter = check_model(body.model, session)
+    tools = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+    parameters = body.parameters(tools.constraint() if tools else None)
     prompt = await chat_prompt(
         session,
         body.messages,
         add_generation_prompt=body.add_generation_prompt is not False,
-        tools=tools or None,
+        tools=tools.tools if tools else None,
         arguments=body.chat_template_kwargs,
     )
     dialect = Chat(
         session.tokenizer,
         logprobs=bool(body.logprobs),
         token_ids=bool(body.return_token_ids),
-        reasoning=config.reasoning_parser,
+        manner=_manner(config, tools, constrained=parameters.constraint is not None),
+        calls_finish=not (tools and tools.named),
     )
-    return _asked(session, config, body, headers, dialect=dialect, prompts=[("messages", prompt)])
+    return await _asked(
+        session,
+        config,
+        body,
+        headers,
+        adapter,
+        tenant=tenant,
+        parameters=parameters,
+        dialect=dialect,
+        prompts=[("messages", prompt)],
+    )
+
+
+def _manner(config: GatewayConfig, tools: Tools | None, *, constrained: bool) -> Manner:
+    """What follows a constraint from its first token on has no thoughts, and calls no tool unless
+    that is the constraint."""
+    if constrained:
+        return Manner(calls="required" if tools and tools.required else None)
+    return Manner(
+        reasoning=config.reasoning_parser, calls=config.tool_call_parser if tools else None
+    )
 
 
 async def completion_asked(
-    session: Session, config: GatewayConfig, tree: Mapping[str, Any], headers: Mapping[str, str]
+    session: Session,
+    config: GatewayConfig,
+    tree: Mapping[str, Any],
+    headers: Mapping[str, str],
+    tenant: str | None,
 ) -> Asked:
     body = checked(CompletionBody, tree)
-    check_model(body.model, session.model_name)
+    adapter = check_model(body.model, session)
     given = prompts_of(body.prompt)
     if len(given) > PROMPTS_MAX:
         raise InvalidField("prompt", f"holds {len(given)} prompts, at most {PROMPTS_MAX} pass")
@@ -93,28 +127,33 @@ async def completion_asked(
         echoes=_echoes(session, given) if body.echo else (),
         n=body.n or 1,
     )
-    return _asked(
+    return await _asked(
         session,
         config,
         body,
         headers,
+        adapter,
+        tenant=tenant,
+        parameters=body.parameters(),
         dialect=dialect,
         prompts=prompts,
         default_max_tokens=COMPLETION_MAX_TOKENS,
     )
 
 
-def _asked(
+async def _asked(
     session: Session,
     config: GatewayConfig,
     body: ChatBody | CompletionBody,
     headers: Mapping[str, str],
+    adapter: str | None,
     *,
+    tenant: str | None,
+    parameters: Parameters,
     dialect: Dialect,
     prompts: Sequence[tuple[str, tuple[int, ...]]],
     default_max_tokens: int | None = None,
 ) -> Asked:
-    parameters = body.parameters()
     limits = Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max)
     include_usage, continuous_usage = body.usage_wanted()
     name = dialect.id_prefix + secrets.token_hex(12)
@@ -129,11 +168,16 @@ def _asked(
             prompt_field=field,
             default_max_tokens=default_max_tokens,
             deadline_unix_ms=deadline_unix_ms,
+            adapter=adapter,
+            tenant=tenant,
+            stream=bool(body.stream),
         )
         for index, (field, prompt) in enumerate(prompts)
     )
+    await constraints.check(session.grammars, parameters)
     return Asked(
         id=name,
+        model=adapter or session.model_name,
         calls=calls,
         n=calls[0].n,
         dialect=dialect,

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pdserve.errors import DeadlineExceeded, PdserveError, status_of
+from pdserve.errors import DeadlineExceeded, PdserveError, Unauthorized, status_of
 
 MS_PER_S = 1000
 
@@ -33,6 +33,8 @@ def error_response(error: PdserveError | HTTPException) -> Response:
     elif error.retry_after_ms is not None:
         headers["retry-after-ms"] = str(error.retry_after_ms)
         headers["retry-after"] = str(-(-error.retry_after_ms // MS_PER_S))  # ceil
+    elif isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     elif isinstance(error, DeadlineExceeded):
         headers["x-should-retry"] = "false"
     return Response(json.dumps(error_body(error)), error_status(error), headers, "application/json")

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.calls import Piece, Session
 from pdserve.cluster.gathering import Numbered, batches
+from pdserve.cluster.http.access import tenant_in
 from pdserve.cluster.http.answers import Choice, decisions_report, timing_report, usage
 from pdserve.cluster.http.asking import Asked
 from pdserve.cluster.http.bodies import read_object
@@ -31,7 +32,9 @@ from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
 
-Ask = Callable[[Session, GatewayConfig, Mapping[str, Any], Mapping[str, str]], Awaitable[Asked]]
+Ask = Callable[
+    [Session, GatewayConfig, Mapping[str, Any], Mapping[str, str], str | None], Awaitable[Asked]
+]
 
 Batches = AsyncIterator[list[Numbered]]
 
@@ -62,7 +65,10 @@ class Generation(Response):
             try:
                 request = Request(scope, receive)
                 tree = await read_object(request, self._config.body_bytes_max)
-                asked = await self._ask(self._session, self._config, tree, request.headers)
+                asked = await self._ask(
+                    self._session, self._config, tree, request.headers, tenant_in(scope)
+                )
+                meter.calls = asked.calls
                 answer = _Answer(self._session, asked, meter)
                 with continued(request.headers):
                     stayed = await until_gone(receive, answer.tell(scope, receive, send))
@@ -116,7 +122,7 @@ class _Answer:
         async for batch in gathered:
             for choice, piece in self._note(batch):
                 choice.keep(piece)
-        body = whole(self._asked, self._session.model_name, self._choices, self._usage())
+        body = whole(self._asked, self._choices, self._usage())
         timing = self._timing()
         headers = {"x-pdserve-timing": json.dumps(timing)} if timing else {}
         if (said := self._said_of_itself(timing)) is not None:
@@ -127,7 +133,7 @@ class _Answer:
     async def _stream(self, gathered: Batches, send: Send) -> None:
         started = False
         try:
-            events = Events(self._asked, self._session.model_name)
+            events = Events(self._asked)
             async for batch in gathered:
                 text = self._told(events, batch)
                 if not started:

@@ -6,13 +6,16 @@ less its network. Counters of the rest of the cluster come through ``snapshot``.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.http.vllm_metrics import VllmMetrics
+from pdserve.messages import Timing
 
 SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 LONG_BUCKETS = (
@@ -27,7 +30,9 @@ DISCONNECTED = "disconnected"
 class FrontMetrics:
     """One registry; both fronts of a gateway may share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, vllm: VllmMetrics | None = None) -> None:
+        """``vllm``: tell everything in vLLM's words as well."""
+        self._vllm = vllm
         self.registry = registry = CollectorRegistry()
         labels = ("front", "operation")
         self._requests = Counter(
@@ -80,6 +85,7 @@ class FrontMetrics:
             self._ttft.labels(front, operation),
             self._inter_token.labels(front, operation),
             self._generated_tokens,
+            self._vllm,
         )
         in_flight.inc()
         try:
@@ -94,14 +100,35 @@ class FrontMetrics:
     def render(self, snapshot: Mapping[str, Any] | None = None) -> bytes:
         """The text format, with the router's snapshot where there is one."""
         text = generate_latest(self.registry)
+        if self._vllm is not None:
+            text += self._vllm.render(snapshot or {})
         return text + _snapshot_text(snapshot).encode() if snapshot is not None else text
+
+
+@dataclass(slots=True)
+class _Told:
+    """One choice so far."""
+
+    first_s: float
+    last_s: float
+    token_count: int = 0
+    timing: Timing | None = None
 
 
 class Meter:
     """One call's figures while it runs."""
 
-    def __init__(self, ttft: Histogram, inter_token: Histogram, generated: Counter) -> None:
+    def __init__(
+        self,
+        ttft: Histogram,
+        inter_token: Histogram,
+        generated: Counter,
+        vllm: VllmMetrics | None = None,
+    ) -> None:
         self.status = "internal"  # stays where a bug ends the call
+        self.calls: Sequence[Call] = ()
+        """What was asked for, as soon as that is known."""
+
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.first_token_s: float | None = None
@@ -109,30 +136,48 @@ class Meter:
         self._ttft = ttft
         self._inter_token = inter_token
         self._generated = generated
-        self._last_s: dict[tuple[int, int], float] = {}  # per prompt and choice
+        self._vllm = vllm
+        self._told: dict[tuple[int, int], _Told] = {}  # per prompt and choice
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._begun_s
 
     def note(self, batch: Iterable[tuple[int, Piece]]) -> None:
         now_s = self.elapsed_s()
-        count = 0
         for call, piece in batch:
-            if not piece.tokens:
-                continue
-            count += len(piece.tokens)
-            key = (call, piece.choice)
-            last_s = self._last_s.get(key)
-            self._last_s[key] = now_s
-            if last_s is not None:
-                gap_s = (now_s - last_s) / len(piece.tokens)
-                for _ in piece.tokens:
-                    self._inter_token.observe(gap_s)
-        if count:
-            self._generated.inc(count)
-            if self.first_token_s is None:
-                self.first_token_s = now_s
-                self._ttft.observe(now_s)
+            told = self._told.get((call, piece.choice))
+            if told is None:
+                told = self._told[call, piece.choice] = _Told(now_s, now_s)
+            if piece.tokens:
+                self._note_tokens(told, len(piece.tokens), now_s)
+            told.timing = piece.timing or told.timing
+            if piece.finish is not None and self._vllm is not None and self.calls:
+                self._vllm.choice_ended(
+                    self.calls[call],
+                    told.timing,
+                    str(piece.finish),
+                    token_count=told.token_count,
+                    first_s=told.first_s,
+                    last_s=told.last_s,
+                )
+
+    def _note_tokens(self, told: _Told, count: int, now_s: float) -> None:
+        gap_s = (now_s - told.last_s) / count if told.token_count else None
+        if gap_s is None:
+            told.first_s = now_s
+        else:
+            for _ in range(count):
+                self._inter_token.observe(gap_s)
+        told.last_s = now_s
+        told.token_count += count
+        self._generated.inc(count)
+        if self._vllm is not None:
+            self._vllm.tokens(count, gap_s)
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+            self._ttft.observe(now_s)
+            if self._vllm is not None:
+                self._vllm.first_token(now_s)
 
 
 def _snapshot_text(snapshot: Mapping[str, Any]) -> str:
@@ -142,7 +187,7 @@ def _snapshot_text(snapshot: Mapping[str, Any]) -> str:
     def add(name: str, labels: str, value: float) -> None:
         families.setdefault(f"pdserve_{name}", []).append((labels, value))
 
-    for level, count in enumerate(snapshot.get("queue_by_level", ())):
+    for level, count in enumerate(snapshot.get("queue_lengths", ())):
         add("queue_requests", f'{{level="{level}"}}', count)
     if "oldest_wait_ms" in snapshot:
         add("queue_oldest_wait_seconds", "", snapshot["oldest_wait_ms"] / 1000)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from pdserve.cluster.constraints import Wanted, constraint_of
 from pdserve.cluster.parameters import Parameters, shown
 from pdserve.errors import InvalidField
 
@@ -78,9 +79,29 @@ class _Generation(Body):
     skip_special_tokens: bool | None = None
     user: str | None = None
     service_tier: str | None = None
+    prompt_cache_retention: str | None = None
     priority: int | None = Field(None, description="Ignored; see service_tier.")
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
-    def parameters(self) -> Parameters:
+    # Checked by ``constraint_of``, which names what is wrong within them.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    def parameters(self, required: Wanted | None = None) -> Parameters:
+        """``required``: what the answer must be already."""
+        wanted = constraint_of(dict(self))
+        if required is not None and wanted is not None:
+            raise InvalidField(
+                wanted.field, "comes beside a required call of a tool; an answer is one of them"
+            )
+        wanted = wanted or required
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         return Parameters(
             n=self.n,
@@ -103,6 +124,13 @@ class _Generation(Body):
             skip_special_tokens=self.skip_special_tokens,
             user=self.user,
             service_tier=self.service_tier,
+            prompt_cache_retention=self.prompt_cache_retention,
+            best_of=self.best_of,
+            use_beam_search=self.use_beam_search,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            constraint=wanted.constraint if wanted else None,
+            constraint_field=wanted.field if wanted else "",
             **self._own_parameters(),
         )
 
@@ -132,6 +160,8 @@ class ChatBody(_Generation):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     tools: Objects | None = None
+    tool_choice: Any = None  # this and the next: checked by ``tools_of``
+    parallel_tool_calls: Any = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="For the model's chat template, such as enable_thinking."
     )
@@ -159,14 +189,18 @@ class CompletionBody(_Generation):
 
 
 class TokenizeBody(Body):
-    """Either a prompt or messages."""
+    """One of prompt, prompt_token_ids and messages. ``return_block_keys``: what the store calls its
+    full blocks, for this model and user, in hexadecimal."""
 
     prompt: str | None = None
+    prompt_token_ids: Tokens | None = None
     messages: Annotated[list[Any], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
+    return_block_keys: bool | None = None
+    user: str | None = None
 
 
 class DetokenizeBody(Body):
@@ -183,22 +217,13 @@ def _only(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 UNSUPPORTED: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = MappingProxyType(
     {
-        "tool_choice": _only("none", "auto"),
+        "tool_choice": _only("none", "auto"),  # completions only: chats have the field
         "functions": _nothing,
         "function_call": _only("none", "auto"),
-        "response_format": _only({"type": "text"}),
-        "structured_outputs": _nothing,
-        "guided_json": _nothing,
-        "guided_regex": _nothing,
-        "guided_choice": _nothing,
-        "guided_grammar": _nothing,
         "modalities": _only(["text"]),
         "audio": _nothing,
         "web_search_options": lambda value, _: value is None,
-        "best_of": lambda value, body: value is None or value == (body.get("n") or 1),
         "suffix": _nothing,
-        "use_beam_search": _nothing,
-        "length_penalty": _only(1),
         "prompt_logprobs": lambda value, _: value is None,
         "logprob_token_ids": _nothing,
         "allowed_token_ids": lambda value, _: value is None,

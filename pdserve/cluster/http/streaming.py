@@ -24,13 +24,13 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 class Events:
     """Encodes the events of one answer."""
 
-    def __init__(self, asked: Asked, model: str) -> None:
+    def __init__(self, asked: Asked) -> None:
         head = _encode(
             {
                 "id": asked.id,
                 "object": asked.dialect.chunk_object,
                 "created": int(time.time()),
-                "model": model,
+                "model": asked.model,
             }
         )
         self._head = f"data: {head[:-1]},"
@@ -55,13 +55,13 @@ def error_event(body: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(body)}\n\n".encode() + DONE
 
 
-def whole(asked: Asked, model: str, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+def whole(asked: Asked, choices: list[Choice], usage: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request that does not stream."""
     return {
         "id": asked.id,
         "object": asked.dialect.object,
         "created": int(time.time()),
-        "model": model,
+        "model": asked.model,
         "choices": [asked.dialect.whole(choice) for choice in choices],
         "usage": usage,
     }

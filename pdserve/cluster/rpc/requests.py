@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pdserve.clock import unix_ms
+from pdserve.cluster import constraints
 from pdserve.cluster.calls import Call, Piece, Session
 from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model, shown
 from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
@@ -38,15 +39,19 @@ _OPTIONAL = (
     *("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
     *("include_stop_str_in_output", "skip_special_tokens", "logprobs", "user"),
-    "no_repeat_ngram_size",
+    *("no_repeat_ngram_size", "best_of", "use_beam_search", "length_penalty", "early_stopping"),
 )
 """Fields with presence that mean in ``Parameters`` what they mean in the message."""
 
 
 async def generate_call(
-    session: Session, config: GatewayConfig, request: pb.GenerateRequest, timeout_s: float | None
+    session: Session,
+    config: GatewayConfig,
+    request: pb.GenerateRequest,
+    timeout_s: float | None,
+    tenant: str | None,
 ) -> Call:
-    check_model(request.model, session.model_name)
+    adapter = check_model(request.model, session)
     field = request.WhichOneof("prompt")
     if field is None:
         raise InvalidField("prompt", "is missing; send text or token_ids")
@@ -55,17 +60,25 @@ async def generate_call(
         prompt = await text_prompt(session, request.text, field="text", add_special_tokens=special)
     else:
         prompt = token_prompt(session, request.token_ids.ids, field="token_ids.ids")
-    return _call(session, config, request, prompt, timeout_s, field, GENERATE_MAX_TOKENS)
+    return await _call(
+        session, config, request, adapter, tenant, prompt, timeout_s, field, GENERATE_MAX_TOKENS
+    )
 
 
 async def chat_call(
-    session: Session, config: GatewayConfig, request: pb.ChatRequest, timeout_s: float | None
+    session: Session,
+    config: GatewayConfig,
+    request: pb.ChatRequest,
+    timeout_s: float | None,
+    tenant: str | None,
 ) -> Call:
-    check_model(request.model, session.model_name)
+    adapter = check_model(request.model, session)
     opened = not request.HasField("add_generation_prompt") or request.add_generation_prompt
     messages = [_message(message) for message in request.messages]
     prompt = await chat_prompt(session, messages, add_generation_prompt=opened)
-    return _call(session, config, request, prompt, timeout_s, "messages", None)
+    return await _call(
+        session, config, request, adapter, tenant, prompt, timeout_s, "messages", None
+    )
 
 
 def chunk_of(call: Call, piece: Piece, tokenizer: Tokenizer) -> pb.GenerateChunk:
@@ -106,25 +119,32 @@ def timing_of(
     )
 
 
-def _call(
+async def _call(
     session: Session,
     config: GatewayConfig,
     request: pb.GenerateRequest | pb.ChatRequest,
+    adapter: str | None,
+    tenant: str | None,
     prompt: tuple[int, ...],
     timeout_s: float | None,
     prompt_field: str,
     default_max_tokens: int | None,
 ) -> Call:
     timeout_s = config.request_timeout_s if timeout_s is None else timeout_s
-    return call_of(
-        _parameters(request.parameters),
+    parameters = _parameters(request.parameters)
+    call = call_of(
+        parameters,
         Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max),
         call=_id(request.id),
         prompt=prompt,
         prompt_field=prompt_field,
         default_max_tokens=default_max_tokens,
         deadline_unix_ms=unix_ms() + round(timeout_s * 1000),
+        adapter=adapter,
+        tenant=tenant,
     )
+    await constraints.check(session.grammars, parameters)
+    return call
 
 
 def _id(given: str) -> str:
@@ -139,13 +159,24 @@ def _parameters(message: pb.Parameters) -> Parameters:
     }
     if message.service_class not in _SERVICE_TIER:
         raise InvalidField("service_class", f"is {message.service_class}, which has no meaning")
+    wanted = _constraint(message.constraint) if message.HasField("constraint") else None
     return Parameters(
         **said,
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         service_tier=_SERVICE_TIER[message.service_class],
+        constraint=wanted.constraint if wanted else None,
+        constraint_field=wanted.field if wanted else "",
     )
+
+
+def _constraint(message: pb.Constraint) -> constraints.Wanted:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidField("constraint", "is empty; send one of its fields, or none of it")
+    value = list(message.choice.texts) if kind == "choice" else getattr(message, kind)
+    return constraints.structured_outputs("constraint", {kind: value})
 
 
 def _message(message: pb.ChatMessage) -> dict[str, str]:

@@ -4,8 +4,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
 from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.rpc.access import AccessInterceptor
 from pdserve.cluster.rpc.servicer import Servicer
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError
@@ -42,15 +44,17 @@ async def serve_grpc(
     config: GatewayConfig,
     metrics: FrontMetrics | None = None,
     credentials: grpc.ServerCredentials | None = None,
+    doorkeeper: Doorkeeper | None = None,
 ) -> GrpcServer:
     """Listens on ``config.host`` and ``config.grpc_port``; with credentials, on TLS only.
 
     Raises:
         ConfigError: the port cannot be had.
     """
-    server = grpc.aio.server(options=_options(config))
+    interceptors = [] if doorkeeper is None else [AccessInterceptor(doorkeeper)]
+    server = grpc.aio.server(interceptors=interceptors, options=_options(config))
     add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
-        Servicer(session, config, metrics or FrontMetrics()), server
+        Servicer(session, config, metrics or FrontMetrics(), doorkeeper), server
     )
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -6,16 +6,20 @@ status, and trailing metadata says what the HTTP front says in headers and body.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import grpc
 
+from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.answers import cached_tokens
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
+from pdserve.cluster.rpc.aborting import abort
+from pdserve.cluster.rpc.access import secret_in
 from pdserve.cluster.rpc.requests import chat_call, chunk_of, generate_call, timing_of
 from pdserve.cluster.tracing import continued, is_tracing
 from pdserve.config import GatewayConfig
@@ -26,37 +30,62 @@ from pdserve.proto.v1.inference_pb2_grpc import InferenceServicer
 
 US_PER_S = 1_000_000
 
+_Ask = Callable[[str | None], Awaitable[Call]]
+"""The call that a tenant asks for; None: whose it is, the request itself says."""
+
 
 class Servicer(InferenceServicer):
-    def __init__(self, session: Session, config: GatewayConfig, metrics: FrontMetrics) -> None:
+    def __init__(
+        self,
+        session: Session,
+        config: GatewayConfig,
+        metrics: FrontMetrics,
+        doorkeeper: Doorkeeper | None = None,
+    ) -> None:
+        self._doorkeeper = doorkeeper
         self._session = session
         self._config = config
         self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
-        call = generate_call(self._session, self._config, request, context.time_remaining())
-        await self._serve("generate", call, context, why=request.why)
+        ask = partial(generate_call, self._session, self._config, request, context.time_remaining())
+        await self._serve("generate", ask, context, why=request.why)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:  # noqa: N802
-        call = chat_call(self._session, self._config, request, context.time_remaining())
-        await self._serve("chat", call, context, why=request.why)
+        ask = partial(chat_call, self._session, self._config, request, context.time_remaining())
+        await self._serve("chat", ask, context, why=request.why)
 
-    async def Cancel(self, request: pb.CancelRequest, _: Any) -> pb.CancelResponse:  # noqa: N802
-        return pb.CancelResponse(was_running=self._session.cancel(request.id))
+    def _tenant(self, context: Any) -> str | None:
+        """Of the key that the interceptor has let in."""
+        if self._doorkeeper is None:
+            return None
+        key = self._doorkeeper.admit(secret_in(context.invocation_metadata()), counts=False)
+        return None if key is None else key.tenant
+
+    async def Cancel(  # noqa: N802
+        self, request: pb.CancelRequest, context: Any
+    ) -> pb.CancelResponse:
+        was_running = self._session.cancel(request.id, tenant=self._tenant(context))
+        return pb.CancelResponse(was_running=was_running)
 
     async def ListModels(  # noqa: N802
         self, _: pb.ListModelsRequest, __: Any
     ) -> pb.ListModelsResponse:
-        model = pb.Model(id=self._session.model_name, context_tokens=self._session.context_tokens)
-        return pb.ListModelsResponse(models=[model])
+        session = self._session
+        base = pb.Model(id=session.model_name, context_tokens=session.context_tokens)
+        adapters = [
+            pb.Model(id=name, context_tokens=session.context_tokens, parent=session.model_name)
+            for name in session.adapters
+        ]
+        return pb.ListModelsResponse(models=[base, *adapters])
 
-    async def _serve(
-        self, operation: str, asked: Awaitable[Call], context: Any, *, why: bool
-    ) -> None:
+    async def _serve(self, operation: str, ask: _Ask, context: Any, *, why: bool) -> None:
         headers = dict(context.invocation_metadata()) if is_tracing() else {}
         with self._metrics.follow("grpc", operation) as meter, continued(headers):
             try:
-                async with aclosing(self._chunks(await asked, meter, why=why)) as chunks:
+                call = await ask(self._tenant(context))
+                meter.calls = (call,)
+                async with aclosing(self._chunks(call, meter, why=why)) as chunks:
                     async for chunk in chunks:
                         await context.write(chunk)
                 meter.status = grpc.StatusCode.OK.name
@@ -65,7 +94,7 @@ class Servicer(InferenceServicer):
                 raise
             except PdserveError as error:
                 meter.status = status_of(error).grpc
-                await _abort(context, error)
+                await abort(context, error)
 
     async def _chunks(
         self, call: Call, meter: Meter, *, why: bool
@@ -104,14 +133,3 @@ def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter, *,
                 why=why,
             )
         )
-
-
-async def _abort(context: Any, error: PdserveError) -> NoReturn:
-    metadata = [("pdserve-error-kind", error.kind)]
-    if error.field is not None:
-        metadata.append(("pdserve-error-field", error.field))
-    if error.retry_after_ms is not None:
-        metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
-    code = grpc.StatusCode[status_of(error).grpc]
-    await context.abort(code, str(error), tuple(metadata))
-    raise AssertionError("abort() raises")

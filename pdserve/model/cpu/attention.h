@@ -6,6 +6,9 @@
 // all rows; then register blocks of up to ROWS rows go through scores, online softmax and the sum
 // of values. (The online softmax is FlashAttention's, Dao et al. 2022, section 3.1.)
 //
+// Where the pool holds codes (codec.h), they are what is multiplied: they are exact in every type.
+// A position's scale is that of its score, and of its weight once that has been added to the total.
+//
 // A *window* hides all but the last so many positions from a query, its own included. A row goes
 // through the tiles it sees something of and through no others, whatever its neighbours see.
 
@@ -13,10 +16,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
 
+#include "codec.h"
 #include "pool.h"
 #include "products.h"
 
@@ -50,18 +55,26 @@ struct Task {
     const int32_t* table;
 };
 
-// Where a tile's keys and values lie; null before the first position that is seen, and behind the last.
-template <class T> struct Where {
-    const T* keys[TILE] = {};
-    const T* values[TILE] = {};
+// Where the scales of a tile's codes lie, those of the keys; elsewhere there are none.
+template <class E> struct Scales {};
+template <> struct Scales<int8> {
+    const int8* scales[TILE];
+};
 
-    Where(const T* pool, const Cache& cache, const int32_t* table, int64_t head, int64_t first,
+// Where a tile's keys and values lie; null before the first position that is seen, and behind the last.
+template <class E> struct Where : Scales<E> {
+    const E* keys[TILE] = {};
+    const E* values[TILE] = {};
+
+    Where(const E* pool, const Cache& cache, const int32_t* table, int64_t head, int64_t first,
           int64_t begin, int64_t end) {
         int64_t block = first / cache.block_tokens, token = first % cache.block_tokens;
         for (int j = 0; j < TILE && first + j < end; ++j) {
             if (first + j >= begin) {
                 keys[j] = pool + cache.key(table[block], head, token);
                 values[j] = keys[j] + cache.to_values();
+                if constexpr (std::is_same_v<E, int8>)
+                    this->scales[j] = pool + cache.scale(table[block], head, token);
             }
             if (++token == cache.block_tokens) token = 0, ++block;
         }
@@ -70,22 +83,23 @@ template <class T> struct Where {
     // Position j, to be in the cache when it is needed: blocks are too short for the CPU to guess.
     void fetch(int j, int64_t dim) const {
         if (j >= TILE || !keys[j]) return;
-        for (int64_t at = 0; at < dim; at += LINE / (int64_t)sizeof(T)) {
+        for (int64_t at = 0; at < dim; at += LINE / (int64_t)sizeof(E)) {
             __builtin_prefetch(keys[j] + at);
             __builtin_prefetch(values[j] + at);
         }
     }
 };
 
-// What a thread computes a task in.
-template <class T> class Attending {
+// What a thread computes a task in. E is what the pool is made of: T, or codes.
+template <class T, class E> class Attending {
+    static constexpr bool CODED = !std::is_same_v<T, E>;
     typedef Products<T> P;
     static constexpr int PACK = P::PACK;
     typedef typename P::Element Element;
     typedef typename P::Elements Elements;
 
   public:
-    void run(const Task& task, int64_t head, const T* q, const T* pool, T* out, const Cache& cache,
+    void run(const Task& task, int64_t head, const T* q, const E* pool, T* out, const Cache& cache,
              int64_t heads, float scale, int64_t window) {
         const int64_t dim = cache.head_dim, group = heads / cache.kv_heads;
         const int rows = task.count * (int)group;
@@ -109,10 +123,11 @@ template <class T> class Attending {
         const int64_t begin = std::max<int64_t>(0, task.position - window + 1);
         const int64_t end = task.position + task.count;
         int64_t first = begin / TILE * TILE;
-        Where<T> tile(pool, cache, task.table, head, first, begin, end);
+        Where<E> tile(pool, cache, task.table, head, first, begin, end);
         for (; first < end; first += TILE) {
             fill(tile, dim);
-            tile = Where<T>(pool, cache, task.table, head, first + TILE, begin, end);
+            if constexpr (CODED) fill_scales(tile, cache.to_values());
+            tile = Where<E>(pool, cache, task.table, head, first + TILE, begin, end);
             // Rows whose token comes before this tile are done; those whose window begins after it
             // have their turn later.
             const int done = (int)(std::max<int64_t>(0, first - task.position) * group);
@@ -140,22 +155,61 @@ template <class T> class Attending {
     }
 
   private:
+    // Codes are first written out as what they are, for the same code to go on with.
+    void fill(const Where<E>& tile, int64_t dim) {
+        if constexpr (CODED) {
+            const T *keys[TILE] = {}, *values[TILE] = {};
+            _numbers.resize(2 * TILE * dim);
+            for (int j = 0; j < TILE; ++j) {
+                if (!tile.keys[j]) continue;
+                T* key = _numbers.data() + 2 * j * dim;
+                decode(tile.keys[j], key, dim);
+                decode(tile.values[j], key + dim, dim);
+                keys[j] = key;
+                values[j] = key + dim;
+            }
+            fill(keys, values, dim);
+        } else {
+            fill(tile.keys, tile.values, dim);
+        }
+    }
+
     // The keys and values of a tile; zeros where there are none.
-    void fill(const Where<T>& tile, int64_t dim) {
+    void fill(const T* const* keys, const T* const* values, int64_t dim) {
         for (int j = 0; j < TILE; j += PACK)
             for (int c = 0; c < _dim_vectors; ++c)
-                _values[j / PACK * _dim_vectors + c] = P::across(tile.values + j, c * LANES, dim);
+                _values[j / PACK * _dim_vectors + c] = P::across(values + j, c * LANES, dim);
         for (int group = 0; group < GROUPS; ++group)
             for (int c = 0; c < _packs; ++c) {
                 Elements square[LANES];
                 for (int i = 0; i < LANES; ++i) {
-                    const T* key = tile.keys[group * LANES + i];
+                    const T* key = keys[group * LANES + i];
                     square[i] = key ? P::along(key, c * PACK * LANES, dim) : Elements{};
                 }
                 transpose(square);
                 for (int i = 0; i < LANES; ++i)
                     _keys[(c * LANES + i) * GROUPS + group] = square[i];
             }
+    }
+
+    void fill_scales(const Where<E>& tile, int64_t to_values) {
+        for (int g = 0; g < GROUPS; ++g) {
+            const E* const* key = tile.keys + g * LANES;
+            const int8* const* scale = tile.scales + g * LANES;
+            bfloat16 keys[LANES] = {}, values[LANES] = {};
+            if (key[0] && key[LANES - 1] && scale[LANES - 1] == scale[0] + (LANES - 1) * 2) {
+                std::memcpy(keys, scale[0], sizeof keys);  // in one block, as most are
+                std::memcpy(values, scale[0] + to_values, sizeof values);
+            } else {
+                for (int i = 0; i < LANES; ++i)
+                    if (key[i]) {
+                        std::memcpy(keys + i, scale[i], sizeof *keys);
+                        std::memcpy(values + i, scale[i] + to_values, sizeof *values);
+                    }
+            }
+            _key_scales[g] = load(keys) * _scale;
+            _value_scales[g] = load(values);
+        }
     }
 
     void attend(int row, int count, const int* seen, const int* hidden) {
@@ -192,7 +246,8 @@ template <class T> class Attending {
             const Bits count = Bits{} + (uint32_t)(seen[r] - hidden[r]);
             for (int g = 0; g < GROUPS; ++g)  // unsigned: what is before `hidden` is a large number
                 score[r][g] = (Bits)(LANE + (g * LANES - hidden[r])) < count
-                                  ? score[r][g] * _scale : all(-INFINITY);
+                                  ? score[r][g] * (CODED ? _key_scales[g] : all(_scale))
+                                  : all(-INFINITY);
             const Vec pairs =
                 larger(larger(score[r][0], score[r][1]), larger(score[r][2], score[r][3]));
             best[r] = std::max(_best[row + r], max_of(pairs));
@@ -204,7 +259,8 @@ template <class T> class Attending {
             Vec part[GROUPS];
             for (int g = 0; g < GROUPS; ++g) {
                 part[g] = exp2_of(score[r][g] - best[r]);
-                P::narrow(part[g], weights + (r * TILE + g * LANES) / PACK);
+                P::narrow(CODED ? part[g] * _value_scales[g] : part[g],
+                          weights + (r * TILE + g * LANES) / PACK);
             }
             _totals[row + r] =
                 _totals[row + r] * factor[r] + ((part[0] + part[1]) + (part[2] + part[3]));
@@ -236,8 +292,10 @@ template <class T> class Attending {
     }
 
     float _scale;
+    Vec _key_scales[GROUPS], _value_scales[GROUPS];  // of the tile's positions, where it has codes
     int _dim_vectors;                // of 16 channels
     int _packs;                      // of PACK * 16 channels
+    std::vector<T> _numbers;         // [TILE, 2, dim]: where the pool has codes
     std::vector<Elements> _keys;     // [packs * 16, GROUPS]
     std::vector<Elements> _values;   // [TILE / PACK, dim_vectors]
     std::vector<Elements> _queries;  // [QUERY_ROWS, packs]
@@ -246,8 +304,8 @@ template <class T> class Attending {
     std::vector<float> _best;        // [QUERY_ROWS]: the largest score so far
 };
 
-template <class T>
-void attention(const T* q, const T* pool, T* out, const int64_t* positions, const int32_t* starts,
+template <class T, class E>
+void attention(const T* q, const E* pool, T* out, const int64_t* positions, const int32_t* starts,
                const int32_t* tables, int64_t table_blocks, int64_t runs, Cache cache,
                int64_t heads, float scale, int64_t window, int threads) {
     const int queries = std::max<int>(1, QUERY_ROWS / (int)(heads / cache.kv_heads));
@@ -267,7 +325,7 @@ void attention(const T* q, const T* pool, T* out, const int64_t* positions, cons
     const int64_t pieces = (int64_t)tasks.size() * cache.kv_heads;
 #pragma omp parallel num_threads(threads) if (pieces > 1)
     {
-        static thread_local Attending<T> attending;
+        static thread_local Attending<T, E> attending;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < pieces; ++piece)
             attending.run(tasks[piece / cache.kv_heads], piece % cache.kv_heads, q, pool, out,

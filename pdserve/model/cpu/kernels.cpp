@@ -36,9 +36,17 @@ template <class F> void with_type(int type, F run) {
     else run((float16*)nullptr);
 }
 
+// What the model computes with, and what its pool is made of.
+template <class F> void with_types(int type, int64_t coded, F run) {
+    with_type(type, [&](auto* t) {
+        if (coded) run(t, (int8*)nullptr);
+        else run(t, t);
+    });
+}
+
 }  // namespace
 
-// ── what library.py calls; `type` is 0 float32, 1 bfloat16, 2 float16 ───────────────────────────
+// ── what library.py calls; `type` is 0 float32, 1 bfloat16, 2 float16; `coded`: is the pool? ───────────────────────────
 
 extern "C" {
 
@@ -92,26 +100,28 @@ void pdserve_gelu_mul(int type, const void* gate_up, void* out, int64_t rows, in
 void pdserve_rope_and_cache(int type, const void* q, int64_t q_stride, const void* k,
                             int64_t k_stride, const void* v, int64_t v_stride, const float* rope,
                             const int64_t* positions, const int64_t* slots, void* q_out, void* pool,
-                            int64_t block_stride, int64_t offset, int64_t block_tokens,
-                            int64_t kv_heads, int64_t head_dim, int64_t tokens, int64_t heads,
-                            int threads) {
-    const Cache cache{block_stride, offset, block_tokens, kv_heads, head_dim};
-    with_type(type, [&](auto* t) {
+                            int64_t coded, int64_t block_stride, int64_t offset,
+                            int64_t head_stride, int64_t block_tokens, int64_t kv_heads,
+                            int64_t head_dim, int64_t tokens, int64_t heads, int threads) {
+    const Cache cache{block_stride, offset, head_stride, block_tokens, kv_heads, head_dim};
+    with_types(type, coded, [&](auto* t, auto* e) {
         using T = std::remove_pointer_t<decltype(t)>;
+        using E = std::remove_pointer_t<decltype(e)>;
         rope_and_cache((const T*)q, q_stride, (const T*)k, k_stride, (const T*)v, v_stride, rope,
-                       positions, slots, (T*)q_out, (T*)pool, cache, tokens, heads, threads);
+                       positions, slots, (T*)q_out, (E*)pool, cache, tokens, heads, threads);
     });
 }
 
 void pdserve_attention(int type, const void* q, const void* pool, void* out,
                        const int64_t* positions, const int32_t* starts, const int32_t* tables,
-                       int64_t table_blocks, int64_t runs, int64_t block_stride, int64_t offset,
-                       int64_t block_tokens, int64_t kv_heads, int64_t head_dim, int64_t heads,
-                       float scale, int64_t window, int threads) {
-    const Cache cache{block_stride, offset, block_tokens, kv_heads, head_dim};
-    with_type(type, [&](auto* t) {
+                       int64_t table_blocks, int64_t runs, int64_t coded, int64_t block_stride,
+                       int64_t offset, int64_t head_stride, int64_t block_tokens, int64_t kv_heads,
+                       int64_t head_dim, int64_t heads, float scale, int64_t window, int threads) {
+    const Cache cache{block_stride, offset, head_stride, block_tokens, kv_heads, head_dim};
+    with_types(type, coded, [&](auto* t, auto* e) {
         using T = std::remove_pointer_t<decltype(t)>;
-        attention((const T*)q, (const T*)pool, (T*)out, positions, starts, tables, table_blocks,
+        using E = std::remove_pointer_t<decltype(e)>;
+        attention((const T*)q, (const E*)pool, (T*)out, positions, starts, tables, table_blocks,
                   runs, cache, heads, scale, window, threads);
     });
 }
@@ -143,15 +153,22 @@ void pdserve_linear(int, const void* x, int64_t x_stride, const void* packed, co
 void pdserve_layers(void* x, void* residual, const void* layers, const int64_t* sizes, float eps,
                     float scale, const int64_t* positions, const int64_t* slots,
                     const int32_t* starts, const int32_t* tables, const float* rope, void* pool,
-                    const int64_t* windows, int threads) {
-    const auto [count, hidden, heads, ffn, layer_stride, block_stride, block_tokens, kv_heads,
-                head_dim, tokens, runs, table_blocks, longest_context, elements, scored_elements,
-                products, products_per_byte] = *(const std::array<int64_t, 17>*)sizes;
-    const Cache cache{block_stride, 0, block_tokens, kv_heads, head_dim};
+                    const int64_t* windows, const void* adapted, void (*written)(int64_t),
+                    int64_t every, int threads) {
+    const auto [count, hidden, heads, ffn, coded, block_stride, layer_stride, head_stride,
+                block_tokens, kv_heads, head_dim, tokens, runs, table_blocks, longest_context,
+                elements, scored_elements, products, products_per_byte, adapted_count] =
+        *(const std::array<int64_t, 20>*)sizes;
+    const Cache cache{block_stride, 0, head_stride, block_tokens, kv_heads, head_dim};
     const Model model{count, hidden, heads, ffn, layer_stride, cache, eps, scale, windows};
-    const Batch batch{tokens, runs, table_blocks, longest_context, positions, slots, starts, tables};
+    const Batch batch{tokens, runs, table_blocks, longest_context, positions, slots, starts, tables,
+                      adapted_count, (const Adapted*)adapted};
     const Team team{threads, elements, scored_elements, products, products_per_byte};
-    run_layers((bfloat16*)x, (bfloat16*)residual, (const Layer*)layers, model, batch, rope,
-               (bfloat16*)pool, team);
+    const auto run = [&](auto* pool_elements) {
+        run_layers((bfloat16*)x, (bfloat16*)residual, (const Layer*)layers, model, batch, rope,
+                   pool_elements, team, Told{written, every});
+    };
+    if (coded) run((int8*)pool);
+    else run((bfloat16*)pool);
 }
 }

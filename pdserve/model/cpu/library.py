@@ -28,8 +28,9 @@ _COMPILE_TIMEOUT_S = 300
 _logger = logging.getLogger(__name__)
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+LAYERS_WRITTEN = ctypes.CFUNCTYPE(None, _SIZE)
 _ROWS = (_POINTER, _SIZE)  # a first row, and the elements from one row to the next
-_CACHE = (_SIZE,) * 5  # block stride, offset of the layer, block tokens, kv heads, head dim
+_CACHE = (_SIZE,) * 7  # whether it is coded, and ``Cache`` of ``pool.h``
 _SIGNATURES = {
     "rms_norm": (*_ROWS, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT),
     "add_rms_norm": (*(_POINTER,) * 5, _SIZE, _SIZE, _FLOAT),
@@ -60,7 +61,10 @@ def load_library() -> ctypes.CDLL | None:
         function.restype = None
     library.pdserve_bind_threads.argtypes = (_POINTER, _INT)
     library.pdserve_bind_threads.restype = _INT
-    library.pdserve_layers.argtypes = (*(_POINTER,) * 4, _FLOAT, _FLOAT, *(_POINTER,) * 7, _INT)
+    library.pdserve_layers.argtypes = (
+        *(*(_POINTER,) * 4, _FLOAT, _FLOAT, *(_POINTER,) * 8),
+        *(LAYERS_WRITTEN, _SIZE, _INT),
+    )
     library.pdserve_layers.restype = None
     library.pdserve_has_linear.argtypes = ()
     library.pdserve_has_linear.restype = _INT

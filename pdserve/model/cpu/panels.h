@@ -1,4 +1,4 @@
-// How the weights of a linear layer lie in memory: panels of 64 outputs, in one of three formats.
+// How the weights of a linear layer lie in memory: panels of 64 outputs, in one of five formats.
 //
 // What is multiplied is always bfloat16, pairs of neighbouring channels [C / 2, 64, 2]: a panel of
 // the format `Plain` holds just that. The others hold groups of 32 channels as GGUF files do, whole
@@ -7,8 +7,8 @@
 //
 //     weight = bfloat16(scale * q + minimum)
 //
-// scale * q is exact in float32 (11 bits times 8), so one fused step rounds as a product and a sum
-// do. A layer's results are therefore those of its weights in bfloat16, to the bit, in whatever
+// Where there is a minimum, scale * q is exact in float32 (at most 20 bits times 4), so one fused
+// step rounds as a product and a sum do. A layer's results are therefore those of its weights in bfloat16, to the bit, in whatever
 // format they lie; what differs is how much is read. Unpacking 32 weights takes 0.8 ns on a server
 // core of 2024, in which it reads 16 bytes: 4 bits with scale and minimum are 20, bfloat16 is 64.
 //
@@ -54,24 +54,38 @@ struct Plain {
     }
 };
 
-// The scales or minima of 16 outputs, float16 from `from` on, as `low` and `high` want them.
-struct Spread {
+// What a scale or a minimum is stored as; `sixteen` are those of as many outputs.
+struct Float16 {
+    static constexpr int BYTES = 2;
+    static __m512 sixteen(const char* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    }
+};
+struct Float32 {
+    static constexpr int BYTES = 4;
+    static __m512 sixteen(const char* from) { return _mm512_loadu_ps(from); }
+};
+
+// The scales or minima of 16 outputs, from `from` on, as `low` and `high` want them.
+template <class Number> struct Spread {
     __m512 low, high;
 
     explicit Spread(const char* from) {
-        const __m512 sixteen = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+        const __m512 sixteen = Number::sixteen(from);
         const __m512i twice = (__m512i)(LANE / 2);
         low = _mm512_permutexvar_ps(twice, sixteen);
         high = _mm512_permutexvar_ps((__m512i)(LANE / 2 + HALF), sixteen);
     }
 };
 
-// Q4_1 of GGUF: of 32 channels the scale, the minimum, and 16 bytes: channel i in the lower half of
-// byte i, channel 16 + i in the upper. In a panel, per group: 64 scales, 64 minima, then for each 16
-// outputs 4 vectors, each of 4 pairs: byte p of a lane has pair p, `low` in its lower half.
-struct Nibbles {
-    static constexpr int MINIMA = PANEL * 2, NUMBERS = 2 * MINIMA;  // where they begin
-    static constexpr int BLOCK = 20, BYTES = NUMBERS + PANEL * GROUP / 2;
+// Q4_1 of GGUF, with `Float16`: of 32 channels the scale, the minimum, and 16 bytes: channel i in the
+// lower half of byte i, channel 16 + i in the upper. In a panel, per group: 64 scales, 64 minima,
+// then for each 16 outputs 4 vectors, each of 4 pairs: byte p of a lane has pair p, `low` in its
+// lower half.
+template <class Number> struct Nibbles {
+    static constexpr int MINIMA = PANEL * Number::BYTES, NUMBERS = 2 * MINIMA;  // where they begin
+    static constexpr int HEAD = 2 * Number::BYTES;  // of a block outside: before its numbers
+    static constexpr int BLOCK = HEAD + GROUP / 2, BYTES = NUMBERS + PANEL * GROUP / 2;
     static constexpr int PAIRS = 4;  // of one vector
 
     static int64_t panel_bytes(int64_t channels) { return channels / GROUP * BYTES; }
@@ -80,10 +94,10 @@ struct Nibbles {
     static void pack(const char* row, char* panel, int64_t channels, int lane) {
         const int half = lane % LANES / HALF, at = lane % HALF * 2;
         for (int64_t group = 0; group < channels / GROUP; ++group, row += BLOCK, panel += BYTES) {
-            std::memcpy(panel + lane * 2, row, 2);
-            std::memcpy(panel + MINIMA + lane * 2, row + 2, 2);
+            std::memcpy(panel + lane * Number::BYTES, row, Number::BYTES);
+            std::memcpy(panel + MINIMA + lane * Number::BYTES, row + Number::BYTES, Number::BYTES);
             for (int c = 0; c < GROUP; ++c) {
-                const int q = (uint8_t)row[4 + c % 16] >> c / 16 * 4 & 15;
+                const int q = (uint8_t)row[HEAD + c % 16] >> c / 16 * 4 & 15;
                 const int pair = c / 2, vector = lane / LANES * PAIRS + pair / PAIRS;
                 const int dword = vector * LANES + at + c % 2;
                 panel[NUMBERS + dword * 4 + pair % PAIRS] |= (char)(q << 4 * half);
@@ -95,7 +109,8 @@ struct Nibbles {
         const char* numbers = group + NUMBERS;
         const __m512 table = (__m512)__builtin_convertvector(LANE, Vec);
         for (int v = 0; v < PANEL_VECTORS; ++v) {
-            const Spread scale(group + v * LANES * 2), minimum(group + MINIMA + v * LANES * 2);
+            const int first = v * LANES * Number::BYTES;
+            const Spread<Number> scale(group + first), minimum(group + MINIMA + first);
             for (int t = 0; t < GROUP_PAIRS / PAIRS; ++t) {
                 const __m512i q = _mm512_loadu_si512(numbers);
                 numbers += sizeof q;
@@ -117,11 +132,14 @@ struct Nibbles {
     }
 };
 
-// Q8_0 of GGUF: of 32 channels the scale, then 32 signed bytes. In a panel, per group: 64 scales,
-// then for each 16 outputs 16 pairs, each 16 bytes `low` and 16 `high`.
-struct Bytes {
-    static constexpr int NUMBERS = PANEL * 2;  // where they begin
-    static constexpr int BLOCK = 34, BYTES = NUMBERS + PANEL * GROUP;
+// Q8_0 of GGUF, with one scale of `Float16`: of 32 channels the scale, then 32 signed bytes. More
+// SCALES share the channels evenly. In a panel, per group: 64 first scales, then the second if there
+// are, then for each 16 outputs 16 pairs, each 16 bytes `low` and 16 `high`.
+template <class Number, int SCALES> struct Bytes {
+    static constexpr int NUMBERS = PANEL * Number::BYTES * SCALES;  // where they begin
+    static constexpr int HEAD = Number::BYTES * SCALES;  // of a block outside: before its numbers
+    static constexpr int BLOCK = HEAD + GROUP, BYTES = NUMBERS + PANEL * GROUP;
+    static constexpr int PAIRS = GROUP_PAIRS / SCALES;  // with one scale
 
     static int64_t panel_bytes(int64_t channels) { return channels / GROUP * BYTES; }
     static int64_t row_bytes(int64_t channels) { return channels / GROUP * BLOCK; }
@@ -129,10 +147,12 @@ struct Bytes {
     static void pack(const char* row, char* panel, int64_t channels, int lane) {
         const int half = lane % LANES / HALF, at = lane % HALF * 2;
         for (int64_t group = 0; group < channels / GROUP; ++group, row += BLOCK, panel += BYTES) {
-            std::memcpy(panel + lane * 2, row, 2);
+            for (int s = 0; s < SCALES; ++s)
+                std::memcpy(panel + (s * PANEL + lane) * Number::BYTES, row + s * Number::BYTES,
+                            Number::BYTES);
             for (int c = 0; c < GROUP; ++c) {
                 const int pair = lane / LANES * GROUP_PAIRS + c / 2;
-                panel[NUMBERS + (pair * 2 + half) * LANES + at + c % 2] = row[2 + c];
+                panel[NUMBERS + (pair * 2 + half) * LANES + at + c % 2] = row[HEAD + c];
             }
         }
     }
@@ -140,11 +160,13 @@ struct Bytes {
         const char* group = panel + pair / GROUP_PAIRS * BYTES;
         const __m128i* bytes = (const __m128i*)(group + NUMBERS);
         for (int v = 0; v < PANEL_VECTORS; ++v) {
-            const Spread scale(group + v * LANES * 2);
-            for (int p = 0; p < GROUP_PAIRS; ++p, bytes += 2) {
-                const __m512 low = numbers(bytes) * scale.low;
-                const __m512 high = numbers(bytes + 1) * scale.high;
-                unpacked[p * PANEL_VECTORS + v] = (Bits)_mm512_cvtne2ps_pbh(high, low);
+            for (int s = 0; s < SCALES; ++s) {
+                const Spread<Number> scale(group + (s * PANEL + v * LANES) * Number::BYTES);
+                for (int p = s * PAIRS; p < (s + 1) * PAIRS; ++p, bytes += 2) {
+                    const __m512 low = numbers(bytes) * scale.low;
+                    const __m512 high = numbers(bytes + 1) * scale.high;
+                    unpacked[p * PANEL_VECTORS + v] = (Bits)_mm512_cvtne2ps_pbh(high, low);
+                }
             }
         }
         return unpacked;
@@ -154,11 +176,15 @@ struct Bytes {
     }
 };
 
-// The formats by the numbers that cpu_ops.py gives them.
+// The formats by the numbers that cpu_panels.py gives them.
 template <class F> auto with_format(int64_t format, F run) {
-    if (format == 0) return run(Plain{});
-    if (format == 1) return run(Nibbles{});
-    return run(Bytes{});
+    switch (format) {
+        case 0: return run(Plain{});
+        case 1: return run(Nibbles<Float16>{});
+        case 2: return run(Bytes<Float16, 1>{});
+        case 3: return run(Nibbles<Float32>{});
+        default: return run(Bytes<Float32, 2>{});
+    }
 }
 
 inline int64_t packed_bytes(int64_t format, int64_t outputs, int64_t channels) {

@@ -5,9 +5,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include <omp.h>
 
+#include "codec.h"
 #include "pool.h"
 #include "vectors.h"
 
@@ -85,10 +88,26 @@ template <class T> void turn(const T* x, const float* rope, T* out, int64_t half
     }
 }
 
-template <class T>
+// The turned key and the value of one token and head; E is what the pool is made of: T, or codes.
+template <class T, class E>
+void put(const T* k, const T* v, const float* angles, E* pool, int64_t key, int64_t scale,
+         int64_t to_values, int64_t dim) {
+    if constexpr (std::is_same_v<T, E>) {
+        turn(k, angles, pool + key, dim / 2);
+        std::memcpy(pool + key + to_values, v, dim * sizeof(T));
+    } else {
+        static thread_local std::vector<T> turned;
+        turned.resize(dim);
+        turn(k, angles, turned.data(), dim / 2);
+        encode(turned.data(), pool + key, (bfloat16*)(pool + scale), dim);
+        encode(v, pool + key + to_values, (bfloat16*)(pool + scale + to_values), dim);
+    }
+}
+
+template <class T, class E>
 void rope_and_cache(const T* q, int64_t q_stride, const T* k, int64_t k_stride, const T* v,
                     int64_t v_stride, const float* rope, const int64_t* positions,
-                    const int64_t* slots, T* q_out, T* pool, Cache cache, int64_t tokens,
+                    const int64_t* slots, T* q_out, E* pool, Cache cache, int64_t tokens,
                     int64_t heads, int threads) {
     const int64_t dim = cache.head_dim;
 #pragma omp parallel for num_threads(threads) if (tokens * heads * dim > SMALL)
@@ -98,9 +117,8 @@ void rope_and_cache(const T* q, int64_t q_stride, const T* k, int64_t k_stride, 
             turn(q + n * q_stride + h * dim, angles, q_out + (n * heads + h) * dim, dim / 2);
         const int64_t block = slots[n] / cache.block_tokens, token = slots[n] % cache.block_tokens;
         for (int64_t g = 0; g < cache.kv_heads; ++g) {
-            T* key = pool + cache.key(block, g, token);
-            turn(k + n * k_stride + g * dim, angles, key, dim / 2);
-            std::memcpy(key + cache.to_values(), v + n * v_stride + g * dim, dim * sizeof(T));
+            put(k + n * k_stride + g * dim, v + n * v_stride + g * dim, angles, pool,
+                cache.key(block, g, token), cache.scale(block, g, token), cache.to_values(), dim);
         }
     }
 }

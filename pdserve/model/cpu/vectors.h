@@ -19,9 +19,11 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Int __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Half __attribute__((vector_size(32)));
+typedef int8_t Codes __attribute__((vector_size(16)));
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
+struct int8 { int8_t code; };  // of a coded key or value; the scale stands elsewhere
 
 inline Vec all(float x) { return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
@@ -53,6 +55,11 @@ inline Vec load(const float16* from) {
     return (Vec)(((special & (magnitude | 0x7f800000)) | (~special & finite)) |
                  ((half & 0x8000) << 16));
 }
+inline Vec load(const int8* from) {
+    Codes codes;
+    std::memcpy(&codes, from, sizeof codes);
+    return __builtin_convertvector(__builtin_convertvector(codes, Int), Vec);
+}
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 inline void store(bfloat16* to, Vec x) {
@@ -71,6 +78,11 @@ inline void store(float16* to, Vec x) {
     const Bits denormal = (Bits)((Vec)bits + all(0.5f)) - 0x3f000000;  // the addition rounds
     const Bits finite = (tiny & denormal) | (~tiny & normal);
     store_narrowed(to, sign | (nan & 0x7e00) | (~nan & large & 0x7c00) | (~nan & ~large & finite));
+}
+inline void store(int8* to, Vec x) {  // of magnitude below 127.5
+    const Int whole = (Int)(x + all(0x1.8p23f));  // adding it rounds; whole numbers are low bits
+    const Codes codes = __builtin_convertvector(whole, Codes);
+    std::memcpy(to, &codes, sizeof codes);
 }
 
 // The first `count` < 16 elements; the other lanes are zero, or are not written.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.families.config_json import ConfigJson
+from pdserve.model.gguf_file import GgufFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,10 @@ class TensorNames:
     expert_down: str = "down_proj"
 
 
+def _as_it_is(_: GgufFile, architecture: Architecture) -> Architecture:
+    return architecture
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     name: str
@@ -31,5 +36,8 @@ class Family:
     """Raises ``ConfigError`` for what we cannot compute, naming the field."""
 
     names: TensorNames = TensorNames()
-    in_gguf: bool = False
-    """Whether GGUF files of the architecture ``name`` declare all that we must know."""
+    gguf_name: str | None = None
+    """What ``general.architecture`` says in its GGUF files; None: no file says so."""
+
+    of_gguf: Callable[[GgufFile, Architecture], Architecture] = _as_it_is
+    """What a Llama with the file's metadata becomes; raises ``ConfigError`` like ``read``."""

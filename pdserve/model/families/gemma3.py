@@ -1,19 +1,23 @@
 """Gemma 3, text: two kinds of layers, four norms in each, and scales of its own.
 
-Five of six layers slide and turn by a rope of their own, which no scaling stretches. GGUF files do
-not declare the attention scale or that rope (their readers know both by the model's size), and are
-refused.
+Five of six layers slide and turn by a rope of their own, which no scaling stretches. GGUF files
+hold norm weights with the 1 added. The attention scale, which layers slide and the rope of those
+they need not declare: it is what all published models have, but that the largest, known by its 62
+layers, scales its scores otherwise. llama.cpp, whose files they are, reads them by the same rules.
 """
 
 import dataclasses
 
+from pdserve.errors import ConfigError
 from pdserve.model.architecture import Architecture, LayerKind
 from pdserve.model.families.config_json import ConfigJson, common, sliding, window_of
 from pdserve.model.families.family import Family, TensorNames
-from pdserve.model.rope import rope_of_config
+from pdserve.model.gguf_file import GgufFile
+from pdserve.model.rope import Rope, rope_of_config
 
 _HEAD_DIM, _QUERY_SCALAR, _WINDOW_PATTERN = 256, 256, 6  # where config.json does not say them
 _GLOBAL_BASE, _LOCAL_BASE = 1e6, 1e4
+_LARGEST_LAYERS = 62
 _REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
@@ -57,10 +61,42 @@ def _kinds(config: ConfigJson) -> tuple[LayerKind, LayerKind]:
     )
 
 
+def _of_gguf(file: GgufFile, llama: Architecture) -> Architecture:
+    for name in _REFUSED:
+        if file.metadata.get(f"gemma3.{name}"):
+            value = file.metadata[f"gemma3.{name}"]
+            raise ConfigError(f"{file.path.name}: {name} is {value}; not supported, must be unset")
+    context = file.field("gemma3.context_length", int)
+    window = file.field("gemma3.attention.sliding_window", int)
+    pattern = file.field("gemma3.attention.sliding_window_pattern", int, _WINDOW_PATTERN)
+    if pattern < 1:
+        raise ConfigError(f"{file.path.name}: every {pattern}th layer is full, must be positive")
+    full = llama.layers[0]
+    nearby = LayerKind(
+        rope=Rope(base=file.field("gemma3.rope.freq_base_swa", float, _LOCAL_BASE)),
+        window=window if window < context else None,
+    )
+    scaled = llama.hidden // llama.head_count
+    return dataclasses.replace(
+        llama,
+        layers=tuple(
+            nearby if (index + 1) % pattern else full for index in range(llama.layer_count)
+        ),
+        context_tokens=context,
+        attention_scale=(scaled if llama.layer_count == _LARGEST_LAYERS else llama.head_dim)
+        ** -0.5,
+        embedding_scale=llama.hidden**0.5,
+        activation="gelu_tanh",
+        output_norms=True,
+    )
+
+
 FAMILY = Family(
     name="gemma3",
     config_class="Gemma3ForCausalLM",
     read=_read,
+    gguf_name="gemma3",
+    of_gguf=_of_gguf,
     names=TensorNames(
         attention_output_norm="post_attention_layernorm",
         ffn_norm="pre_feedforward_layernorm",

@@ -19,4 +19,4 @@ def _read(config: ConfigJson) -> Architecture:
     return dataclasses.replace(common(config, "qwen2", qwen_layers(config)), qkv_bias=True)
 
 
-FAMILY = Family(name="qwen2", config_class="Qwen2ForCausalLM", read=_read, in_gguf=True)
+FAMILY = Family(name="qwen2", config_class="Qwen2ForCausalLM", read=_read, gguf_name="qwen2")

@@ -12,4 +12,4 @@ def _read(config: ConfigJson) -> Architecture:
     return dataclasses.replace(common(config, "qwen3", qwen_layers(config)), qk_norm=True)
 
 
-FAMILY = Family(name="qwen3", config_class="Qwen3ForCausalLM", read=_read, in_gguf=True)
+FAMILY = Family(name="qwen3", config_class="Qwen3ForCausalLM", read=_read, gguf_name="qwen3")

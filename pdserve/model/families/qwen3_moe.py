@@ -24,4 +24,6 @@ def _read(config: ConfigJson) -> Architecture:
     return dataclasses.replace(common(config, "qwen3_moe", layers), qk_norm=True)
 
 
-FAMILY = Family(name="qwen3_moe", config_class="Qwen3MoeForCausalLM", read=_read)
+FAMILY = Family(
+    name="qwen3_moe", config_class="Qwen3MoeForCausalLM", read=_read, gguf_name="qwen3moe"
+)

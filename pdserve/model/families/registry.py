@@ -10,6 +10,7 @@ from pdserve.model.families.config_json import ConfigJson
 from pdserve.model.families.family import Family
 from pdserve.model.families.gguf import architecture_of_gguf
 from pdserve.model.gguf_file import GgufFile
+from pdserve.model.packing import packing_of
 from pdserve.model.source import ModelFiles
 
 _MODULES = (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma3)
@@ -29,10 +30,18 @@ def read_architecture(files: ModelFiles) -> Architecture:
 
 def _of_gguf(file: GgufFile) -> Architecture:
     name = file.field("general.architecture", str)
-    known = [family.name for family in FAMILIES.values() if family.in_gguf]
-    if name not in known:
-        raise ConfigError(f"{file.path.name} has architecture {name!r}; known: {', '.join(known)}")
-    return architecture_of_gguf(file, name)
+    by_name = {family.gguf_name: family for family in FAMILIES.values() if family.gguf_name}
+    if name not in by_name:
+        raise ConfigError(
+            f"{file.path.name} has architecture {name!r}; known: {', '.join(by_name)}"
+        )
+    if (parts := file.field("split.count", int, 1)) > 1:
+        raise ConfigError(
+            f"{file.path.name} is one of {parts} parts of a model; make one file of them with "
+            "llama-gguf-split --merge"
+        )
+    family = by_name[name]
+    return family.of_gguf(file, architecture_of_gguf(file, name, family.name))
 
 
 def _of_directory(directory: Path) -> Architecture:
@@ -43,10 +52,5 @@ def _of_directory(directory: Path) -> Architecture:
         raise ConfigError(
             f"{directory.name} has architecture {classes[0]}; known: {', '.join(by_class)}"
         )
-    quantised = config.get("quantization_config")
-    if quantised is not None:
-        raise ConfigError(
-            f"{directory.name} is quantised ({quantised.get('quant_method')}); "
-            "use unquantised safetensors or a GGUF file"
-        )
+    packing_of(config)  # refuses what the weights could not be read from
     return by_class[classes[0]].read(config)

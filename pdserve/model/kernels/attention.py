@@ -37,11 +37,13 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from pdserve.model import kv_codec
 from pdserve.model.kernels.attention_kernels import (
     decode_attention_kernel,
     join_splits_kernel,
     prefill_attention_kernel,
 )
+from pdserve.model.kernels.codec import CODECS, PLAIN, POINTERS, parts_of
 from pdserve.model.kernels.configuration import DTYPES, HEAD_DIMS, OPTIONS, Configuration
 
 SPLIT_TOKENS = 512
@@ -60,11 +62,17 @@ class Tiles:
     stages: int
 
 
-def decode_tiles(dtype: torch.dtype, D: int, *, windowed: bool = False) -> Tiles:
+def decode_tiles(
+    dtype: torch.dtype, D: int, *, windowed: bool = False, coded: bool = False
+) -> Tiles:
     """Decode waits for memory, so rows that only pad a tile cost nothing; float32, which has no
     exact matrix instruction, has its multiply-adds shared by more warps. So are heads of 256, whose
     sums would not fit four warps' registers. Hiding what is before a window takes the registers of
-    one stage."""
+    one stage; taking codes apart, those of more."""
+    if coded:
+        rows = 16 if D > 128 and dtype == torch.float32 else 32
+        warps = 4 if D == 128 and dtype == torch.bfloat16 else 8
+        return Tiles(rows=rows, tokens=32, warps=warps, stages=1)
     if dtype == torch.float32:
         rows = 16 if D > 64 else 32
         return Tiles(rows=rows, tokens=rows, warps=8, stages=1 if windowed or D > 128 else 2)
@@ -74,12 +82,17 @@ def decode_tiles(dtype: torch.dtype, D: int, *, windowed: bool = False) -> Tiles
 
 
 def prefill_tiles(
-    dtype: torch.dtype, D: int, *, deterministic: bool, windowed: bool = False
+    dtype: torch.dtype,
+    D: int,
+    *,
+    deterministic: bool,
+    windowed: bool = False,
+    coded: bool = False,
 ) -> Tiles:
     """``make kernels`` says which tiles fit the registers of every generation; these do, and for
-    heads of 256 none larger than decode's."""
-    if deterministic or dtype == torch.float32 or D > 128:
-        return decode_tiles(dtype, D, windowed=windowed)
+    heads of 256, or of codes, none larger than decode's."""
+    if deterministic or dtype == torch.float32 or D > 128 or coded:
+        return decode_tiles(dtype, D, windowed=windowed, coded=coded)
     return Tiles(rows=64 if D > 64 else 128, tokens=64, warps=8, stages=2)
 
 
@@ -106,7 +119,8 @@ def paged_attention(
         starts_R1: [R + 1] int32, ascending from 0 to N.
         tables_RB: [R, B] int32, rows contiguous: the blocks of each run, in order.
         contexts_R: [R] int32, each at least its run's length.
-        pool_P2GTD: [P, 2, G, T, D], one layer of the pool, channels contiguous.
+        pool_P2GTD: [P, 2, G, T, D], one layer of the pool, channels contiguous; of the dtype of q,
+            or in 8 bits with scales (``kv_codec``).
         scale: of the scores, positive; usually D ** -0.5.
         longest_run: tokens of the longest run; a larger number only costs time.
         longest_context: at least the largest of ``contexts_R``.
@@ -134,14 +148,16 @@ def paged_attention(
             f"longest_run {longest_run} must be at most longest_context {longest_context}, and "
             f"that at most the {B} * {block_tokens} tokens of a block table"
         )
+    codec, codes_P2GTD, scales_P2GT = parts_of(pool_P2GTD, q_NHD.dtype)
     out_NHD = q_NHD.new_empty((N, H, D))
     if N == 0:
         return out_NHD
     heads_per_group = H // G
     rows = longest_run * heads_per_group
     windowed, window = window is not None, window or 0
-    decode = decode_tiles(q_NHD.dtype, D, windowed=windowed)
-    prefill = prefill_tiles(q_NHD.dtype, D, deterministic=deterministic, windowed=windowed)
+    kind = {"windowed": windowed, "coded": codec != PLAIN}
+    decode = decode_tiles(q_NHD.dtype, D, **kind)
+    prefill = prefill_tiles(q_NHD.dtype, D, deterministic=deterministic, **kind)
     tiles = prefill if rows > decode.rows else decode
     strides = (*q_NHD.stride()[:2], tables_RB.stride(0), *pool_P2GTD.stride()[:4])
     constants = {
@@ -150,6 +166,7 @@ def paged_attention(
         "D": D,
         "SPLIT_TOKENS": SPLIT_TOKENS,
         "WINDOWED": windowed,
+        "CODEC": codec,
         "INTERPRETED": q_NHD.device.type == "cpu",
     }
     if longest_run > 1 or longest_context <= SPLIT_TOKENS:
@@ -158,7 +175,8 @@ def paged_attention(
             starts_R1,
             tables_RB,
             contexts_R,
-            pool_P2GTD,
+            codes_P2GTD,
+            scales_P2GT,
             out_NHD,
             *strides,
             scale * _LOG2_E,
@@ -176,7 +194,8 @@ def paged_attention(
         q_NHD,
         tables_RB,
         contexts_R,
-        pool_P2GTD,
+        codes_P2GTD,
+        scales_P2GT,
         peaks_RSH,
         sums_RSH,
         outs_RSHD,
@@ -223,16 +242,17 @@ def paged_attention_reference(
     ):
         context = int(contexts_R[r])
         # [2, G, B * T, D]: the run's blocks, in order, as one stretch of tokens
-        kv = pool_P2GTD[tables_RB[r].long()].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context]
+        kv_B2GTD = kv_codec.taken(pool_P2GTD, tables_RB[r].long())
+        kv = kv_B2GTD.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context]
         q_GHD = q_NHD[start:end].float().unflatten(1, (G, -1)).transpose(0, 1).transpose(1, 2)
-        scores = q_GHD @ kv[0].float().unsqueeze(1).transpose(2, 3) * scale
+        scores = q_GHD @ kv[0].unsqueeze(1).transpose(2, 3) * scale
         prefix = context - (end - start)
         every = torch.ones(end - start, context, dtype=torch.bool)
         hidden = every.triu(prefix + 1)
         if window is not None:
             hidden |= every.tril(prefix - window)
         weights = scores.masked_fill(hidden.to(scores.device), float("-inf")).softmax(dim=-1)
-        out = weights @ kv[1].float().unsqueeze(1)  # [G, H/G, tokens, D]
+        out = weights @ kv[1].unsqueeze(1)  # [G, H/G, tokens, D]
         out_NHD[start:end] = out.permute(2, 0, 1, 3).flatten(1, 2).to(q_NHD.dtype)
     return out_NHD
 
@@ -268,10 +288,8 @@ def _check(
         raise ValueError(f"D must agree and H be a multiple of G: {shapes}")
     if D not in (16, 32, 64, 128, 256):
         raise ValueError(f"head_dim must be 16, 32, 64, 128 or 256, got {D}")
-    if q_NHD.dtype not in DTYPES or pool_P2GTD.dtype != q_NHD.dtype:
-        raise ValueError(
-            f"q and the pool must share one of {DTYPES}, got {q_NHD.dtype} and {pool_P2GTD.dtype}"
-        )
+    if q_NHD.dtype not in DTYPES:
+        raise ValueError(f"q must be one of {DTYPES}, got {q_NHD.dtype}")
     for name, tensor in (("starts", starts_R1), ("tables", tables_RB), ("contexts", contexts_R)):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(f"{name} must be int32 with contiguous rows, got {tensor.dtype}")
@@ -291,25 +309,41 @@ def configurations() -> Iterator[Configuration]:
             yield from _configurations(dtype, D, heads=32, groups=8)
             yield from _configurations(dtype, D, heads=32, groups=8, windowed=True)
     yield from _configurations(torch.bfloat16, 64, heads=9, groups=3)
+    for stored in CODECS:
+        for D in HEAD_DIMS:
+            for windowed in (False, True):
+                yield from _configurations(
+                    torch.bfloat16, D, heads=32, groups=8, windowed=windowed, stored=stored
+                )
+        yield from _configurations(torch.float16, 128, heads=32, groups=8, stored=stored)
 
 
 def _configurations(
-    dtype: torch.dtype, D: int, *, heads: int, groups: int, windowed: bool = False
+    dtype: torch.dtype,
+    D: int,
+    *,
+    heads: int,
+    groups: int,
+    windowed: bool = False,
+    stored: torch.dtype | None = None,
 ) -> Iterator[Configuration]:
+    """``stored``: the pool's dtype where it holds codes."""
     block_tokens = 16
+    head_elements = block_tokens * D + (block_tokens * 2 if stored else 0)
     arguments: dict[str, torch.dtype | int | float] = {
         "q_ptr": dtype,
         "starts_ptr": torch.int32,
         "tables_ptr": torch.int32,
         "contexts_ptr": torch.int32,
-        "pool_ptr": dtype,
+        "pool_ptr": dtype if stored is None else POINTERS[stored],
+        "scales_ptr": dtype if stored is None else torch.bfloat16,
         "out_ptr": dtype,
         "q_stride_n": heads * D,
         "q_stride_h": D,
         "tables_stride_r": 512,
-        "pool_stride_p": 32 * 2 * groups * block_tokens * D,
-        "pool_stride_2": groups * block_tokens * D,
-        "pool_stride_g": block_tokens * D,
+        "pool_stride_p": 32 * 2 * groups * head_elements,
+        "pool_stride_2": groups * head_elements,
+        "pool_stride_g": head_elements,
         "pool_stride_t": D,
         "scale_log2": 0.18,
         "window": 1000,
@@ -321,14 +355,16 @@ def _configurations(
         "D": D,
         "SPLIT_TOKENS": SPLIT_TOKENS,
         "WINDOWED": windowed,
+        "CODEC": CODECS.get(stored, PLAIN),
         "INTERPRETED": False,
     }
-    suffix = " windowed" if windowed else ""
+    suffix = (" windowed" if windowed else "") + (f" {stored}" if stored else "")
+    kind = {"windowed": windowed, "coded": stored is not None}
     ways = {
-        "decode": decode_tiles(dtype, D, windowed=windowed),
-        "prefill": prefill_tiles(dtype, D, deterministic=True, windowed=windowed),
+        "decode": decode_tiles(dtype, D, **kind),
+        "prefill": prefill_tiles(dtype, D, deterministic=True, **kind),
     }
-    if dtype != torch.float32:
+    if dtype != torch.float32 and stored is None:
         ways["fast prefill"] = prefill_tiles(dtype, D, deterministic=False)
     for way, tiles in ways.items():
         options = _shape(tiles)
@@ -342,6 +378,8 @@ def _configurations(
             {**constants, **shape},
             options,
         )
+    if stored is not None:
+        return  # the join does not see the pool
     yield Configuration(
         join_splits_kernel,
         f"join_splits D={D}{suffix}",

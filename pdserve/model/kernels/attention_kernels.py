@@ -10,19 +10,8 @@ Shape letters, in this file:
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _dot(a_YK, b_KZ, out_YZ, INTERPRETED: tl.constexpr):
-    """out + a @ b, products exact and sums in float32.
-
-    Triton's interpreter multiplies the bits of bf16 as if they were integers, and numpy's float32
-    product of a row depends on where in the tile the row lies. float64 cures both.
-    """
-    if INTERPRETED:
-        a_double = a_YK.to(tl.float32).to(tl.float64)
-        b_double = b_KZ.to(tl.float32).to(tl.float64)
-        return out_YZ + tl.dot(a_double, b_double, out_dtype=tl.float64).to(tl.float32)
-    return tl.dot(a_YK, b_KZ, out_YZ, input_precision="ieee")
+from pdserve.model.kernels.codec import decoded
+from pdserve.model.kernels.products import dot as _dot
 
 
 @triton.jit
@@ -35,6 +24,7 @@ def _attend_split(
     window,  # tokens a row sees, its own the last of them; only if WINDOWED
     table_ptr,  # [B] int32: this run's blocks
     pool_ptr,  # [P, 2, G, T, D], at this kv head: the keys of its first block
+    scales_ptr,  # [P, 2, G, T] bfloat16, likewise, strides half of the pool's; only with a CODEC
     pool_stride_p,
     pool_stride_2,
     pool_stride_t,
@@ -44,6 +34,7 @@ def _attend_split(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CODEC: tl.constexpr,  # of ``codec``
     INTERPRETED: tl.constexpr,
 ):
     """(peak [Y], sum [Y], unnormalised output [Y, D]) of one split. A row that sees nothing of it
@@ -65,11 +56,23 @@ def _attend_split(
         # 64-bit offsets: the pool passes 2**31 elements at 4 GiB of bf16.
         place = block * pool_stride_p + t % BLOCK_TOKENS * pool_stride_t
         k_ptr = pool_ptr + place[None, :] + d[:, None]
-        k_DX = tl.load(k_ptr, mask=written[None, :], other=0.0)
+        k_DX = tl.load(k_ptr, mask=written[None, :], other=0)
         v_ptr = pool_ptr + pool_stride_2 + place[:, None] + d[None, :]
-        v_XD = tl.load(v_ptr, mask=written[:, None], other=0.0)
+        v_XD = tl.load(v_ptr, mask=written[:, None], other=0)
+        if CODEC:
+            # Codes are exact in the model's dtype: they are multiplied, and scales go to the sums.
+            scale_ptr = scales_ptr + block * (pool_stride_p // 2) + t % BLOCK_TOKENS
+            k_scale_X = tl.load(scale_ptr, mask=written, other=0.0).to(tl.float32)
+            scale_ptr += pool_stride_2 // 2
+            v_scale_X = tl.load(scale_ptr, mask=written, other=0.0).to(tl.float32)
+            k_DX = decoded(k_DX, CODEC).to(q_YD.dtype)
+            v_XD = decoded(v_XD, CODEC)
+            # A weight times its scale may be too small for float16.
+            v_XD = v_XD.to(tl.bfloat16 if q_YD.dtype == tl.float16 else q_YD.dtype)
 
         score_YX = _dot(q_YD, k_DX, tl.zeros([ROWS, TOKENS], tl.float32), INTERPRETED)
+        if CODEC:
+            score_YX = score_YX * k_scale_X[None, :]
         if WINDOWED:
             # Unsigned: what comes after the row is a large number.
             visible = (position_Y[:, None] - t[None, :]).to(tl.uint32, bitcast=True) < window
@@ -82,6 +85,8 @@ def _attend_split(
         weight_YX = tl.exp2(tl.fma(score_YX, scale_log2, -base_Y[:, None]))
         decay_Y = tl.exp2(peak_Y - base_Y)
         sum_Y = tl.fma(sum_Y, decay_Y, tl.sum(weight_YX, axis=1))
+        if CODEC:
+            weight_YX = weight_YX * v_scale_X[None, :]
         out_YD = _dot(weight_YX.to(v_XD.dtype), v_XD, out_YD * decay_Y[:, None], INTERPRETED)
         peak_Y = new_peak_Y
     return peak_Y, sum_Y, out_YD
@@ -105,6 +110,7 @@ def prefill_attention_kernel(
     tables_ptr,  # [R, B] int32, rows contiguous
     contexts_ptr,  # [R] int32: tokens of each run that have KV, its own included
     pool_ptr,  # [P, 2, G, T, D] of one layer, channels contiguous
+    scales_ptr,  # [P, 2, G, T] bfloat16, strides half of the pool's; only with a CODEC
     out_ptr,  # [N, H, D], contiguous
     q_stride_n,
     q_stride_h,
@@ -122,6 +128,7 @@ def prefill_attention_kernel(
     TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CODEC: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # Grid: (ceil(longest_run * heads_per_group / ROWS), G, R). Program (i, g, r) does tile i of the
@@ -163,6 +170,7 @@ def prefill_attention_kernel(
             window,
             tables_ptr + r.to(tl.int64) * tables_stride_r,
             pool_ptr + g * pool_stride_g,
+            scales_ptr + g * (pool_stride_g // 2),
             pool_stride_p,
             pool_stride_2,
             pool_stride_t,
@@ -172,6 +180,7 @@ def prefill_attention_kernel(
             ROWS,
             TOKENS,
             WINDOWED,
+            CODEC,
             INTERPRETED,
         )
         peak_Y, sum_Y, decay_Y, split_decay_Y = _join(peak_Y, sum_Y, split_peak_Y, split_sum_Y)
@@ -187,6 +196,7 @@ def decode_attention_kernel(
     tables_ptr,  # [R, B] int32, rows contiguous
     contexts_ptr,  # [R] int32: tokens of each run that have KV, its own included
     pool_ptr,  # [P, 2, G, T, D] of one layer, channels contiguous
+    scales_ptr,  # [P, 2, G, T] bfloat16, strides half of the pool's; only with a CODEC
     peaks_ptr,  # [R, S, H] float32, contiguous
     sums_ptr,  # [R, S, H] float32, contiguous
     outs_ptr,  # [R, S, H, D] float32, contiguous
@@ -207,6 +217,7 @@ def decode_attention_kernel(
     TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CODEC: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # Grid: (S * ceil(heads_per_group / ROWS), G, R). Program (s + S * i, g, r) leaves split s of
@@ -239,6 +250,7 @@ def decode_attention_kernel(
         window,
         tables_ptr + r * tables_stride_r,
         pool_ptr + g * pool_stride_g,
+        scales_ptr + g * (pool_stride_g // 2),
         pool_stride_p,
         pool_stride_2,
         pool_stride_t,
@@ -248,6 +260,7 @@ def decode_attention_kernel(
         ROWS,
         TOKENS,
         WINDOWED,
+        CODEC,
         INTERPRETED,
     )
     part = (r * S + s) * tl.num_programs(1) * HEADS_PER_GROUP + h

@@ -29,7 +29,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pdserve.model.kernels import attention, blocks, norm, rope, silu
+from pdserve.model.kernels import (
+    attention,
+    blocks,
+    fp8_linear,
+    grouped_linear,
+    norm,
+    rope,
+    sampling,
+    silu,
+)
 from pdserve.model.kernels.configuration import OPTIONS, Configuration
 
 KiB = 1 << 10
@@ -38,12 +47,24 @@ SHARED_BYTES_MAX = {80: 163 * KiB, 90: 227 * KiB, 100: 227 * KiB}
 """What one program may have of a multiprocessor's shared memory, by compute capability. CUDA C++
 Programming Guide, table of technical specifications."""
 
-MODULES: tuple[ModuleType, ...] = (attention, norm, rope, silu, blocks)
+MODULES: tuple[ModuleType, ...] = (
+    attention,
+    norm,
+    rope,
+    silu,
+    blocks,
+    sampling,
+    grouped_linear,
+    fp8_linear,
+)
 
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -175,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for index, configuration in enumerate(all_configurations())
         if configuration.name.startswith(options.only)
         for capability in options.sm or SHARED_BYTES_MAX
+        if capability >= configuration.capability_min
     ]
     if not jobs:
         print(f"no configuration's name begins with {options.only!r}", file=sys.stderr)

@@ -34,3 +34,6 @@ class Configuration:
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     """``num_warps``, ``num_stages``; besides ``OPTIONS``."""
+
+    capability_min: int = 0
+    """The first GPU generation that this is launched on."""

@@ -1,7 +1,8 @@
 """Rotary position embedding of q and k, and k and v put into the paged pool, in one pass.
 
 Half-split convention: channel i < D/2 is the first and channel i + D/2 the second coordinate of a
-point that turns by position * frequency_i. The products are float32 and rounded once.
+point that turns by position * frequency_i. The products are float32 and rounded once. A pool of
+8 bits gets the codes of what one of the model's dtype would get.
 
 Shape letters, in this file:
     N  tokens                 H  query heads            G  key/value heads
@@ -15,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pdserve.model import kv_codec
+from pdserve.model.kernels.codec import CODECS, PLAIN, POINTERS, encoded, parts_of
 from pdserve.model.kernels.configuration import DTYPES, HEAD_DIMS, OPTIONS, Configuration
 
 _WARPS = 4
@@ -36,6 +39,7 @@ def _rope_and_cache_kernel(
     slots_ptr,  # [N] int64, each in [0, P * T)
     out_ptr,  # [N, H, D], contiguous: q, turned
     pool_ptr,  # [P, 2, G, T, D] of one layer, channels contiguous
+    scales_ptr,  # [P, 2, G, T] bfloat16, strides half of the pool's; only with a CODEC
     q_stride_n,
     q_stride_h,
     k_stride_n,
@@ -52,6 +56,7 @@ def _rope_and_cache_kernel(
     D: tl.constexpr,  # a power of two
     TILE_H: tl.constexpr,  # >= H, a power of two
     TILE_G: tl.constexpr,  # >= G, a power of two
+    CODEC: tl.constexpr,  # of ``codec``
 ):
     # Grid: (N,). Program n does all heads of token n.
     # 64-bit offsets: n * stride passes 2**31 elements at 350,000 tokens of 48 heads of 128.
@@ -80,13 +85,24 @@ def _rope_and_cache_kernel(
     first = tl.load(k_tile_ptr, mask=g < G, other=0.0).to(tl.float32)
     second = tl.load(k_tile_ptr + D // 2, mask=g < G, other=0.0).to(tl.float32)
     first, second = _turn(first, second, cos, sin)
-    tl.store(cache_ptr, first.to(pool_ptr.dtype.element_ty), mask=g < G)
-    tl.store(cache_ptr + D // 2, second.to(pool_ptr.dtype.element_ty), mask=g < G)
-
     v_tile_ptr = v_ptr + n * v_stride_n + g * v_stride_g + half
+    # Zeros where there is no head: what is coded must be a number.
+    v_first = tl.load(v_tile_ptr, mask=g < G, other=0.0)
+    v_second = tl.load(v_tile_ptr + D // 2, mask=g < G, other=0.0)
+    first, second = first.to(out_ptr.dtype.element_ty), second.to(out_ptr.dtype.element_ty)
+    if CODEC:
+        head = tl.arange(0, TILE_G)
+        place = slot // BLOCK_TOKENS * (pool_stride_p // 2) + slot % BLOCK_TOKENS
+        scale_ptr = scales_ptr + place + head * (pool_stride_g // 2)
+        first, second, scale = encoded(first.to(tl.float32), second.to(tl.float32), CODEC)
+        tl.store(scale_ptr, scale, mask=head < G)
+        v_first, v_second, scale = encoded(v_first.to(tl.float32), v_second.to(tl.float32), CODEC)
+        tl.store(scale_ptr + pool_stride_2 // 2, scale, mask=head < G)
+    tl.store(cache_ptr, first, mask=g < G)
+    tl.store(cache_ptr + D // 2, second, mask=g < G)
     cache_ptr += pool_stride_2
-    tl.store(cache_ptr, tl.load(v_tile_ptr, mask=g < G), mask=g < G)
-    tl.store(cache_ptr + D // 2, tl.load(v_tile_ptr + D // 2, mask=g < G), mask=g < G)
+    tl.store(cache_ptr, v_first, mask=g < G)
+    tl.store(cache_ptr + D // 2, v_second, mask=g < G)
 
 
 def rope_and_cache(
@@ -107,7 +123,8 @@ def rope_and_cache(
         rope_MD: [M, D] float32, contiguous: D/2 cosines, then D/2 sines, per position.
         positions_N: [N] int64.
         slots_N: [N] int64, block * block_tokens + offset. No slot may appear twice.
-        pool_P2GTD: [P, 2, G, T, D], one layer of the pool, channels contiguous; written.
+        pool_P2GTD: [P, 2, G, T, D], one layer of the pool, channels contiguous; written. Of the
+            dtype of q, or in 8 bits with scales (``kv_codec``).
 
     Returns:
         q, turned: [N, H, D], contiguous.
@@ -121,6 +138,7 @@ def rope_and_cache(
     _check(q_NHD, k_NGD, v_NGD, rope_MD, positions_N, slots_N, pool_P2GTD)
     N, H, D = q_NHD.shape
     G, block_tokens = pool_P2GTD.shape[2:4]
+    codec, codes_P2GTD, scales_P2GT = parts_of(pool_P2GTD, q_NHD.dtype)
     out_NHD = q_NHD.new_empty((N, H, D))
     if N > 0:
         _rope_and_cache_kernel[(N,)](
@@ -131,7 +149,8 @@ def rope_and_cache(
             positions_N,
             slots_N,
             out_NHD,
-            pool_P2GTD,
+            codes_P2GTD,
+            scales_P2GT,
             *q_NHD.stride()[:2],
             *k_NGD.stride()[:2],
             *v_NGD.stride()[:2],
@@ -142,6 +161,7 @@ def rope_and_cache(
             D=D,
             TILE_H=triton.next_power_of_2(H),
             TILE_G=triton.next_power_of_2(G),
+            CODEC=codec,
             num_warps=_WARPS,
             **OPTIONS,
         )
@@ -167,8 +187,8 @@ def rope_and_cache_reference(
 
     block_tokens = pool_P2GTD.shape[3]
     blocks_N, offsets_N = slots_N // block_tokens, slots_N % block_tokens
-    pool_P2GTD[blocks_N, 0, :, offsets_N] = turned(k_NGD)
-    pool_P2GTD[blocks_N, 1, :, offsets_N] = v_NGD
+    kv_codec.put(pool_P2GTD[:, 0], blocks_N, offsets_N, turned(k_NGD))
+    kv_codec.put(pool_P2GTD[:, 1], blocks_N, offsets_N, v_NGD)
     return turned(q_NHD)
 
 
@@ -195,10 +215,10 @@ def _check(
         raise ValueError(f"N, G and D must agree: {shapes}")
     if D < 16 or D & (D - 1):
         raise ValueError(f"head_dim must be a power of two of at least 16, got {D}")
-    dtypes = {tensor.dtype for tensor in (q_NHD, k_NGD, v_NGD, pool_P2GTD)}
+    dtypes = {tensor.dtype for tensor in (q_NHD, k_NGD, v_NGD)}
     if len(dtypes) > 1 or q_NHD.dtype not in DTYPES or rope_MD.dtype != torch.float32:
         raise ValueError(
-            f"q, k, v and the pool must share one of {DTYPES}, the rope must be float32; got "
+            f"q, k and v must share one of {DTYPES}, the rope must be float32; got "
             f"{dtypes} and {rope_MD.dtype}"
         )
     for name, tensor in (("positions", positions_N), ("slots", slots_N)):
@@ -217,34 +237,47 @@ def _check(
 def configurations() -> Iterator[Configuration]:
     for dtype in DTYPES:
         for H, G, D in ((9, 3, 64), *((32, 8, D) for D in HEAD_DIMS), (64, 8, 128)):
-            pointers = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "pool_ptr")
-            row = (H + 2 * G) * D
-            yield Configuration(
-                _rope_and_cache_kernel,
-                f"rope_and_cache H={H} G={G} D={D}",
-                {
-                    **dict.fromkeys(pointers, dtype),
-                    "rope_ptr": torch.float32,
-                    "positions_ptr": torch.int64,
-                    "slots_ptr": torch.int64,
-                    "q_stride_n": row,
-                    "q_stride_h": D,
-                    "k_stride_n": row,
-                    "k_stride_g": D,
-                    "v_stride_n": row,
-                    "v_stride_g": D,
-                    "pool_stride_p": 32 * 2 * G * 16 * D,
-                    "pool_stride_2": G * 16 * D,
-                    "pool_stride_g": 16 * D,
-                    "pool_stride_t": D,
-                },
-                {
-                    "BLOCK_TOKENS": 16,
-                    "H": H,
-                    "G": G,
-                    "D": D,
-                    "TILE_H": triton.next_power_of_2(H),
-                    "TILE_G": triton.next_power_of_2(G),
-                },
-                {"num_warps": _WARPS},
-            )
+            yield _configuration(dtype, H, G, D)
+    for stored in CODECS:
+        for D in HEAD_DIMS:
+            yield _configuration(torch.bfloat16, 32, 8, D, stored)
+
+
+def _configuration(
+    dtype: torch.dtype, H: int, G: int, D: int, stored: torch.dtype | None = None
+) -> Configuration:
+    """``stored``: the pool's dtype where it holds codes."""
+    block_tokens, row = 16, (H + 2 * G) * D
+    head_elements = block_tokens * D + (block_tokens * 2 if stored else 0)
+    return Configuration(
+        _rope_and_cache_kernel,
+        f"rope_and_cache H={H} G={G} D={D}" + (f" {stored}" if stored else ""),
+        {
+            **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
+            "pool_ptr": dtype if stored is None else POINTERS[stored],
+            "scales_ptr": dtype if stored is None else torch.bfloat16,
+            "rope_ptr": torch.float32,
+            "positions_ptr": torch.int64,
+            "slots_ptr": torch.int64,
+            "q_stride_n": row,
+            "q_stride_h": D,
+            "k_stride_n": row,
+            "k_stride_g": D,
+            "v_stride_n": row,
+            "v_stride_g": D,
+            "pool_stride_p": 32 * 2 * G * head_elements,
+            "pool_stride_2": G * head_elements,
+            "pool_stride_g": head_elements,
+            "pool_stride_t": D,
+        },
+        {
+            "BLOCK_TOKENS": block_tokens,
+            "H": H,
+            "G": G,
+            "D": D,
+            "TILE_H": triton.next_power_of_2(H),
+            "TILE_G": triton.next_power_of_2(G),
+            "CODEC": CODECS.get(stored, PLAIN),
+        },
+        {"num_warps": _WARPS},
+    )

@@ -26,11 +26,11 @@ from dataclasses import dataclass, fields
 from itertools import islice
 
 from pdserve.clock import MS, US, S
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.router.costs import CostModel
 from pdserve.router.entry import Entry
 from pdserve.router.orders.level_lines import LevelHeap, LevelLines, LevelLists
+from pdserve.router_config import RouterConfig
 
 RELEASED_FIRST_QUANTUM_NS = 10 * MS
 RELEASED_STARVATION_NS = 3 * S

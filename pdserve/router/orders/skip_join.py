@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
@@ -26,6 +25,7 @@ from pdserve.router.levels import Ladder
 from pdserve.router.orders.rescue import Rescue
 from pdserve.router.orders.tenant_levels import Item, TenantLevels
 from pdserve.router.orders.tenants import FairTags
+from pdserve.router_config import RouterConfig
 
 CLASS_DELAYS_NS: Mapping[ServiceClass, int] = {
     ServiceClass.INTERACTIVE: -2 * S,

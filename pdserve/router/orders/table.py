@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 
 from pdserve.clock import MS
-from pdserve.config import QueuePolicy, RouterConfig
 from pdserve.router.costs import CostModel
 from pdserve.router.orders import mlfq, static
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.boost import FixedGamma, GammaBoost, GammaSource, TailGamma
 from pdserve.router.orders.hrrn import HighestResponseRatio
+from pdserve.router_config import QueuePolicy, RouterConfig
 
 
 def order_of(settings: RouterConfig, costs: CostModel, gamma: GammaSource | None = None) -> Order:

@@ -9,7 +9,7 @@ from bench.http_load import Answer, random_tokens, read_events
 
 
 def answered(*token_s: float) -> Answer:
-    return Answer(0.0, token_s[0], list(token_s), {}, 0)
+    return Answer(0.0, token_s[0], list(token_s), [], {}, 0)
 
 
 def test_gaps_count_only_while_all_streams_run() -> None:
@@ -35,7 +35,7 @@ def test_an_answer_has_a_time_for_every_token() -> None:
         (6.0, b"data: [DONE]\n"),
     ]
     answer = read_events(0.5, 0.9, lines, generated_tokens=3)
-    assert answer == Answer(0.5, 0.9, [1.0, 3.0, 3.0], {"step_ms": 2.5}, 16)
+    assert answer == Answer(0.5, 0.9, [1.0, 3.0, 3.0], [5, 6, 7], {"step_ms": 2.5}, 16)
 
 
 def test_a_missing_token_is_noticed() -> None:

@@ -36,7 +36,7 @@ def table(monkeypatch: pytest.MonkeyPatch, *argv: str, missing: str = "") -> lis
     monkeypatch.setattr(engine, "_measure_ours", ours)
     monkeypatch.setattr(engine, "_measure_vllm", vllm)
     monkeypatch.setattr(engine, "_measure_llama", llama)
-    monkeypatch.setattr(engine, "_missing", lambda _: missing)
+    monkeypatch.setattr(engine, "peer_missing", lambda _: missing)
     parser = argparse.ArgumentParser()
     engine.add_arguments(parser)
     rows = list(engine.measure(Options(True, parser.parse_args(argv))))

@@ -6,18 +6,21 @@ until somebody closes the iterator. Text is tokenised into its UTF-8 bytes.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, cast
 
 from pdserve.cluster.calls import Call, Piece
 from pdserve.errors import PdserveError
-from pdserve.ids import WorkerId
+from pdserve.ids import BlockKey, WorkerId
+from pdserve.kvstore.keys import adapter_namespace, block_keys, namespace_digest
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
 from pdserve.text.chat import ChatTemplate
+from pdserve.text.grammar import Grammars
 from pdserve.text.tokenizer import Tokenizer
 
 MODEL = "fake-model"
+ADAPTER = "fake-adapter"
 VOCAB_SIZE = 257
 EOS = 256
 
@@ -42,6 +45,10 @@ HANG = Wait.HANG
 
 Step = Piece | PdserveError | Literal[Wait.HANG]
 Script = Callable[[Call], Iterable[Step]]
+
+
+BLOCK_TOKENS = 4
+NAMESPACE = namespace_digest(model=MODEL)
 
 
 class FakeTokenizer:
@@ -85,9 +92,11 @@ class FakeSession:
     model_name = MODEL
     context_tokens = 1000
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, *, adapters: Collection[str] = ()) -> None:
+        self.adapters = adapters
         self.tokenizer = cast(Tokenizer, FakeTokenizer())
         self.template = cast(ChatTemplate, FakeTemplate())
+        self.grammars = Grammars(self.tokenizer)
         self.script: Script = script or said("Hello", " world")
         self.calls: list[Call] = []
         self.cancelled: list[str] = []
@@ -112,7 +121,13 @@ class FakeSession:
             if not self.open:
                 self.closed.set()
 
-    def cancel(self, call: str) -> bool:
+    def block_keys(
+        self, tokens: Sequence[int], tenant: str, adapter: str | None
+    ) -> tuple[BlockKey, ...]:
+        namespace = adapter_namespace(NAMESPACE, adapter or "")
+        return block_keys(namespace, tokens, BLOCK_TOKENS, tenant=tenant)
+
+    def cancel(self, call: str, *, tenant: str | None = None) -> bool:
         self.cancelled.append(call)
         return call in self.open
 

@@ -29,6 +29,13 @@ def test_threads_stay_awake_where_a_worker_is_alone() -> None:
     assert [os.environ.get(name) for name in NAMES] == [str(cores), None, str(SPINS)]
 
 
+def test_processes_of_one_worker_share_the_cores_out() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert set_threads(PoolConfig(tensor_parallel=cores), alone=False) == 1
+    assert set_threads(PoolConfig(tensor_parallel=2 * cores), alone=False) == 1
+    assert set_threads(PoolConfig(tensor_parallel=cores, threads=3), alone=False) == 3
+
+
 def test_what_starts_after_bound_threads_may_run_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = os.sched_getaffinity(0)
     monkeypatch.setattr(cpu_ops, "bind_threads", lambda: os.sched_setaffinity(0, {min(cores)}))

@@ -1,14 +1,17 @@
 """Exactly-once delivery over attempts and workers: every token once, in order, whatever arrives."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pdserve.cluster.delivery import HELD_MAX, Delivery
+from pdserve.cluster.delivery import HELD_MAX, BeamDelivery, Delivery
 from pdserve.errors import ErrorInfo, FrameError, OutOfBlocks, PdserveError
 from pdserve.ids import BlockKey, HostId, RequestId
 from pdserve.messages import (
     Address,
+    Beams,
     FinishReason,
     Request,
     Sampling,
@@ -151,3 +154,52 @@ def test_too_many_deltas_out_of_order_are_a_broken_cluster() -> None:
     with pytest.raises(FrameError, match="wait for token 0"):
         delivery.on_delta(_delta(HELD_MAX + 1, "x"))
     assert issubclass(FrameError, PdserveError)
+
+
+# ── beam searches ────────────────────────────────────────────────────────────────────────────────
+
+
+def _beam_delivery() -> BeamDelivery:
+    request = replace(_delivery().request, choice=0, beams=Beams(3, 2))
+    return BeamDelivery(request, Detokenizer(Letters()))  # type: ignore[arg-type]
+
+
+def _hypothesis(index: int, text: str, **fields: Any) -> TokenDelta:
+    told: dict[str, Any] = {"attempt": 0, "offset": 0, "finish": FinishReason.STOP, **fields}
+    tokens = tuple(Token(byte) for byte in text.encode())
+    return TokenDelta(RequestId("r"), tokens=tokens, hypothesis=index, **told)
+
+
+def test_each_hypothesis_is_a_choice() -> None:
+    delivery = _beam_delivery()
+    choices = [delivery.open_choices]
+    (second,) = delivery.on_delta(_hypothesis(1, "be"))
+    assert (second.choice, second.text, second.finish) == (1, "be", FinishReason.STOP)
+    choices.append(delivery.open_choices)
+    assert not delivery.finished
+    begun = delivery.on_delta(_hypothesis(0, "sea", finish=None))
+    ended = delivery.on_delta(_hypothesis(0, "ch", offset=3))
+    assert [piece.text for piece in begun + ended] == ["sea", "ch"]
+    assert delivery.finished
+    assert [*choices, delivery.open_choices] == [(0, 1), (0,), ()]
+
+
+def test_a_search_s_next_attempt_begins_at_the_prompt_and_repeats_nothing() -> None:
+    delivery = _beam_delivery()
+    delivery.on_delta(_hypothesis(0, "sea"))
+    again = delivery.next_attempt(())
+    assert (again.attempt, again.tokens, again.choice) == (1, PROMPT, 0)
+    assert delivery.on_delta(_hypothesis(1, "be")) == []  # of the attempt that was lost
+    assert delivery.on_delta(_hypothesis(0, "sea", attempt=1)) == []
+    (piece,) = delivery.on_delta(_hypothesis(1, "be", attempt=1))
+    assert piece.text == "be"
+    assert delivery.finished
+
+
+def test_an_error_of_a_search_ends_all_its_choices() -> None:
+    delivery = _beam_delivery()
+    error = ErrorInfo.of(OutOfBlocks(9, 8, retry_after_ms=1))
+    with pytest.raises(OutOfBlocks):
+        delivery.on_delta(_hypothesis(0, "", finish=FinishReason.ERROR, error=error))
+    assert delivery.finished
+    assert delivery.on_delta(_hypothesis(1, "be")) == []

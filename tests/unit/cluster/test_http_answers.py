@@ -69,6 +69,7 @@ def test_null_is_the_same_as_absent(app: FastAPI, session: FakeSession) -> None:
         *("frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "stop_token_ids"),
         *("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "user", "tools"),
         *("service_tier", "priority", "stream", "stream_options", "tool_choice", "best_of"),
+        *("use_beam_search", "length_penalty", "early_stopping"),
         *(
             "no_repeat_ngram_size",
             "chat_template_kwargs",
@@ -95,7 +96,7 @@ def test_every_parameter_arrives(app: FastAPI, session: FakeSession) -> None:
             **{"logit_bias": {"9": -100, "3": 1.5}, "seed": 42, "stop": ["x", "yz"]},
             **{"stop_token_ids": [1, 2], "ignore_eos": True, "logprobs": 3, "user": "ann"},
             **{"include_stop_str_in_output": True, "skip_special_tokens": False},
-            **{"no_repeat_ngram_size": 64},
+            **{"no_repeat_ngram_size": 64, "prompt_cache_retention": "24h"},
             **{"service_tier": "flex", "priority": -5, "best_of": 2, "unheard_of": {"a": 1}},
         },
     )
@@ -113,6 +114,7 @@ def test_every_parameter_arrives(app: FastAPI, session: FakeSession) -> None:
         skip_special_tokens=False,
         include_stop_string=True,
         prompt_field="prompt",
+        pin_ms=24 * 3600 * 1000,
     )
 
 
@@ -153,10 +155,11 @@ def test_any_64_bit_seed_travels_as_a_number_without_sign(
 
 
 def test_messages_become_what_templates_know(app: FastAPI, session: FakeSession) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": ["one", {"type": "text", "text": "two"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "3", "tool_call_id": "1"},
     ]
     post(app, CHAT, {"messages": messages, "add_generation_prompt": False})
@@ -164,15 +167,6 @@ def test_messages_become_what_templates_know(app: FastAPI, session: FakeSession)
         bytes(only_call(session).prompt)
         == b"system: be brief\nuser: one\ntwo\nassistant: \ntool: 3\n"
     )
-
-
-@pytest.mark.parametrize(("choice", "count"), [(None, 2), ("auto", 2), ("none", 0)])
-def test_tools_reach_the_template_unless_they_are_switched_off(
-    app: FastAPI, session: FakeSession, choice: str | None, count: int
-) -> None:
-    tool = {"type": "function", "function": {"name": "f"}}
-    post(app, CHAT, ASK | {"tools": [tool, tool], "tool_choice": choice})
-    assert bytes(only_call(session).prompt) == b"tools " * count + RENDERED
 
 
 def test_the_deadline_is_the_clients_where_it_names_one(app: FastAPI, session: FakeSession) -> None:

@@ -14,7 +14,7 @@ from tests.unit.cluster.fake_session import FakeSession, steps
 
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
 SNAPSHOT: dict[str, Any] = {
-    "queue_by_level": [2, 0, 1],
+    "queue_lengths": [2, 0, 1],
     "oldest_wait_ms": 1500.0,
     "parked": 4,
     "workers": [

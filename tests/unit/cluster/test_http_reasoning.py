@@ -45,6 +45,11 @@ def streamed(reply: Reply) -> tuple[str, str]:
     return reasoning, content
 
 
+def test_a_constrained_answer_has_no_thought() -> None:
+    told = asked('{"a": 1}', style="deepseek_r1", response_format={"type": "json_object"})
+    assert told.json()["choices"][0]["message"]["content"] == '{"a": 1}'
+
+
 def test_a_thought_and_its_answer_are_told_apart() -> None:
     assert message(asked("<think>why</think>so", style="qwen3")) == ("why", "so")
     assert message(asked("why</think>so", style="deepseek_r1")) == ("why", "so")

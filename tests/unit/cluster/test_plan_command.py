@@ -10,8 +10,9 @@ import pytest
 from pdserve.cluster import plan_command
 from pdserve.cluster.plan_command import Objectives, objectives_of, plan, simulation_of
 from pdserve.cluster.profiles import read_profile
-from pdserve.config import ClusterConfig, RouterConfig
+from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.settings import SimulationSettings
 from pdserve.simulator.traces import Trace
 

@@ -2,16 +2,19 @@
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pdserve.cluster.worker_shell import WorkerShell
-from pdserve.config import ClusterConfig, RouterConfig
+from pdserve.cluster.worker_shell import BATCH_TOKENS_MAX, WorkerShell, in_batches
+from pdserve.config import ClusterConfig
 from pdserve.engine.outputs import Load, ToRouter
+from pdserve.errors import RankLost
 from pdserve.ids import HostId, RequestId
 from pdserve.lifecycle import Event
-from pdserve.messages import Attained, ChunkDone, Progress, Report, Role
+from pdserve.messages import Attained, ChunkDone, Progress, Report, Role, Token, TokenDelta
+from pdserve.router_config import RouterConfig
 
 ATTAINED = (Attained(RequestId("r"), 0, 7),)
 CALM = Load(running=1, waiting=0, free_blocks=5)
@@ -65,6 +68,21 @@ def test_what_one_step_says_of_a_request_is_one_report_in_its_order() -> None:
     assert (report.chunks, report.progress) == ((chunk,), (done, adopted))
 
 
+def test_a_lost_rank_is_ill_health_before_any_step_meets_it() -> None:
+    def lost() -> None:
+        raise RankLost("rank 1 ended")
+
+    async def ask() -> None:
+        shell = WorkerShell(Role.DECODE, ClusterConfig(), host=HostId("h"))
+        shell._engine = SimpleNamespace(alive=True, stuck_ns=lambda: 0)  # type: ignore[assignment]
+        shell.check_health()
+        shell._parts = SimpleNamespace(followers=SimpleNamespace(check=lost))  # type: ignore[assignment]
+        shell.check_health()
+
+    with pytest.raises(RuntimeError, match="rank 1 ended"):
+        asyncio.run(ask())
+
+
 @pytest.mark.parametrize(
     ("role", "mode", "tells"),
     [
@@ -80,3 +98,18 @@ def test_who_may_prefill_tells_of_its_hosts_store(role: Role, mode: Any, *, tell
         return WorkerShell(role, config, host=HostId("h"))._tells_of_store()
 
     assert asyncio.run(ask()) is tells
+
+
+def test_long_answers_go_out_in_several_messages_in_their_order() -> None:
+    def delta(token_count: int) -> TokenDelta:
+        return TokenDelta(RequestId("r"), 0, 0, (Token(1),) * token_count)
+
+    def lengths(*token_counts: int) -> list[list[int]]:
+        batches = in_batches([delta(count) for count in token_counts])
+        return [[len(each.tokens) for each in batch] for batch in batches]
+
+    most = BATCH_TOKENS_MAX
+    assert lengths() == []
+    assert lengths(1, 2, 3) == [[1, 2, 3]]
+    assert lengths(1, most - 1, 1) == [[1, most - 1], [1]]
+    assert lengths(most, 0, most + 1, 2) == [[most, 0], [most + 1], [2]]

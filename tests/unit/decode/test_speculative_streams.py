@@ -22,6 +22,7 @@ from pdserve.errors import ConfigError
 from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Preempt, Request, Sampling, Token
+from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
 from tests.unit.engine.fakes import BLOCK_TOKENS
 from tests.unit.engine.rig import SAMPLINGS, Rig, plain, prompt, request
@@ -232,7 +233,9 @@ def test_a_draft_takes_a_block_only_if_everybody_finds_one_in_the_next_step(bloc
     runner = rig.runners["d0"]
     compute, held, early = runner.step, Counter[int](), 0
 
-    def step(runs: Sequence[Run]) -> Tensor:
+    def step(
+        runs: Sequence[Run], drawn_R: Tensor | None = None, told: LayersTold | None = None
+    ) -> Tensor:
         nonlocal early
         for run in runs:
             first, needed = run.blocks[0], blocks_for(run.start + 1, BLOCK_TOKENS)
@@ -240,7 +243,7 @@ def test_a_draft_takes_a_block_only_if_everybody_finds_one_in_the_next_step(bloc
                 early += 1
                 assert loop.pool.free_count >= len(runs)
             held[first] = len(run.blocks)
-        return compute(runs)
+        return compute(runs, drawn_R, told)
 
     runner.step = step  # type: ignore[method-assign]
     asked = [

@@ -351,6 +351,18 @@ def test_cancel_at_any_step_gives_everything_back(before: int) -> None:
     rig.check_idle()
 
 
+def test_a_cancel_frees_the_blocks_of_a_handoff_that_never_came() -> None:
+    rig = Rig()
+    asked = request("r", prompt(14))
+    handoffs(rig, [asked])  # and its word gets lost
+    assert rig.d_store.tickets
+    decode = rig.decode()
+    decode.handle(Cancel(asked.request, asked.attempt))
+    rig.run()
+    rig.check_idle()
+    assert not rig.d_store.tickets
+
+
 @pytest.mark.parametrize("before", range(0, 30, 3))
 def test_when_the_router_is_gone_everything_ends_and_comes_back_cheaply(before: int) -> None:
     """Running, waiting, parked, on its way in or out: nothing of it is wanted any more."""

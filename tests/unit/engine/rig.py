@@ -16,7 +16,7 @@ from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move
 from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
 from pdserve.ids import RequestId, WorkerId
-from pdserve.kvstore.keys import block_keys, namespace_digest
+from pdserve.kvstore.keys import adapter_namespace, block_keys, namespace_digest
 from pdserve.messages import (
     Address,
     Dispatch,
@@ -35,6 +35,7 @@ from pdserve.messages import (
 )
 from pdserve.model.sampler import SamplerRow, sample
 from tests.unit.engine.fakes import (
+    ADAPTERS,
     BLOCK_TOKENS,
     EOS,
     FakeRunner,
@@ -57,6 +58,7 @@ SAMPLINGS = {
         temperature=0.8, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.5
     ),
 }
+TENANT = "acme"
 TOKENIZER = letters()
 
 
@@ -77,16 +79,19 @@ def request(
     choice: int = 0,
     attempt: int = 0,
     prompt_tokens: int | None = None,
+    adapter: str = "",
 ) -> Request:
     return Request(
         request=RequestId(name),
         attempt=attempt,
         choice=choice,
-        model="fake",
+        model="fake-adapter" if adapter else "fake",
         tokens=tuple(tokens),
         prompt_tokens=len(tokens) if prompt_tokens is None else prompt_tokens,
-        block_keys=block_keys(NAMESPACE, tokens, BLOCK_TOKENS),
-        tenant="",
+        block_keys=block_keys(
+            adapter_namespace(NAMESPACE, adapter), tokens, BLOCK_TOKENS, tenant=TENANT
+        ),
+        tenant=TENANT,
         service_class=ServiceClass.STANDARD,
         sampling=sampling,
         stop=Stop(
@@ -99,6 +104,7 @@ def request(
         seed=1234,
         deadline_unix_ms=0,
         reply_to=GATEWAY,
+        adapter=adapter,
     )
 
 
@@ -106,7 +112,9 @@ def plain(asked: Request, *, habit: float = 0.0) -> tuple[int, ...]:
     """What a single loop without blocks, chunks or hand-offs generates, up to the token limit."""
     tokens = list(asked.tokens)
     while len(tokens) < asked.prompt_tokens + asked.stop.max_tokens:
-        kv = b"".join(entry(token, position) for position, token in enumerate(tokens))
+        kv = b"".join(
+            entry(token, position, asked.adapter) for position, token in enumerate(tokens)
+        )
         index = len(tokens) - asked.prompt_tokens
         row = SamplerRow(
             asked.sampling, asked.seed, asked.choice, index, tokens, asked.prompt_tokens
@@ -157,9 +165,14 @@ class Rig:
         offload: bool = True,
         habit: float = 0.0,
         speculation: Literal["off", "prompt_lookup"] = "off",
+        step_ahead: bool = False,
         clock: Clock = monotonic,
+        lacking: str = "",
     ) -> None:
+        """``lacking``: the name of a worker that has no adapters."""
+        self.lacking = lacking
         self.habit = habit
+        self.step_ahead = step_ahead
         self.speculation = speculation
         self.clock = clock
         self.p_store = FakeStore()
@@ -202,12 +215,14 @@ class Rig:
             chunk_tokens=chunk_tokens,
             mixed_chunk_tokens=mixed_chunk_tokens,
             speculation=self.speculation,
+            step_ahead=self.step_ahead,
         )
         self.decodes[name] = self._make(name, self.d_address, blocks, settings)
         return self.decodes[name]
 
     def _make(self, name: str, local: Address, blocks: int, settings: PoolConfig) -> EngineLoop:
-        runner = self.runners[name] = FakeRunner(blocks, habit=self.habit)
+        adapters = () if name == self.lacking else ADAPTERS
+        runner = self.runners[name] = FakeRunner(blocks, habit=self.habit, adapters=adapters)
         mover = Mover(runner.pool, lambda store: self.stores[store], local, threaded=False)
         return make_loop(
             worker=WorkerId(name),
@@ -303,3 +318,4 @@ class Rig:
             assert loop.pool.free_count == loop.pool.block_count
         for store in self.stores.values():
             store.check_idle()
+            assert store.tenants <= {TENANT}

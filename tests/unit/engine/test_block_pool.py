@@ -194,3 +194,12 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_what_one_owner_holds_twice_is_private_when_nobody_else_does() -> None:
+    pool = BlockPool(3)
+    alone, shared = pool.take(2)
+    pool.share([alone, shared, shared])
+    assert pool.private_count([alone, alone, shared, shared]) == 1
+    pool.release([shared])
+    assert pool.private_count([alone, alone, shared, shared]) == 2

@@ -14,15 +14,27 @@ from typing import Any, Literal
 
 import pytest
 
+from pdserve.engine import loop as loop_module
 from pdserve.engine.loop import EngineLoop
 from pdserve.engine.outputs import ToRouter
 from pdserve.ids import RequestId
 from pdserve.kvstore.keys import block_keys
 from pdserve.lifecycle import Event, Phase
-from pdserve.messages import Cancel, Preempt, Progress, Request, WorkerFailed
+from pdserve.messages import Beams, Cancel, Preempt, Progress, Request, WorkerFailed
 from tests.unit.engine import rig as rig_module
+from tests.unit.engine.beam_searches import answers, expected
 from tests.unit.engine.fakes import BLOCK_TOKENS
-from tests.unit.engine.rig import NAMESPACE, SAMPLINGS, LateMover, Rig, plain, prompt, request
+from tests.unit.engine.late_device import LateDrawn, LateRunner, wait_for
+from tests.unit.engine.rig import (
+    GREEDY,
+    NAMESPACE,
+    SAMPLINGS,
+    LateMover,
+    Rig,
+    plain,
+    prompt,
+    request,
+)
 
 ROUNDS = 150
 SETTLE_ROUNDS_MAX = 20_000
@@ -37,14 +49,20 @@ class World:
         faults: bool,
         habit: float = 0.0,
         speculation: Literal["off", "prompt_lookup"] = "off",
+        beams: bool = False,
+        step_ahead: bool = False,
     ) -> None:
+        self.beams = beams
         self.dice = random.Random(seed)
         # A text has room in a pool; drafts need some of it to repeat.
         self.prompt_max, self.answer_max = (10, 45) if habit else (30, 20)
+        if beams:
+            self.prompt_max, self.answer_max = 10, 9  # three beams that share little have room too
         self.rig = Rig(
             one_host=self.dice.random() < 0.5,
             habit=habit,
             speculation=speculation,
+            step_ahead=step_ahead,
             clock=lambda: 0,  # in no time all drafts that are offered pay
         )
         for name in ("p0", "p1"):
@@ -59,6 +77,8 @@ class World:
         self.movers = [mover for mover in movers if isinstance(mover, LateMover)]
         assert len(self.movers) == 4
         self.faults = faults
+        # Only greedy streams are stepped ahead; now and then one is not.
+        self.samplings = [*SAMPLINGS.values(), *[GREEDY] * (12 if step_ahead else 0)]
         self.asked: dict[RequestId, Request] = {}
         self.first: dict[RequestId, Request] = {}
         self.cancelled: set[RequestId] = set()
@@ -68,10 +88,13 @@ class World:
         asked = request(
             f"r{number}",
             prompt(self.dice.randrange(1, self.prompt_max), salt=self.dice.randrange(3)),
-            sampling=self.dice.choice(list(SAMPLINGS.values())),
+            sampling=self.dice.choice(self.samplings),
             max_tokens=self.dice.randrange(1, self.answer_max),
             choice=number,
         )
+        if self.beams and self.dice.random() < 0.5:
+            width = self.dice.randrange(1, 4)
+            asked = replace(asked, sampling=GREEDY, beams=Beams(width, width))
         self.first[asked.request] = asked
         self.dispatch(asked)
 
@@ -111,7 +134,8 @@ class World:
             return
         elif isinstance(message, WorkerFailed):
             assert asked.attempt < ATTEMPTS_MAX
-            tokens = asked.tokens[: asked.prompt_tokens] + self.rig.tokens(asked.request)
+            said = () if asked.beams else self.rig.tokens(asked.request)
+            tokens = asked.tokens[: asked.prompt_tokens] + said
             keys = block_keys(NAMESPACE, tokens, BLOCK_TOKENS)
             self.dispatch(replace(asked, attempt=asked.attempt + 1, tokens=tokens, block_keys=keys))
         elif message.event is Event.PREEMPTED:
@@ -181,11 +205,35 @@ def test_with_drafts_too(first_seed: int, *, faults: bool) -> None:
     assert accepted > 0
 
 
+@pytest.mark.parametrize("seed", range(200, 210))
+@pytest.mark.parametrize("faults", [False, True], ids=["calm", "faults"])
+def test_with_beam_searches_too(seed: int, *, faults: bool) -> None:
+    world = World(seed, faults=faults, beams=True)
+    play(world, seed)
+    assert any(asked.beams for asked in world.first.values())
+
+
+@pytest.mark.parametrize("first_seed", range(200, 206, 3))
+@pytest.mark.parametrize("faults", [False, True], ids=["calm", "faults"])
+def test_with_steps_ahead_too_on_a_device_that_computes_as_late_as_it_may(
+    monkeypatch: pytest.MonkeyPatch, first_seed: int, *, faults: bool
+) -> None:
+    monkeypatch.setattr(rig_module, "FakeRunner", LateRunner)
+    monkeypatch.setattr(loop_module, "Drawn", LateDrawn)
+    monkeypatch.setattr(loop_module, "wait_for", wait_for)
+    for seed in range(first_seed, first_seed + 3):
+        world = World(seed, faults=faults, step_ahead=True)
+        play(world, seed)
+        assert any(runner.fed_steps for runner in world.rig.runners.values())
+
+
 def play(world: World, seed: int) -> None:
     world.play()
     world.settle()
     for name, asked in world.first.items():
-        if name not in world.cancelled:
+        if name not in world.cancelled and asked.beams is not None:
+            assert answers(world.rig, name) == [answer.tokens for answer in expected(asked)]
+        elif name not in world.cancelled:
             wanted = plain(asked, habit=world.rig.habit)
             assert world.rig.tokens(name) == wanted, f"{name} of seed {seed}"
     if world.faults:  # an abort that met a store that was down: the connection's end does it there

@@ -1,7 +1,9 @@
 """When a request ends, and how its next token is drawn, from its tokens alone."""
 
-from pdserve.engine.sequence import Sequence, stretch_us
-from pdserve.messages import FinishReason, Request, Route, Timing, Token
+from dataclasses import replace
+
+from pdserve.engine.sequence import Ending, Sequence, stretch_us
+from pdserve.messages import Beams, FinishReason, Request, Route, Timing, Token
 from tests.unit.engine.fakes import BLOCK_TOKENS, EOS, address
 from tests.unit.engine.rig import NAMESPACE, TOKENIZER, prompt, request
 
@@ -115,3 +117,31 @@ def test_a_stretch_is_not_negative_and_needs_a_beginning() -> None:
     assert stretch_us(Timing(since_unix_us=100), 150) == 50
     assert stretch_us(Timing(since_unix_us=100), 90) == 0
     assert stretch_us(Timing(), 90) == 0
+
+
+def test_a_fork_has_the_past_that_has_kv_and_goes_on_alone() -> None:
+    asked = replace(request(stop=("bcd",)), beams=Beams(2, 1))
+    root = sequence(asked)
+    root.kv_count = len(root.tokens)
+    root.accept(Token(1))
+    beam = root.fork()
+    assert (beam.tokens, beam.blocks) == (list(asked.tokens), [])
+    root.kv_count += 1
+    root.accept(Token(2))
+    fork = root.fork()
+    fork.accept(Token(25))
+    root.kv_count += 1
+    assert root.would_end(3) == Ending(FinishReason.STOP, "bcd")
+    assert root.would_end(4) is None
+    assert fork.would_end(3) is None
+    assert len(root.tokens) == len(fork.tokens) == 12
+
+
+def test_the_candidate_that_a_beam_search_is_handed_over_with_ends_nothing() -> None:
+    asked = request(tokens=(*prompt(10), EOS), prompt_tokens=10, ignore_eos=False)
+    assert sequence(asked).ending is not None
+    root = sequence(replace(asked, beams=Beams(3, 1)))
+    assert root.ending is None
+    assert root.tokens_left == 12
+    assert root.sampler_row().sampling.logprobs == 6
+    assert root.sampler_row().adjusted_logprobs

@@ -46,9 +46,16 @@ def open_ticket(
     *,
     reader: str = ANYBODY,
     deadline_ns: int = 100,
+    attempt: int = 0,
 ) -> bool:
     is_open = core.open_ticket(
-        owner, ticket, REQUEST, 0, reader=reader, block_count=block_count, deadline_ns=deadline_ns
+        owner,
+        ticket,
+        REQUEST,
+        attempt,
+        reader=reader,
+        block_count=block_count,
+        deadline_ns=deadline_ns,
     )
     core.check()
     return is_open
@@ -285,3 +292,43 @@ def test_a_reader_that_comes_too_late_begins_anew() -> None:
     changes = core.changes(0)
     assert not changes.complete
     assert changes.added == tuple(chain("a", 3))
+
+
+# ── a tier below ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_below_counts_as_stored() -> None:
+    keys = chain("a", 3)
+    below = set(keys[:2])
+    core = StoreCore(2, lower=below)
+    writer = core.connect("w")
+    assert set(core.changes(0).added) == below
+    begin = core.changes(0).sequence
+    put(core, writer, keys[:2])
+    assert core.prefix_count(keys) == 2
+    put(core, writer, chain("b", 2))
+    assert core.prefix_count(keys) == 0
+    changes = core.changes(begin)
+    assert (set(changes.added), changes.removed) == (set(chain("b", 2)), ())
+    below.discard(keys[1])
+    core.lower_tier_changed([keys[1]], has_them=False)
+    assert core.changes(begin).removed == (keys[1],)
+
+
+def test_what_leaves_below_while_it_is_above_stays() -> None:
+    keys = chain("a", 2)
+    below = set(keys)
+    core = StoreCore(2, lower=below)
+    put(core, core.connect("w"), keys)
+    begin = core.changes(0).sequence
+    below.clear()
+    core.lower_tier_changed(keys, has_them=False)
+    assert core.changes(begin).removed == ()
+
+
+def test_a_list_of_everything_has_both_tiers() -> None:
+    core = StoreCore(8, lower=chain("below", 2), changes_max=1)
+    put(core, core.connect("w"), chain("a", 2))
+    changes = core.changes(0)
+    assert not changes.complete
+    assert changes.added == (*chain("a", 2), *chain("below", 2))

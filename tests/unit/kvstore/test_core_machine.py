@@ -16,6 +16,7 @@ from pdserve.errors import BlockMissing, CapacityError, FrameError, TicketGone
 from pdserve.ids import BlockKey, RequestId, SlotId, TicketId
 from pdserve.kvstore.answers import ClaimGrant, WriteGrant
 from pdserve.kvstore.core import StoreCore
+from pdserve.kvstore.evicting import blocks_of_prompt, evict
 from pdserve.kvstore.slots import SlotState
 from pdserve.kvstore.tickets import ANYBODY, OwnerId, TicketState
 
@@ -60,7 +61,7 @@ class KnownTicket:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.core = StoreCore(SLOT_COUNT, changes_max=8)
+        self.core = StoreCore(SLOT_COUNT, changes_max=8, shares={"a": 2}, hard_pins_max=2)
         self.owners: dict[OwnerId, str] = {}
         self.memory: dict[SlotId, bytes] = {}
         self.claims: list[HeldClaim] = []
@@ -120,7 +121,8 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.owners)
     def reserve(self, which: int, word: str, first: int) -> None:
         owner, keys = self._owner(which), keys_of(word)
-        grant = self.core.reserve(owner, keys, min(first, len(keys)))
+        # By what comes first of all, as with real keys, which a tenant's name is part of.
+        grant = self.core.reserve(owner, keys, min(first, len(keys)), tenant=word[0])
         self._note_write(owner, grant, keys, None)
 
     @rule(which=numbers)
@@ -251,9 +253,29 @@ class StoreMachine(RuleBasedStateMachine):
         if grant.claim:
             self.claims.append(HeldClaim(owner, grant, list(ticket.contents)))
 
+    # ── pins ─────────────────────────────────────────────────────────────────────────────────
+
+    @rule(word=chains, hard=st.booleans(), lifetime_ns=st.integers(1, 20))
+    def pin(self, word: str, hard: bool, lifetime_ns: int) -> None:
+        until_ns = self.now_ns + lifetime_ns
+        try:
+            self.core.pins.pin(keys_of(word), hard=hard, until_ns=until_ns)
+        except CapacityError:
+            assert hard
+
+    @rule(word=chains)
+    def unpin(self, word: str) -> None:
+        self.core.pins.unpin(self.core.slots.lookup(keys_of(word)))
+
+    @rule(word=chains, pinned=st.booleans())
+    def evict(self, word: str, pinned: bool) -> None:
+        chosen = blocks_of_prompt(self.core.slots, keys_of(word))
+        evict(self.core.slots, self.core.pins, chosen, pinned=pinned)
+
     @rule(elapsed_ns=st.integers(1, 10))
     def time_passes(self, elapsed_ns: int) -> None:
         self.now_ns += elapsed_ns
+        self.core.pins.expire(self.now_ns)
         for ticket, _ in self.core.tickets.expire(self.now_ns):
             assert self._state(ticket) is TicketState.GONE
         deadline_ns = self.core.tickets.next_deadline_ns()
@@ -295,6 +317,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for owner in self.owners:
             self.core.disconnect(owner)
+        self.core.pins.expire(self.now_ns + 20)
         self.core.check()
         stat = self.core.stat()
         assert stat.slots_free + stat.slots_committed == SLOT_COUNT

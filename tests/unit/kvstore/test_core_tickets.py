@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from pdserve.errors import CapacityError, FrameError, IllegalTransition, OutOfBlocks, TicketGone
-from pdserve.ids import TicketId
+from pdserve.ids import RequestId, TicketId
 from pdserve.kvstore import tickets as tickets_module
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.slots import SlotState
@@ -127,14 +127,14 @@ def test_a_write_that_fails_gives_its_slots_back_to_the_ticket() -> None:
     push(core, writer, T1, chain("a", 2))
 
 
-def test_one_write_at_a_time_per_ticket() -> None:
+def test_one_write_of_blocks_at_a_time_per_ticket() -> None:
+    """Its tail may be written beside it: ``test_pieces``."""
     core = StoreCore(4)
     writer = core.connect("p")
     open_ticket(core, writer, T1, 4)
     core.reserve_push(writer, T1, chain("a", 1), 0)
     for step in (
         lambda: core.reserve_push(writer, T1, chain("a", 1), 0),
-        lambda: core.reserve_tail(writer, T1),
         lambda: core.seal(writer, T1),
     ):
         with pytest.raises(FrameError, match="neither committed nor over"):
@@ -394,3 +394,35 @@ def test_an_unknown_ticket_is_gone() -> None:
     ):
         with pytest.raises(TicketGone):
             step()
+
+
+def test_a_reader_that_was_never_told_ends_what_was_sealed_for_it() -> None:
+    """The writer died between the seal and its word to the reader."""
+    core = StoreCore(4)
+    writer, reader, other = core.connect("p"), core.connect("d"), core.connect("e")
+    assert open_ticket(core, writer, T1, 2, reader="d", attempt=1)
+    push(core, writer, T1, chain("a", 2))
+    core.seal(writer, T1)
+    core.disconnect(writer)
+    for who, request, attempt in (
+        (other, REQUEST, 1),
+        (reader, RequestId("another"), 1),
+        (reader, REQUEST, 0),
+    ):
+        core.abort_attempts(who, request, attempt)
+        assert core.stat().tickets == 1
+    core.abort_attempts(reader, REQUEST, 1)
+    core.check()
+    stat = core.stat()
+    assert (stat.tickets, stat.slots_pinned, stat.slots_committed) == (0, 0, 2)
+
+
+def test_a_later_attempt_ends_the_tickets_of_earlier_ones() -> None:
+    core = StoreCore(4)
+    writer, reader, successor = core.connect("p"), core.connect("d"), core.connect("p2")
+    assert open_ticket(core, writer, T1, 2, reader="d")
+    push(core, writer, T1, chain("a", 2))
+    core.seal(writer, T1)
+    assert open_ticket(core, successor, T2, 4, reader="d", attempt=1), "nothing else is pinned"
+    with pytest.raises(TicketGone):
+        core.adopt(reader, T1)

@@ -1,13 +1,15 @@
 """The slot table: its transitions, the order of eviction, and condemned blocks."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, SlotId
+from pdserve.kvstore.eviction import Lru
 from pdserve.kvstore.feed import ChangeFeed
-from pdserve.kvstore.slots import TRANSITIONS, SlotEvent, SlotState, SlotTable
+from pdserve.kvstore.slots import PINNABLE, TRANSITIONS, SlotEvent, SlotState, SlotTable
 
 
 def key(name: str) -> BlockKey:
@@ -15,7 +17,7 @@ def key(name: str) -> BlockKey:
 
 
 def table(slot_count: int) -> SlotTable:
-    return SlotTable(slot_count, ChangeFeed())
+    return SlotTable(slot_count, ChangeFeed(), Lru())
 
 
 def publish(slots: SlotTable, *names: str) -> list[SlotId]:
@@ -45,9 +47,11 @@ def test_every_pair_either_moves_or_is_refused(state: SlotState, event: SlotEven
 
 
 def test_every_state_can_become_free_again() -> None:
-    assert all(
-        SlotEvent.FREE in TRANSITIONS[state] for state in SlotState if state is not SlotState.FREE
-    )
+    assert TRANSITIONS[SlotState.RESERVED][SlotEvent.FREE] is SlotState.FREE
+    assert TRANSITIONS[SlotState.DRAINING] == {SlotEvent.FREE: SlotState.FREE}
+    for state in PINNABLE:  # what can be read is not freed before the readers have been asked
+        assert TRANSITIONS[state][SlotEvent.DRAIN] is SlotState.DRAINING
+        assert SlotEvent.FREE not in TRANSITIONS[state]
 
 
 def test_a_lookup_ends_at_the_first_block_that_is_missing() -> None:
@@ -150,7 +154,7 @@ def test_the_heap_stays_bounded_however_often_a_block_is_used() -> None:
     for _ in range(1000):
         slots.pin(chain)
         slots.unpin(chain)
-    assert len(slots._idle_leaves) <= 2 * 2 + 64 + 1
+    assert len(slots.order) <= 2 * 2 + 64 + 1
     slots.check()
 
 
@@ -159,3 +163,31 @@ def test_changed_slots_are_told_once() -> None:
     chain = publish(slots, "a")
     assert slots.take_changed() == set(chain)
     assert slots.take_changed() == set()
+
+
+class _KeepsAsked(Lru):
+    """Of prompts that begin with ``a``, turn 1; these are worth more."""
+
+    def asked(self, keys: Sequence[BlockKey], now: int) -> int:
+        return int(keys[0] == key("a"))
+
+    def wrote(self, keys: Sequence[BlockKey], now: int) -> int:
+        return self.asked(keys, now)
+
+    def worth(self, turn: int, age: int) -> float:
+        return float(turn)
+
+
+@pytest.mark.parametrize("told_by", ["asked", "wrote"])
+def test_blocks_are_worth_what_their_conversation_is(told_by: str) -> None:
+    slots = SlotTable(5, ChangeFeed(), _KeepsAsked())
+    kept, other = publish(slots, "a", "ab"), publish(slots, "x", "xy", "xyz")
+    slots.pin(kept)
+    getattr(slots, told_by)([key("a"), key("ab")], kept)
+    slots.unpin(kept)
+    slots.pin(other)
+    slots.unpin(other)
+    slots.check()
+    slots.reserve(2)
+    assert slots.lookup([key("a"), key("ab")]) == kept
+    assert slots.lookup([key("x"), key("xy")]) == other[:1]

@@ -1,16 +1,20 @@
 """Runners over small models, with the kernels of one's choice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 
-from pdserve.config import Quantization
+from pdserve.config import ModelConfig, Quantization
+from pdserve.model.adapter_files import locate_adapters
+from pdserve.model.adapters import load_adapters
 from pdserve.model.cpu.library import load_library
 from pdserve.model.cpu_ops import CpuOps
 from pdserve.model.families.registry import read_architecture
 from pdserve.model.gguf_weights import GgufWeights
+from pdserve.model.graphs import Recorder
 from pdserve.model.ops import Ops
 from pdserve.model.pool import KvPool
 from pdserve.model.runner import ModelRunner
@@ -56,6 +60,10 @@ def runner_of() -> RunnerOf:
         block_count: int = 32,
         block_tokens: int = 16,
         quantization: Quantization = "none",
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+        recorder: Recorder | None = None,
+        recorded_rows_max: int = 64,
+        kv_dtype: torch.dtype | None = None,
     ) -> ModelRunner:
         files = ModelFiles("small", "gguf" if path.is_file() else "safetensors", path)
         architecture = read_architecture(files)
@@ -68,9 +76,22 @@ def runner_of() -> RunnerOf:
             architecture,
             block_count=block_count,
             block_tokens=block_tokens,
-            dtype=dtype,
+            dtype=kv_dtype or dtype,
             device=device,
+            scratch=recorder is not None,
         )
-        return ModelRunner(architecture, weights, ops, pool)
+        config = ModelConfig(adapters={name: str(path) for name, path in adapters.items()})
+        loaded = load_adapters(
+            locate_adapters(config, "small"), architecture, ops, dtype=dtype, device=device
+        )
+        return ModelRunner(
+            architecture,
+            weights,
+            ops,
+            pool,
+            loaded,
+            recorder=recorder,
+            recorded_rows_max=recorded_rows_max,
+        )
 
     return build

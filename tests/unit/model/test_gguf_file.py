@@ -61,6 +61,56 @@ def test_its_own_package_finds_the_same(path: Path) -> None:
         assert tensor.shape == tuple(theirs[name].shape[::-1])
 
 
+def test_a_file_cut_off_is_refused_before_any_tensor_is_read(path: Path) -> None:
+    GgufFile(path).check_whole()
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ConfigError, match=r"ends within the tensor odd; download it again"):
+        GgufFile(path).check_whole()
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((1 << 62, 4), "ends within the tensor weight"),  # more bytes than 64 bits count
+        ((3, 5), r"has the shape \(3, 5\), of type Q4_K, whose rows are multiples of 256"),
+        ((), "has the shape"),
+    ],
+)
+def test_impossible_shapes_are_refused_before_memory_is_taken(
+    path: Path, shape: tuple[int, ...], says: str
+) -> None:
+    file = GgufFile(path)
+    q4_k = int(gguf.GGMLQuantizationType.Q4_K)
+    kind = 0 if shape[-1:] == (4,) else q4_k
+    file.tensors["weight"] = dataclasses.replace(file.tensors["weight"], shape=shape, type_id=kind)
+    with pytest.raises(ConfigError, match=says):
+        file.blocks("weight")
+
+
+def test_a_header_that_would_be_read_for_ever_or_into_the_void_is_refused(tmp_path: Path) -> None:
+    """Arrays within arrays without end, and tensors aligned to nothing."""
+
+    def named(name: bytes) -> bytes:
+        return len(name).to_bytes(8, "little") + name
+
+    def four(value: int) -> bytes:
+        return value.to_bytes(4, "little")
+
+    start = b"GGUF" + four(3) + bytes(8) + (1).to_bytes(8, "little")
+    nested = named(b"deep") + four(9) + (four(9) + (1).to_bytes(8, "little")) * 5000
+    unaligned = named(b"general.alignment") + four(4) + four(0)
+    for field, says in ((nested, "arrays within arrays"), (unaligned, "aligned to 0 bytes")):
+        path = tmp_path / "bad.gguf"
+        path.write_bytes(start + field)
+        with pytest.raises(ConfigError, match=f"is not a whole GGUF file: .*{says}"):
+            GgufFile(path)
+
+
+def test_an_array_where_one_value_is_wanted_is_named(path: Path) -> None:
+    with pytest.raises(ConfigError, match="numbers is an array; only one value is supported"):
+        GgufFile(path).field("numbers", int, 7)
+
+
 def test_every_truncation_is_refused(path: Path) -> None:
     content = path.read_bytes()
     header = GgufFile(path).tensors["weight"].offset

@@ -1,12 +1,15 @@
 """Blocks leave and enter the pool as bytes, exactly, and nothing else moves."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.families.registry import read_architecture
+from pdserve.model.kv_codec import scales_of
 from pdserve.model.pool import KvPool
 from pdserve.model.source import ModelFiles
 from tests.models.small import write_small_model
@@ -38,6 +41,23 @@ def test_a_block_moves_as_its_bytes(architecture: Architecture, dtype: torch.dty
 
     assert torch.equal(pool.tensor[3], before[1])
     assert torch.equal(pool.tensor[:3], before[:3])
+
+
+def test_a_block_of_codes_moves_with_its_scales(architecture: Architecture) -> None:
+    pool = KvPool(
+        architecture, block_count=3, block_tokens=5, dtype=torch.int8, device=torch.device("cpu")
+    )
+    pool.tensor[0] = 7
+    scales_of(pool.tensor)[0] = 3.0
+    content = bytearray(pool.block_bytes)
+
+    pool.read_block(0, memoryview(content))
+    pool.write_block(1, memoryview(content))
+    pool.copy_block(1, 2)
+
+    for block in (1, 2):
+        assert (pool.tensor[block] == 7).all()
+        assert (scales_of(pool.tensor)[block] == 3).all()
 
 
 def test_a_block_has_keys_and_values_of_every_layer(architecture: Architecture) -> None:
@@ -113,3 +133,83 @@ def test_numbers_that_are_no_number_survive(architecture: Architecture) -> None:
     pool.read_block(0, memoryview(content))
     pool.write_block(1, memoryview(content))
     assert pool.tensor[1].isnan().all()
+
+
+def test_layers_of_a_block_are_pieces_of_it(architecture: Architecture) -> None:
+    architecture = dataclasses.replace(architecture, layers=architecture.layers * 3)
+    pool = filled_pool(architecture)
+    whole, end = bytearray(pool.block_bytes), 3
+    pool.read_block(2, memoryview(whole))
+    pool.await_layers(None)
+    for cut in range(end + 1):
+        pieces = [bytearray(cut * pool.layer_bytes), bytearray((end - cut) * pool.layer_bytes)]
+        pool.read_layers(2, 0, cut, memoryview(pieces[0]))
+        pool.read_layers(2, cut, end, memoryview(pieces[1]))
+        assert b"".join(pieces) == whole
+    with pytest.raises(ValueError, match="layers 0 to 4 of 3"):
+        pool.read_layers(2, 0, 4, memoryview(whole))
+    with pytest.raises(ValueError, match="the buffer has"):
+        pool.read_layers(2, 0, 1, memoryview(whole)[1:])
+    with pytest.raises(ValueError, match="is not in a pool"):
+        pool.read_layers(-1, 0, end, memoryview(whole))
+
+
+class PretendedStream:
+    """Writes down what is asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def wait_stream(self, other: str) -> None:
+        self.asked.append(f"wait for {other}")
+
+    def wait_event(self, event: str) -> None:
+        self.asked.append(f"wait for {event}")
+
+    def synchronize(self) -> None:
+        self.asked.append("finish")
+
+
+def test_on_a_gpu_a_block_enters_after_the_steps_launched_and_leaves_beside_them(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, before = filled_pool(architecture), filled_pool(architecture).tensor
+    stream = PretendedStream()
+    pool._staging_E = torch.empty(pool.block_bytes, dtype=torch.uint8)
+    pool._copies = stream
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the steps")
+
+    @contextlib.contextmanager
+    def copying_in(given: object) -> Iterator[None]:
+        assert given is stream
+        stream.asked.append("copy")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", copying_in)
+    content = bytearray(pool.block_bytes)
+    pool.read_block(1, memoryview(content))
+    pool.write_block(3, memoryview(content))
+    assert torch.equal(pool.tensor[3], before[1])
+    assert stream.asked == ["copy", "finish", "wait for the steps", "copy", "finish"]
+    stream.asked.clear()
+    pool.await_layers("its layers")
+    part = bytearray(pool.layer_bytes)
+    pool.read_layers(1, 0, 1, memoryview(part))
+    assert part == content[: pool.layer_bytes]
+    assert stream.asked == ["wait for its layers", "copy", "finish"]
+
+
+def test_a_scratch_block_is_one_more_that_nobody_can_move(architecture: Architecture) -> None:
+    pool = KvPool(
+        architecture,
+        block_count=4,
+        block_tokens=5,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        scratch=True,
+    )
+    assert (pool.block_count, pool.scratch_block, len(pool.tensor)) == (4, 4, 5)
+    with pytest.raises(ValueError, match="block 4 is not in a pool of 4"):
+        pool.read_block(pool.scratch_block, memoryview(bytearray(pool.block_bytes)))
+    with pytest.raises(AssertionError, match="without a scratch block"):
+        _ = filled_pool(architecture).scratch_block

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdserve.model.quantised import Q4_1, Q8_0, BlockFormat, from_blocks, joined, quantised
+from pdserve.model.quantised import (
+    Q4_1,
+    Q4_WIDE,
+    Q8_0,
+    Q8_WIDE,
+    BlockFormat,
+    from_blocks,
+    joined,
+    quantised,
+)
+from tests.models.small_gguf import random_blocks
 
 STEPS = {Q4_1: 15, Q8_0: 254}  # between the smallest number of a group and the largest
 
@@ -33,6 +43,26 @@ def test_blocks_of_a_file_keep_every_value(type_name: str) -> None:
     assert np.array_equal(weight.dequantised().numpy(), stored)
 
 
+@pytest.mark.parametrize(("type_name", "target"), [("Q4_K", Q4_WIDE), ("Q6_K", Q8_WIDE)])
+def test_super_blocks_keep_every_value(type_name: str, target: BlockFormat) -> None:
+    """Of any bytes, but that no scale is infinite: denormal ones, negative ones and zeros too."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    blocks_OB = random_blocks((300, 512), kind)
+    scale_bytes = {"Q4_K": [0, 1, 2, 3], "Q6_K": [208, 209]}[type_name]
+    drawn = torch.randint(0, 256, (299, 4), generator=torch.Generator().manual_seed(1))
+    drawn[:, [1, 3]] &= 0xBF  # exponents below the largest
+    for index, at in enumerate(scale_bytes):
+        blocks_OB[:299, at] = drawn[:, index].numpy()
+        blocks_OB[299, at] = 0
+
+    weight = from_blocks(type_name, torch.from_numpy(blocks_OB))
+
+    assert weight is not None
+    assert (weight.format, weight.shape) == (target, (300, 512))
+    stored = gguf.dequantize(blocks_OB, kind)
+    assert np.array_equal(weight.dequantised().numpy().view(np.uint32), stored.view(np.uint32))
+
+
 def test_every_scale_of_4_bits_that_a_model_may_have_keeps_its_values() -> None:
     scales = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     scales = scales.view(torch.float16)
@@ -54,7 +84,7 @@ def test_4_bits_whose_minimum_is_beyond_float16_are_not_ours() -> None:
     assert from_blocks("Q4_0", blocks_OB[:1]) is not None
 
 
-@pytest.mark.parametrize("type_name", ["Q4_K", "Q5_0", "Q6_K", "F16", "F32"])
+@pytest.mark.parametrize("type_name", ["Q5_0", "Q5_K", "F16", "F32"])
 def test_blocks_of_other_types_are_not_ours(type_name: str) -> None:
     assert from_blocks(type_name, torch.zeros(2, 64, dtype=torch.uint8)) is None
 
@@ -105,3 +135,16 @@ def test_rows_are_joined_below_one_another_if_their_formats_agree() -> None:
     assert whole is not None
     assert torch.equal(whole.dequantised(), torch.cat((one.dequantised(), two.dequantised())))
     assert joined([one, other]) is None
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [("Q4_1", "Q4_K"), ("Q8_0", "Q6_K")])
+def test_rows_of_as_many_bits_are_joined_with_the_wider_scales(narrow: str, wide: str) -> None:
+    one = from_blocks(narrow, blocks_of(draw(3, 256), narrow))
+    kind = gguf.GGMLQuantizationType[wide]
+    two = from_blocks(wide, torch.from_numpy(random_blocks((5, 256), kind)))
+    assert one is not None
+    assert two is not None
+    whole = joined([one, two])
+    assert whole is not None
+    assert whole.format == two.format
+    assert torch.equal(whole.dequantised(), torch.cat((one.dequantised(), two.dequantised())))

@@ -6,10 +6,20 @@ from torch import Tensor
 
 from pdserve.model.cpu_ops import CpuOps
 from pdserve.model.ops import LinearWeight
-from pdserve.model.quantised import Q4_1, Q8_0, BlockFormat, QuantisedWeight, quantised
+from pdserve.model.quantised import (
+    Q4_1,
+    Q4_WIDE,
+    Q8_0,
+    Q8_WIDE,
+    BlockFormat,
+    QuantisedWeight,
+    quantised,
+    wide_bytes,
+    wide_nibbles,
+)
 from tests.unit.model.conftest import ops_named
 
-FORMATS = [Q4_1, Q8_0]
+FORMATS = [Q4_1, Q8_0, Q4_WIDE, Q8_WIDE]
 # A panel has 64 outputs, a register block 6 rows; the last shape has more groups than one step
 # fetches ahead, and outputs in one panel only.
 SHAPES = [(64, 32), (960, 576), (1, 32), (70, 96), (130, 64), (9, 4096)]
@@ -31,9 +41,29 @@ def draw(*shape: int, scale: float = 1.0) -> Tensor:
 def drawn(
     outputs: int, inputs: int, target: BlockFormat, bias_O: Tensor | None = None
 ) -> QuantisedWeight:
-    weight = quantised(draw(outputs, inputs, scale=inputs**-0.5) + 0.01, target)
+    if target in (Q4_WIDE, Q8_WIDE):
+        weight: QuantisedWeight | None = drawn_wide(outputs, inputs, target)
+    else:
+        weight = quantised(draw(outputs, inputs, scale=inputs**-0.5) + 0.01, target)
     assert weight is not None
     return QuantisedWeight(weight.weight_OC, bias_O, format=target)
+
+
+def drawn_wide(outputs: int, inputs: int, target: BlockFormat) -> QuantisedWeight:
+    """Scales of as many digits as those of Q4_K and Q6_K: float16's, times a whole number."""
+    generator = torch.Generator().manual_seed(outputs + inputs)
+
+    def whole(*shape: int, of: int) -> Tensor:
+        return torch.randint(0, of, shape, generator=generator)
+
+    def scales(per_row: int) -> Tensor:
+        sixteen = draw(outputs, per_row, scale=inputs**-0.5 / 400).half().float()
+        return sixteen * whole(outputs, per_row, of=64)
+
+    numbers = whole(outputs, inputs, of=256)
+    if target == Q8_WIDE:
+        return wide_bytes(scales(inputs // 16) / 16, (numbers - 128).to(torch.int8))
+    return wide_nibbles(scales(inputs // 32), scales(inputs // 32), numbers % 16)
 
 
 def in_bfloat16(weight: QuantisedWeight) -> LinearWeight:
@@ -50,7 +80,7 @@ def test_a_layer_gives_the_bits_of_its_weights_in_bfloat16(
     bias_O = draw(outputs).bfloat16() if bias else None
     weight = drawn(outputs, inputs, target, bias_O)
     ours, plain = ops.pack(weight), ops.pack(in_bfloat16(weight))
-    assert ours.weight_OC.nbytes < plain.weight_OC.nbytes * 0.6
+    assert ours.weight_OC.nbytes < plain.weight_OC.nbytes * 0.65
     for rows in ROWS:
         x = draw(rows, inputs + 3).bfloat16()[:, :inputs]  # rows that do not lie end to end
         assert torch.equal(ops.linear(x, ours), ops.linear(x, plain)), rows
@@ -81,12 +111,15 @@ def test_every_number_with_every_sign_and_size_of_scale_is_unpacked_as_it_is(
     """All bytes a block can hold, and scales and minima down to float16's denormals."""
     ops = cpu_ops()
     generator = torch.Generator().manual_seed(3)
-    head_bytes = target.block_bytes - (16 if target is Q4_1 else 32)
+    head_bytes = target.block_bytes - 4 * target.bits
     numbers = torch.arange(256).repeat(8, 1).to(torch.uint8)
     numbers = numbers.reshape(-1, target.block_bytes - head_bytes)
     size = torch.logspace(-7.5, 3, numbers.shape[0])[:, None]
-    heads = torch.randn(numbers.shape[0], head_bytes // 2, generator=generator) * size
-    blocks = torch.cat((heads.half().view(torch.uint8), numbers), dim=1)
+    wide = target in (Q4_WIDE, Q8_WIDE)
+    heads = torch.randn(numbers.shape[0], head_bytes // (4 if wide else 2), generator=generator)
+    heads = (heads * size).half()
+    heads = heads.float() * 61 if wide else heads
+    blocks = torch.cat((heads.view(torch.uint8), numbers), dim=1)
     weight = QuantisedWeight(blocks, format=target)
 
     rows = ops.embedded(torch.arange(blocks.shape[0]), ops.pack(weight))

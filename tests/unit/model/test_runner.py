@@ -1,6 +1,8 @@
 """What a step refuses, what weights refuse, and what loading makes of the settings."""
 
+import dataclasses
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from pdserve.config import ModelConfig
 from pdserve.errors import ConfigError
+from pdserve.kvstore.keys import MUST_MATCH
 from pdserve.model import load
 from pdserve.model.cpu_ops import cpu_ops
 from pdserve.model.families.registry import read_architecture
+from pdserve.model.layers import event_after
 from pdserve.model.load import kv_identity, load_runner
+from pdserve.model.ops import LayersTold
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.model.source import ModelFiles
 from tests.models.small import write_small_model
@@ -180,14 +185,6 @@ def test_triton_on_a_cpu_needs_the_interpreter(
         load_runner(config_of(tmp_path, kernels="triton"), block_count=2, pool_bytes=0)
 
 
-def test_quantised_weights_on_a_gpu_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load, "device_of", lambda config: torch.device("cuda"))
-    with pytest.raises(ConfigError, match="quantization is int8, but only a CPU computes"):
-        load_runner(config_of(tmp_path, quantization="int8"), block_count=2, pool_bytes=0)
-
-
 def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA device"):
@@ -206,7 +203,20 @@ def test_blocks_agree_on_everything_that_changes_their_bytes(
         kv_identity(files, architecture, ModelConfig(device="cpu", block_tokens=32)),
         kv_identity(files, architecture, ModelConfig(device="cpu", quantization="int4")),
         kv_identity(files, architecture, ModelConfig(device="cpu", quantization="int8")),
+        kv_identity(files, architecture, ModelConfig(device="cpu"), parts=2),
+        kv_identity(files, architecture, ModelConfig(device="cpu", kv_dtype="int8")),
+        kv_identity(files, architecture, ModelConfig(device="cpu", kv_dtype="fp8")),
+        *(
+            kv_identity(files, replace(architecture, **change), ModelConfig(device="cpu"))
+            for change in (
+                {"layers": architecture.layers * 2},
+                {"kv_head_count": 1},
+                {"head_dim": 2 * architecture.head_dim},
+                {"layers": (replace(architecture.layers[0], window=8),)},
+            )
+        ),
     ]
+    assert plain.keys() == MUST_MATCH
     for same in ("none", "file"):  # the same bits
         same_weights = ModelConfig(device="cpu", quantization=same)
         assert kv_identity(files, architecture, same_weights) == plain
@@ -219,8 +229,41 @@ def test_blocks_agree_on_everything_that_changes_their_bytes(
         patch.setattr(load, "cpu_ops", lambda: elsewhere)
         others.append(kv_identity(files, architecture, ModelConfig(device="cpu")))
     assert all(plain != identity for identity in others)
+    assert others[4] != others[5]  # int8 and fp8 have the same bytes
     shorter = ModelConfig(device="cpu", context_tokens=100, served_name="other")
     assert kv_identity(files, architecture, shorter) == plain
+
+
+def test_blocks_tell_apart_what_config_json_makes_of_the_same_tensors(tmp_path: Path) -> None:
+    identities = []
+    for version in ("gptq", "gptq_v2"):
+        fields = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": version}
+        directory = write_small_model(
+            tmp_path / "small", layers=1, config={"quantization_config": fields}
+        )
+        files = ModelFiles("small", "safetensors", directory)
+        architecture = read_architecture(files)
+        identities.append(kv_identity(files, architecture, ModelConfig(device="cpu")))
+    assert identities[0] != identities[1]
+
+
+def test_8_bits_have_room_for_nearly_twice_as_many_blocks(tmp_path: Path) -> None:
+    directory = write_small_model(tmp_path, hidden=128, heads=2, kv_heads=1)
+    config = ModelConfig(source=str(directory), device="cpu")
+    plain, coded = (
+        load_runner(each, block_count=None, pool_bytes=1 << 20, threads=1)
+        for each in (config, dataclasses.replace(config, kv_dtype="int8"))
+    )
+    assert coded.pool.tensor.dtype == torch.int8
+    # A row of 64 channels has 128 bytes in bfloat16, 64 and a scale of 2 in 8 bits.
+    assert coded.pool.block_bytes * 128 == plain.pool.block_bytes * 66
+    assert coded.pool.block_count == plain.pool.block_count * 128 // 66
+
+
+def test_fp8_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(config_of(tmp_path), kv_dtype="fp8")
+    with pytest.raises(ConfigError, match=r"model.kv_dtype is fp8, .* take int8"):
+        load_runner(config, block_count=2, pool_bytes=0, threads=1)
 
 
 def test_loading_says_nothing_when_all_is_well(
@@ -229,3 +272,48 @@ def test_loading_says_nothing_when_all_is_well(
     with caplog.at_level(logging.WARNING):
         load_runner(config_of(tmp_path), block_count=2, pool_bytes=0, threads=1)
     assert not caplog.records
+
+
+# ── who hears of layers ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # all layers in C++, or not
+@pytest.mark.parametrize(("every", "counts"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_layers_are_told_of_when_they_are_in_the_pool(
+    tmp_path: Path, runner_of: RunnerOf, dtype: torch.dtype, every: int, counts: list[int]
+) -> None:
+    directory = write_small_model(tmp_path, layers=5)
+    runner = runner_of(directory, dtype=dtype, block_count=4)
+    heard: list[tuple[int, torch.Tensor]] = []
+
+    def tell(count: int, done: object) -> None:
+        assert done is None
+        heard.append((count, runner.pool.tensor[:2].clone()))
+
+    run = Run(range(20), 0, [0, 1])
+    logits = runner.step([run], None, LayersTold(every, tell))
+    assert [count for count, _ in heard] == counts
+    for count, seen in heard:
+        assert torch.equal(seen[:, :count], runner.pool.tensor[:2, :count])
+        assert not torch.equal(seen, runner.pool.tensor[:2]) or count == 5
+    assert torch.equal(logits, runner.step([run])), "who listens changes nothing"
+
+
+def test_an_error_of_who_hears_is_the_step_s(tmp_path: Path, runner_of: RunnerOf) -> None:
+    runner = runner_of(write_small_model(tmp_path, layers=1), dtype=torch.bfloat16)
+
+    def tell(count: int, done: object) -> None:
+        raise RuntimeError("nobody listens")
+
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        runner.step([Run([1], 0, [0])], None, LayersTold(1, tell))
+
+
+def test_on_a_gpu_an_event_says_when_layers_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the steps of {device}")
+    assert event_after(torch.zeros(1)) is None
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device="cuda:0")
+    assert event_after(on_gpu) is not None
+    assert recorded == ["the steps of cuda:0"]

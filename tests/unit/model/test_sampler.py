@@ -45,6 +45,12 @@ def one(logits: torch.Tensor, wanted: SamplerRow) -> Token:
     return token
 
 
+def as_on_a_device(logits: torch.Tensor, rows: list[SamplerRow]) -> list[Token]:
+    from pdserve.model.kernels.sampling import drawn_tokens_reference
+
+    return sample_on_device(logits, rows, drawn_tokens_reference)
+
+
 def kept_ids(logits: list[float], sampling: Sampling) -> list[int]:
     _, kept = kept_weights(np.array(logits, dtype=np.float32), sampling)
     return list(range(len(logits))) if kept is None else [int(index) for index in kept]
@@ -164,7 +170,7 @@ def test_no_ngram_that_was_there_is_drawn_while_another_token_is_left(
         assert len(repeated) == 4 or token not in repeated
         # On a device, in company, and resumed with all of it as a prompt: the same.
         resumed = replace(wanted, prompt_tokens=len(tokens))
-        both = sample_on_device(logits.expand(2, -1), [row(GREEDY), resumed])
+        both = as_on_a_device(logits.expand(2, -1), [row(GREEDY), resumed])
         assert [told.token for told in both] == [0, token]
         tokens.append(token)
 
@@ -349,7 +355,7 @@ def test_the_way_of_a_gpu_gives_the_same_tokens(kinds: list[Sampling]) -> None:
     logits = torch.randn(20, 1001, generator=torch.Generator().manual_seed(3)) * 2
     logits[0, 7] = logits[0, 3] = 50.0  # a tie
     rows = [row(kinds[i % len(kinds)], seed=i, tokens=tuple(range(i + 1))) for i in range(20)]
-    assert sample_on_device(logits, rows) == sample(logits, rows)
+    assert as_on_a_device(logits, rows) == sample(logits, rows)
 
 
 @pytest.mark.gpu
@@ -360,3 +366,62 @@ def test_a_gpu_gives_the_tokens_of_the_host() -> None:
     logits[0, 7] = logits[0, 3] = 50.0  # a tie
     rows = [row(KINDS[i % len(KINDS)], seed=i, tokens=tuple(range(i + 1))) for i in range(20)]
     assert sample(logits.cuda(), rows) == sample(logits, rows)
+
+
+def test_adjusted_logprobs_are_those_of_what_is_left() -> None:
+    biased = Sampling(temperature=0.0, logprobs=3, logit_bias=((1, 2.0),))
+    logits = logits_of(1.0, 0.0, 0.5)
+    model = one(logits, row(biased, forbidden=(2,))).logprob
+    adjusted_ones = one(logits, row(biased, forbidden=(2,), adjusted_logprobs=True)).logprob
+    assert model is not None
+    assert adjusted_ones is not None
+    assert [token for token, _ in model.top] == [0, 2, 1]
+    assert [token for token, _ in adjusted_ones.top] == [1, 0, 2]
+    best = -math.log(1 + math.exp(1.0 - 2.0))
+    assert adjusted_ones.logprob == pytest.approx(best)
+    assert adjusted_ones.top[2][1] == -math.inf
+
+
+# ── grammars ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def mask_of(*tokens: int) -> bytes:
+    return sum(1 << token for token in tokens).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_only_what_a_grammar_allows_is_drawn_whatever_speaks_against_it(temperature: float) -> None:
+    logits = logits_of(*range(12))
+    against = Sampling(
+        temperature=temperature,
+        logit_bias=((2, -100.0), (5, -100.0), (11, 100.0)),
+        presence_penalty=2.0,
+        no_repeat_ngram_size=1,
+    )
+    wanted = row(against, tokens=(2, 5), allowed=mask_of(2, 5), forbidden=(2, 5))
+    drawn = {one(logits, replace(wanted, seed=seed)).token for seed in range(20)}
+    assert drawn == ({5} if temperature == 0 else {2, 5})
+    others = replace(wanted, forbidden=(5,))
+    assert {one(logits, replace(others, seed=seed)).token for seed in range(20)} == {2}
+
+
+def test_logprobs_of_a_constrained_token_are_the_models_own() -> None:
+    logits = logits_of(3.0, 1.0, 2.0)
+    asked = replace(GREEDY, logprobs=2)
+    held = one(logits, row(asked, allowed=mask_of(1)))
+    assert held.token == 1
+    assert held.logprob is not None
+    assert [token for token, _ in held.logprob.top] == [0, 2]
+    assert held.logprob.logprob == pytest.approx(one(logits, row(asked)).logprob.top[0][1] - 2.0)  # type: ignore[union-attr]
+
+
+def test_a_models_padding_is_never_allowed_and_a_larger_tokenizer_harms_nothing() -> None:
+    padded = logits_of(*[0.0] * 40, 9.0)
+    assert one(padded, row(GREEDY, allowed=mask_of(7))).token == 7
+    assert one(logits_of(1.0, 2.0), row(GREEDY, allowed=mask_of(9))).token == 1
+
+
+def test_the_way_of_a_gpu_knows_grammars() -> None:
+    logits = torch.stack([logits_of(1.0, 3.0, 2.0)[0]] * 2)
+    rows = [row(GREEDY), row(GREEDY, allowed=mask_of(0, 2))]
+    assert [token.token for token in as_on_a_device(logits, rows)] == [1, 2]

@@ -1,6 +1,8 @@
 """Which files a source means, and what is said when it means none."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,31 @@ def test_a_gguf_file_is_found_by_itself_and_by_its_directory(tmp_path: Path) -> 
     file.touch()
     assert locate(ModelConfig(source=str(file))) == ModelFiles("some", "gguf", file)
     assert locate(ModelConfig(source=str(tmp_path))).path == file
+
+
+@pytest.mark.parametrize(
+    ("quantised", "is_stored"),
+    [({"quant_method": "gptq", "bits": 8, "group_size": 128}, "gptq, 8 bits"), (None, "plain")],
+)
+def test_weights_stored_otherwise_than_they_must_be_are_refused(
+    tmp_path: Path, quantised: dict[str, Any] | None, is_stored: str
+) -> None:
+    write_small_model(tmp_path / "m", config={"quantization_config": quantised})
+    config = ModelConfig(source=str(tmp_path / "m"), stored_as="awq")
+    says = f"stored_as .* is awq, but the weights of m are {is_stored}; leave it out"
+    with pytest.raises(ConfigError, match=says):
+        locate(config)
+    gptq = dataclasses.replace(config, stored_as="gptq")
+    if quantised:
+        assert locate(gptq).name == "m"
+
+
+def test_a_gguf_file_is_stored_as_gguf(tmp_path: Path) -> None:
+    file = tmp_path / "some.gguf"
+    file.touch()
+    assert locate(ModelConfig(source=str(file), stored_as="gguf")).path == file
+    with pytest.raises(ConfigError, match="is fp8, but the weights of some are gguf"):
+        locate(ModelConfig(source=str(file), stored_as="fp8"))
 
 
 def test_the_served_name_wins(tmp_path: Path) -> None:

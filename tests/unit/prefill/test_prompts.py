@@ -208,7 +208,7 @@ def seed_store(rig: Rig, asked: Request, count: int) -> None:
     def fill(index: int, out: memoryview) -> None:
         runner.pool.read_block(index, out)
 
-    rig.p_store.put(asked.block_keys[:count], 0, fill)
+    rig.p_store.put(asked.block_keys[:count], 0, fill, tenant=asked.tenant)
 
 
 def test_without_the_local_store_everything_is_computed(inbox: Inbox, rig: Rig) -> None:

@@ -7,7 +7,6 @@ hold 16 tokens.
 from dataclasses import replace
 from hashlib import blake2b
 
-from pdserve.config import RouterConfig
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import (
@@ -33,6 +32,7 @@ from pdserve.messages import (
     Timing,
 )
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
+from pdserve.router_config import RouterConfig
 
 BLOCK_TOKENS = 16
 FAR_MS = 10**9
@@ -107,6 +107,7 @@ def hello(
     chunk_tokens: int = 128,
     block_count: int = 1000,
     running_max: int = 64,
+    disk: bool = False,
 ) -> Hello:
     """A worker called p… prefills, one called d… decodes."""
     return Hello(
@@ -121,6 +122,7 @@ def hello(
         running_max=running_max,
         chunk_tokens=chunk_tokens,
         pid=1,
+        store_has_disk=disk,
     )
 
 

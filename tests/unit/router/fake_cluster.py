@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.errors import ErrorInfo
 from pdserve.ids import RequestId, TicketId, WorkerId
 from pdserve.lifecycle import Event, Phase
@@ -39,6 +38,7 @@ from pdserve.messages import (
 from pdserve.router import planner
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
 from pdserve.router.fleet import HELD_MAX
+from pdserve.router_config import RouterConfig
 from tests.unit.router import build
 
 CHUNK_TOKENS = 32

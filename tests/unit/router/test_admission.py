@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.messages import Refused, Request, ServiceClass
 from pdserve.router.admission import RESUME_RATIO, RETRY_MS_MIN, predicted_ttft_ns
 from pdserve.router.core import Command, RouterCore
+from pdserve.router_config import RouterConfig
 from tests.unit.router.build import core_with, hello, keys, request, settings
 
 SLO_MS = 1000.0

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.config import Placement
 from pdserve.ids import RequestId, WorkerId
 from pdserve.router import bindings
 from pdserve.router.bindings import Binding, Candidate, Stale, binding_of
 from pdserve.router.costs import believed
+from pdserve.router_config import Placement
 
 COSTS = believed(1000)  # a token is a millisecond; hand-off 1 ms + 23 µs per token
 ARRIVING = [name for name in get_args(Placement) if name != "late"]

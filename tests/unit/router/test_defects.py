@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import cast
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.level_lines import LevelHeap, LevelLines, LevelLists
 from pdserve.router.orders.mlfq import published, released
 from pdserve.router.orders.skip_join import SkipJoin
+from pdserve.router_config import RouterConfig
 from tests.unit.router import build
 from tests.unit.router.entries import COSTS, come_back, dispatch, entry, names, serve, wait
 

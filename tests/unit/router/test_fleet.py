@@ -1,11 +1,11 @@
 import pytest
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.ids import WorkerId
 from pdserve.messages import Role
 from pdserve.router.core import RouterCore
 from pdserve.router.fleet import SLOTS_GROW, Fleet, slots_of
+from pdserve.router_config import RouterConfig
 from tests.unit.router.build import core_with, hello, keys, request, settings, told
 from tests.unit.router.entries import COSTS
 

@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.router import goals
 from pdserve.router.goals import (
     ARRIVALS_MIN,
@@ -30,6 +29,7 @@ from pdserve.router.goals import (
     choose,
 )
 from pdserve.router.levels import Ladder
+from pdserve.router_config import RouterConfig
 
 CONFIG = RouterConfig()
 WORKERS = 4

@@ -5,12 +5,12 @@ import random
 import pytest
 
 from pdserve.clock import S
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Fleet, Worker
 from pdserve.router.growth import Growth
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.traces import Trace, TraceRequest
 from tests.unit.router.build import BLOCK_TOKENS, hello, request

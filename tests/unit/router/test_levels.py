@@ -1,14 +1,13 @@
 import itertools
 from bisect import bisect_left
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
-from pdserve.router import levels
 from pdserve.router.levels import (
     Ladder,
     Level,
@@ -17,6 +16,7 @@ from pdserve.router.levels import (
     quanta_ns,
 )
 from pdserve.router.places import DEAD_PLACES_MAX, Place
+from pdserve.router_config import RouterConfig
 from tests.unit.router.entries import entry
 
 LADDER = Ladder.of(RouterConfig(level_count=8), 0.12)
@@ -155,42 +155,40 @@ def test_places_of_those_who_left_do_not_pile_up() -> None:
     assert len(level._places) <= 2 + DEAD_PLACES_MAX
 
 
-def test_taking_the_head_costs_the_same_from_a_long_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D6: places looked at per request taken, with 100 and with 3,000 waiting."""
-    looks = 0
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many places were looked at."""
+    looks: Counter[str] = Counter()
     is_live = Level._is_live
 
     def counted(level: Level, place: Place) -> bool:
-        nonlocal looks
-        looks += 1
+        looks["places"] += 1
         return is_live(level, place)
 
-    monkeypatch.setattr(levels.Level, "_is_live", counted)
+    monkeypatch.setattr(Level, "_is_live", counted)
+    return looks
+
+
+def test_taking_the_head_costs_the_same_from_a_long_level(looks: Counter[str]) -> None:
+    """D6: places looked at per request taken, with 100 and with 3,000 waiting."""
     looks_per_request = []
     for count in (100, 3000):
-        level, looks = _level(*((f"r{i}", i) for i in range(count))), 0
+        level = _level(*((f"r{i}", i) for i in range(count)))
+        looks.clear()
         while (head := next(iter(level), None)) is not None:
             level.remove(head[3].id)
-        looks_per_request.append(looks / count)
+        looks_per_request.append(looks["places"] / count)
     short, long = looks_per_request
     assert long < 1.5 * short
 
 
-def test_who_left_from_near_the_front_is_not_walked_past(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_left_from_near_the_front_is_not_walked_past(looks: Counter[str]) -> None:
     """As many places are looked at as are found, though half of those in front went."""
     level = _level(*((f"r{index}", index) for index in range(500)))
     for index in range(1, 60, 2):
         level.remove(RequestId(f"r{index}"))
     level.check()
-    looks = 0
-    is_live = Level._is_live
-
-    def counted(level: Level, place: Place) -> bool:
-        nonlocal looks
-        looks += 1
-        return is_live(level, place)
-
-    monkeypatch.setattr(levels.Level, "_is_live", counted)
+    looks.clear()
     found = [place[3].id for place in itertools.islice(level, 30)]
     assert found == [f"r{index}" for index in range(0, 60, 2)]
-    assert looks == 30
+    assert looks["places"] == 30

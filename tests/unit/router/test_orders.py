@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import MS
-from pdserve.config import QueuePolicy, RouterConfig
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
 from pdserve.router.orders import heap, mlfq
@@ -18,6 +17,7 @@ from pdserve.router.orders.heap import KeyedHeap
 from pdserve.router.orders.static import AgedPrefix
 from pdserve.router.orders.table import order_of
 from pdserve.router.places import DEAD_PLACES_MAX
+from pdserve.router_config import QueuePolicy, RouterConfig
 from tests.unit.router.entries import (
     COSTS,
     contents,

@@ -6,7 +6,6 @@ import random
 import pytest
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.router.levels import boost_ns
 from pdserve.router.orders.boost import (
     GAMMA_MAX_PER_S,
@@ -20,6 +19,7 @@ from pdserve.router.orders.boost import (
     fitted_gamma_per_s,
 )
 from pdserve.router.orders.table import order_of
+from pdserve.router_config import RouterConfig
 from tests.unit.router.entries import COSTS, dispatch, entry, names, wait
 
 

@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 
-from pdserve.config import Placement, QueuePolicy
 from pdserve.messages import Role
 from pdserve.router.core import RouterCore
 from pdserve.router.entry import Entry
+from pdserve.router_config import Placement, QueuePolicy
 from tests.unit.router import build
 from tests.unit.router.entries import contents
 from tests.unit.router.fake_cluster import FakeCluster

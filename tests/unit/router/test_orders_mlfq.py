@@ -3,7 +3,6 @@
 import pytest
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.router.orders.level_lines import LevelHeap, LevelLines, LevelLists
 from pdserve.router.orders.mlfq import (
     Defects,
@@ -13,6 +12,7 @@ from pdserve.router.orders.mlfq import (
     published,
     released,
 )
+from pdserve.router_config import RouterConfig
 from tests.unit.router.entries import COSTS, come_back, dispatch, entry, names, serve, wait
 
 CONFIG = RouterConfig(level_count=6, first_quantum_ms=25.0, rescue_after_ms=1000.0)

@@ -8,7 +8,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.ids import RequestId
 from pdserve.messages import Role, Stop
 from pdserve.router.entry import Entry
@@ -27,6 +26,7 @@ from pdserve.router.placement import (
     usable_tokens,
 )
 from pdserve.router.prefix_index import Hits
+from pdserve.router_config import RouterConfig
 from tests.unit.router.build import BLOCK_TOKENS, hello
 from tests.unit.router.entries import COSTS, entry
 

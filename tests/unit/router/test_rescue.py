@@ -8,11 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
 from pdserve.router.orders.rescue import DEAD_CLAIMS_MAX, PIECE_MAX_NS, Rescue
 from pdserve.router.orders.skip_join import SkipJoin
+from pdserve.router_config import RouterConfig
 from tests.unit.router.entries import come_back, dispatch, entry, names, serve, wait
 from tests.unit.router.servers import Served, serve_all
 

@@ -10,7 +10,7 @@ from pdserve.clock import MS
 from pdserve.errors import ErrorInfo
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event
-from pdserve.messages import Dispatch, Refused, Report, Resume, WorkerFailed
+from pdserve.messages import Dispatch, FetchAhead, Refused, Report, Resume, WorkerFailed
 from pdserve.router import deadlines, planner
 from pdserve.router.core import GATEWAY_GRACE_NS, RouterCore, ToGateway, ToWorker
 from tests.unit.router.build import (
@@ -68,6 +68,29 @@ def test_the_timing_adds_up_all_waits_and_all_stretches() -> None:
 def test_both_ends_agree_on_what_a_block_is() -> None:
     core, _ = core_with(hello("p0"), replace(hello("d0"), namespace="ff"))
     assert core.on_submit(request("r", 32), 0) == []
+
+
+def test_the_store_hears_of_a_prompt_that_waits_and_not_of_one_that_goes_on() -> None:
+    core, (p0, _) = core_with(hello("p0", disk=True), hello("d0"))
+    asked = request("r", 64, document="talk")
+    p0.report(store_added=asked.block_keys[:3])
+    (command,) = core.on_submit(asked, 0)
+    assert isinstance(command.message, Dispatch)
+    _occupied(core)
+    later = request("s", 64, document="talk", tenant="acme")
+    ahead = FetchAhead(asked.block_keys[:3], "acme")
+    assert core.on_submit(later, 0)[-1] == ToWorker(WorkerId("p0"), ahead)
+    strange = core.on_submit(request("t", 64), 0)  # nobody has anything of it
+    assert not any(isinstance(command.message, FetchAhead) for command in strange)
+
+
+def test_where_no_store_has_a_disk_nothing_is_fetched_ahead() -> None:
+    core, (p0, _) = core_with(hello("p0"), hello("d0"))
+    _occupied(core)
+    asked = request("r", 64)
+    p0.report(store_added=asked.block_keys)
+    commands = core.on_submit(asked, 0)
+    assert not any(isinstance(command.message, FetchAhead) for command in commands)
 
 
 def test_a_resumed_request_has_the_route_to_its_new_decode_worker() -> None:

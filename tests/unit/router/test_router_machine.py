@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from pdserve.config import Placement
 from pdserve.messages import Role, ServiceClass
+from pdserve.router_config import Placement
 from tests.unit.router.fake_cluster import FakeCluster
 
 WORKERS_MAX = 5

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import MS
-from pdserve.config import RouterConfig
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
 from pdserve.router.orders.skip_join import CLASS_DELAYS_NS, SkipJoin
 from pdserve.router.orders.tenants import TAGS_MAX, FairTags
+from pdserve.router_config import RouterConfig
 from tests.unit.router.entries import come_back, dispatch, entry, names, serve, wait
 from tests.unit.router.servers import serve_all
 

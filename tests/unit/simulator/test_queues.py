@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pdserve.clock import S
-from pdserve.config import RouterConfig
 from pdserve.router.costs import CostModel, DecodeCost, MoveCost, PrefillCost, StepCost
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.result import Floats
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.synthetic import Draw, either, exponential, poisson

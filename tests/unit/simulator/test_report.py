@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pdserve.config import RouterConfig
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.charts import Axis, axis, number, points
 from pdserve.simulator.page import page
 from pdserve.simulator.report import HEADINGS, SHORT, Case, Goal, as_json, rows

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pdserve.clock import MS, S
-from pdserve.config import RouterConfig
 from pdserve.messages import Role
 from pdserve.router.costs import CostModel, DecodeCost, MoveCost, PrefillCost, StepCost
+from pdserve.router_config import RouterConfig
 from pdserve.simulator.adversaries import SCENARIOS
 from pdserve.simulator.result import Result
 from pdserve.simulator.run import SimulationSettings, simulate

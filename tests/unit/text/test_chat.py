@@ -1,9 +1,11 @@
+import json
 from datetime import datetime
+from typing import Any
 
 import pytest
 
 from pdserve.errors import ConfigError, InvalidField
-from pdserve.text.chat import ChatTemplate, chat_template_of
+from pdserve.text.chat import CHATML, ChatTemplate, chat_template_of
 from pdserve.text.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -102,3 +104,30 @@ def test_no_messages_are_refused() -> None:
 def test_a_template_that_is_no_jinja_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="line 2"):
         ChatTemplate("a\n{% if %}", bos_token="", eos_token="")
+
+
+def test_a_template_that_knows_no_tools_gets_them_in_words() -> None:
+    template = ChatTemplate(CHATML, bos_token="", eos_token="")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    tool = {"type": "function", "function": {"name": "f"}}
+    told = template.render(messages, tools=[tool])
+    assert told.startswith("<|im_start|>system\nYou may call one or more functions")
+    assert f"<tools>\n{json.dumps(tool)}\n</tools>" in told
+    assert '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in told
+    assert "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>" in told
+    system = [{"role": "system", "content": "Be brief."}, *messages]
+    assert template.render(system, tools=[tool]).startswith("<|im_start|>system\nBe brief.\n\nYou")
+
+
+def test_a_template_that_knows_tools_writes_them_itself() -> None:
+    source = "{{ tools | tojson }}{% for m in messages %}{{ m.tool_calls | tojson }}{% endfor %}"
+    template = ChatTemplate(source, bos_token="", eos_token="")
+    message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    assert template.render([message], tools=[{"a": 1}]) == (
+        '[{"a": 1}][{"function": {"name": "f"}}]'
+    )

@@ -62,3 +62,13 @@ def test_the_first_space_after_a_prompt_is_kept(pieces: Tokenizer) -> None:
     assert Detokenizer(pieces).push(tokens) == "the"
     assert Detokenizer(pieces, prompt=tokens).push(tokens) == " the"
     assert Detokenizer(pieces, prompt=[1]).push(tokens) == "the"
+
+
+def test_a_fork_goes_on_alone(small: Tokenizer) -> None:
+    smile, tear = small.encode("😀"), small.encode("😂")
+    assert smile[:-1] == tear[:-1], "they differ in the last byte alone"
+    detokenizer = Detokenizer(small)
+    assert detokenizer.push(smile[:-1]) == ""
+    fork = detokenizer.fork()
+    assert fork.push(tear[-1:]) == "😂"
+    assert detokenizer.push(smile[-1:]) == "😀"

@@ -75,3 +75,11 @@ def test_without_stop_strings_nothing_is_held() -> None:
 def test_an_empty_stop_string_is_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="empty stop string"):
         StopStrings(["a", ""])
+
+
+def test_a_fork_goes_on_alone() -> None:
+    stream = StopStrings(["abc"])
+    assert stream.push("xab") == ("x", None)
+    fork = stream.fork()
+    assert fork.push("c") == ("", "abc")
+    assert stream.push("d") == ("abd", None)

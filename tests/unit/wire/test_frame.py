@@ -25,13 +25,14 @@ HEADERS = st.builds(
     st.integers(0, 2**64 - 1),
     st.integers(0, MESSAGE_BYTES_MAX),
     st.integers(0, BODY_BYTES_MAX),
+    st.integers(0, 2**32 - 1),
 )
 
 
 def forged(
-    magic: bytes = b"pdsv", version: int = 1, kind: int = 1, message: int = 0, body: int = 0
+    magic: bytes = b"pdsv", version: int = 2, kind: int = 1, message: int = 0, body: int = 0
 ) -> bytes:
-    data = struct.pack("<4sBBHQIQ", magic, version, kind, 0, 0, message, body)
+    data = struct.pack("<4sBBHQIQI", magic, version, kind, 0, 0, message, body, 0)
     return data + struct.pack("<I", zlib.crc32(data))
 
 
@@ -54,7 +55,7 @@ def test_any_flipped_bit_is_found(header: Header, bit: int) -> None:
     ("data", "problem"),
     [
         (forged(magic=b"HTTP"), "not a pdserve peer"),
-        (forged(version=2), "speaks version 2, this process 1"),
+        (forged(version=1), "speaks version 1, this process 2"),
         (forged(kind=0), "unknown kind 0"),
         (forged(kind=6), "unknown kind 6"),
         (forged(message=MESSAGE_BYTES_MAX + 1), f"the limit is {MESSAGE_BYTES_MAX}"),

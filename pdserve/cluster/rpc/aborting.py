@@ -1,0 +1,19 @@
+"""How a typed error ends a gRPC call."""
+
+from typing import Any, NoReturn
+
+import grpc
+
+from pdserve.errors import PdserveError, status_of
+
+
+async def abort(context: Any, error: PdserveError) -> NoReturn:
+    """With its status, and in trailing metadata what the HTTP front says in headers and body."""
+    metadata = [("pdserve-error-kind", error.kind)]
+    if error.field is not None:
+        metadata.append(("pdserve-error-field", error.field))
+    if error.retry_after_ms is not None:
+        metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
+    code = grpc.StatusCode[status_of(error).grpc]
+    await context.abort(code, str(error), tuple(metadata))
+    raise AssertionError("abort() raises")

@@ -1,0 +1,60 @@
+"""``pdserve kv`` beside a running cluster: prompts warmed, pinned, counted, evicted."""
+
+import json
+import random
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.cluster.kv_command import audit, drain, evict, show_stat
+from pdserve.cluster.warm_command import warm
+from tests.integration.harness import TestCluster, wait_until_equal
+
+TOKENS = 200
+BLOCKS = TOKENS // 16
+
+
+def _stat(cluster: TestCluster, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    show_stat(cluster.url, [], as_json=True)
+    (stat,) = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = stat
+    return found
+
+
+def test_a_system_prompt_is_computed_ahead_and_is_there_for_its_tenant(
+    cluster: TestCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(5)
+    prompt = [chance.randrange(20, 40_000) for _ in range(TOKENS)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"tokens": prompt, "user": "kv-tenant"}))
+    assert warm(cluster.url, file, pin="1h", concurrency=1) == 0
+    assert f"{TOKENS} tokens computed, 0 were there; {BLOCKS} of {BLOCKS} full blocks pinned" in (
+        capsys.readouterr().out
+    )
+    assert warm(cluster.url, file, pin=None, concurrency=1) == 0
+    assert f"{TOKENS - BLOCKS * 16} tokens computed, {BLOCKS * 16} were" in capsys.readouterr().out
+    other = [chance.randrange(20, 40_000) for _ in range(TOKENS)]
+    cluster.complete(other, max_tokens=1, prompt_cache_retention="30m")
+
+    def soft_pins() -> int:
+        count: int = _stat(cluster, capsys)["pins"]["soft"]
+        return count
+
+    wait_until_equal("blocks with a soft pin", soft_pins, 2 * BLOCKS)
+    stat = _stat(cluster, capsys)
+    (use,) = [use for use in stat["tenants"] if use["tenant"] == "kv-tenant"]
+    assert use["slots"] >= BLOCKS
+
+    assert audit(cluster.url, [], blocks_max=None, as_json=False) == 0
+    with urllib.request.urlopen(f"{cluster.url}/metrics", timeout=10) as answer:
+        assert f'store="{stat["store"]}"' in answer.read().decode()
+
+    evict(cluster.url, [], tenant="kv-tenant", prompt=None, everything=False, pinned=True)
+    assert f"evicted {use['slots']:,} blocks" in capsys.readouterr().out
+    assert soft_pins() == BLOCKS
+    assert drain(cluster.url, [], stat["store"], timeout_s=20, undo=False) == 0
+    assert drain(cluster.url, [], stat["host"], timeout_s=0, undo=True) == 0
+    assert len(cluster.tokens(prompt, 2, user="kv-tenant")) == 2

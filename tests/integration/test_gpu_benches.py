@@ -1,0 +1,94 @@
+"""``bench.engine --device cuda`` and ``bench.pd_gpu``: their rows, on a CPU with a tiny model."""
+
+import argparse
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench import engine, pd_gpu
+from bench.engine_gpu import Sizes, rows
+from bench.frame import Options
+from bench.random_model import LLAMA_3_8B, QWEN3_8B, TINY, Costs, random_runner
+from pdserve.model.runner import Run
+
+SMALL = Sizes(
+    device="cpu",
+    models={"tiny": TINY},
+    batches=(1, 3),
+    context=20,
+    decode_steps=2,
+    prompt=64,
+    chunk=32,
+    copy_bytes=1 << 12,
+    matmul=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two OpenMP threads on a busy machine wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_row_has_its_limit_and_its_bar() -> None:
+    made = {one.name: one for one in rows(SMALL, 3)}
+    bars = {name: (one.reference, one.bar) for name, one in made.items()}
+    assert bars == {
+        "decode step, tiny, batch 1": ("device copy", "≥ 0.8×"),
+        "decode step, tiny, batch 3": ("device copy", "≥ 0.8×"),
+        "prefill step, tiny, 64 tokens": ("dense matmul", "≥ 0.65×"),
+        "idle between decode steps, tiny, ahead": ("", "≤ 3 %"),
+        "idle between decode steps, tiny, not ahead": ("", ""),
+        "prefill while blocks leave, tiny, 64 tokens": ("the same, none leave", "≤ 1.05×"),
+    }
+    assert all(one.value is not None and one.value >= 0 for one in made.values())
+
+
+def test_a_step_of_the_real_shapes_moves_and_computes_what_one_counts_by_hand() -> None:
+    """16 GB of Llama-3-8B are 8.03e9 parameters, 0.53e9 of them the embedding."""
+    llama, qwen = Costs(LLAMA_3_8B), Costs(QWEN3_8B)
+    assert llama.decode_bytes(0, 0) == pytest.approx(2 * (8.03e9 - 0.525e9), rel=1e-3)
+    assert qwen.decode_bytes(0, 0) == pytest.approx(2 * (8.19e9 - 0.622e9), rel=1e-3)
+    assert llama.kv_bytes == 128 << 10
+    assert llama.decode_bytes(64, 2048) - llama.decode_bytes(0, 0) == 16 << 30
+    one, two = (llama.prefill_operations(tokens) for tokens in (4096, 8192))
+    assert two / one == pytest.approx(2.14, abs=0.01)  # attention is a seventh, and grows faster
+    assert two == pytest.approx(2 * 8192 * 6.98e9 + 2 * 8192**2 * 4096 * 32, rel=1e-3)
+
+
+def test_a_seed_makes_the_same_model_again() -> None:
+    a, b, other = (
+        random_runner(TINY, torch.device("cpu"), block_count=2, running_max=1, seed=seed).step(
+            [Run([1, 2, 3], 0, [0])]
+        )
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, other)
+    assert a.isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_gpu_it_says_so() -> None:
+    parser = argparse.ArgumentParser()
+    engine.add_arguments(parser)
+    (made,) = engine.measure(Options(True, parser.parse_args(["--device", "cuda"])))
+    assert made.skipped == "needs a CUDA device"
+
+
+def test_two_processes_hand_over_without_ray_and_change_no_token_and_no_bit() -> None:
+    parser = argparse.ArgumentParser()
+    pd_gpu.add_arguments(parser)
+    options = Options(True, parser.parse_args(["--device", "cpu"]))
+    made = {one.name: one for one in pd_gpu.measure(options)}
+    assert made["answers like those of one process"].holds
+    assert made["blocks changed by way of the arena"].holds
+    assert made["blocks changed by way of the SSD"].skipped == "the store has no SSD tier"
+    exposed = made["exposed transfer, 100 tokens"]
+    assert exposed.reference == "one layer of the prefill"
+    assert exposed.value is not None
+    assert exposed.value > 0

@@ -1,0 +1,76 @@
+"""What the mover takes from a store with a disk, and what it leaves to be computed."""
+
+from pdserve.engine.moves import Restore
+from pdserve.engine.restorer import TRIED_AGAIN_EVERY
+from pdserve.engine.restoring import PrefillSpeed
+from pdserve.ids import BlockId, BlockKey
+from pdserve.kvstore.path_speed import PathCost
+from tests.unit.engine.fakes import BLOCK_BYTES
+from tests.unit.engine.test_mover import LOCAL, Parts, blocks
+
+KEYS = tuple(BlockKey(bytes([i]) * 16) for i in range(6))
+FAST_DISK = PathCost(fixed_s=1e-6, bytes_per_s=1e12)
+SLOW_DISK = PathCost(fixed_s=1.0, bytes_per_s=1e6)
+TARGETS = blocks(0, 1, 2, 3, 4, 5)
+
+
+def stored(disk: PathCost | None, *, in_arena: int = 2) -> Parts:
+    """Six blocks, of which the arena has the first."""
+    parts = Parts()
+    store = parts.stores[LOCAL]
+    store.blocks = {key: bytes([i]) * BLOCK_BYTES for i, key in enumerate(KEYS)}
+    store.below = disk
+    store.below_keys = set(KEYS[in_arena:]) if disk else set()
+    return parts
+
+
+def restore(*, first: int = 0, token_s: float | None = 1e-3) -> Restore:
+    speed = PrefillSpeed(token_s, 1e6) if token_s else None
+    targets: tuple[BlockId, ...] = TARGETS[first:]
+    return Restore(
+        LOCAL, KEYS, first, targets, prompt_tokens=6 * 16 + 1, block_tokens=16, speed=speed
+    )
+
+
+def test_a_fast_disk_is_waited_for() -> None:
+    parts = stored(FAST_DISK)
+    assert parts.one(restore()).count == 6
+    assert parts.mover.counters()["prefixes_fetched"] == 1
+    parts.stores[LOCAL].check_idle()
+
+
+def test_what_a_slow_disk_has_is_computed() -> None:
+    parts = stored(SLOW_DISK)
+    moved = parts.one(restore())
+    assert (moved.count, moved.error) == (2, None)
+    counters = parts.mover.counters()
+    assert (counters["prefixes_recomputed"], counters["blocks_recomputed"]) == (1, 4)
+    parts.stores[LOCAL].check_idle()
+
+
+def test_what_the_device_has_is_not_counted_as_recomputed() -> None:
+    parts = stored(SLOW_DISK)
+    assert parts.one(restore(first=4)).count == 0
+    assert parts.mover.counters()["blocks_recomputed"] == 2
+
+
+def test_a_slow_worker_waits_even_for_a_slow_disk() -> None:
+    assert stored(SLOW_DISK).one(restore(token_s=1.0)).count == 6
+
+
+def test_before_the_first_step_everything_is_taken_unasked() -> None:
+    parts = stored(SLOW_DISK)
+    assert parts.one(restore(token_s=None)).count == 6
+    assert "quote" not in parts.stores[LOCAL].calls
+
+
+def test_a_store_without_a_disk_is_not_asked() -> None:
+    parts = stored(None)
+    assert parts.one(restore()).count == 6
+    assert "quote" not in parts.stores[LOCAL].calls
+
+
+def test_a_disk_that_was_slow_is_tried_again() -> None:
+    parts = stored(SLOW_DISK)
+    counts = [parts.one(restore()).count for _ in range(TRIED_AGAIN_EVERY)]
+    assert counts == [2] * (TRIED_AGAIN_EVERY - 1) + [6]

@@ -27,6 +27,7 @@ OBJECT_STORE_BYTES = 80 * MiB
 """Ray's own shared memory. No request, token or block goes through it."""
 
 REMOVE_S_MAX = 5.0
+SERVE_END_S_MAX = 60.0
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -142,14 +143,12 @@ def _reason(error: Exception) -> str:
 def end(directory: Path) -> None:
     """Ends the application, its stores and Ray, and removes ``directory``. What is gone is gone."""
     import ray
-    from ray import serve
 
     from pdserve.cluster.store_supervisor import stop_stores
 
     if ray.is_initialized():
         with contextlib.suppress(Exception):  # whatever is broken, the next steps still clean up
-            serve.shutdown()
-            _wait_for_end_of_serve()
+            _end_serve()
         with contextlib.suppress(Exception):
             asyncio.run(stop_stores(APP))
         ray.shutdown()
@@ -159,16 +158,25 @@ def end(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _wait_for_end_of_serve() -> None:
-    """Its controller answers before it is gone. Who starts Serve on the same Ray in between would
-    be given the one that is about to end."""
-    from ray.util import list_named_actors
+def _end_serve() -> None:
+    """Asks Serve's controller to end until nobody finds it by name any more.
 
-    deadline = time.monotonic() + REMOVE_S_MAX
+    One call is not enough: on a busy machine ``serve.shutdown`` gives up without a word when the
+    controller does not answer within 5 s, and a process goes on finding a dead actor by its name
+    until it is told of the death. Who starts Serve on the same Ray in between is given the one
+    that is about to end.
+    """
+    import ray
+    from ray import serve
+
+    deadline = time.monotonic() + SERVE_END_S_MAX
     while time.monotonic() < deadline:
-        names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
-        if "SERVE_CONTROLLER_ACTOR" not in names:
+        try:
+            ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        except ValueError:
             return
+        with contextlib.suppress(Exception):  # the next look tells
+            serve.shutdown()
         time.sleep(0.02)
 
 

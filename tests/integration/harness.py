@@ -273,10 +273,13 @@ _ray: list[tuple[str, contextlib.ExitStack]] = []
 
 def ray_address_of_the_run() -> str:
     """Of the run's Ray, which is started if need be."""
+    from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster
 
     if not _ray:
         os.environ["RAY_AUTH_MODE"] = "disabled"
+        # Its ``Cluster`` notes its address in Ray's usual directory, wherever its own is.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
         directory = tempfile.mkdtemp(prefix="pd-", dir="/tmp")
         stack.callback(shutil.rmtree, directory, ignore_errors=True)

@@ -222,6 +222,12 @@ class StoreConfig(Checked):
     first, and nobody below its share loses blocks to another. ``"*"`` is each tenant that is not
     named, 1 where it is left out. Empty: all blocks compete alike, whosever they are."""
 
+    codec: Literal["plain", "int8", "fp8"] = "plain"
+    """How blocks are kept and handed over. ``plain``: as they were computed, so an answer does not
+    depend on where its prefix lay. ``int8`` and ``fp8``: packed in 8 bits, half of bfloat16's
+    bytes; what comes back is close, so answers may depend on what was cached. To halve blocks and
+    keep that promise, take ``model.kv_dtype``."""
+
     hard_pin_ratio: float = 0.25
     """The most of the arena that blocks with a hard pin may take; more are refused."""
 
@@ -406,6 +412,11 @@ class ClusterConfig(Checked):
             yield (
                 f"model.kv_dtype is {self.model.kv_dtype}: a model over several processes keeps KV "
                 "as it is so far; take auto, or set tensor_parallel to 1"
+            )
+        if self.model.kv_dtype != "auto" and self.store.codec != "plain":
+            yield (
+                f"store.codec is {self.store.codec}: with model.kv_dtype {self.model.kv_dtype} "
+                "blocks have 8 bits already; leave one of the two out"
             )
         if self.decode.step_ahead and self.tensor_parts > 1:
             yield (

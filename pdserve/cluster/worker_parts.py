@@ -15,7 +15,7 @@ from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
 from pdserve.engine.leader import Followers, load_leader
 from pdserve.engine.loop import EngineLoop
-from pdserve.engine.mover import Mover
+from pdserve.engine.mover import Blocks, Mover
 from pdserve.engine.outputs import Load, Output, ToDecode
 from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.thread import EngineThread
@@ -27,6 +27,7 @@ from pdserve.kvstore.keys import namespace_of
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.model.load import kv_identity
+from pdserve.model.packed_pool import PackedPool
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.prefill.prompts import Prompts
 from pdserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +49,9 @@ _CODECS = {
 }
 """By the dtype of the pool whose blocks the store gets."""
 
+_PACKED_CODECS = {"int8": PayloadCodec.INT8_PACKED, "fp8": PayloadCodec.FP8_PACKED}
+"""By ``store.codec``."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
@@ -63,11 +67,22 @@ class WorkerParts:
     """The further processes of a worker whose model is split."""
 
     @property
+    def stored_blocks(self) -> Blocks:
+        """The pool as stores see it."""
+        codec = self.config.store.codec
+        if codec == "plain":
+            return self.runner.pool
+        return PackedPool(self.runner.pool, self.runner.architecture, codec)
+
+    @property
     def block_bytes(self) -> int:
-        return self.runner.pool.block_bytes
+        """Of one block in a store."""
+        return self.stored_blocks.block_bytes
 
     @property
     def codec(self) -> PayloadCodec:
+        if self.config.store.codec != "plain":
+            return _PACKED_CODECS[self.config.store.codec]
         return _CODECS[str(self.runner.pool.tensor.dtype)]
 
     @property
@@ -114,7 +129,7 @@ class WorkerParts:
         """``emit`` is called on the engine's thread, ``announce`` on the mover's."""
         warm = self.role is Role.PREFILL  # the first token waits for its pushes
         mover = Mover(
-            self.runner.pool,
+            self.stored_blocks,
             lambda address: self.open_store(address, host, worker, warm=warm),
             store,
             announce=announce,
@@ -151,7 +166,13 @@ def build_parts(config: ClusterConfig, role: Role) -> WorkerParts:
         running_max=settings.running_max,
     )
     warm_up(runner)
-    identity = kv_identity(files, runner.architecture, config.model, parts=config.tensor_parts)
+    identity = kv_identity(
+        files,
+        runner.architecture,
+        config.model,
+        parts=config.tensor_parts,
+        store_codec=config.store.codec,
+    )
     return WorkerParts(
         config=config,
         role=role,

@@ -184,10 +184,12 @@ def kv_identity(
     dtype: str | None = None,
     *,
     parts: int = 1,
+    store_codec: str = "plain",
 ) -> dict[str, str | int]:
     """Everything two workers must agree on before one may read the other's KV blocks.
 
-    ``parts``: how many the model is cut into (``parallel.parts``).
+    ``parts``: how many the model is cut into (``parallel.parts``). ``store_codec``: how blocks are
+    packed between pools (``packed_pool``).
 
     Kernels are in it: their roundings differ, and a block must be the one this worker would have
     computed. Number formats alone would also fit, at the price of the bit-for-bit promise.
@@ -201,7 +203,7 @@ def kv_identity(
         "architecture": repr(dataclasses.replace(architecture, context_tokens=1)),
         "quantization": config.quantization if rounded or stored else "as stored",
         "dtype": dtype or str(_DTYPES[config.dtype]).removeprefix("torch."),
-        "kv_dtype": "dtype" if config.kv_dtype == "auto" else config.kv_dtype,
+        "kv_dtype": _kept_as(config, store_codec),
         "block_tokens": config.block_tokens,
         "layout": LAYOUT,
         "kernels": ops.name,
@@ -211,6 +213,12 @@ def kv_identity(
         "parts": parts,
         "torch": importlib.metadata.version("torch"),
     }
+
+
+def _kept_as(config: ModelConfig, store_codec: str) -> str:
+    if store_codec != "plain":
+        return f"{store_codec}, packed"
+    return "dtype" if config.kv_dtype == "auto" else config.kv_dtype
 
 
 def _ops_of(config: ModelConfig, device: torch.device) -> Ops:

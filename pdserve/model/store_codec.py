@@ -93,6 +93,8 @@ class BlockCodec:
 
     def _split(self, packed: memoryview) -> tuple[Tensor, ...]:
         assert packed.nbytes == self.packed_bytes, f"{packed.nbytes} bytes of {self.packed_bytes}"
+        if packed.readonly:  # a store's own memory, which torch wants to be able to change
+            packed = memoryview(bytearray(packed))
         bytes_LGE = torch.frombuffer(packed, dtype=torch.uint8)
         heads_LGE = bytes_LGE.view(self.layer_count, self.kv_head_count, -1)
         return torch.split(heads_LGE, list(self._parts), dim=2)

@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.cluster.kv_command import audit, drain, evict, show_stat
 from pdserve.cluster.warm_command import warm
-from tests.integration.harness import TestCluster, wait_until_equal
+from tests.integration.harness import TestCluster, running, settings, wait_until_equal
 
 TOKENS = 200
 BLOCKS = TOKENS // 16
@@ -58,3 +58,22 @@ def test_a_system_prompt_is_computed_ahead_and_is_there_for_its_tenant(
     assert drain(cluster.url, [], stat["store"], timeout_s=20, undo=False) == 0
     assert drain(cluster.url, [], stat["host"], timeout_s=0, undo=True) == 0
     assert len(cluster.tokens(prompt, 2, user="kv-tenant")) == 2
+
+
+@pytest.mark.slow
+def test_blocks_of_a_whole_cluster_may_be_packed(
+    small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of whatever workers move: hand-offs, and prefixes that come back."""
+    chance = random.Random(6)
+    prompt = [chance.randrange(20, 40_000) for _ in range(TOKENS)]
+    sizes = {}
+    for codec in ("plain", "int8"):
+        with running(settings(small_model, store={"codec": codec})) as cluster:
+            first = cluster.tokens(prompt, 8)
+            assert len(first) == len(cluster.tokens([*prompt, *first], 8)) == 8
+            assert cluster.counter("decode", "bytes_restored") > 0
+            capsys.readouterr()  # what Ray says
+            stat = _stat(cluster, capsys)
+            sizes[codec] = stat["block_bytes"]
+    assert sizes["int8"] < 0.7 * sizes["plain"]

@@ -16,14 +16,14 @@ from pdserve.config import ModelConfig
 from pdserve.engine.leader import Followers, load_leader
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.text.tokenizer import Tokenizer
-from tests.integration.test_pd_loops import (
+from tests.integration.pd_stage import (
     Alone,
     Node,
     Stage,
     request,
-    tokenizer,
     wait_store_idle,
 )
+from tests.integration.test_pd_loops import tokenizer
 from tests.models.small import write_small_model
 from tests.unit.model.test_identity import draw_sequences, kv_of, run_in_company
 

@@ -108,6 +108,10 @@ def test_a_worker_of_several_processes_has_no_core_to_itself() -> None:
             "model.kv_dtype is int8: a model over several processes keeps KV as it is so far",
         ),
         (
+            {"model": {"kv_dtype": "int8"}, "store": {"codec": "int8"}},
+            "store.codec is int8: with model.kv_dtype int8 blocks have 8 bits already",
+        ),
+        (
             {"decode": {"tensor_parallel": 2, "step_ahead": True}},
             "decode.step_ahead: a model over several processes has to know each token",
         ),

@@ -83,7 +83,9 @@ golden: setup-dev  ## rewrite the golden traces; look at the diff
 
 proto: setup-dev  ## regenerate pdserve/proto from proto/
 	@$(BIN)/python -m grpc_tools.protoc -Ipdserve/proto/v1=proto/pdserve/v1 \
-		--python_out=. --pyi_out=. --grpc_python_out=. proto/pdserve/v1/inference.proto
+		-Ipdserve/proto/kserve=proto/kserve -Ipdserve/proto/vllm=proto/vllm \
+		--python_out=. --pyi_out=. --grpc_python_out=. proto/pdserve/v1/inference.proto \
+		proto/kserve/inference.proto proto/vllm/engine.proto
 
 bench: setup-dev  ## the benchmarks that this machine can run
 	@$(BIN)/python -m bench.end_to_end

@@ -1,5 +1,7 @@
 """How a typed error ends a gRPC call."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -17,3 +19,12 @@ async def abort(context: Any, error: PdserveError) -> NoReturn:
     code = grpc.StatusCode[status_of(error).grpc]
     await context.abort(code, str(error), tuple(metadata))
     raise AssertionError("abort() raises")
+
+
+@asynccontextmanager
+async def aborting(context: Any) -> AsyncIterator[None]:
+    """A typed error within ends the call."""
+    try:
+        yield
+    except PdserveError as error:
+        await abort(context, error)

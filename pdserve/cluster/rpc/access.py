@@ -10,7 +10,14 @@ from pdserve.cluster.rpc.aborting import abort
 from pdserve.errors import PdserveError
 
 OPEN_SERVICE = "/grpc.health.v1.Health/"
-COUNTED = ("/pdserve.v1.Inference/Generate", "/pdserve.v1.Inference/Chat")
+COUNTED = frozenset(
+    {
+        "/pdserve.v1.Inference/Generate",
+        "/pdserve.v1.Inference/Chat",
+        "/inference.GRPCInferenceService/ModelInfer",  # a stream counts each of its requests
+        "/vllm.grpc.engine.VllmEngine/Generate",
+    }
+)
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types

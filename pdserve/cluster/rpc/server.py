@@ -1,20 +1,26 @@
-"""The gRPC port: the service, ``grpc.health.v1`` and reflection on one ``grpc.aio`` server."""
+"""The gRPC port: our service, KServe's, vLLM's, ``grpc.health.v1`` and reflection on one
+``grpc.aio`` server."""
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
 from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.rpc import kserve, vllm_engine
 from pdserve.cluster.rpc.access import AccessInterceptor
+from pdserve.cluster.rpc.reflecting import add_reflection
 from pdserve.cluster.rpc.servicer import Servicer
+from pdserve.cluster.rpc.serving import Serving
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError
+from pdserve.proto.kserve.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+from pdserve.proto.vllm.engine_pb2_grpc import add_VllmEngineServicer_to_server
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+SERVICES = (SERVICE, kserve.SERVICE, vllm_engine.SERVICE)
 
 STOP_S = 5.0
 """How long calls under way may go on once the server leaves."""
@@ -53,17 +59,19 @@ async def serve_grpc(
     """
     interceptors = [] if doorkeeper is None else [AccessInterceptor(doorkeeper)]
     server = grpc.aio.server(interceptors=interceptors, options=_options(config))
-    add_InferenceServicer_to_server(  # type: ignore[no-untyped-call]
-        Servicer(session, config, metrics or FrontMetrics(), doorkeeper), server
-    )
+    serving = Serving(session, config, metrics or FrontMetrics(), doorkeeper)
+    for add, servicer in (
+        (add_InferenceServicer_to_server, Servicer(serving)),
+        (add_GRPCInferenceServiceServicer_to_server, kserve.KserveServicer(serving)),
+        (add_VllmEngineServicer_to_server, vllm_engine.VllmServicer(serving)),
+    ):
+        add(servicer, server)  # type: ignore[no-untyped-call]
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    add_reflection(server, (*SERVICES, health.SERVICE_NAME))
     port = _bind(server, config, credentials)
     await server.start()
-    for name in ("", SERVICE):
+    for name in ("", *SERVICES):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     return GrpcServer(server, port, checks)
 

@@ -15,6 +15,7 @@ from pdserve.cluster import tracing
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.rpc.servicer import Servicer
+from pdserve.cluster.rpc.serving import Serving
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError, WorkerLost
 from pdserve.proto.v1 import inference_pb2 as pb
@@ -98,7 +99,8 @@ class FakeContext:
 
 
 def test_grpc_metadata_names_the_trace_as_well(exported: InMemorySpanExporter) -> None:
-    servicer = Servicer(FakeSession(said("Hello")), GatewayConfig(), FrontMetrics())
+    serving = Serving(FakeSession(said("Hello")), GatewayConfig(), FrontMetrics())
+    servicer = Servicer(serving)
     asyncio.run(servicer.Generate(pb.GenerateRequest(text="hi"), FakeContext()))
     (span,) = exported.get_finished_spans()
     assert trace_of(span) == TRACE_ID

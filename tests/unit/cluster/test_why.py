@@ -13,6 +13,7 @@ from pdserve.cluster.calls import Piece
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.rpc.servicer import Servicer
+from pdserve.cluster.rpc.serving import Serving
 from pdserve.config import GatewayConfig
 from pdserve.errors import WorkerLost
 from pdserve.ids import WorkerId
@@ -163,7 +164,7 @@ class FakeContext:
 
 @pytest.mark.parametrize("why", [False, True])
 def test_a_grpc_call_gets_decisions_where_it_asked(session: FakeSession, why: bool) -> None:
-    servicer = Servicer(session, GatewayConfig(), FrontMetrics())
+    servicer = Servicer(Serving(session, GatewayConfig(), FrontMetrics()))
     context = FakeContext()
     asyncio.run(servicer.Generate(pb.GenerateRequest(text="hi", why=why), context))
     *before, last = context.written

@@ -1,0 +1,118 @@
+"""What every service of the gRPC port does with a call, whatever its messages look like.
+
+gRPC cancels the handler's task when the client cancels or its deadline passes; that unwinds
+through ``batches``, which closes the session's iterator.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from pdserve.cluster.access import Doorkeeper
+from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.gathering import batches
+from pdserve.cluster.http.answers import cached_tokens
+from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
+from pdserve.cluster.rpc.access import secret_in
+from pdserve.cluster.rpc.requests import chunk_of, timing_of
+from pdserve.cluster.tracing import continued, is_tracing
+from pdserve.config import GatewayConfig
+from pdserve.errors import PdserveError, status_of
+from pdserve.messages import Timing
+from pdserve.proto.v1 import inference_pb2 as pb
+
+US_PER_S = 1_000_000
+
+Ask = Callable[[str | None], Awaitable[Call]]
+"""The call that a tenant asks for; None: whose it is, the request itself says."""
+
+Tell = Callable[[Call, pb.GenerateChunk], Awaitable[None]]
+
+
+class Serving:
+    def __init__(
+        self,
+        session: Session,
+        config: GatewayConfig,
+        metrics: FrontMetrics,
+        doorkeeper: Doorkeeper | None = None,
+    ) -> None:
+        self.session = session
+        self.config = config
+        self._metrics = metrics
+        self._doorkeeper = doorkeeper
+
+    def tenant(self, context: Any, *, counts: bool = False) -> str | None:
+        """Of the key that the interceptor has let in; ``counts`` against its rate, once more."""
+        if self._doorkeeper is None:
+            return None
+        key = self._doorkeeper.admit(secret_in(context.invocation_metadata()), counts=counts)
+        return None if key is None else key.tenant
+
+    async def run(
+        self,
+        operation: str,
+        ask: Ask,
+        context: Any,
+        tell: Tell,
+        *,
+        why: bool = False,
+        counts: bool = False,
+    ) -> None:
+        """``tell`` gets the call's chunks in order. Raises PdserveError for what it failed with."""
+        headers = dict(context.invocation_metadata()) if is_tracing() else {}
+        with self._metrics.follow("grpc", operation) as meter, continued(headers):
+            try:
+                call = await ask(self.tenant(context, counts=counts))
+                meter.calls = (call,)
+                async with aclosing(self._chunks(call, meter, why=why)) as chunks:
+                    async for chunk in chunks:
+                        await tell(call, chunk)
+                meter.status = grpc.StatusCode.OK.name
+            except asyncio.CancelledError:
+                meter.status = DISCONNECTED
+                raise
+            except PdserveError as error:
+                meter.status = status_of(error).grpc
+                raise
+
+    async def _chunks(
+        self, call: Call, meter: Meter, *, why: bool
+    ) -> AsyncGenerator[pb.GenerateChunk]:
+        """The call's pieces as messages; the last one carries the usage."""
+        open_count = call.n
+        generated_tokens = 0
+        timings: dict[int, Timing] = {}
+        async with aclosing(batches(self.session, [call])) as gathered:
+            async for batch in gathered:
+                meter.note(batch)
+                for _, piece in batch:
+                    chunk = chunk_of(call, piece, self.session.tokenizer)
+                    generated_tokens += len(piece.tokens)
+                    if piece.timing is not None:
+                        timings[piece.choice] = piece.timing
+                    if piece.finish is not None:
+                        open_count -= 1
+                        _add_timing(chunk, timings.get(piece.choice), meter, why=why)
+                    if open_count == 0:
+                        meter.prompt_tokens = len(call.prompt)
+                        meter.cached_tokens = cached_tokens(timings.values())
+                        chunk.usage.prompt_tokens = meter.prompt_tokens
+                        chunk.usage.completion_tokens = generated_tokens
+                        chunk.usage.cached_tokens = meter.cached_tokens
+                    yield chunk
+
+
+def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter, *, why: bool) -> None:
+    if timing is not None:
+        chunk.timing.CopyFrom(
+            timing_of(
+                timing,
+                first_token_us=round((meter.first_token_s or 0.0) * US_PER_S),
+                total_us=round(meter.elapsed_s() * US_PER_S),
+                why=why,
+            )
+        )

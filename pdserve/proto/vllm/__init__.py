@@ -1,0 +1,1 @@
+"""Wire-compatible with vLLM's engine service."""

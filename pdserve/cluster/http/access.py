@@ -1,4 +1,5 @@
-"""The door of the HTTP front: where there are keys, every path but the health checks needs one."""
+"""The door of the HTTP front: where there are keys, every path but the health checks and the
+console's files needs one."""
 
 from collections.abc import Mapping
 
@@ -6,10 +7,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdserve.cluster.access import Doorkeeper, secret_of
+from pdserve.cluster.http import console
 from pdserve.cluster.http.errors import error_response
 from pdserve.errors import PdserveError
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
+OPEN_PATHS = console.PATHS | {"/health", "/ping"}
 ADMIN_PATHS = "/cluster/"
 
 

@@ -20,6 +20,7 @@ from pdserve.cluster.calls import Session
 from pdserve.cluster.http.access import Access
 from pdserve.cluster.http.asking import chat_asked, completion_asked
 from pdserve.cluster.http.bodies import read_object
+from pdserve.cluster.http.console import add_console
 from pdserve.cluster.http.errors import error_response, internal_error
 from pdserve.cluster.http.generation import Generation
 from pdserve.cluster.http.metrics import FrontMetrics
@@ -206,6 +207,7 @@ def _add_operations(app: FastAPI, snapshot: Snapshot | None, stores: StoreFigure
 
     if snapshot is not None:
         _add_answer(app, "/cluster/status", snapshot)
+        add_console(app)
 
 
 def _add_answer(app: FastAPI, path: str, ask: Snapshot) -> None:

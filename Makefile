@@ -68,6 +68,9 @@ lint: setup-dev  ## ruff and mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+faults: setup-dev  ## every fault under load, compared token by token; writes docs/faults.md
+	@FAULTS_REPORT=docs/faults.md $(PYTEST) --timeout=900 tests/faults
+
 FUZZ := tests/unit/wire/test_wire_fuzz.py $(addprefix tests/unit/kvstore/test_,server_fuzz.py ssd_log_fuzz.py)
 
 campaign: setup-dev  ## kill the KV store for an hour, and fuzz it; SEED=7 repeats the strikes
@@ -93,4 +96,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all campaign check lint kernels golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults campaign check lint kernels golden proto bench clean

@@ -200,6 +200,54 @@ class Timing:
     decisions: tuple[Decision, ...] = ()  # the router's, oldest first
 
 
+# ── anybody → router: who leads ──────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Seek:
+    """First words on a connection, as a call: are you the router that leads? Who has heard of a
+    younger epoch says so, and an older router learns from it that it was deposed."""
+
+    epoch: int  # the youngest that the caller has heard of; 0: of none
+
+
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """The answer of the router that leads, and again about once a second: silence means trouble."""
+
+    epoch: int
+    standbys: tuple[Address, ...]  # where to look first when it is gone
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """The answer of a router that does not lead; ``leader`` does, as far as it knows."""
+
+    epoch: int
+    leader: Address | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """Standby → leader: here I am. Peers are told where."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Consult:
+    """Standby → leader, as a call: a control question that came to the standby. The answer is a
+    ``Consulted``, with the text as its body."""
+
+    question: str
+    argument: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Consulted:
+    pass
+
+
 # ── gateway → router ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -303,6 +351,7 @@ class Handoff:
     the best of the first candidates, and with it as ``logprob.top`` all of them."""
 
     timing: Timing
+    namespace: str = ""  # of those blocks, in hexadecimal; "": unsaid, of the reader's own
 
     @property
     def length(self) -> int:

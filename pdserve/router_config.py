@@ -115,6 +115,13 @@ class RouterConfig(Checked):
     worker_silence_ms: int = 5_000
     """A worker that says nothing for so long is taken for lost."""
 
+    replicas: int = 1
+    """Router processes, of which one leads. With a second one, another takes over within a moment
+    of the first one's death; with one, requests wait until it has been started again."""
+
+    router_silence_ms: int = 3_000
+    """A router that says nothing for so long is taken for lost, though its connections stand."""
+
     @property
     def counts_tokens(self) -> bool:
         """Whether anything depends on how many tokens running streams have."""
@@ -130,6 +137,8 @@ class RouterConfig(Checked):
             "attempts_max",
             "prefill_tokens_per_s",
             "worker_silence_ms",
+            "replicas",
+            "router_silence_ms",
         )
         for name in ("gamma_per_s", "ttft_slo_ms", "tpot_slo_ms"):
             if getattr(self, name) is not None:

@@ -72,8 +72,9 @@ def cluster_port() -> int:
 
 @pytest.fixture
 def cluster(small_model: Path, small_adapters: dict[str, Path], cluster_port: int) -> "TestCluster":
-    """One prefill worker, two decode workers, the small model in float32 and two adapters. Shared:
-    look at counters before and after, and leave it as quiet as you found it.
+    """One prefill worker, two decode workers, two routers of which one leads; the small model in
+    float32 and two adapters. Shared: look at counters before and after, and leave it as quiet as
+    you found it.
 
     Its HTTP port is fixed: a new gateway must be found where the old one was.
     """
@@ -90,7 +91,7 @@ def cluster(small_model: Path, small_adapters: dict[str, Path], cluster_port: in
             decode={"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512},
             prefill={"chunk_tokens": 256, "threads": 1, "pool_blocks": 512},
             # Quanta for so small a model, and a first guess of its speed that is far too good.
-            router={"first_quantum_ms": 1.0, "prefill_tokens_per_s": 5_000_000},
+            router={"replicas": 2, "first_quantum_ms": 1.0, "prefill_tokens_per_s": 5_000_000},
             gateway={"http_port": cluster_port},
         )
     )

@@ -12,6 +12,7 @@ through our own sockets and shared memory.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.store_supervisor import ensure_store, supervisor_of_this_host
+from pdserve.cluster.terms import RayTerms
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError, StoreUnavailable
@@ -70,7 +72,10 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
         "logging_config": {"enable_access_log": False},  # of control calls; clients' are ours
     }
     router = serve.deployment(
-        name="router", num_replicas=1, ray_actor_options={"num_cpus": 0}, **common
+        name="router",
+        num_replicas=config.router.replicas,
+        ray_actor_options={"num_cpus": 0},
+        **common,
     )(Router).bind(tree)
     pools = [
         serve.deployment(name=role.value, **_pool_options(pool, config), **common)(Worker).bind(
@@ -126,36 +131,58 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
 
 
 class Router:
-    """The deployment around ``RouterService``."""
+    """The deployment around ``RouterService``. Questions may come to any replica: the one that
+    leads answers."""
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits
         self._config = from_tree(tree)
         self._service = RouterService(
-            self._config.router, host=local_host_id(), costs=costs_of(self._config.router)
+            self._config.router,
+            host=local_host_id(),
+            costs=costs_of(self._config.router),
+            register=RayTerms(serve.get_replica_context().app_name),
+            answer=self._answer,
         )
         await self._service.start(directory_of(self._config), tcp_host=tcp_host_of(self._config))
         collect_rarely()
 
     async def address(self) -> tuple[str, str, str]:
+        """Of this replica; a link that comes is told who leads."""
         return _plain(self._service.address)
 
     async def namespace(self) -> str:
         """Of the workers' KV blocks, in hexadecimal; empty before the first worker came."""
-        hello = self._service.hello
-        return hello.namespace if hello else ""
+        return await self._service.ask("namespace")
 
     async def snapshot(self) -> str:
-        return json.dumps(asdict(self._service.snapshot()))
+        return await self._service.ask("snapshot")
 
     async def recording(self) -> str:
-        return json.dumps(self._service.recording())
+        return await self._service.ask("recording")
 
     async def wanted(self, role: str) -> int:
         """Replicas that the pool of ``role`` should have, by the router's figures."""
+        return int(await self._service.ask("wanted", role))
+
+    def _answer(self, question: str, argument: str) -> str:
+        match question:
+            case "namespace":
+                hello = self._service.hello
+                return hello.namespace if hello else ""
+            case "snapshot":
+                figures = asdict(self._service.snapshot())
+                return json.dumps(figures | {"router": self._service.leadership()})
+            case "recording":
+                return json.dumps(self._service.recording())
+            case "wanted":
+                return str(self._wanted(Role(argument)))
+        raise StoreUnavailable(f"no router answers {question!r}; are all of one version?")
+
+    def _wanted(self, role: Role) -> int:
         snapshot = self._service.snapshot()
         current = sum(w.role == role and not w.draining for w in snapshot.workers)
         return wanted_replicas(
-            Role(role),
+            role,
             snapshot,
             self._config.autoscaling,
             current=current,
@@ -256,16 +283,21 @@ async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> Gate
     )
     session = GatewaySession(served, tokenizer, host=local_host_id())
     await session.start(
-        directory_of(config), lambda: _find_router(router), tcp_host=tcp_host_of(config)
+        directory_of(config),
+        lambda: _find_router(router),
+        tcp_host=tcp_host_of(config),
+        silence_s=config.router.router_silence_ms / 1000,
     )
     return session
 
 
 async def _namespace(router: DeploymentHandle) -> str:
     async with asyncio.timeout(MODEL_KNOWN_S):
-        while not (namespace := await router.namespace.remote()):
+        while True:
+            with contextlib.suppress(ray.exceptions.RayError):  # no router leads at this moment
+                if namespace := await router.namespace.remote():
+                    return str(namespace)
             await asyncio.sleep(0.25)
-    return str(namespace)
 
 
 def _asking(method: Any) -> Any:

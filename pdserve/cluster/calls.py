@@ -55,6 +55,7 @@ class Piece:
 
 class Session(Protocol):
     model_name: str
+    identity: str  # of the model and its numerics: with another one answers may differ
     adapters: Collection[str]  # their names
     context_tokens: int
     tokenizer: Tokenizer

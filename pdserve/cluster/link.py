@@ -1,8 +1,11 @@
-"""The one connection a gateway or a worker keeps to the router.
+"""The one connection a gateway or a worker keeps to the router that leads.
 
-It survives the router: when the connection breaks, the link asks where the router is now, connects
+It survives the router: when the connection breaks or falls silent, the link looks for the one who
+leads now, first where the last one said its standbys are, then where the cluster says. It connects
 again, says hello again, and only then sends what waited. What waited is bounded; a link that
 cannot reach a router for that long has a bigger problem than lost load reports.
+
+A router leads in an epoch. Of an older one than it has heard of a link takes nothing.
 """
 
 import asyncio
@@ -11,9 +14,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from pdserve.errors import PdserveError, QueueFull
+from pdserve.cluster.silence import listen
+from pdserve.errors import Disconnected, PdserveError, QueueFull
 from pdserve.ids import HostId
-from pdserve.messages import Address
+from pdserve.messages import Address, Following, Leading, Seek
 from pdserve.wire.connection import Connection, connect
 
 log = logging.getLogger(__name__)
@@ -21,6 +25,13 @@ log = logging.getLogger(__name__)
 OUTBOX_MAX = 16_384
 RETRY_S = 0.05
 RETRY_S_MAX = 1.0
+
+SEEK_S = 1.0
+"""For a router to be reached, and again for it to say whether it leads."""
+
+KNOWN_ROUNDS = 20
+"""Rounds among those who are known and answer, before the cluster is asked who else there is. They
+last a second, in which a standby takes over many times."""
 
 
 class Person(Protocol):
@@ -35,11 +46,24 @@ class Person(Protocol):
 
 class RouterLink:
     def __init__(
-        self, person: Person, *, find_router: Callable[[], Awaitable[Address]], host: HostId
+        self,
+        person: Person,
+        *,
+        find_router: Callable[[], Awaitable[Address]],
+        host: HostId,
+        silence_s: float = 3.0,
     ) -> None:
+        """
+        Args:
+            find_router: any of the routers, as far as the cluster knows; it may take long to say.
+            silence_s: a router that says nothing for so long is gone.
+        """
         self._person = person
         self._find_router = find_router
         self._host = host
+        self._silence_s = silence_s
+        self._epoch = 0  # the youngest that was heard of
+        self._known: list[Address] = []  # where to look first, the likeliest first
         self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
         self._task: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
@@ -82,21 +106,14 @@ class RouterLink:
                 await self._task
 
     async def _run(self) -> None:
-        retry_s, first = RETRY_S, True
+        first = True
         while True:
-            try:
-                connection = await connect(await self._find_router(), host=self._host)
-            except (PdserveError, OSError, TimeoutError) as error:
-                log.debug("no router yet: %s", error)
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, RETRY_S_MAX)
-                continue
-            retry_s = RETRY_S
+            connection = await self._search()
             try:
                 await connection.send(self._person.hello())
                 self._connected.set()
                 if not first:
-                    log.warning("connected to the router again")
+                    log.warning("connected to the router of epoch %d", self._epoch)
                     self._person.reconnected()
                 first = False
                 await self._converse(connection)
@@ -106,12 +123,74 @@ class RouterLink:
                 self._connected.clear()
                 await connection.close()
 
+    async def _search(self) -> Connection:
+        """A connection to the router that leads."""
+        retry_s, round_count = RETRY_S, 0
+        while True:
+            answered = False
+            for address in self._known:
+                try:
+                    return await self._seek(address)
+                except _Elsewhere as elsewhere:
+                    answered = True
+                    leader = elsewhere.leader
+                    if leader is not None and leader not in self._known:
+                        self._known.insert(0, leader)
+                        break
+                except (PdserveError, OSError, TimeoutError) as error:
+                    log.debug("no router at %s: %s", address, error)
+            round_count += 1
+            if not answered or round_count > KNOWN_ROUNDS:
+                self._known, round_count = await self._asked_for(), 0
+                if not self._known:
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(2 * retry_s, RETRY_S_MAX)
+            await asyncio.sleep(RETRY_S)
+
+    async def _asked_for(self) -> list[Address]:
+        try:
+            return [await self._find_router()]
+        except (PdserveError, OSError, TimeoutError) as error:
+            log.debug("no router yet: %s", error)
+            return []
+
+    async def _seek(self, address: Address) -> Connection:
+        """
+        Raises:
+            _Elsewhere: who is there does not lead.
+            PdserveError, OSError, TimeoutError: nobody is there.
+        """
+        connection = await connect(address, host=self._host, timeout_s=SEEK_S)
+        try:
+            frame = await connection.call(Seek(self._epoch), timeout_s=SEEK_S)
+            match frame.message:
+                case Leading(epoch) as leading if epoch >= self._epoch:
+                    self._note(leading, address)
+                    return connection
+                case Following(_, leader):
+                    raise _Elsewhere(leader)
+                case _:
+                    raise _Elsewhere(None)
+        except BaseException:
+            connection.abort()
+            raise
+
+    def _note(self, leading: Leading, address: Address) -> None:
+        self._epoch = leading.epoch
+        self._known = [*(a for a in leading.standbys if a != address), address]
+
     async def _converse(self, connection: Connection) -> None:
+        leader = self._known[-1]
+
+        def hear(message: object) -> None:
+            if isinstance(message, Leading):
+                self._note(message, leader)
+            else:
+                self._person.hear(message)
+
         sender = asyncio.create_task(self._send(connection))
         try:
-            while True:
-                frame = await connection.receive()
-                self._person.hear(frame.message)
+            await listen(connection, hear, silence_s=self._silence_s)
         finally:
             sender.cancel()
             with contextlib.suppress(asyncio.CancelledError, PdserveError, OSError):
@@ -120,3 +199,11 @@ class RouterLink:
     async def _send(self, connection: Connection) -> None:
         while True:
             await connection.send(await self._outbox.get())
+
+
+class _Elsewhere(Disconnected):
+    """Who was asked does not lead."""
+
+    def __init__(self, leader: Address | None) -> None:
+        super().__init__(f"another router leads, at {leader}")
+        self.leader = leader

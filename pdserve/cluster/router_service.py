@@ -3,18 +3,24 @@
 Every connection says hello first, as a gateway or as a worker; from then on its frames are events
 of the core, and the core's commands are frames to others. A closed connection is an event too: it
 is how a dead worker is noticed at once, whatever killed it.
+
+Where there are several routers one leads, which is a ``Candidate``'s business; the others have no
+core, take no hello, and tell whoever comes where to go.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import assert_never
 
 from pdserve.clock import S, monotonic
+from pdserve.cluster.candidate import Candidate
 from pdserve.cluster.recording import Recorder
+from pdserve.cluster.terms import Register
 from pdserve.errors import PdserveError, QueueFull, StoreUnavailable
 from pdserve.ids import HostId, WorkerId
 from pdserve.lifecycle import Event
@@ -24,9 +30,12 @@ from pdserve.messages import (
     GatewayHello,
     Goodbye,
     Hello,
+    Leading,
     Parked,
     Refused,
     Report,
+    Seek,
+    Standby,
     Submit,
     WorkerFailed,
 )
@@ -72,12 +81,33 @@ class _Peer:
         await self._connection.close()
 
 
+def _no_answer(question: str, _: str) -> str:
+    raise StoreUnavailable(f"this router answers no questions, and was asked {question!r}")
+
+
 class RouterService:
     def __init__(
-        self, settings: RouterConfig, *, host: HostId, costs: CostModel | None = None
+        self,
+        settings: RouterConfig,
+        *,
+        host: HostId,
+        costs: CostModel | None = None,
+        register: Register | None = None,
+        answer: Callable[[str, str], str] = _no_answer,
     ) -> None:
+        """
+        Args:
+            register: of who leads; None: this one does.
+            answer: to a control question that came to a standby, with its argument.
+        """
+        self._settings = settings
+        self._costs = costs
         self._core = RouterCore(settings, costs=costs)
         self._host = host
+        self._register = register
+        self._answer = answer
+        self.candidate: Candidate | None = None
+        self._sought: set[_Peer] = set()  # who is told regularly that we lead
         self._workers: dict[WorkerId, _Peer] = {}
         self._gateways: dict[Address, _Peer] = {}
         self._listener: Listener | None = None
@@ -97,6 +127,16 @@ class RouterService:
             tcp_host=tcp_host,
         )
         self._ticker = asyncio.create_task(self._tick())
+        if self._register is not None:
+            self.candidate = Candidate(
+                self._register,
+                self._listener.address,
+                self,
+                host=self._host,
+                silence_s=self._settings.router_silence_ms / 1000,
+                answer=self._answer,
+            )
+            self.candidate.start()
         return self._listener.address
 
     @property
@@ -104,11 +144,51 @@ class RouterService:
         assert self._listener is not None, "start() comes first"
         return self._listener.address
 
+    @property
+    def leads(self) -> bool:
+        return self.candidate is None or self.candidate.leads
+
+    def leadership(self) -> dict[str, int]:
+        """Who answers, for people."""
+        candidate = self.candidate
+        return {
+            "pid": os.getpid(),
+            "epoch": candidate.epoch if candidate else 0,
+            "standbys": len(candidate.standbys) if candidate else 0,
+        }
+
+    # ── a Candidate's office ─────────────────────────────────────────────────────────────────────
+
+    def lead(self) -> None:
+        self._core = RouterCore(self._settings, costs=self._costs)
+        self.hello = None
+
+    def step_down(self) -> None:
+        """Everybody is hung up on, and finds the one who leads."""
+        for peer in [*self._workers.values(), *self._gateways.values(), *self._sought]:
+            self._hang_up(peer)
+
+    def say_to_all(self, message: Leading) -> None:
+        for peer in list(self._sought):
+            self._post(peer, message)
+
     async def close(self) -> None:
+        if self.candidate is not None:
+            await self.candidate.close()
         if self._ticker is not None:
             self._ticker.cancel()
         if self._listener is not None:
             await self._listener.close()
+
+    async def ask(self, question: str, argument: str = "") -> str:
+        """The leader's answer to a control question.
+
+        Raises:
+            StoreUnavailable: no router leads at this moment.
+        """
+        if self.candidate is None:
+            return self._answer(question, argument)
+        return await self.candidate.ask(question, argument)
 
     def snapshot(self) -> RouterSnapshot:
         return self._core.snapshot(monotonic())
@@ -155,17 +235,26 @@ class RouterService:
         peer = _Peer(connection)
         pump = asyncio.create_task(peer.pump())
         try:
-            first = (await connection.receive()).message
-            match first:
-                case Hello():
-                    await self._serve_worker(first, peer, connection)
-                case GatewayHello(address):
+            frame = await connection.receive()
+            while isinstance(frame.message, Seek) and self.candidate is not None:
+                answer = self.candidate.sought(frame.message)
+                await connection.answer(frame, answer)
+                if isinstance(answer, Leading):
+                    self._sought.add(peer)
+                frame = await connection.receive()
+            match frame.message:
+                case Hello() as hello if self.leads:
+                    await self._serve_worker(hello, peer, connection)
+                case GatewayHello(address) if self.leads:
                     await self._serve_gateway(address, peer, connection)
-                case _:
+                case Standby() as standby if self.candidate is not None and self.leads:
+                    await self.candidate.stand_by(standby, connection)
+                case first:
                     log.warning("%s said %s before hello", connection.peer, type(first).__name__)
         except PdserveError as error:
             log.debug("%s: %s", connection.peer, error)
         finally:
+            self._sought.discard(peer)
             pump.cancel()
             await connection.close()
 
@@ -241,12 +330,17 @@ class RouterService:
                     peer = self._gateways.get(gateway)
                 case _:
                     assert_never(command)
-            if peer is None:
-                continue  # its connection has just gone; the core hears of it next
-            try:
-                peer.post(message)
-            except QueueFull as error:
-                log.warning("hanging up: %s", error)
-                task = asyncio.create_task(peer.hang_up())
-                self._hanging_up.add(task)
-                task.add_done_callback(self._hanging_up.discard)
+            if peer is not None:  # else its connection has just gone; the core hears of it next
+                self._post(peer, message)
+
+    def _post(self, peer: _Peer, message: object) -> None:
+        try:
+            peer.post(message)
+        except QueueFull as error:
+            log.warning("hanging up: %s", error)
+            self._hang_up(peer)
+
+    def _hang_up(self, peer: _Peer) -> None:
+        task = asyncio.create_task(peer.hang_up())
+        self._hanging_up.add(task)
+        task.add_done_callback(self._hanging_up.discard)

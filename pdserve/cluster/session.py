@@ -90,6 +90,7 @@ class GatewaySession:
 
     def __init__(self, served: Served, tokenizer: Tokenizer, *, host: HostId) -> None:
         self.model_name = served.name
+        self.identity = served.namespace.hex()
         self.adapters: Collection[str] = served.adapters
         self.context_tokens = served.context_tokens
         self.tokenizer = tokenizer
@@ -112,6 +113,7 @@ class GatewaySession:
         *,
         tcp_host: str | None,
         timeout_s: float = 30.0,
+        silence_s: float = 3.0,
     ) -> None:
         self._listener = await Listener.open(
             directory,
@@ -120,7 +122,7 @@ class GatewaySession:
             serve=self._listen,
             tcp_host=tcp_host,
         )
-        self._link = RouterLink(self, find_router=find_router, host=self._host)
+        self._link = RouterLink(self, find_router=find_router, host=self._host, silence_s=silence_s)
         await self._link.start(timeout_s=timeout_s)
 
     async def close(self) -> None:
@@ -225,7 +227,8 @@ class GatewaySession:
         running.started_count = count
 
     def _forget(self, running: _Running) -> None:
-        self._calls.pop(running.call.call, None)
+        if self._calls.get(running.call.call) is running:  # not one that goes on under its name
+            del self._calls[running.call.call]
         for request, delivery in running.requests.items():
             if self._by_request.pop(request, None) is not None and not delivery.finished:
                 self._post(Cancel(request))

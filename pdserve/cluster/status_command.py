@@ -36,10 +36,12 @@ def render(snapshot: dict[str, Any]) -> Group:
         f"queue by level  {levels}   oldest {snapshot['oldest_wait_ms']} ms   "
         f"parked {snapshot['parked']}"
     )
+    router = snapshot.get("router", {})
+    leads = Text("router           " + "   ".join(f"{name} {n}" for name, n in router.items()))
     counters = Table(box=None, pad_edge=False, show_header=False)
     for name, value in sorted(snapshot["counters"].items()):
         counters.add_row(name, str(value))
-    return Group(workers, Text(), queue, Text(), counters)
+    return Group(workers, Text(), queue, leads, Text(), counters)
 
 
 def watch(url: str, *, every_s: float) -> None:

@@ -138,7 +138,12 @@ class WorkerShell:
         )
         self._ahead = FetchingAhead(store, self._host)
         self._watching = client
-        self._link = RouterLink(self, find_router=find_router, host=self._host)
+        self._link = RouterLink(
+            self,
+            find_router=find_router,
+            host=self._host,
+            silence_s=self._config.router.router_silence_ms / 1000,
+        )
         await self._link.start(timeout_s=30.0)
         self._tasks = [
             asyncio.create_task(self._report_regularly()),

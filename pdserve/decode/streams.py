@@ -453,6 +453,7 @@ class Streams:
             block_keys=sequence.keys(sequence.full_blocks),
             unsent=(stream.group.first,) if stream.group else (),
             timing=replace(timing, parked_count=timing.parked_count + 1, since_unix_us=unix_us()),
+            namespace=sequence.namespace.hex(),
         )
         self._counters["parked"] += 1
         self._workplace.say(Parked(handoff))

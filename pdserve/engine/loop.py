@@ -322,9 +322,9 @@ class EngineLoop:
 
     def _take_over(self, handoff: Handoff) -> None:
         held = self._held_attempt(handoff.request)
-        if held is None:
+        if held is None and not self._workplace.turns_away(handoff):
             self._streams.take(handoff)
-        elif held > handoff.request.attempt:
+        elif held is None or held > handoff.request.attempt:
             self._streams.refuse(handoff)
         # Else it was told twice.
 

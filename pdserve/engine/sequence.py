@@ -103,16 +103,22 @@ class Sequence:
         context_tokens: int,
         guide: Guide | None = None,
     ) -> None:
-        """``keys`` are those of the first full blocks of ``tokens``, as many as are known;
-        ``guide`` stands behind them, where the request has a constraint."""
+        """``keys`` are those of the first full blocks of ``tokens``, as many as are known; those of
+        another namespace are ignored. ``guide`` stands behind the tokens, where the request has a
+        constraint."""
         self.request = request
         self.route = route
         self.timing = timing
         self.tokens = list(tokens)
         self.kv_count = 0
         self.guide = guide
+        self.namespace = namespace
         self.table = BlockTable(block_tokens)
-        self._chain = KeyChain(namespace, block_tokens, tenant=request.tenant, keys=keys)
+        self._chain = KeyChain(namespace, block_tokens, tenant=request.tenant)
+        # Keys are chained, so the first one tells for all. While versions change, a gateway may
+        # name blocks as the other version's workers do: what is computed here must not get there.
+        if keys and self._chain.extend(self.tokens[:block_tokens]) == tuple(keys[:1]):
+            self._chain = KeyChain(namespace, block_tokens, tenant=request.tenant, keys=keys)
         self._rules = EndingRules(request, tokenizer, context_tokens)
         self._enders = self._rules.enders
         self._sampling = request.sampling

@@ -10,12 +10,13 @@ from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.runner import Runner
 from pdserve.engine.sayings import delta, error_delta, failed, hypothesis_deltas
 from pdserve.engine.sequence import Ending, Sequence
-from pdserve.errors import AdapterMissing, OutOfBlocks, PdserveError
+from pdserve.errors import AdapterMissing, ErrorInfo, OutOfBlocks, PdserveError, StoreError
 from pdserve.ids import BlockKey, WorkerId
 from pdserve.kvstore.keys import adapter_namespace
 from pdserve.messages import (
     ChunkDone,
     FinishReason,
+    Handoff,
     Parked,
     Progress,
     Request,
@@ -97,6 +98,17 @@ class Workplace:
             missing = AdapterMissing(self.worker, request.model, request.adapter)
             sequence.ending = Ending(FinishReason.ERROR, error=missing)
         return sequence
+
+    def turns_away(self, handoff: Handoff) -> bool:
+        """Whether its blocks are of another model or layout, which is said; while versions change
+        they may have the right shape all the same."""
+        request = handoff.request
+        own = adapter_namespace(self._namespace, request.adapter).hex()
+        if handoff.namespace in ("", own):
+            return False
+        error = StoreError(f"{request.request}'s blocks are of another model or layout")
+        self.say(WorkerFailed(request.request, request.attempt, ErrorInfo.of(error)))
+        return True
 
     def _guide(self, request: Request, tokens: tuple[int, ...]) -> Guide | None:
         """What the request's tokens so far leave of its constraint."""

@@ -75,5 +75,6 @@ class Prompt:
             block_keys=sequence.keys(sequence.full_blocks),
             unsent=(self.first_token,),
             timing=sequence.timing,
+            namespace=sequence.namespace.hex(),
         )
         return ToDecode(sequence.route.decode_address, handoff)

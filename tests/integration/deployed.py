@@ -35,6 +35,11 @@ class Deployed(TestCluster):
     def deploy(self, *, decode_replicas: int) -> None:
         self.put(_serve_file(self.config, decode_replicas))
 
+    def deploy_other(self, config: ClusterConfig) -> None:
+        """Another version, with one decode replica, in the place of this one."""
+        config = dataclasses.replace(config, directory=self.config.directory)
+        self.put(_serve_file(config, 1))
+
 
 @contextlib.contextmanager
 def deployed(config: ClusterConfig, *, by_command: bool = False) -> Iterator[Deployed]:

@@ -17,6 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,9 +47,17 @@ class TestCluster:
         return self.cluster.http
 
     def status(self) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}/cluster/status", timeout=10) as answer:
-            snapshot: dict[str, Any] = json.load(answer)
-            return snapshot
+        """Asked again while no router leads."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/cluster/status", timeout=10) as answer:
+                    snapshot: dict[str, Any] = json.load(answer)
+                    return snapshot
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def workers(self, role: str) -> list[dict[str, Any]]:
         return [w for w in self.status()["workers"] if w["role"] == role]
@@ -210,6 +219,7 @@ def settings(source: Path | str, **parts: Any) -> ClusterConfig:
         "decode": {"threads": 1, "pool_blocks": 512},
         "store": {"arena_bytes": 128 << 20},
         "gateway": {"http_port": 0, "grpc_port": 0},
+        "router": {"router_silence_ms": 20_000},  # a busy machine is no hanging router
         "tcp": False,
     }
     for part, fields in parts.items():

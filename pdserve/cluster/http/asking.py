@@ -28,7 +28,7 @@ TIMEOUT_HEADER = "x-request-timeout-ms"
 TIMEOUT_MS_MAX = 24 * 3600 * 1000
 
 WHY_HEADER = "x-pdserve-why"
-WHY_WORDS: Mapping[str | None, bool] = MappingProxyType(
+FLAG_WORDS: Mapping[str | None, bool] = MappingProxyType(
     {None: False, "0": False, "false": False, "1": True, "true": True}
 )
 
@@ -205,10 +205,15 @@ def timeout_of(headers: Mapping[str, str]) -> int | None:
 
 def why_of(headers: Mapping[str, str]) -> bool:
     """Whether the header asks for the router's decisions."""
-    text = headers.get(WHY_HEADER)
-    wanted = WHY_WORDS.get(text if text is None else text.lower())
+    return flag_of(headers, WHY_HEADER)
+
+
+def flag_of(headers: Mapping[str, str], name: str) -> bool:
+    """Whether a header of ours is there and says yes."""
+    text = headers.get(name)
+    wanted = FLAG_WORDS.get(text if text is None else text.lower())
     if wanted is None:
-        raise InvalidField(WHY_HEADER, f"is {shown(text)}, must be 1, true, 0 or false")
+        raise InvalidField(name, f"is {shown(text)}, must be 1, true, 0 or false")
     return wanted
 
 

@@ -10,7 +10,15 @@ Afterwards it is an event in the stream.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import aclosing
 from typing import Any
 
@@ -27,7 +35,15 @@ from pdserve.cluster.http.asking import Asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_body, error_response, error_status
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
-from pdserve.cluster.http.streaming import DONE, HEADERS, Events, error_event, whole
+from pdserve.cluster.http.resuming import Trail, resumable
+from pdserve.cluster.http.streaming import (
+    DONE,
+    HEADERS,
+    Events,
+    error_event,
+    whole,
+    with_id,
+)
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
@@ -68,8 +84,9 @@ class Generation(Response):
                 asked = await self._ask(
                     self._session, self._config, tree, request.headers, tenant_in(scope)
                 )
+                asked, trail = resumable(asked, tree, request.headers, self._session.identity)
                 meter.calls = asked.calls
-                answer = _Answer(self._session, asked, meter)
+                answer = _Answer(self._session, asked, meter, trail)
                 with continued(request.headers):
                     stayed = await until_gone(receive, answer.tell(scope, receive, send))
                 meter.status = answer.status if stayed else DISCONNECTED
@@ -104,14 +121,20 @@ async def _gone(receive: Receive) -> None:
 class _Answer:
     """The answer to one request while it is being told."""
 
-    def __init__(self, session: Session, asked: Asked, meter: Meter) -> None:
+    def __init__(
+        self, session: Session, asked: Asked, meter: Meter, trail: Trail | None = None
+    ) -> None:
         self.status = "200"
+        self._trail = trail
         self._session = session
         self._asked = asked
         self._meter = meter
         self._choices = [Choice(index) for index in range(len(asked.calls) * asked.n)]
 
     async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._trail is not None:
+            for call in self._asked.calls:  # this gateway may not know yet that its client is gone
+                self._session.cancel(call.call, tenant=call.tenant)
         async with aclosing(batches(self._session, self._asked.calls)) as gathered:
             if self._asked.stream:
                 await self._stream(gathered, send)
@@ -133,7 +156,7 @@ class _Answer:
     async def _stream(self, gathered: Batches, send: Send) -> None:
         started = False
         try:
-            events = Events(self._asked)
+            events = Events(self._asked, created=self._trail.created if self._trail else None)
             async for batch in gathered:
                 text = self._told(events, batch)
                 if not started:
@@ -155,10 +178,17 @@ class _Answer:
         """The events that a batch makes."""
         parts = []
         for choice, piece in self._note(batch):
-            for chunk in self._asked.dialect.chunks(choice, piece):
+            for event_id, chunk in self._chunks(choice, piece):
                 so_far = self._usage() if self._asked.continuous_usage else None
-                parts.append(events.chunk(chunk, so_far))
+                event = events.chunk(chunk, so_far)
+                parts.append(with_id(event, event_id) if event_id else event)
         return "".join(parts)
+
+    def _chunks(self, choice: Choice, piece: Piece) -> Iterable[tuple[str, dict[str, Any]]]:
+        """With the ids of their events, or none."""
+        if self._trail is not None:
+            return self._trail.chunks(self._asked.dialect, choice, piece)
+        return [("", chunk) for chunk in self._asked.dialect.chunks(choice, piece)]
 
     def _last(self, events: Events) -> str:
         asked = self._asked

@@ -24,12 +24,13 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 class Events:
     """Encodes the events of one answer."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, *, created: int | None = None) -> None:
+        """``created``: unix time, s, of an answer that began elsewhere."""
         head = _encode(
             {
                 "id": asked.id,
                 "object": asked.dialect.chunk_object,
-                "created": int(time.time()),
+                "created": int(time.time()) if created is None else created,
                 "model": asked.model,
             }
         )
@@ -49,6 +50,11 @@ class Events:
         parts: dict[str, Any] = {"choices": [], "usage": usage, "pdserve": timing}
         said = {name: value for name, value in parts.items() if value is not None}
         return f"{self._head}{_encode(said)[1:]}\n\n"
+
+
+def with_id(event: str, event_id: str) -> str:
+    """The id stands last: clients that know none look for ``data:`` at the beginning."""
+    return f"{event[:-1]}id: {event_id}\n\n"
 
 
 def error_event(body: dict[str, Any]) -> bytes:

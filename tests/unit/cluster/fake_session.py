@@ -90,6 +90,7 @@ class FakeSession:
     """Same methods as ``Session``; mypy checks that where a front is given one."""
 
     model_name = MODEL
+    identity = NAMESPACE.hex()
     context_tokens = 1000
 
     def __init__(self, script: Script | None = None, *, adapters: Collection[str] = ()) -> None:

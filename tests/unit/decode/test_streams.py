@@ -262,6 +262,17 @@ def test_too_many_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     rig.check_idle()
 
 
+def test_a_handoff_of_another_version_fails_and_leaks_nothing() -> None:
+    """Its blocks have the right shape, and are of another model."""
+    rig = Rig()
+    (handoff,) = handoffs(rig, [request(tokens=prompt(10))])
+    decode = rig.decode()
+    decode.handle(replace(handoff, namespace="00" * 16))
+    rig.run()
+    assert failures(rig) == ["store"]
+    rig.check_idle()
+
+
 @pytest.mark.parametrize("damage", ["ticket", "block", "checksum", "store"])
 def test_a_handoff_that_cannot_be_read_fails_and_leaks_nothing(damage: str) -> None:
     rig = Rig()

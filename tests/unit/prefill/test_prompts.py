@@ -21,7 +21,7 @@ from pdserve.messages import (
 from pdserve.prefill.prompt import Prompt, Stage
 from pdserve.prefill.prompts import TICKET_SLICE_MS, WAITING_MAX
 from tests.unit.engine.fakes import EOS, FakeRunner
-from tests.unit.engine.rig import Rig, plain, prompt, request
+from tests.unit.engine.rig import NAMESPACE, Rig, plain, prompt, request
 
 
 class Inbox:
@@ -462,8 +462,22 @@ class FakeSequence:
 
 
 def test_keys_of_the_gateway_are_not_hashed_again(rig: Rig, inbox: Inbox) -> None:
+    """The first one tells whether they are of this worker's model and layout."""
     rig.prefill()
-    keys = tuple(BlockKey(bytes([i]) * 16) for i in range(2))
-    rig.send(replace(request(tokens=prompt(10)), block_keys=keys))
+    asked = request(tokens=prompt(10))
+    keys = (asked.block_keys[0], BlockKey(bytes(16)))
+    rig.send(replace(asked, block_keys=keys))
     run_prefill(rig)
     assert inbox.handoffs[0].block_keys == keys
+
+
+def test_keys_of_another_version_are_replaced_by_own_ones(rig: Rig, inbox: Inbox) -> None:
+    """A gateway of the version that is being replaced names blocks as its own workers do. Were
+    this worker's blocks to get those names, the old workers would read them."""
+    rig.prefill()
+    asked = request(tokens=prompt(10))
+    keys = tuple(BlockKey(bytes([i]) * 16) for i in range(2))
+    rig.send(replace(asked, block_keys=keys))
+    run_prefill(rig)
+    assert inbox.handoffs[0].block_keys == asked.block_keys
+    assert inbox.handoffs[0].namespace == NAMESPACE.hex()

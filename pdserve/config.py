@@ -169,6 +169,10 @@ class PoolConfig(Checked):
     resources: Mapping[str, float] = field(default_factory=dict)
     """Custom Ray resources per worker: the way to tie a pool to certain hosts."""
 
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray labels that a worker's host must have, such as ``ray.io/accelerator-type: H100``; a value
+    may be Ray's ``in(a,b)``, ``!a`` or ``!in(a,b)``."""
+
     @property
     def replicas_most(self) -> int:
         """How many there ever are."""
@@ -259,7 +263,8 @@ class StoreConfig(Checked):
 
     tls_authority: str | None = None
     """With ``tls_certificate`` and ``tls_key``, files in PEM format: blocks between hosts go over
-    TLS, and each side must show a certificate that this authority signed. None: TCP is plain."""
+    TLS, and each side must show a certificate that this authority signed. So do requests, tokens
+    and load reports between gateways, router and workers. None: TCP is plain."""
 
     tls_certificate: str | None = None
     tls_key: str | None = None
@@ -300,6 +305,9 @@ class GatewayConfig(Checked):
     """0 takes a free one, -1 leaves gRPC out."""
 
     replicas: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray labels that the hosts of the gateways and of the router must have; as of the pools."""
+
     request_timeout_s: float = 600.0
     """Deadline of a request that names none."""
 

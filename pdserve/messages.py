@@ -384,6 +384,7 @@ class Hello:
     chunk_tokens: int
     pid: int
     store_has_disk: bool = False
+    place: tuple[str, ...] = ()  # of its host, coarse to fine: zone, rack; empty: nobody said
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,15 @@ class RouterConfig(Checked):
     placement_stale_ms: float = 0.0
     """How old the loads are that a placement on arrival sees; for comparison."""
 
+    topology_labels: str = ""
+    """Ray labels of hosts that say where they are, coarse to fine, with commas between them, such
+    as ``topology.kubernetes.io/zone,rack``: a hand-off goes to a near decode worker where the
+    longer way would cost more than the other's shorter steps save. Empty: all are equally near.
+    """
+
+    far_ratio: float = 2.0
+    """How much longer a hand-off takes for each of those levels at which two hosts differ."""
+
     decode_admission: Literal["eager", "peak"] = "eager"
     """When a decode worker has room for a stream: while the tokens there are fit, and what does not
     fit later is parked; or while what all are predicted to grow to fits."""
@@ -140,6 +149,8 @@ class RouterConfig(Checked):
             "replicas",
             "router_silence_ms",
         )
+        if self.far_ratio < 1:
+            yield f"far_ratio is {self.far_ratio}, must be at least 1"
         for name in ("gamma_per_s", "ttft_slo_ms", "tpot_slo_ms"):
             if getattr(self, name) is not None:
                 yield from self._positive(name)

@@ -38,6 +38,7 @@ from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import HostId
+from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.router.costs import CostModel
 from pdserve.router.scaling import wanted_replicas
@@ -74,7 +75,7 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
     router = serve.deployment(
         name="router",
         num_replicas=config.router.replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_front_options(config),
         **common,
     )(Router).bind(tree)
     pools = [
@@ -86,7 +87,7 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
     return serve.deployment(
         name="gateway",
         num_replicas=config.gateway.replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_front_options(config),
         **{**common, "max_ongoing_requests": config.gateway.streams_max},
     )(serve.ingress()(Gateway)).bind(tree, router, *pools)
 
@@ -104,6 +105,8 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
         "num_cpus": pool.cpus * pool.tensor_parallel,
         "resources": dict(pool.resources),
     }
+    if pool.labels:
+        actor["label_selector"] = dict(pool.labels)
     if pool.gpus is not None:
         actor["num_gpus"] = pool.gpus * pool.tensor_parallel
     elif config.model.device == "cuda":
@@ -130,6 +133,14 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
     }
 
 
+def _front_options(config: ClusterConfig) -> dict[str, Any]:
+    """Of the router and the gateways, which compute next to nothing."""
+    options: dict[str, Any] = {"num_cpus": 0}
+    if config.gateway.labels:
+        options["label_selector"] = dict(config.gateway.labels)
+    return options
+
+
 class Router:
     """The deployment around ``RouterService``. Questions may come to any replica: the one that
     leads answers."""
@@ -143,7 +154,11 @@ class Router:
             register=RayTerms(serve.get_replica_context().app_name),
             answer=self._answer,
         )
-        await self._service.start(directory_of(self._config), tcp_host=tcp_host_of(self._config))
+        await self._service.start(
+            directory_of(self._config),
+            tcp_host=tcp_host_of(self._config),
+            credentials=credentials_of(self._config.store),
+        )
         collect_rarely()
 
     async def address(self) -> tuple[str, str, str]:
@@ -208,7 +223,8 @@ class Worker:
         self._config = config
         host, tcp_host, directory = local_host_id(), tcp_host_of(config), directory_of(config)
         app = serve.get_replica_context().app_name
-        self._shell = WorkerShell(Role(role), config, host=host)
+        place = place_of(ray.get_runtime_context().get_node_labels(), config.router)
+        self._shell = WorkerShell(Role(role), config, host=host, place=place)
 
         # Now, although it is needed once the model is there: the two take seconds side by side.
         supervisor = supervisor_of_this_host(app, directory, tcp_host, config.store)
@@ -287,6 +303,7 @@ async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> Gate
         lambda: _find_router(router),
         tcp_host=tcp_host_of(config),
         silence_s=config.router.router_silence_ms / 1000,
+        credentials=credentials_of(config.store),
     )
     return session
 
@@ -348,6 +365,12 @@ def directory_of(config: ClusterConfig) -> Path:
     if directory.stat().st_uid != os.getuid():
         raise ConfigError(f"directory is {directory}, which belongs to somebody else; set another")
     return directory
+
+
+def place_of(labels: Mapping[str, str], settings: RouterConfig) -> tuple[str, ...]:
+    """Where a host with these Ray labels is, coarse to fine; empty where nobody asks."""
+    names = filter(None, map(str.strip, settings.topology_labels.split(",")))
+    return tuple(labels.get(name, "") for name in names)
 
 
 def tcp_host_of(config: ClusterConfig) -> str | None:

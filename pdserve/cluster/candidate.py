@@ -34,6 +34,7 @@ from pdserve.router.succession import (
     Watch,
 )
 from pdserve.wire.connection import Connection, connect
+from pdserve.wire.tls import TlsContext
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,13 @@ class Candidate:
         host: HostId,
         silence_s: float,
         answer: Callable[[str, str], str],
+        tls: TlsContext | None = None,
     ) -> None:
         """
         Args:
             own: where this router listens.
             answer: to a control question with its argument, from the leader's own figures.
+            tls: for a leader on another host; None: TCP is plain.
         """
         self._register = register
         self._own = own
@@ -82,6 +85,7 @@ class Candidate:
         self._host = host
         self._silence_s = silence_s
         self._answer = answer
+        self._tls = tls
         self._doing: Doing = Look()
         self._epoch = 0  # the youngest that was heard of
         self._standbys: dict[Connection, Address] = {}
@@ -210,7 +214,9 @@ class Candidate:
     async def _watch(self, term: Term) -> Outcome:
         connection: Connection | None = None
         try:
-            connection = await connect(term.leader, host=self._host, timeout_s=CONNECT_S)
+            connection = await connect(
+                term.leader, host=self._host, timeout_s=CONNECT_S, ssl_context=self._tls
+            )
             answer = await connection.call(Seek(self._epoch), timeout_s=self._silence_s)
             if not isinstance(answer.message, Leading) or answer.message.epoch < term.epoch:
                 return Deposed()

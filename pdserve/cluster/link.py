@@ -19,6 +19,7 @@ from pdserve.errors import Disconnected, PdserveError, QueueFull
 from pdserve.ids import HostId
 from pdserve.messages import Address, Following, Leading, Seek
 from pdserve.wire.connection import Connection, connect
+from pdserve.wire.tls import TlsContext
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,19 @@ class RouterLink:
         find_router: Callable[[], Awaitable[Address]],
         host: HostId,
         silence_s: float = 3.0,
+        tls: TlsContext | None = None,
     ) -> None:
         """
         Args:
             find_router: any of the routers, as far as the cluster knows; it may take long to say.
             silence_s: a router that says nothing for so long is gone.
+            tls: for a router on another host; None: TCP is plain.
         """
         self._person = person
         self._find_router = find_router
         self._host = host
         self._silence_s = silence_s
+        self._tls = tls
         self._epoch = 0  # the youngest that was heard of
         self._known: list[Address] = []  # where to look first, the likeliest first
         self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
@@ -160,7 +164,9 @@ class RouterLink:
             _Elsewhere: who is there does not lead.
             PdserveError, OSError, TimeoutError: nobody is there.
         """
-        connection = await connect(address, host=self._host, timeout_s=SEEK_S)
+        connection = await connect(
+            address, host=self._host, timeout_s=SEEK_S, ssl_context=self._tls
+        )
         try:
             frame = await connection.call(Seek(self._epoch), timeout_s=SEEK_S)
             match frame.message:

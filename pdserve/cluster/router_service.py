@@ -23,6 +23,7 @@ from pdserve.cluster.recording import Recorder
 from pdserve.cluster.terms import Register
 from pdserve.errors import PdserveError, QueueFull, StoreUnavailable
 from pdserve.ids import HostId, WorkerId
+from pdserve.kvstore.security import Credentials
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Address,
@@ -118,13 +119,18 @@ class RouterService:
         self._recording = ""  # its name
         self._fetched_ns = 0
 
-    async def start(self, directory: Path, *, tcp_host: str | None) -> Address:
+    async def start(
+        self, directory: Path, *, tcp_host: str | None, credentials: Credentials | None = None
+    ) -> Address:
+        """``credentials``: for traffic with other hosts; None: TCP is plain."""
+        credentials = credentials or Credentials()
         self._listener = await Listener.open(
             directory,
             f"router-{secrets.token_hex(4)}",
             host=self._host,
             serve=self._serve,
             tcp_host=tcp_host,
+            ssl_context=credentials.ssl_context(server_side=True),
         )
         self._ticker = asyncio.create_task(self._tick())
         if self._register is not None:
@@ -135,6 +141,7 @@ class RouterService:
                 host=self._host,
                 silence_s=self._settings.router_silence_ms / 1000,
                 answer=self._answer,
+                tls=credentials.ssl_context(server_side=False),
             )
             self.candidate.start()
         return self._listener.address

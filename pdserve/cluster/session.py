@@ -33,6 +33,7 @@ from pdserve.errors import (
 )
 from pdserve.ids import BlockKey, HostId, RequestId, new_request_id
 from pdserve.kvstore.keys import adapter_namespace, block_keys
+from pdserve.kvstore.security import Credentials
 from pdserve.messages import (
     Address,
     Cancel,
@@ -114,15 +115,25 @@ class GatewaySession:
         tcp_host: str | None,
         timeout_s: float = 30.0,
         silence_s: float = 3.0,
+        credentials: Credentials | None = None,
     ) -> None:
+        """``credentials``: for traffic with other hosts; None: TCP is plain."""
+        credentials = credentials or Credentials()
         self._listener = await Listener.open(
             directory,
             f"gw-{secrets.token_hex(4)}",
             host=self._host,
             serve=self._listen,
             tcp_host=tcp_host,
+            ssl_context=credentials.ssl_context(server_side=True),
         )
-        self._link = RouterLink(self, find_router=find_router, host=self._host, silence_s=silence_s)
+        self._link = RouterLink(
+            self,
+            find_router=find_router,
+            host=self._host,
+            silence_s=silence_s,
+            tls=credentials.ssl_context(server_side=False),
+        )
         await self._link.start(timeout_s=timeout_s)
 
     async def close(self) -> None:

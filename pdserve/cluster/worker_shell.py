@@ -25,6 +25,7 @@ from pdserve.cluster.link import RouterLink
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import CapacityError, ErrorInfo, PdserveError, RankLost, StoreUnavailable
 from pdserve.ids import BlockKey, HostId, new_worker_id
+from pdserve.kvstore.security import credentials_of
 from pdserve.messages import (
     Address,
     Cancel,
@@ -69,12 +70,16 @@ core, takes a tenth."""
 
 
 class WorkerShell:
-    def __init__(self, role: Role, config: ClusterConfig, *, host: HostId) -> None:
+    def __init__(
+        self, role: Role, config: ClusterConfig, *, host: HostId, place: tuple[str, ...] = ()
+    ) -> None:
+        """``place``: where the host is, coarse to fine, for pairing prefill and decode."""
         self.worker = new_worker_id(role)
         self.role = role
         self._config = config
         self._pool: PoolConfig = config.prefill if role is Role.PREFILL else config.decode
         self._host = host
+        self._place = place
         self._engine: EngineThread | None = None
         self._watching: StoreClient | None = None
         self._parts: WorkerParts | None = None
@@ -83,7 +88,9 @@ class WorkerShell:
         self._hello: Hello | None = None
         self._ahead: FetchingAhead | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._postbox = Postbox(host=host, on_undelivered=self._undelivered)
+        self._credentials = credentials_of(config.store)
+        self._tls = self._credentials.ssl_context(server_side=False)
+        self._postbox = Postbox(host=host, on_undelivered=self._undelivered, ssl_context=self._tls)
         self._loop = asyncio.get_running_loop()
         self._load: Load | None = None
         self._report_sequence = 0
@@ -120,7 +127,12 @@ class WorkerShell:
             self.worker, store, self._host, self._emit, self._announce
         )
         self._listener = await Listener.open(
-            directory, self.worker, host=self._host, serve=self._listen, tcp_host=tcp_host
+            directory,
+            self.worker,
+            host=self._host,
+            serve=self._listen,
+            tcp_host=tcp_host,
+            ssl_context=self._credentials.ssl_context(server_side=True),
         )
         self._hello = Hello(
             worker=self.worker,
@@ -135,6 +147,7 @@ class WorkerShell:
             chunk_tokens=self._pool.chunk_tokens,
             pid=os.getpid(),
             store_has_disk=self._config.store.ssd_directory is not None,
+            place=self._place,
         )
         self._ahead = FetchingAhead(store, self._host)
         self._watching = client
@@ -143,6 +156,7 @@ class WorkerShell:
             find_router=find_router,
             host=self._host,
             silence_s=self._config.router.router_silence_ms / 1000,
+            tls=self._tls,
         )
         await self._link.start(timeout_s=30.0)
         self._tasks = [

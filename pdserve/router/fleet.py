@@ -143,6 +143,12 @@ class Fleet:
         self.aggregated = settings.mode == "aggregated"
         self.shares = settings.mode != "disaggregated"  # some workers do both
         self.mixed = False  # more than one namespace
+        self.is_placed = False  # somebody says where it is
+        self.far_ratio = settings.far_ratio
+        self.distances: dict[int, Floats] = {}
+        """Of all slots from a slot; ``pairing`` writes them, and they are forgotten when somebody
+        comes or goes."""
+
         self._workers: dict[WorkerId, Worker] = {}
         self._slots: list[Worker | None] = []
         self._free: list[int] = []  # heap of slots without a worker
@@ -208,6 +214,8 @@ class Fleet:
         insort(self._by_role[hello.role], worker, key=_id_of)
         others = (self._ordered[0], self._ordered[-1])  # unless it is alone, one is another
         self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
+        self.is_placed |= bool(hello.place)
+        self.distances.clear()
         self._recount_prefilling(worker)
         if hello.role is Role.DECODE:
             self._set_largest(max(self.largest or hello, hello, key=_pool_tokens))
@@ -252,6 +260,8 @@ class Fleet:
     def _recount(self) -> None:
         decoding = [worker.hello for worker in self._by_role[Role.DECODE]]
         self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
+        self.is_placed = any(worker.hello.place for worker in self._ordered)
+        self.distances.clear()
         self._set_largest(max(decoding, key=_pool_tokens, default=None))
 
     def _set_largest(self, largest: Hello | None) -> None:

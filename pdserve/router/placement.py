@@ -10,6 +10,8 @@ Prices are compared over all workers at once, free or not. Where one that is not
 the request cheaper and sooner (it has the prefix, say), the request is *deferred*: it waits for
 that worker; for no longer than it would gain, and never more than ``DEFER_MAX_NS``.
 
+Where hosts say where they are, the hand-off has a length too: see ``pairing``.
+
 A decode worker must have *room*, in sequences and in blocks, and is chosen by the step time it is
 predicted to have with one stream more. Blocks are counted for the tokens a request has now and a
 little growth, not for the most it might generate: what does not fit in the end is parked.
@@ -26,6 +28,7 @@ from pdserve.clock import MS, S
 from pdserve.ids import RequestId, WorkerId
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Fleet, Floats, Worker, bits_of, slots_of
+from pdserve.router.pairing import nearest
 from pdserve.router.prefix_index import Hits
 
 DEFER_MAX_NS = 1 * S
@@ -113,6 +116,34 @@ def _steps_with_room_ns(fleet: Fleet, least_blocks: int) -> Floats:
     return np.where(fleet.room >= least_blocks, fleet.step_ns, np.inf)
 
 
+def _paired(
+    fleet: Fleet,
+    entry: Entry,
+    prefill: Worker,
+    shortest: Worker,
+    least_blocks: int,
+    tpot_slo_ns: float | None,
+) -> Worker:
+    """Who decodes what ``prefill`` computes, the way there counted too."""
+    if not fleet.is_placed or shortest is prefill:
+        return shortest
+    fits_ns = _steps_with_room_ns(fleet, least_blocks)
+    if tpot_slo_ns is not None:
+        fits_ns[fits_ns > max(tpot_slo_ns, fleet.costs.decode.step_ns(1, 0))] = np.inf
+    if fleet.mixed:
+        for worker in fleet.all():
+            if worker.hello.namespace != prefill.hello.namespace:
+                fits_ns[worker.slot] = np.inf
+    return nearest(
+        fleet,
+        prefill,
+        shortest,
+        fits_ns,
+        kv_bytes=fleet.costs.kv_token_bytes * entry.total_tokens,
+        max_tokens=entry.request.stop.max_tokens,
+    )
+
+
 def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floats:
     """What the request costs at each worker from the moment it begins there; infinite at those
     that take no prompts."""
@@ -195,6 +226,9 @@ def place(
     if fleet.shares and not fleet.hands_off[slot]:
         decode, reason = prefill, f"{reason}, decodes too"
     assert decode is not None
+    shortest = decode
+    decode = _paired(fleet, entry, prefill, shortest, least_blocks, tpot_slo_ns)
+    reason += ", decodes near" * (decode is not shortest)
     may_keep = decode is not prefill and fleet.room.item(slot) >= least_blocks
     if may_keep and _keeps(fleet, entry, prefill, decode):
         decode, reason = prefill, f"{reason}, keeps a short answer"

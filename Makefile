@@ -81,6 +81,9 @@ campaign: setup-dev  ## kill the KV store for an hour, and fuzz it; SEED=7 repea
 hosts: setup-dev  ## three hosts made of namespaces, and bad networks between them; needs root
 	@$(PYTEST) tests/hosts
 
+simulate-faults: setup-dev  ## the whole cluster in virtual time, 10,000 seeds of faults; SEED=7 replays one
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--runs 10000)
+
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90, sm_100; needs no GPU
 	@env -u TRITON_INTERPRET $(BIN)/python -m pdserve.model.kernels.compile_all
 
@@ -99,4 +102,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign check lint kernels golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint kernels golden proto bench clean

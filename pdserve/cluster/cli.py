@@ -1,4 +1,4 @@
-"""The command line: ``pdserve serve | chat | status | top | doctor | keys | config``, once
+"""The command line: ``pdserve serve | chat | status | top | doctor | chaos | keys | config``, once
 ``compile``; for planning ``profile | record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
@@ -233,6 +233,36 @@ def plan(
         as_json=as_json,
     )
     raise typer.Exit(code=0 if held else 1)
+
+
+@app.command()
+def chaos(
+    seed: Annotated[int, typer.Option(help="Repeats the plan.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Of load under faults.")] = 60.0,
+    faults: Annotated[
+        str, typer.Option(help="Of kill, stop, corrupt, shm, disk; with commas.")
+    ] = "kill,stop",
+    local: Annotated[bool, typer.Option("--local", help="A cluster of its own.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it to the cluster behind --url.")] = False,
+    url: Url = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option(help="As for serve; with --local.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set")] = None,
+) -> None:
+    """Strike a running cluster at random, under load, and check every token of every answer."""
+    from pdserve.cluster.chaos_command import chaos as strike
+
+    good = strike(
+        _config(model, {}, assignments or []),
+        url=url,
+        seed=seed,
+        seconds=seconds,
+        kinds=[kind.strip() for kind in faults.split(",") if kind.strip()],
+        local=local,
+        allowed=yes,
+        json_file=json_file,
+    )
+    raise typer.Exit(code=0 if good else 1)
 
 
 app.add_typer(kv, name="kv")

@@ -272,6 +272,9 @@ class RouterService:
         try:
             while True:
                 message = (await connection.receive()).message
+                if not self._core.knows(hello.worker):
+                    log.warning("%s was silent for too long; it has to come again", hello.worker)
+                    return
                 self._record(message)
                 match message:
                     case Report() as report:

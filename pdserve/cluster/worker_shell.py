@@ -379,6 +379,9 @@ class WorkerShell:
                 self._to_router(Failed(request.request, request.attempt, error))
             elif isinstance(message, TokenBatch):
                 self._cancel_all(message.deltas)
+                error = ErrorInfo("worker_lost", f"the gateway at {address.host} did not take it")
+                for delta in message.deltas:  # should the gateway live, it asks again
+                    self._to_router(Failed(delta.request, delta.attempt, error))
 
     def _cancel_all(self, deltas: Sequence[TokenDelta]) -> None:
         for delta in deltas:

@@ -42,6 +42,7 @@ from pdserve.router.bindings import binding_of
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.costs import CostModel, believed
 from pdserve.router.decode_orders import decode_order_of
+from pdserve.router.ended import EndedBook
 from pdserve.router.endings import drop, free_orphans, free_ticket, lose
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker, slots_of
@@ -103,6 +104,7 @@ class RouterCore:
         )
         self._some_disk = False  # below the store of a worker, now or earlier
         self._gone_gateways: dict[Address, int] = {}  # until when their requests run on
+        self._ended = EndedBook()
 
     def _new_order(self, settings: RouterConfig, costs: CostModel, counters: Counter[str]) -> Order:
         if settings.policy in ("skip_join", "fcfs"):
@@ -248,7 +250,7 @@ class RouterCore:
         entry = self._entry(failed.request, failed.attempt)
         if entry is None or worker not in _may_fail(entry):
             self.state.counters["stale_events"] += 1
-            return []
+            return self._ended.undelivered(failed.request, failed.attempt, worker)
         self.state.counters["worker_failures"] += 1
         return lose(self.state, entry, worker, now_ns) + planner.plan(self.state, now_ns)
 
@@ -258,6 +260,10 @@ class RouterCore:
             return []
         commands = self._forget_worker(known, now_ns) + self._lose_storeless(now_ns)
         return commands + planner.plan(self.state, now_ns)
+
+    def knows(self, worker: WorkerId) -> bool:
+        """False after it was taken for lost: what it says is ignored until it says hello again."""
+        return self.state.fleet.get(worker) is not None
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -356,6 +362,8 @@ class RouterCore:
                 if not at_prefill:
                     self._imply(entry, Event.ENDED, now_ns)
                     self._learn(entry, progress, now_ns)
+                reply_to = entry.request.reply_to
+                self._ended.note(entry.id, entry.request.attempt, worker.id, reply_to, now_ns)
                 self.state.leave(entry, Event.ENDED, "finished", now_ns)
             case _:
                 self.state.counters["stale_events"] += 1
@@ -396,14 +404,28 @@ class RouterCore:
 
     def _forget_worker(self, worker: Worker, now_ns: int) -> list[Command]:
         commands: list[Command] = []
+        has_drained = worker.draining and not worker.held
         for request in worker.held:
             commands += lose(self.state, self.state.entries[request], worker.id, now_ns)
+        if not has_drained:  # who has, went when all it had said had arrived
+            for entry in self._handed_over_by(worker.id):
+                commands += lose(self.state, entry, worker.id, now_ns)
+            commands += self._ended.worker_lost(worker.id, now_ns)
         self.state.fleet.remove(worker)
         self._count_workers()
         if self._binding is not None:
             self._bind_again(worker.id, now_ns)
             self.state.lines.drop(worker.id)
         return commands
+
+    def _handed_over_by(self, worker: WorkerId) -> list[Entry]:
+        """Whose hand-off may have been lost with the worker that sent it: decode has not adopted
+        them. Those that did arrive find most of their prompt in the store. Linear in requests."""
+        return [
+            entry
+            for entry in self.state.entries.values()
+            if entry.phase is Phase.HANDING_OFF and entry.prefilled_by == worker
+        ]
 
     def _count_workers(self) -> None:
         for order in self.state.lines.all():

@@ -1,0 +1,256 @@
+"""``python -m bench.soak --minutes M``: what grows while a cluster serves, and what stays behind.
+
+A cluster of our own on the small test model, under steady load of short requests; every process of
+it is looked at every few seconds. After a warm-up a line is fitted to its resident memory, with the
+95 % interval of its slope. What is counted (open files, threads, shared memory, Ray actors) is
+compared before and after the load, at rest.
+
+    slope      MB per minute of one process. It grows if the interval lies above 0 and the slope
+               above ``SLOPE_MAX``. A short run says little: the interval shows how much.
+    leaks      counts at rest that are larger after than before
+
+The anchor is a peer's own endurance test, which expects 22 to 32 MB per minute of its front end.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.frame import Options, Row
+from bench.frame import run as run_bench
+from pdserve.cluster.chaos.load import Answer, ask_http, drawn
+from pdserve.cluster.chaos.run import held_at_rest
+from pdserve.cluster.chaos.targets import by_role, processes
+from pdserve.cluster.http_client import get_json
+
+MB = 1 << 20
+LOOK_S = 2.0
+WARM_UP_SHARE = 1 / 3
+"""Of the run: what is allocated once, and caches that fill, are not growth."""
+
+SLOPE_MAX = 0.1
+CLIENTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """A line through (minutes, MB)."""
+
+    per_min: float
+    low: float  # of the interval in which it lies with 95 %
+    high: float
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Slope | None:
+    """Least squares; the interval by Student's t, and as if points were independent. None: fewer
+    than three, or all at one instant."""
+    if len(points) < 3:
+        return None
+    xs, ys = zip(*points, strict=True)
+    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    if spread == 0:
+        return None
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
+    freedom = len(points) - 2
+    margin = student_95(freedom) * math.sqrt(residual / freedom / spread)
+    return Slope(slope, slope - margin, slope + margin)
+
+
+def student_95(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t: the expansion of Cornish and Fisher, exact to 1 %
+    from three degrees of freedom on; below, from the table."""
+    assert freedom > 0
+    if freedom < 3:
+        return (12.706, 4.303)[freedom - 1]
+    z = 1.959964
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One process at one instant."""
+
+    rss_mb: float
+    files: int
+    threads: int
+
+
+def look_at(pid: int) -> Look | None:
+    """None: it is gone."""
+    proc = Path(f"/proc/{pid}")
+    with suppress(OSError, ValueError, IndexError):
+        pages = int((proc / "statm").read_text().split()[1])
+        return Look(
+            pages * os.sysconf("SC_PAGESIZE") / MB,
+            len(list((proc / "fd").iterdir())),
+            len(list((proc / "task").iterdir())),
+        )
+    return None
+
+
+class Watch:
+    """Looks at the cluster's processes, every ``LOOK_S``, until it is closed."""
+
+    def __init__(self, pids: Mapping[int, str]) -> None:
+        self._pids = pids
+        self.points: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        self._over = threading.Event()
+        self._began_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(LOOK_S):
+            minute = (time.monotonic() - self._began_s) / 60
+            for pid in self._pids:
+                look = look_at(pid)
+                if look is not None:
+                    self.points[pid].append((minute, look.rss_mb))
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    files: int
+    threads: int
+    processes: int
+    shared_files: int
+    actors: int
+
+
+def count(pids: Mapping[int, str], url: str) -> Counts:
+    """At rest."""
+    from ray.util import list_named_actors
+
+    looks = [look for look in map(look_at, pids) if look is not None]
+    shared = Path(f"/dev/shm/pdserve-{os.getuid()}")
+    return Counts(
+        files=sum(look.files for look in looks),
+        threads=sum(look.threads for look in looks),
+        processes=len(pids_of(url)),
+        shared_files=sum(1 for _ in shared.rglob("*")) if shared.is_dir() else 0,
+        actors=len(list_named_actors(all_namespaces=True)),
+    )
+
+
+def pids_of(url: str) -> dict[int, str]:
+    """Of prefill, decode, router, gateway and store, by what they are."""
+    roles = by_role(get_json(url, "/cluster/status")["workers"], processes())
+    return {pid: role for role, pids in roles.items() for pid in pids}
+
+
+def serve_for(url: str, minutes: float) -> tuple[int, int]:
+    """Answers, and those among them that failed."""
+    questions, ask = drawn(7), ask_http(url)
+    until_s = time.monotonic() + 60 * minutes
+    answers: list[Answer] = []
+
+    def client(number: int) -> None:
+        turn = number
+        while time.monotonic() < until_s:
+            answers.append(ask(questions[turn % len(questions)]))
+            turn += CLIENTS
+
+    threads = [threading.Thread(target=client, args=(n,), daemon=True) for n in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(answers), sum(bool(answer.error) for answer in answers)
+
+
+@contextmanager
+def small_cluster() -> Iterator[str]:
+    from dataclasses import replace
+
+    from pdserve.cluster.local import local_cluster
+    from pdserve.config import ClusterConfig, GatewayConfig, ModelConfig, PoolConfig, StoreConfig
+    from pdserve.model.source import locate
+    from tests.models.small import write_small_model
+
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+        model = write_small_model(
+            Path(scratch) / "model", tokenizer_from=locate(ModelConfig()).path
+        )
+        pool = PoolConfig(threads=1, pool_blocks=512)
+        config = ClusterConfig(
+            model=ModelConfig(source=str(model), dtype="float32"),
+            prefill=pool,
+            decode=replace(pool, replicas=2),
+            store=StoreConfig(arena_bytes=128 * MB),
+            gateway=GatewayConfig(http_port=0, grpc_port=-1),
+            tcp=False,
+        )
+        with local_cluster(config, progress=lambda text: print(text, file=sys.stderr)) as cluster:
+            yield cluster.http
+
+
+def measure_for(minutes: float) -> Iterator[Row]:
+    with small_cluster() as url:
+        serve_for(url, min(0.2, minutes / 4))  # everything has been used once
+        held_at_rest(url)
+        pids = pids_of(url)
+        before = count(pids, url)
+        watch = Watch(pids)
+        answers, failed = serve_for(url, minutes)
+        watch.close()
+        held = held_at_rest(url)
+        after = count(pids, url)
+        yield Row("answers", answers, "", bar="", holds=None)
+        yield Row("failed answers", failed, "", bar="≤ 0", holds=failed == 0)
+        for pid, role in sorted(pids.items(), key=lambda item: item[1]):
+            yield slope_row(role, pid, watch.points[pid], minutes)
+        for name in Counts.__slots__:
+            was, now = getattr(before, name), getattr(after, name)
+            title = f"{name.replace('_', ' ')} at rest"
+            yield Row(title, now, "", "before", was, bar="≤ its value", holds=now <= was)
+        left = sum(held.values())
+        yield Row("held at rest", left, "", bar="≤ 0", holds=left == 0)
+
+
+def slope_row(role: str, pid: int, points: Sequence[tuple[float, float]], minutes: float) -> Row:
+    warm = [point for point in points if point[0] >= minutes * WARM_UP_SHARE]
+    name = f"growth of {role} {pid}"
+    slope = fit(warm)
+    if slope is None:
+        return Row(name, None, "MB/min", skipped="the process was replaced, or the run too short")
+    return Row(
+        name,
+        slope.per_min,
+        "MB/min",
+        bar=f"≤ {SLOPE_MAX:g} MB/min, or not above 0 with 95 %",
+        holds=slope.per_min <= SLOPE_MAX or slope.low <= 0,
+        spread=(slope.low, slope.high),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=60.0, help="of load")
+
+
+def measure(options: Options) -> Iterator[Row]:
+    return measure_for(1.0 if options.quick else options.arguments.minutes)
+
+
+if __name__ == "__main__":
+    run_bench("soak", measure, add_arguments=add_arguments)

@@ -1,0 +1,198 @@
+"""What happens to a cluster, drawn from the seed: when, what, to whom and for how long."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdserve.clock import MS, S
+from tests.simulation.store import StoreNode
+from tests.simulation.world import Place, World
+
+HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    at_ns: int
+    kind: str
+    span_ns: int  # for what ends by itself
+
+
+def drawn(dice: random.Random, *, span_ns: int) -> list[Fault]:
+    count = dice.choice((1, 2, 3, 4, 6))
+    kinds = dice.choices(tuple(KINDS), weights=[weight for weight, _ in KINDS.values()], k=count)
+    faults = [
+        Fault(dice.randrange(10 * MS, span_ns), kind, dice.randrange(50 * MS, 5 * S))
+        for kind in kinds
+    ]
+    return sorted(faults, key=lambda fault: (fault.at_ns, fault.kind))
+
+
+def strike(world: World, fault: Fault) -> None:
+    _, action = KINDS[fault.kind]
+    action(world, fault.span_ns)
+
+
+def _some(world: World, *prefixes: str) -> Place | None:
+    found = [place for prefix in prefixes for place in world.alive(prefix)]
+    return world.dice.choice(found) if found else None
+
+
+def _kill(*prefixes: str) -> Callable[[World, int], None]:
+    def kill(world: World, _: int) -> None:
+        place = _some(world, *prefixes)
+        if place is not None:
+            world.kill(place)
+
+    return kill
+
+
+def _stop(world: World, span_ns: int) -> None:
+    place = _some(world, "")
+    if place is None or place.process.stopped:
+        return
+    process = place.process
+    world.note(f"STOP {process} for {span_ns // MS} ms")
+    world.loop.stop_process(process)
+
+    def go_on() -> None:
+        if process.alive and process.stopped:
+            world.note(f"CONT {process}")
+            world.loop.continue_process(process)
+
+    world.loop.at(world.loop.now_ns + span_ns, go_on, None)
+
+
+def _partition(world: World, span_ns: int) -> None:
+    if len(world.hosts) < 2:
+        return
+    one, other = world.dice.sample(world.hosts, 2)
+    both = world.dice.random() < 0.5
+    if world.dice.random() < 0.15:
+        span_ns += 10 * S  # long enough for connections to end
+    until_ns = world.loop.now_ns + span_ns
+    world.note(f"PARTITION {one} {'<->' if both else '->'} {other} for {span_ns // MS} ms")
+    world.network.block(one, other, until_ns)
+    if both:
+        world.network.block(other, one, until_ns)
+
+
+def _slow_network(world: World, span_ns: int) -> None:
+    world.network.slow_ns = world.dice.choice((50, 200, 500)) * MS
+    world.network.slow_until_ns = world.loop.now_ns + span_ns
+    world.note(f"SLOW network, up to {world.network.slow_ns // MS} ms, for {span_ns // MS} ms")
+
+
+def _reset(world: World, _: int) -> None:
+    for _ in range(world.dice.randrange(1, 5)):
+        world.network.reset_one(world.note)
+
+
+def _repeat(world: World, _: int) -> None:
+    """A listener forgets what it has received, as of more posters than it remembers, just when all
+    connections break: what has no receipt comes twice."""
+    place = _some(world, "prefill", "decode", "gateway")
+    listener = None if place is None else place.what._listener
+    if place is not None and listener is not None:
+        world.note(f"REPEAT to {place.process}")
+        listener._received.clear()
+        world.network.reset_all_of(place.process)
+        listener._received.clear()
+
+
+def _corrupt(world: World, _: int) -> None:
+    place = _some(world, "store")
+    if place is not None and isinstance(place.what, StoreNode):
+        world.note(f"CORRUPT {place.name}: {place.what.flip_bit(world.dice)}")
+
+
+def _succeed(world: World, span_ns: int) -> None:
+    """A node hangs, is replaced, and comes back: it must neither be believed nor undo anything."""
+    place = _some(world, "store")
+    if place is None or place.process.stopped or place.restarting:
+        return
+    old: StoreNode = place.what
+    zombie = place.process
+    world.note(f"SUCCEED {zombie}")
+    world.loop.stop_process(zombie)
+    world.restart(place)
+
+    def come_back() -> None:
+        if world.membership.speaks(old.member):
+            raise AssertionError(f"I7: {zombie} is believed under epoch {old.member.epoch}")
+        world.membership.master.leave(old.member)
+        world.membership.check_entry(place.what.member)
+        world.note(f"{zombie} has been refused, and ends")
+        world.loop.kill_process(zombie)
+
+    world.loop.at(world.loop.now_ns + min(span_ns, S), come_back, None)
+
+
+def _full(world: World, span_ns: int) -> None:
+    place = _some(world, "store")
+    if place is None:
+        return
+    node: StoreNode = place.what
+    node.is_full = True
+    world.note(f"FULL {place.name} for {span_ns // MS} ms")
+
+    def drain() -> None:
+        node.is_full = False
+
+    world.loop.at(world.loop.now_ns + span_ns, drain, None)
+
+
+def _slow_worker(world: World, span_ns: int) -> None:
+    place = _some(world, "prefill", "decode")
+    engine = None if place is None else world.engines.get(place.process)
+    if place is None or engine is None:
+        return
+    engine.slow = world.dice.choice((5, 50))
+    world.note(f"SLOW {place.process}, {engine.slow} times, for {span_ns // MS} ms")
+
+    def recover() -> None:
+        engine.slow = 1
+
+    world.loop.at(world.loop.now_ns + span_ns, recover, None)
+
+
+def _jump(world: World, _: int) -> None:
+    place = _some(world, "prefill", "decode", "store")
+    if place is not None:
+        place.process.clock_offset_ms = world.dice.choice((-HOUR_MS, HOUR_MS))
+        world.note(f"JUMP {place.process} by {place.process.clock_offset_ms // 60_000} minutes")
+
+
+def _drain(world: World, _: int) -> None:
+    place = _some(world, "prefill", "decode")
+    if place is None or place.process.stopped:
+        return
+    world.note(f"DRAIN {place.process}")
+
+    async def drain() -> None:
+        process = place.process
+        await place.what.drain(timeout_s=10.0)
+        if place.process is process and process.alive:
+            world.leave(place)
+
+    world.loop.spawn(place.process, drain())
+
+
+KINDS: dict[str, tuple[int, Callable[[World, int], None]]] = {
+    "kill worker": (6, _kill("prefill", "decode")),
+    "kill router": (2, _kill("router")),
+    "kill gateway": (1, _kill("gateway")),
+    "kill store": (2, _kill("store")),
+    "stop": (4, _stop),
+    "partition": (4, _partition),
+    "slow network": (2, _slow_network),
+    "reset": (5, _reset),
+    "repeat": (3, _repeat),
+    "corrupt": (3, _corrupt),
+    "kill reader": (2, _kill("reader")),
+    "succeed": (2, _succeed),
+    "full": (1, _full),
+    "slow worker": (2, _slow_worker),
+    "clock": (1, _jump),
+    "drain": (2, _drain),
+}

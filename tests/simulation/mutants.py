@@ -1,0 +1,267 @@
+"""Bugs planted one at a time in production code, to show that the simulation would see them.
+
+Each takes away one guard. A mutant that no seed finds is a rule that nobody watches.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.simulation.run import simulate
+
+SEEDS_MAX = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    name: str
+    plant: Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    mutant: str
+    seeds: int  # that it took, from 0 on; 0: it was not found
+    violation: str
+
+
+@contextlib.contextmanager
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _forgotten_ticket() -> contextlib.AbstractContextManager[None]:
+    from pdserve.prefill.prompts import Prompts
+
+    return instead(Prompts, "_abort_ticket", _nothing)
+
+
+def _ticket_keeps_pins() -> contextlib.AbstractContextManager[None]:
+    from pdserve.kvstore.tickets import TicketBook, TicketEvent, TicketState
+
+    def end(self: Any, ticket: Any) -> None:
+        if ticket.state is TicketState.QUEUED:
+            self._queue.remove(ticket)
+        ticket.advance(TicketEvent.ENDED)
+        del self._tickets[ticket.ticket]
+        self._free_reserved(ticket)
+
+    return instead(TicketBook, "end", end)
+
+
+def _claims_outlive_their_owner() -> contextlib.AbstractContextManager[None]:
+    from pdserve.kvstore.core import StoreCore
+
+    original = StoreCore.disconnect
+
+    def disconnect(self: Any, owner: Any) -> None:
+        self._owners[owner].claims.clear()
+        original(self, owner)
+
+    return instead(StoreCore, "disconnect", disconnect)
+
+
+def _epoch_not_checked_on_entry() -> contextlib.AbstractContextManager[None]:
+    from pdserve.kvstore import metadata
+
+    def register(self: Any, member: Any) -> None:
+        with self._transaction() as table:
+            table.execute(
+                "INSERT OR REPLACE INTO member VALUES (?, ?, ?)",
+                (member.store_id, member.epoch, metadata._to_json(member)),
+            )
+
+    return instead(metadata.EmbeddedMetadata, "register", register)
+
+
+def _epoch_not_checked_on_leaving() -> contextlib.AbstractContextManager[None]:
+    from pdserve.kvstore.metadata import EmbeddedMetadata
+
+    def remove(self: Any, store_id: Any, epoch: int) -> None:
+        with self._transaction() as table:
+            table.execute("DELETE FROM member WHERE store_id = ?", (store_id,))
+
+    return instead(EmbeddedMetadata, "remove", remove)
+
+
+def _token_twice_after_a_retry() -> contextlib.AbstractContextManager[None]:
+    from dataclasses import replace
+
+    from pdserve.cluster.delivery import Delivery
+
+    original = Delivery._accept
+
+    def accept(self: Any, delta: Any) -> Any:
+        return original(
+            self, replace(delta, offset=len(self.tokens))
+        )  # where it says that it begins
+
+    return instead(Delivery, "_accept", accept)
+
+
+def _gap_not_held() -> contextlib.AbstractContextManager[None]:
+    from pdserve.cluster.session import GatewaySession
+
+    original = GatewaySession._again
+
+    def again(self: Any, delivery: Any) -> None:
+        delivery.tokens = delivery.tokens[:-1]  # the last one is forgotten at a loss
+        original(self, delivery)
+
+    return instead(GatewaySession, "_again", again)
+
+
+def _entry_lost_at_death() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router import core
+
+    def lose(state: Any, entry: Any, worker: Any, now_ns: int) -> list[Any]:
+        return []  # neither forgotten nor told to anybody
+
+    return instead(core, "lose", lose)
+
+
+def _gateway_not_told_of_a_loss() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router import core, endings
+    from pdserve.router.commands import ToGateway
+
+    original = endings.lose
+
+    def lose(state: Any, entry: Any, worker: Any, now_ns: int) -> list[Any]:
+        commands = original(state, entry, worker, now_ns)
+        return [each for each in commands if not isinstance(each, ToGateway)]
+
+    return instead(core, "lose", lose)
+
+
+def _no_ageing() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router.orders.rescue import Rescue
+
+    return instead(Rescue, "head", lambda self, now_ns: None)
+
+
+def _silent_worker_never_comes_back() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router.core import RouterCore
+
+    return instead(RouterCore, "knows", lambda self, worker: True)
+
+
+def _new_router_changes_nothing() -> contextlib.AbstractContextManager[None]:
+    from pdserve.cluster.session import GatewaySession
+
+    return instead(GatewaySession, "reconnected", _nothing)
+
+
+def _moves_hold_no_blocks() -> contextlib.AbstractContextManager[None]:
+    from pdserve.engine.device import Device
+
+    def submit(self: Any, move: Any, owner: object = None) -> None:
+        self.mover.submit(move, owner)
+
+    def offer(self: Any, move: Any) -> None:
+        self.mover.offer(move)
+
+    def collect(self: Any) -> Any:
+        return self.mover.collect()
+
+    @contextlib.contextmanager
+    def all_three() -> Iterator[None]:
+        with (
+            instead(Device, "submit", submit),
+            instead(Device, "offer", offer),
+            instead(Device, "collect", collect),
+        ):
+            yield
+
+    return all_three()
+
+
+def _blocks_not_given_back() -> contextlib.AbstractContextManager[None]:
+    from pdserve.decode.streams import Streams
+
+    original = Streams._release
+
+    def release(self: Any, stream: Any) -> None:
+        if not self._draining and len(stream.sequence.blocks) > 3:
+            stream.sequence.blocks.pop()  # one is forgotten
+        original(self, stream)
+
+    return instead(Streams, "_release", release)
+
+
+def _salt_left_out() -> contextlib.AbstractContextManager[None]:
+    from pdserve.cluster import session
+    from pdserve.kvstore import keys
+
+    original = keys.block_keys
+
+    def block_keys(namespace: bytes, tokens: Any, block_tokens: int, *, tenant: str = "") -> Any:
+        return original(namespace, tokens, block_tokens, tenant="")
+
+    return instead(session, "block_keys", block_keys)
+
+
+def _letters_not_repeated() -> contextlib.AbstractContextManager[None]:
+    from pdserve.wire.postbox import _Outbox
+
+    def unsent(self: Any) -> list[Any]:
+        batch = list(self.letters)[self.sent_count :]
+        for letter in batch:  # what was sent is taken for received
+            self.letters.remove(letter)
+        self.sent_count = -len(batch)
+        return batch
+
+    return instead(_Outbox, "unsent", unsent)
+
+
+def _cancel_stays_in_the_router() -> contextlib.AbstractContextManager[None]:
+    from pdserve.decode.streams import Streams
+
+    return instead(Streams, "cancel", _nothing)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("a preempted or failed prompt's ticket is not ended", _forgotten_ticket),
+    Mutant("an ended ticket keeps its pins", _ticket_keeps_pins),
+    Mutant("claims outlive the connection that held them", _claims_outlive_their_owner),
+    Mutant("an older epoch may enter itself", _epoch_not_checked_on_entry),
+    Mutant("an older epoch may remove its successor", _epoch_not_checked_on_leaving),
+    Mutant("tokens repeated by a retry are delivered again", _token_twice_after_a_retry),
+    Mutant("a retry forgets the last token that was delivered", _gap_not_held),
+    Mutant("queue entries of a dead worker are left as they are", _entry_lost_at_death),
+    Mutant("a gateway does not hear that a worker died", _gateway_not_told_of_a_loss),
+    Mutant("nobody is rescued from the queue", _no_ageing),
+    Mutant("a worker taken for lost is never asked to come again", _silent_worker_never_comes_back),
+    Mutant("a gateway takes a new router for the old one", _new_router_changes_nothing),
+    Mutant("moves do not hold the blocks they touch", _moves_hold_no_blocks),
+    Mutant("a stream gives back one block too few", _blocks_not_given_back),
+    Mutant("block keys leave out the tenant", _salt_left_out),
+    Mutant("letters under way are not repeated on the next connection", _letters_not_repeated),
+    Mutant("decode ignores cancellations", _cancel_stays_in_the_router),
+)
+
+
+def hunt(mutant: Mutant, *, seeds_max: int = SEEDS_MAX) -> Found:
+    """Seeds from 0 on, until one shows the bug."""
+    with mutant.plant():
+        for seed in range(seeds_max):
+            violation = _violation(seed)
+            if violation is not None:
+                return Found(mutant.name, seed + 1, violation)
+    return Found(mutant.name, 0, "")
+
+
+def _violation(seed: int) -> str | None:
+    try:
+        return simulate(seed).violation
+    except Exception as error:  # a bug may break anything
+        return f"{type(error).__name__}: {error}"

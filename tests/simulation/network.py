@@ -1,0 +1,288 @@
+"""Byte streams between simulated processes: late, in pieces, stalled, or broken half way.
+
+A stream is what a kernel gives: bytes arrive in order and once, or the connection ends. So loss is
+a stall, then the end after ``UNACKNOWLEDGED_NS``, as the socket options of ``wire.endpoint`` have
+it; what was under way is lost. Duplicates and another order are what the layers above make of an
+end: they connect again and repeat what has no receipt, while other connections go on.
+
+A partition is of one direction between two hosts. Processes of one host always reach each other.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from pdserve.clock import MS, US, S
+from tests.simulation.loop import SimProcess, VirtualLoop, current_process
+
+UNACKNOWLEDGED_NS = 11 * S
+LOCAL_NS = (20 * US, 200 * US)
+REMOTE_NS = (100 * US, 2 * MS)
+
+
+class Network:
+    def __init__(self, loop: VirtualLoop, dice: random.Random) -> None:
+        self.loop = loop
+        self.dice = dice
+        self.slow_until_ns = 0  # until then remote bytes take ``slow_ns`` more
+        self.slow_ns = 0
+        self._servers: dict[str, Server] = {}
+        self._ports = itertools.count(20_000)
+        self._blocked: dict[tuple[str, str], int] = {}  # (from, to) hosts, until when
+        self.pairs: list[Pair] = []
+
+    # ── what breaks ──────────────────────────────────────────────────────────────────────────────
+
+    def block(self, source: str, target: str, until_ns: int) -> None:
+        self._blocked[source, target] = until_ns
+
+    def heal(self) -> None:
+        self._blocked.clear()
+        self.slow_until_ns = 0
+
+    def blocked_until_ns(self, source: str, target: str) -> int:
+        return self._blocked.get((source, target), 0)
+
+    def reset_one(self, note: Callable[[str], None], *, tries: int = 100) -> None:
+        """Breaks a connection on which something is under way; how much of it still arrives is
+        left to the dice. Where all are quiet it looks again a little later."""
+        now_ns = self.loop.now_ns
+        busy = [
+            pair
+            for pair in self.pairs
+            if pair.is_open and max(end.arrives_ns for end in pair.ends) > now_ns
+        ]
+        if busy:
+            pair = self.dice.choice(busy)
+            note(f"RESET {pair.name}")
+            pair.reset()
+        elif tries:
+            later_ns = now_ns + self.dice.randrange(100 * US, MS)
+            self.loop.at(later_ns, lambda: self.reset_one(note, tries=tries - 1), None)
+
+    def reset_all_of(self, process: SimProcess) -> None:
+        for pair in self.pairs:
+            if pair.is_open and process in (end.process for end in pair.ends):
+                pair.reset()
+
+    # ── what asyncio asks for ────────────────────────────────────────────────────────────────────
+
+    def listen(self, factory: Callable[[], Any], where: str) -> "Server":
+        process = current_process()
+        assert process is not None
+        server = Server(self, factory, where, process)
+        self._servers[where] = server
+        process.on_death.append(server.close)
+        return server
+
+    def listen_tcp(self, factory: Callable[[], Any], host: str) -> "Server":
+        return self.listen(factory, f"{host}:{next(self._ports)}")
+
+    def forget(self, server: "Server") -> None:
+        if self._servers.get(server.where) is server:
+            del self._servers[server.where]
+
+    async def connect(self, factory: Callable[[], Any], where: str) -> tuple[Any, Any]:
+        client = current_process()
+        assert client is not None
+        await asyncio.sleep(self.delay_ns(client.host, client.host) / S)
+        server = self._servers.get(where)
+        while server is not None and self._is_apart(client.host, server.process.host):
+            await asyncio.sleep(0.1)  # the caller has a limit
+            server = self._servers.get(where)
+        if server is None or not server.process.alive:
+            raise ConnectionRefusedError(111, "Connection refused")
+        protocol = factory()
+        pair = Pair(self, client, server.process)
+        self.pairs.append(pair)
+        pair.open(protocol, server.factory)
+        return pair.ends[0], protocol
+
+    def _is_apart(self, one: str, other: str) -> bool:
+        now_ns = self.loop.now_ns
+        return max(self.blocked_until_ns(one, other), self.blocked_until_ns(other, one)) > now_ns
+
+    def delay_ns(self, source: str, target: str) -> int:
+        if source == target:
+            return self.dice.randrange(*LOCAL_NS)
+        slow_ns = 0
+        if self.loop.now_ns < self.slow_until_ns:
+            slow_ns = self.dice.randrange(self.slow_ns)
+        return self.dice.randrange(*REMOTE_NS) + slow_ns
+
+
+class Server:
+    """What a listener holds: as much of ``asyncio.Server`` as it uses."""
+
+    def __init__(
+        self, network: Network, factory: Callable[[], Any], where: str, process: SimProcess
+    ) -> None:
+        self.factory = factory
+        self.where = where
+        self.process = process
+        self._network = network
+
+    @property
+    def sockets(self) -> list["Server"]:
+        return [self]
+
+    def getsockname(self) -> tuple[str, int]:
+        host, _, port = self.where.rpartition(":")
+        return host, int(port)
+
+    def close(self) -> None:
+        self._network.forget(self)
+
+
+class Pair:
+    """One connection."""
+
+    def __init__(self, network: Network, client: SimProcess, server: SimProcess) -> None:
+        self.network = network
+        self.name = f"{client.name}-{server.name}"
+        self.is_open = True
+        self.ends = (End(self, client), End(self, server))
+        self.ends[0].peer, self.ends[1].peer = self.ends[1], self.ends[0]
+        for process in (client, server):
+            process.on_death.append(self.reset)
+
+    def open(self, protocol: Any, server_factory: Callable[[], Any]) -> None:
+        client, server = self.ends
+        client.protocol = protocol
+        protocol.connection_made(client)
+        server.protocol = server.process.context.run(server_factory)
+        now_ns = self.network.loop.now_ns
+        self.network.loop.at(
+            now_ns, lambda: server.protocol.connection_made(server), server.process
+        )
+        server.arrives_ns = now_ns
+
+    def reset(self) -> None:
+        """Both ends learn of it; of what is under way a prefix arrives."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        for end in self.ends:
+            end.lose(ConnectionResetError(104, "Connection reset by peer"))
+
+
+class End:
+    """One side of a connection, and its transport."""
+
+    peer: "End"
+
+    def __init__(self, pair: Pair, process: SimProcess) -> None:
+        self.pair = pair
+        self.process = process
+        self.protocol: Any = None
+        self.arrives_ns = 0  # when what was sent last to this end is there
+        self.lost = False
+        self._closing = False
+        self._paused = False
+        self._buffered: list[bytes] = []  # arrived and not read
+        self._network = pair.network
+
+    # ── a transport ──────────────────────────────────────────────────────────────────────────────
+
+    def write(self, data: bytes | memoryview) -> None:
+        if self.lost or self._closing or not self.pair.is_open:
+            return
+        network, peer, sent = self._network, self.peer, bytes(data)
+        now_ns = network.loop.now_ns
+        source, target = self.process.host, peer.process.host
+        blocked_ns = network.blocked_until_ns(source, target)
+        when_ns = max(now_ns, blocked_ns) + network.delay_ns(source, target)
+        peer.arrives_ns = max(peer.arrives_ns, when_ns)
+        if blocked_ns > now_ns + UNACKNOWLEDGED_NS:
+            network.loop.at(now_ns + UNACKNOWLEDGED_NS, self.pair.reset, None)
+            return
+        cut = network.dice.randrange(1, len(sent)) if len(sent) > 64 and when_ns & 7 == 0 else 0
+        for piece in (sent[:cut], sent[cut:]):
+            if piece:
+                network.loop.at(peer.arrives_ns, partial(peer.arrive, piece), peer.process)
+
+    def close(self) -> None:
+        """What was written still arrives, then the peer sees the end."""
+        if self._closing or self.lost:
+            return
+        self._closing = True
+        loop = self._network.loop
+        loop.at(
+            max(loop.now_ns, self.peer.arrives_ns) + 1, self.peer.end_of_file, self.peer.process
+        )
+        loop.at(loop.now_ns, lambda: self.lose(None), self.process)
+
+    def abort(self) -> None:
+        self.pair.reset()
+
+    def is_closing(self) -> bool:
+        return self._closing or self.lost or not self.pair.is_open
+
+    def pause_reading(self) -> None:
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        self._paused = False
+        buffered, self._buffered = self._buffered, []
+        for data in buffered:
+            self._feed(data)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def set_write_buffer_limits(self, high: Any = None, low: Any = None) -> None:
+        """Nothing waits here: what is written is on its way."""
+
+    # ── what arrives ─────────────────────────────────────────────────────────────────────────────
+
+    def arrive(self, data: bytes) -> None:
+        if self.lost or self._closing:
+            return
+        if self._paused:
+            self._buffered.append(data)
+        else:
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            buffer = self.protocol.get_buffer(-1)
+            count = min(len(buffer), len(data))
+            buffer[:count] = data[:count]
+            self.protocol.buffer_updated(count)
+            data = data[count:]
+
+    def end_of_file(self) -> None:
+        self.pair.is_open = False
+        self.lose(None)
+
+    def lose(self, error: Exception | None) -> None:
+        """Once; what has not arrived by then never does."""
+        if self.lost:
+            return
+        loop = self._network.loop
+        if error is not None and self.peer.process.alive and self._network.dice.random() < 0.5:
+            when_ns = max(loop.now_ns, self.arrives_ns)  # all of it came before the end
+        else:
+            when_ns = loop.now_ns + self._network.delay_ns("", "")
+        loop.at(when_ns, lambda: self._lost(error), self.process)
+
+    def _lost(self, error: Exception | None) -> None:
+        if not self.lost:
+            self.lost = True
+            self.protocol.connection_lost(error)
+
+
+@contextlib.contextmanager
+def no_socket(transport: Any) -> Iterator[Any]:
+    """In the place of ``wire.direct.duplicate_of``."""
+    yield transport
+
+
+def peer_of(end: End) -> str:
+    """In the place of ``wire.endpoint.set_up``."""
+    local = end.process.host == end.peer.process.host
+    return f"unix:pid={end.peer.process.name}" if local else f"tcp:{end.peer.process.name}"

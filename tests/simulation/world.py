@@ -1,0 +1,379 @@
+"""A cluster of simulated processes on two or three hosts, and who restarts what has died.
+
+    hosts    one store node each; workers, gateways and the router are spread over them
+    restart  as Ray and the store's supervisor do: a process that is dead, or says that it is not
+             healthy, is replaced by another one after a while
+
+What runs in a process is production code; this file starts it, and keeps what there is for checks.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pdserve.clock import MS, S
+from pdserve.cluster.router_service import RouterService
+from pdserve.cluster.session import GatewaySession, Served
+from pdserve.cluster.worker_shell import WorkerShell
+from pdserve.config import ClusterConfig, ModelConfig, PoolConfig, StoreConfig
+from pdserve.errors import Disconnected, StoreError, StoreUnavailable
+from pdserve.ids import HostId
+from pdserve.kvstore.keys import block_keys
+from pdserve.messages import Address, Role
+from pdserve.router_config import RouterConfig
+from tests.simulation.loop import SimProcess, VirtualLoop
+from tests.simulation.network import Network
+from tests.simulation.store import Membership, SimStoreClient, StoreNode
+from tests.simulation.worker import NAMESPACE, TOKENIZER, SimEngine, know
+from tests.unit.engine.fakes import BLOCK_TOKENS
+from tests.unit.engine.rig import prompt
+
+TENANTS = ("acme", "umbrella")
+SUPERVISE_S = 0.25
+RESTART_NS = (100 * MS, 1 * S)
+CONTEXT_TOKENS = 120
+POOL_BLOCKS = 32
+SLOTS = 64
+RESCUE_MS = 1_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large, and in which mode. Drawn from the seed."""
+
+    hosts: int
+    prefills: int
+    decodes: int
+    gateways: int
+    mode: Any
+    slots: int
+    pool_blocks: int
+    gamma_per_s: float | None = None
+    rescue_after_ms: float = RESCUE_MS
+    rescue_ratio: float = 20.0
+    tokens_per_s: int = 3_000  # that the router believes in at first
+
+    @staticmethod
+    def drawn(dice: random.Random) -> "Shape":
+        mode = dice.choice(("disaggregated", "disaggregated", "auto", "aggregated"))
+        return Shape(
+            hosts=dice.choice((1, 2, 2, 3)),
+            prefills=0 if mode == "aggregated" else dice.choice((1, 2)),
+            decodes=dice.choice((1, 2, 2)),
+            gateways=dice.choice((1, 1, 2)),
+            mode=mode,
+            slots=dice.choice((24, SLOTS)),
+            pool_blocks=dice.choice((14, POOL_BLOCKS)),
+        )
+
+    def config(self) -> ClusterConfig:
+        pool = PoolConfig(
+            running_max=4,
+            chunk_tokens=2 * BLOCK_TOKENS,
+            mixed_chunk_tokens=BLOCK_TOKENS,
+            pool_blocks=self.pool_blocks,
+        )
+        return ClusterConfig(
+            model=ModelConfig(block_tokens=BLOCK_TOKENS),
+            prefill=pool,
+            decode=pool,
+            store=StoreConfig(ticket_wait_ms=1_000),
+            router=RouterConfig(
+                mode=self.mode,
+                worker_silence_ms=2_000,
+                gamma_per_s=self.gamma_per_s,
+                rescue_after_ms=self.rescue_after_ms,
+                rescue_ratio=self.rescue_ratio,
+                attempts_max=20,
+                prefill_tokens_per_s=self.tokens_per_s,
+            ),
+        )
+
+
+@dataclass
+class Place:
+    """Where one process runs, and its next incarnation will."""
+
+    name: str
+    host: str
+    start: Callable[["Place"], None]
+    process: SimProcess
+    what: Any = None  # the shell, service, session or node
+    incarnation: int = 0
+    restarting: bool = False
+    task: asyncio.Task[Any] | None = None
+
+
+@dataclass
+class World:
+    loop: VirtualLoop
+    network: Network
+    membership: Membership
+    shape: Shape
+    dice: random.Random
+    seed: int
+    keep_log: bool = False
+    reading: bool = True
+    places: dict[str, Place] = field(default_factory=dict)
+    engines: dict[SimProcess, SimEngine] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config = self.shape.config()
+        self._digest = hashlib.sha256()
+
+    def start(self) -> None:
+        hosts = [f"h{index}" for index in range(self.shape.hosts)]
+        self.hosts = hosts
+        for host in hosts:
+            self._place(f"store-{host}", host, self._start_store)
+        self._place("router", hosts[0], self._start_router)
+        roles = [*[Role.PREFILL] * self.shape.prefills, *[Role.DECODE] * self.shape.decodes]
+        for index, role in enumerate(roles):
+            host = hosts[index % len(hosts)]
+            self._place(f"{role}-{index}", host, partial(self._start_worker, role))
+        for index in range(self.shape.gateways):
+            self._place(f"gateway-{index}", hosts[-1 - index % len(hosts)], self._start_gateway)
+        self._place("reader", hosts[-1], self._start_reader)
+        supervisor = SimProcess("supervisor", hosts[0])
+        loop_task = self._supervise()
+        self.loop.spawn(supervisor, loop_task)
+
+    # ── the log ──────────────────────────────────────────────────────────────────────────────────
+
+    def note(self, text: str) -> None:
+        line = f"{self.loop.now_ns / MS:12.3f} ms  {text}"
+        self._digest.update(line.encode())
+        if self.keep_log:
+            self.log.append(line)
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    # ── places ───────────────────────────────────────────────────────────────────────────────────
+
+    def _place(self, name: str, host: str, start: Callable[[Place], None]) -> None:
+        place = Place(name, host, start, SimProcess(name, host))
+        self.places[name] = place
+        start(place)
+
+    def _fresh(self, place: Place) -> SimProcess:
+        place.incarnation += 1
+        place.process = SimProcess(f"{place.name}.{place.incarnation}", place.host)
+        place.what = place.task = None
+        return place.process
+
+    def kill(self, place: Place) -> None:
+        if place.process.alive:
+            self.note(f"KILL {place.process}")
+            self.loop.kill_process(place.process)
+
+    def leave(self, place: Place) -> None:
+        """It ended by itself."""
+        self.note(f"{place.process} has left")
+        self.loop.kill_process(place.process)
+
+    def restart(self, place: Place) -> None:
+        place.restarting = False
+        self._fresh(place)
+        self.note(f"start {place.process}")
+        place.start(place)
+
+    def _run(self, place: Place, start: Awaitable[Any]) -> None:
+        async def run() -> None:
+            await start
+
+        place.task = self.loop.spawn(place.process, run())
+
+    def _start_store(self, place: Place) -> None:
+        node = StoreNode(
+            self.loop,
+            place.process,
+            self.membership.master,
+            incarnation=place.incarnation,
+            slot_count=self.shape.slots,
+            note=self.note,
+        )
+        self.membership.check()
+        know(node)
+        place.what = node
+
+    def _start_router(self, place: Place) -> None:
+        def make() -> RouterService:
+            return RouterService(self.config.router, host=HostId(place.host))
+
+        place.what = place.process.context.run(make)
+        self._run(place, place.what.start(self._directory(place), tcp_host=place.host))
+
+    def _start_worker(self, role: Role, place: Place) -> None:
+        async def start() -> None:
+            place.what = shell = WorkerShell(role, self.config, host=HostId(place.host))
+            await shell.start(
+                self._directory(place),
+                lambda _bytes, _codec: self._find_store(place.host),
+                self._find_router,
+                tcp_host=place.host,
+            )
+
+        self._run(place, start())
+
+    def _start_gateway(self, place: Place) -> None:
+        served = Served("fake", CONTEXT_TOKENS, NAMESPACE, BLOCK_TOKENS, streams_max=64)
+
+        async def start() -> None:
+            session = GatewaySession(served, TOKENIZER, host=HostId(place.host))
+            await session.start(self._directory(place), self._find_router, tcp_host=place.host)
+            place.what = session
+
+        self._run(place, start())
+
+    def _start_reader(self, place: Place) -> None:
+        place.what = place
+        place.task = self.loop.spawn(place.process, self._read(place))
+
+    async def _read(self, place: Place) -> None:
+        """Holds prefixes for a while, at any node, and reads them: who holds a block may take its
+        time, whatever room others need and whoever else dies."""
+        dice = random.Random(f"{self.seed} {place.process}")
+        while self.reading:
+            await asyncio.sleep(dice.randrange(5, 60) / 1000)
+            node: StoreNode = self.places[f"store-{dice.choice(self.hosts)}"].what
+            tenant, length = dice.choice(TENANTS), dice.choice((9, 12, 16, 21, 30))
+            tokens = prompt(length, salt=dice.randrange(3))
+            keys = block_keys(NAMESPACE, tokens, BLOCK_TOKENS, tenant=tenant)
+            try:
+                client = SimStoreClient(
+                    node, str(place.process), reach=lambda there: self.reaches(place.host, there)
+                )
+            except StoreUnavailable:
+                continue
+            try:
+                claim = client.claim(keys, tenant=tenant)
+                await asyncio.sleep(dice.randrange(1, 150) / 1000)
+                client.read_each(claim, range(len(claim.grant.slots)), lambda _, __: None)
+                client.release(claim)
+            except StoreError as error:
+                self.note(f"{place.process}: {type(error).__name__}")
+            finally:
+                client.close()
+
+    def _directory(self, place: Place) -> Path:
+        return Path(f"/sim/{place.host}/{place.incarnation}")
+
+    async def _find_store(self, host: str) -> Address:
+        place = self.places[f"store-{host}"]
+        while not place.process.alive:
+            await asyncio.sleep(0.05)
+        node: StoreNode = place.what
+        return node.address
+
+    async def _find_router(self) -> Address:
+        service: RouterService | None = self.places["router"].what
+        if service is None or service._listener is None:
+            raise Disconnected("the router has not started yet")
+        return service.address
+
+    def reaches(self, here: str, node: StoreNode) -> bool:
+        there = node.process.host
+        now_ns, network = self.loop.now_ns, self.network
+        blocked_ns = max(
+            network.blocked_until_ns(here, there), network.blocked_until_ns(there, here)
+        )
+        return here == there or blocked_ns <= now_ns
+
+    # ── supervision ──────────────────────────────────────────────────────────────────────────────
+
+    async def _supervise(self) -> None:
+        while True:
+            await asyncio.sleep(SUPERVISE_S)
+            for place in self.places.values():
+                if place.restarting or place.process.stopped:
+                    continue
+                if place.process.alive and self._is_unhealthy(place):
+                    self.note(f"{place.process} is not healthy")
+                    self.loop.kill_process(place.process)
+                if not place.process.alive:
+                    place.restarting = True
+                    delay_ns = self.dice.randrange(*RESTART_NS)
+                    self.loop.at(self.loop.now_ns + delay_ns, partial(self.restart, place), None)
+
+    def _is_unhealthy(self, place: Place) -> bool:
+        task = place.task
+        if (
+            task is not None
+            and task.done()
+            and not task.cancelled()
+            and task.exception() is not None
+        ):
+            self.note(f"{place.process} did not start: {task.exception()!r}")
+            return True
+        if isinstance(place.what, WorkerShell):
+            try:
+                place.what.check_health()
+            except RuntimeError as error:
+                if (engine := self.engines.get(place.process)) is not None and engine.error:
+                    raise AssertionError(
+                        f"engine of {place.process}: {engine.error!r}"
+                    ) from engine.error
+                self.note(f"{error}")
+                return True
+        return False
+
+    # ── for those who look ───────────────────────────────────────────────────────────────────────
+
+    def alive(self, prefix: str) -> list[Place]:
+        return [
+            place
+            for name, place in self.places.items()
+            if name.startswith(prefix) and place.process.alive and place.what is not None
+        ]
+
+    def gateways(self) -> list[Place]:
+        return self.alive("gateway")
+
+    def is_ready(self) -> bool:
+        """Whether everybody is there and knows the router."""
+        for place in self.places.values():
+            if not place.process.alive or place.what is None or place.process.stopped:
+                return False
+            link = getattr(place.what, "_link", None)
+            if isinstance(place.what, WorkerShell | GatewaySession) and not (
+                link and link.connected
+            ):
+                return False
+        router: RouterService = self.places["router"].what
+        return len(router._core.state.fleet.all()) >= self.shape.prefills + self.shape.decodes
+
+    def leaks(self) -> list[str]:
+        """What is held though nobody asks for anything."""
+        found: list[str] = []
+        for place in self.places.values():
+            match place.what:
+                case StoreNode() as node:
+                    node.check()
+                    found += node.leaks()
+                case RouterService() as service:
+                    entries = service._core.state.entries
+                    found += [
+                        f"queue entry {request} ({entry.phase})"
+                        for request, entry in entries.items()
+                    ]
+                    found += [f"orphan {each.ticket}" for each in service._core.state.orphans]
+                case GatewaySession() as session:
+                    if session.in_flight:
+                        found.append(f"{session.in_flight} streams at {place.name}")
+        for process, engine in self.engines.items():
+            if process.alive and engine.alive:
+                engine.loop.pool.check()
+                load, pool = engine.loop.load(), engine.loop.pool
+                if load.running or load.waiting:
+                    found.append(f"{load.running}+{load.waiting} sequences at {process}")
+                if pool.free_count != pool.block_count:
+                    found.append(f"{pool.block_count - pool.free_count} blocks of {process}")
+        return found

@@ -1,0 +1,1 @@
+"""What ``pdserve chaos`` decides: plans, targets, verdicts."""

@@ -29,7 +29,12 @@ UNLIMITED = 10**9
 
 
 def _order(policy: str, **settings: object) -> RouterConfig:
-    return RouterConfig(policy=policy, waiting_max=UNLIMITED, **settings)  # type: ignore[arg-type]
+    return RouterConfig(
+        policy=policy,  # type: ignore[arg-type]
+        waiting_max=UNLIMITED,
+        queue_age_max_ms=None,
+        **settings,  # type: ignore[arg-type]
+    )
 
 
 POLICIES: Mapping[str, RouterConfig] = {

@@ -40,7 +40,7 @@ def fairness_rows(*, quick: bool) -> Iterator[Row]:
 
 
 def _settings(**changes: object) -> SimulationSettings:
-    router = RouterConfig(waiting_max=UNLIMITED, goal="mean")
+    router = RouterConfig(waiting_max=UNLIMITED, queue_age_max_ms=None, goal="mean")
     settings = SimulationSettings(
         router=router, prefill_workers=WORKERS, decode_workers=1, decode=False, store_tokens=None
     )
@@ -58,7 +58,7 @@ def _bounds(name: str, count: int) -> tuple[int, int, float]:
 
 def _isolation(goal: str, count: int) -> Row:
     """A tenant beside one that asks for ten times as much, and alone on half of the workers."""
-    router = RouterConfig(waiting_max=UNLIMITED, goal=goal)  # type: ignore[arg-type]
+    router = RouterConfig(waiting_max=UNLIMITED, queue_age_max_ms=None, goal=goal)  # type: ignore[arg-type]
     trace = tenant_flood(count, 0, WORKERS).trace
     flooded = simulate(trace, _settings(router=router))
     victim = np.array([tenant == VICTIM for tenant in flooded.tenants])

@@ -102,7 +102,9 @@ class _Crowd:
     """Workers that hold what they were sent until they are told to be done with one."""
 
     def __init__(self) -> None:
-        router = RouterConfig(waiting_max=UNLIMITED, worker_silence_ms=UNLIMITED, goal="mean")
+        router = RouterConfig(
+            waiting_max=UNLIMITED, queue_age_max_ms=None, worker_silence_ms=UNLIMITED, goal="mean"
+        )
         self.core = RouterCore(router, costs=STUDY_COSTS, unix_zero_ms=0)
         self.held: dict[WorkerId, deque[RequestId]] = {}
         self.sequences: dict[WorkerId, int] = {}
@@ -181,7 +183,8 @@ def _decisions(queued: int, rounds: int) -> tuple[list[float], float]:
 def _simulator_rows(path: Path, *, quick: bool) -> Iterator[Row]:
     trace = spread(load_trace(path), 0)
     settings = SimulationSettings(
-        router=RouterConfig(waiting_max=UNLIMITED), prefill_workers=8, decode_workers=4,
+        router=RouterConfig(waiting_max=UNLIMITED, queue_age_max_ms=None),
+        prefill_workers=8, decode_workers=4,
         store_tokens=None,
     )  # fmt: skip
     hashes, factors = set(), []
@@ -212,7 +215,8 @@ def _analytic(jobs: int, seeds: Sequence[int]) -> Row:
     servers, token_s = 4, 8e-5
     costs = _linear(token_s)
     settings = SimulationSettings(
-        router=RouterConfig(policy="fcfs", waiting_max=UNLIMITED), costs=costs,
+        router=RouterConfig(policy="fcfs", waiting_max=UNLIMITED, queue_age_max_ms=None),
+        costs=costs,
         prefill_workers=servers, decode_workers=1, decode=False, chunk_tokens=16,
     )  # fmt: skip
     waited_s, expected_s = [], []
@@ -256,7 +260,7 @@ def _million(path: Path) -> Row:
 
     trace = scale_to_load(repeat(load_trace(path), requests), 0.8, workers=workers, work_s=work_s)
     settings = SimulationSettings(
-        router=RouterConfig(waiting_max=UNLIMITED), prefill_workers=workers,
+        router=RouterConfig(waiting_max=UNLIMITED, queue_age_max_ms=None), prefill_workers=workers,
         decode_workers=workers // 2, hosts=workers // 8, store_tokens=None,
     )  # fmt: skip
     begun = time.perf_counter()

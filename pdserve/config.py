@@ -315,6 +315,9 @@ class GatewayConfig(Checked):
     streams_max: int = 2048
     """Requests in flight at one gateway; one more is refused."""
 
+    write_timeout_s: float = 30.0
+    """A client that reads nothing for so long, while there is something for it, is cut off."""
+
     n_max: int = 16
     """Choices per call."""
 
@@ -340,7 +343,12 @@ class GatewayConfig(Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
-            "replicas", "request_timeout_s", "body_bytes_max", "streams_max", "n_max"
+            "replicas",
+            "request_timeout_s",
+            "body_bytes_max",
+            "streams_max",
+            "write_timeout_s",
+            "n_max",
         )
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "tls_certificate and tls_key belong together; set both or none"

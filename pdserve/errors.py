@@ -14,10 +14,12 @@
     │   └── Forbidden          the key does not reach so far
     ├── CapacityError          not now                           retry after ``retry_after_ms``
     │   ├── QueueFull
-    │   ├── RateLimited        the key has asked too often
+    │   ├── RateLimited        the key or the tenant asks too often
     │   └── OutOfBlocks
     ├── DeadlineExceeded       the client's own deadline passed
     ├── WorkerLost             a worker died more often than we retry
+    ├── PoisonRequest          workers die of this request         never retried
+    ├── StepFailed             a forward pass raised               its requests are tried again
     ├── AdapterMissing         a worker has other adapters than the gateway
     ├── RankLost               a process of a split worker died  the worker ends and is restarted
     ├── StoreError             the KV store let us down          fall back to recomputing
@@ -149,6 +151,25 @@ class WorkerLost(PdserveError):
     kind = "worker_lost"
 
 
+class PoisonRequest(PdserveError):
+    """The worker that computed this request died, and so did the next one, at the same place."""
+
+    kind = "poison_request"
+    request: str = ""
+
+    def __init__(self, request: str, deaths: int) -> None:
+        super().__init__(
+            f"{deaths} workers died one after the other while they computed request {request}, "
+            "none of them any further than the one before; it is not tried again. Do not resend "
+            "it; report its id to the operator, whose logs name those workers"
+        )
+        self.request = request
+
+
+class StepFailed(PdserveError):
+    kind = "step_failed"
+
+
 class AdapterMissing(PdserveError):
     kind = "adapter_missing"
 
@@ -218,7 +239,8 @@ class Status:
 
 
 _INVALID = Status(400, "invalid_request_error", "INVALID_ARGUMENT")
-_BUSY = Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED")
+_BUSY = Status(503, "server_error", "RESOURCE_EXHAUSTED")
+_QUOTA = Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED")
 _INTERNAL = Status(500, "server_error", "INTERNAL")
 _UNAVAILABLE = Status(503, "server_error", "UNAVAILABLE")
 
@@ -233,14 +255,24 @@ STATUS: Mapping[type[PdserveError], Status] = MappingProxyType(
         AccessError: Status(403, "permission_error", "PERMISSION_DENIED"),
         Unauthorized: Status(401, "authentication_error", "UNAUTHENTICATED"),
         CapacityError: _BUSY,
+        RateLimited: _QUOTA,
         DeadlineExceeded: Status(504, "timeout_error", "DEADLINE_EXCEEDED"),
         WorkerLost: _UNAVAILABLE,
+        PoisonRequest: _INTERNAL,
+        StepFailed: _UNAVAILABLE,
         AdapterMissing: _UNAVAILABLE,
         RankLost: _UNAVAILABLE,
         StoreError: _UNAVAILABLE,
         WireError: _UNAVAILABLE,
     }
 )
+
+
+NOT_AGAIN = (DeadlineExceeded, PoisonRequest)
+"""Clients that would try these again by their status are told not to."""
+
+RETRY_AFTER_MS_MAX = 120_000
+"""OpenAI's clients do not obey a hint beyond that; they give up."""
 
 
 def status_of(error: PdserveError) -> Status:

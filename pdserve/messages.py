@@ -124,6 +124,8 @@ class Request:
     reply_to: Address
     adapter: str = ""  # its digest, if ``model`` is an adapter: whose KV and whose matrices
     beams: Beams | None = None  # with them the request answers for all choices of its call
+    retries: int = 0  # so often the client says it has asked before
+    deaths: int = 0  # workers that died computing it, since it last got any further
 
     @property
     def length(self) -> int:
@@ -291,6 +293,8 @@ class Lost:
     request: RequestId
     attempt: int
     worker: WorkerId
+    implicated: bool = False  # the worker was computing it
+    alone: bool = False  # and nothing beside it that had been in a death before
 
 
 # ── router → worker ──────────────────────────────────────────────────────────────────────────────
@@ -424,6 +428,7 @@ class WorkerFailed:
     request: RequestId
     attempt: int
     error: ErrorInfo
+    alone: bool = False  # of a step that raised: as in ``Lost``
 
 
 @dataclass(frozen=True, slots=True)

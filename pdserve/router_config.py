@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pdserve.checked import Checked
+from pdserve.messages import ServiceClass
 
 QueuePolicy = Literal[
     "skip_join",
@@ -36,6 +37,8 @@ Placement = Literal[
     "lmetric",
     "preble",
 ]
+
+SERVICE_CLASSES = tuple(str(each) for each in ServiceClass)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,16 @@ class RouterConfig(Checked):
     ttft_slo_ms: float | None = None
     """Refuse a new request whose first token is predicted later; None refuses none for that."""
 
+    ttft_max_ms: Mapping[str, float] = field(default_factory=dict)
+    """By service class (``interactive``, ``standard``, ``batch``): refuse a new request whose first
+    token is predicted later, and one that has waited so long for its dispatch. Who is not named
+    has ``ttft_slo_ms`` and ``queue_age_max_ms``, batch work neither."""
+
+    queue_age_max_ms: float | None = 120_000.0
+    """Who waited so long for its first dispatch is refused, as is who is predicted to; batch work
+    waits until its deadline. By default the longest hint to come back that clients heed. None: no
+    bound."""
+
     tpot_slo_ms: float | None = None
     """Bind a request only where a token is predicted to take no longer; None: anywhere."""
 
@@ -121,8 +134,8 @@ class RouterConfig(Checked):
     prefill_tokens_per_s: int = 1500
     """The rate believed before a worker has reported one, without a profile."""
 
-    worker_silence_ms: int = 5_000
-    """A worker that says nothing for so long is taken for lost."""
+    worker_silence_ms: int = 3_000
+    """A worker that says nothing for so long is taken for lost. It reports twice a second."""
 
     replicas: int = 1
     """Router processes, of which one leads. With a second one, another takes over within a moment
@@ -151,7 +164,7 @@ class RouterConfig(Checked):
         )
         if self.far_ratio < 1:
             yield f"far_ratio is {self.far_ratio}, must be at least 1"
-        for name in ("gamma_per_s", "ttft_slo_ms", "tpot_slo_ms"):
+        for name in ("gamma_per_s", "ttft_slo_ms", "tpot_slo_ms", "queue_age_max_ms"):
             if getattr(self, name) is not None:
                 yield from self._positive(name)
         if self.level_count > 16:
@@ -160,6 +173,12 @@ class RouterConfig(Checked):
             yield f"rescue_share is {self.rescue_share}, must be in (0, 1]"
         if self.goal == "slo" and self.ttft_slo_ms is None:
             yield "goal is slo, which needs ttft_slo_ms"
+        for service_class, limit_ms in self.ttft_max_ms.items():
+            if service_class not in SERVICE_CLASSES:
+                known = ", ".join(SERVICE_CLASSES)
+                yield f"ttft_max_ms has {service_class!r}, which is none of {known}"
+            if not limit_ms > 0:
+                yield f"ttft_max_ms.{service_class} is {limit_ms}, must be positive"
         for tenant, weight in self.tenant_weights.items():
             if not weight > 0:
                 yield f"tenant_weights.{tenant} is {weight}, must be positive"

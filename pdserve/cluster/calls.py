@@ -33,6 +33,7 @@ class Call:
     adapter: str | None = None  # by its name; None: the base model
     beams: Beams | None = None  # search for the choices, instead of drawing each
     best_of: int | None = None  # draw so many, give the ``n`` likeliest; None: draw ``n``
+    retries: int = 0  # so often the client says it has asked before
     pin_ms: int | None = None  # how long the store keeps the prompt softly; None: as any
 
     @property

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.certificates import certificate_of, grpc_credentials
 from pdserve.cluster.http.app import create_app
+from pdserve.cluster.http.slow_readers import SEND_BUFFER_BYTES, cutting
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
 from pdserve.cluster.session import GatewaySession
@@ -100,6 +101,7 @@ class Front:
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
+                http=cutting(self._config.write_timeout_s),
                 timeout_graceful_shutdown=int(STOP_S),
                 timeout_keep_alive=KEEP_ALIVE_S,
                 **_tls(self._config),
@@ -114,6 +116,7 @@ class Front:
         family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if self._config.replicas > 1:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:

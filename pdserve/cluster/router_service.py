@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import assert_never
 
-from pdserve.clock import S, monotonic
+from pdserve.clock import MS, S, monotonic
 from pdserve.cluster.candidate import Candidate
 from pdserve.cluster.recording import Recorder
 from pdserve.cluster.terms import Register
@@ -53,6 +53,9 @@ OUTBOX_MAX = 16_384
 """Frames that may wait for one peer. A peer so far behind is as good as gone: it is hung up on."""
 
 TICK_S_MAX = 0.25
+
+ASLEEP_S = 0.5
+"""A tick later than that means that this process was stopped, or starved."""
 
 UNFETCHED_S_MAX = 10.0
 """A recording that nobody fetches for so long is given up."""
@@ -268,6 +271,7 @@ class RouterService:
     async def _serve_worker(self, hello: Hello, peer: _Peer, connection: Connection) -> None:
         self._workers[hello.worker] = peer
         self.hello = hello
+        left = False
         self._carry_out(self._core.on_hello(hello, monotonic()))
         try:
             while True:
@@ -290,6 +294,7 @@ class RouterService:
                         )
                         commands = self._core.on_failed(failed, hello.worker, monotonic())
                     case Goodbye():
+                        left = True
                         return
                     case other:
                         log.warning("%s sent a %s", hello.worker, type(other).__name__)
@@ -298,7 +303,7 @@ class RouterService:
         finally:
             if self._workers.get(hello.worker) is peer:
                 del self._workers[hello.worker]
-                self._carry_out(self._core.on_worker_lost(hello.worker, monotonic()))
+                self._carry_out(self._core.on_worker_lost(hello.worker, monotonic(), left=left))
 
     async def _serve_gateway(self, address: Address, peer: _Peer, connection: Connection) -> None:
         self._gateways[address] = peer
@@ -322,13 +327,20 @@ class RouterService:
                 self._carry_out(self._core.on_gateway_lost(address, monotonic()))
 
     async def _tick(self) -> None:
+        due_ns = monotonic()
         while True:
+            late_ns = monotonic() - due_ns
+            if late_ns > ASLEEP_S * S:  # then the others' silence is our own
+                log.warning("the router has stood still for %d ms", late_ns // MS)
+                self._core.slept(late_ns)
             self._carry_out(self._core.on_tick(monotonic()))
             if monotonic() - self._fetched_ns > UNFETCHED_S_MAX * S:
                 self._recorder = None
-            due_ns = self._core.next_tick_ns()
-            wait_s = TICK_S_MAX if due_ns is None else (due_ns - monotonic()) / S
-            await asyncio.sleep(min(max(wait_s, 0.001), TICK_S_MAX))
+            next_ns = self._core.next_tick_ns()
+            wait_s = TICK_S_MAX if next_ns is None else (next_ns - monotonic()) / S
+            wait_s = min(max(wait_s, 0.001), TICK_S_MAX)
+            due_ns = monotonic() + round(wait_s * S)
+            await asyncio.sleep(wait_s)
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:

@@ -24,10 +24,12 @@ from pdserve.cluster.calls import Call, Piece
 from pdserve.cluster.delivery import BeamDelivery, Delivery
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.pinning import Pinning
+from pdserve.cluster.poison import Suspicion
 from pdserve.errors import (
     CapacityError,
     DeadlineExceeded,
     PdserveError,
+    PoisonRequest,
     PromptTooLong,
     QueueFull,
 )
@@ -82,6 +84,7 @@ class _Running:
     seed: int
     pieces: asyncio.Queue[Piece | PdserveError] = field(default_factory=asyncio.Queue)
     requests: dict[RequestId, Delivery | BeamDelivery] = field(default_factory=dict)
+    suspicions: dict[RequestId, Suspicion] = field(default_factory=dict)  # who was in a death
     started_count: int = 0
     is_pinned: bool = False  # the stores will be told to keep its prompt
 
@@ -223,6 +226,7 @@ class GatewaySession:
                 reply_to=self._address(),
                 adapter=adapter,
                 beams=call.beams,
+                retries=call.retries,
             )
             detokenizer = Detokenizer(
                 self.tokenizer,
@@ -255,9 +259,11 @@ class GatewaySession:
                 running, delivery = self._find(request)
                 if running and delivery and delivery.request.attempt == attempt:
                     self._end(running, delivery, error.to_error())
-            case Lost(request, attempt, worker):
+            case Lost(request, attempt, worker) as lost:
                 running, delivery = self._find(request)
                 if running and delivery and delivery.request.attempt == attempt:
+                    if lost.implicated and self._is_poison(running, delivery, lost):
+                        return
                     log.info("%s lost worker %s, attempt %d follows", request, worker, attempt + 1)
                     delay_s = LOST_AGAIN_S * 2 ** (attempt - 1) if attempt else 0.0
                     asyncio.get_running_loop().call_later(
@@ -265,6 +271,18 @@ class GatewaySession:
                     )
             case _:
                 log.warning("the router sent a %s, which no gateway expects", type(message))
+
+    def _is_poison(self, running: _Running, delivery: Delivery | BeamDelivery, lost: Lost) -> bool:
+        """Whether workers die of it; then its client is told, and nobody computes it again."""
+        suspicion = running.suspicions.setdefault(lost.request, Suspicion())
+        suspicion.implicated(len(delivery.tokens_so_far()))
+        delivery.request = replace(delivery.request, deaths=suspicion.deaths)
+        if not suspicion.is_guilty(alone=lost.alone):
+            return False
+        call = running.call.call
+        log.error("%s (%s) kills workers, the last was %s", call, lost.request, lost.worker)
+        self._end(running, delivery, PoisonRequest(call, suspicion.deaths))
+        return True
 
     def reconnected(self) -> None:
         """A router that came back knows nothing of what runs: everything is a next attempt."""

@@ -13,6 +13,7 @@ from pdserve.decode.drafting import PromptLookup
 from pdserve.decode.speculation import Speculation
 from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
+from pdserve.engine.faults import STEP_ENV, FaultyRunner, faults_of
 from pdserve.engine.leader import Followers, load_leader
 from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Blocks, Mover
@@ -134,9 +135,12 @@ class WorkerParts:
             store,
             announce=announce,
         )
+        runner: Runner = self.runner
+        if faults := faults_of(os.environ.get(STEP_ENV, "")):
+            runner = FaultyRunner(runner, faults)
         loop = make_loop(
             worker=worker,
-            runner=self.runner,
+            runner=runner,
             mover=mover,
             tokenizer=self.tokenizer,
             namespace=self.namespace,

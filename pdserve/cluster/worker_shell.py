@@ -99,6 +99,7 @@ class WorkerShell:
         self._unbound = False  # the router has nothing for this worker any more
         self._tickets_own = (0, 0)  # when asked, and how many end with this worker
         self._store_lost: str | None = None
+        self._hung_ms: int | None = None  # how long the engine had been in a step when it was so
         self._store_stat: dict[str, int] = {}  # of the host's store, as this worker last saw it
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────
@@ -175,7 +176,7 @@ class WorkerShell:
         engine.drain()
         self._report()
         deadline_ns = monotonic() + int(timeout_s * S)
-        while engine.alive and not self._idle() and monotonic() < deadline_ns:
+        while self._death() is None and not self._idle() and monotonic() < deadline_ns:
             await asyncio.sleep(0.02)
         idle_ns = monotonic()
         while self._is_needed(idle_ns) and monotonic() < deadline_ns:
@@ -219,6 +220,8 @@ class WorkerShell:
         """Why this worker will compute nothing more; None while it can."""
         if self._engine is not None and not self._engine.alive:
             return f"the engine is dead: {self._engine.error!r}"
+        if self._hung_ms is not None:
+            return f"the engine hangs: {self._hung_ms} ms in one step, and it computes nothing"
         try:
             if self._parts is not None:
                 self._parts.followers.check()
@@ -392,6 +395,8 @@ class WorkerShell:
     async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(REPORT_S_MAX / 4)
+            if self._engine is not None and self._engine.hangs():
+                self._hung_ms = self._engine.stuck_ns() // MS
             if (death := self._death()) is not None:
                 log.error("%s: %s", self.worker, death)
                 assert self._link is not None

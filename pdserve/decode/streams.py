@@ -80,14 +80,15 @@ class Streams:
         stream = self._streams.get(request)
         return stream.sequence.request.attempt if stream else None
 
+    def sequences(self, *, computing: bool) -> list[Sequence]:
+        streams = self._in_stage(Stage.RUNNING) if computing else self._streams.values()
+        return [stream.sequence for stream in streams]
+
     def preempt(self, request: RequestId, attempt: int) -> None:
         stream = self._streams.get(request)
-        if (
-            stream is not None
-            and stream.group is None
-            and stream.stage is Stage.RUNNING
-            and stream.sequence.request.attempt == attempt
-        ):
+        if stream is None or stream.group is not None or stream.stage is not Stage.RUNNING:
+            return
+        if stream.sequence.request.attempt == attempt:
             self._park(stream)
 
     def cancel(self, cancel: Cancel) -> None:

@@ -20,18 +20,21 @@ the device can draw them and nobody joins: it need not wait while they are looke
 *in flight*. What it gave for a stream that has gone by then is thrown away.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
-from pdserve.clock import US, Clock, S, monotonic
+from pdserve.clock import MS, US, Clock, S, monotonic, unix_ms
 from pdserve.config import PoolConfig
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Moved
 from pdserve.engine.outputs import GiveUp, Load, Output
-from pdserve.engine.runner import Runner, wait_for
+from pdserve.engine.runner import Runner, ends_worker, wait_for
+from pdserve.engine.sequence import Sequence as Computed
 from pdserve.engine.workplace import Workplace
+from pdserve.errors import StepFailed
 from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
 from pdserve.messages import (
@@ -48,8 +51,15 @@ from pdserve.model.drawn import Drawn
 from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
 from pdserve.model.sampler import SamplerRow, is_plain, sample
+from pdserve.suspicion import alone_in_step
+
+log = logging.getLogger(__name__)
 
 ATTAINED_EVERY_NS = 1 * S
+EXPIRE_EVERY_NS = S // 10
+
+FAILED_STEPS_MAX = 4
+"""One after the other: then it is not the requests, and the worker ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +134,10 @@ class Part(Protocol):
         """A move has ended, perhaps another part's."""
         ...
 
+    def sequences(self, *, computing: bool) -> list[Computed]:
+        """All that are held, or those that the next step may compute."""
+        ...
+
     def preempt(self, request: RequestId, attempt: int) -> None: ...
     def cancel(self, cancel: Cancel) -> None: ...
     def give_up(self) -> None: ...
@@ -178,6 +192,9 @@ class EngineLoop:
             self._chunk_tokens, max(settings.mixed_chunk_tokens, workplace.block_tokens)
         )
         self._attained_ns = clock()
+        self._failed_steps = 0  # one after the other
+        self._expired_ns = clock()
+        self._unix_zero_ms = unix_ms() - monotonic() // MS  # once: the wall clock may be set
 
     @property
     def pool(self) -> BlockPool:
@@ -220,13 +237,14 @@ class EngineLoop:
             self._workplace.stirred = True
             for part in self._parts:
                 part.on_moved(moved)
+        self._expire()
         for part in (self._streams, self._prompts):  # who has begun to answer goes first
             if part.waiting:
                 self._begin(part)
         if self._workplace.has_outputs():
             self._workplace.stirred = True  # others wait for these: they do not wait for a step
         else:
-            self._compute()
+            self._compute_or_fail()
         return self._workplace.take_outputs()
 
     def busy(self) -> bool:
@@ -249,6 +267,21 @@ class EngineLoop:
         self._mover.close()
         self._workplace.masks.close()
 
+    def _expire(self) -> None:
+        """Drop what nobody waits for any more. The router says so to the client, and to us; but its
+        word may be late, and what is late already need not be computed."""
+        now_ns = self._clock()
+        if now_ns - self._expired_ns < EXPIRE_EVERY_NS:
+            return
+        self._expired_ns = now_ns
+        now_unix_ms = self._unix_zero_ms + now_ns // MS
+        for part in self._parts:
+            for sequence in part.sequences(computing=False):
+                request = sequence.request
+                if 0 < request.deadline_unix_ms <= now_unix_ms:  # 0 where no router gave it out
+                    part.cancel(Cancel(request.request, request.attempt))
+                    self._workplace.counters["expired"] += 1
+
     # ── one step ─────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, part: Part) -> None:
@@ -256,6 +289,34 @@ class EngineLoop:
         # Streams on their way out have their slot no more; their blocks are another matter.
         begun = self._prompts.held - self._prompts.waiting + self._streams.growing
         part.begin(max(0, self._running_max - begun), growing)
+
+    def _compute_or_fail(self) -> None:
+        """A step that raises costs its requests this attempt, and nobody else anything."""
+        try:
+            self._compute()
+        except Exception as error:
+            self._failed_steps += 1
+            if ends_worker(error) or self._failed_steps >= FAILED_STEPS_MAX:
+                raise
+            log.exception("a step of %s failed", self._workplace.worker)
+            self._flight = None
+            self._fail_step(error)
+
+    def _fail_step(self, error: Exception) -> None:
+        self._workplace.stirred = True
+        self._workplace.counters["steps_failed"] += 1
+        sequences = [
+            sequence for part in self._parts for sequence in part.sequences(computing=True)
+        ]
+        said = StepFailed(f"a step of {self._workplace.worker} raised {error!r}")
+        alone = alone_in_step([sequence.request.deaths for sequence in sequences])
+        for sequence, is_alone in zip(sequences, alone, strict=True):
+            self._workplace.say_failed(sequence, said, alone=is_alone)
+            self._workplace.offer_blocks(sequence)  # what earlier steps computed
+            request = sequence.request
+            for part in self._parts:
+                if part.attempt_of(request.request) is not None:
+                    part.cancel(Cancel(request.request, request.attempt))
 
     def _compute(self) -> None:
         if self._flight is not None:
@@ -309,6 +370,7 @@ class EngineLoop:
         self._workplace.counters["tokens_generated"] += share.on_done(tokens, time)
 
     def _count_step(self, elapsed_ns: int) -> None:
+        self._failed_steps = 0
         self._workplace.counters["steps"] += 1
         self._workplace.counters["step_us_total"] += elapsed_ns // US
 

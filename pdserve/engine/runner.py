@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pdserve.errors import IllegalTransition, RankLost
 from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
 
@@ -55,3 +56,13 @@ def wait_for(logits: Tensor) -> None:
     """Return when the step that gives ``logits`` is done: a GPU's step returns before that."""
     if logits.is_cuda:
         torch.cuda.current_stream(logits.device).synchronize()  # not for copies beside it
+
+
+def ends_worker(error: Exception) -> bool:
+    """Whether nothing can be computed here after this error: a follower is gone, or the device's
+    context is broken, as CUDA's is after any error but want of memory."""
+    if isinstance(error, RankLost | IllegalTransition):
+        return True
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

@@ -22,9 +22,9 @@ def progress(sequence: Sequence, event: Event) -> Progress:
     )
 
 
-def failed(sequence: Sequence, error: PdserveError) -> WorkerFailed:
+def failed(sequence: Sequence, error: PdserveError, *, alone: bool = False) -> WorkerFailed:
     request = sequence.request
-    return WorkerFailed(request.request, request.attempt, ErrorInfo.of(error))
+    return WorkerFailed(request.request, request.attempt, ErrorInfo.of(error), alone)
 
 
 def delta(sequence: Sequence, tokens: tuple[Token, ...], *, timed: bool) -> TokenDelta:

@@ -7,10 +7,13 @@ kept, ``alive`` turns false, and supervision replaces the worker.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pdserve.clock import Clock, monotonic
+from pdserve.engine.hang_watch import HangWatch
 from pdserve.engine.outputs import Load, Loop, Output
 from pdserve.errors import QueueFull
 
@@ -43,6 +46,7 @@ class EngineThread:
         self._step_began_ns: int | None = None
         self._last_step_ns = clock()
         self._said: Load | None = None
+        self._watch = HangWatch()
         loop.wake_by(self._wake)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -88,6 +92,18 @@ class EngineThread:
         began_ns = self._step_began_ns
         return 0 if began_ns is None else self._clock() - began_ns
 
+    def hangs(self) -> bool:
+        """Whether the step now running does nothing any more; to be asked a few times a second."""
+        thread = self._thread
+        if thread.ident is None or thread.native_id is None or not thread.is_alive():
+            return False
+        return self._watch.observe(
+            self._step_began_ns,
+            time.clock_gettime_ns(time.pthread_getcpuclockid(thread.ident)),
+            self._clock(),
+            waits_for_child=_has_children(thread.native_id),
+        )
+
     def _wake(self) -> None:
         with self._news:
             self._woken = True
@@ -127,3 +143,11 @@ class EngineThread:
         if draining:
             self._loop.drain()
         return True
+
+
+def _has_children(thread: int) -> bool:
+    """Whether a process that this thread started is running."""
+    try:
+        return bool(Path(f"/proc/self/task/{thread}/children").read_bytes())
+    except OSError:  # not every kernel tells
+        return False

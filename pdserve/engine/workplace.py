@@ -149,8 +149,9 @@ class Workplace:
     def say(self, message: Progress | ChunkDone | WorkerFailed | Parked) -> None:
         self._outputs.append(ToRouter(message))
 
-    def say_failed(self, sequence: Sequence, error: PdserveError) -> None:
-        self.say(failed(sequence, error))
+    def say_failed(self, sequence: Sequence, error: PdserveError, *, alone: bool = False) -> None:
+        """``alone``: of a step that raised, as in ``messages.WorkerFailed``."""
+        self.say(failed(sequence, error, alone=alone))
 
     def say_tokens(self, sequence: Sequence, tokens: tuple[Token, ...], *, timed: bool) -> None:
         message = delta(sequence, tokens, timed=timed)

@@ -81,6 +81,10 @@ class Prompts:
         prompt = self._prompts.get(request)
         return prompt.sequence.request.attempt if prompt else None
 
+    def sequences(self, *, computing: bool) -> list[Sequence]:
+        prompts = self._in_stage(Stage.COMPUTING) if computing else self._prompts.values()
+        return [prompt.sequence for prompt in prompts]
+
     def preempt(self, request: RequestId, attempt: int) -> None:
         prompt = self._prompts.get(request)
         if prompt and prompt.sequence.request.attempt == attempt:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from pdserve import clock
 from pdserve.clock import MS, US, S
-from pdserve.errors import DeadlineExceeded, ErrorInfo, PdserveError
+from pdserve.errors import DeadlineExceeded, ErrorInfo, PdserveError, StepFailed
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import (
@@ -52,7 +52,9 @@ from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.orders.table import order_of
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import RouterState
+from pdserve.router.suspicion import deaths_in_place, implicated
 from pdserve.router_config import RouterConfig
+from pdserve.suspicion import is_alone
 
 __all__ = ["Command", "RouterCore", "ToGateway", "ToWorker"]
 
@@ -197,7 +199,7 @@ class RouterCore:
         known = self.state.fleet.get(hello.worker)
         if known is not None:
             held = [self.state.entries[request].request for request in known.held]
-            commands = self._forget_worker(known, now_ns)
+            commands = self._forget_worker(known, now_ns, left=True)
             commands += [ToWorker(known.id, Cancel(r.request, r.attempt)) for r in held]
         self.state.fleet.add(hello, now_ns)
         self._some_disk = self._some_disk or hello.store_has_disk
@@ -252,13 +254,22 @@ class RouterCore:
             self.state.counters["stale_events"] += 1
             return self._ended.undelivered(failed.request, failed.attempt, worker)
         self.state.counters["worker_failures"] += 1
-        return lose(self.state, entry, worker, now_ns) + planner.plan(self.state, now_ns)
+        commands = lose(
+            self.state,
+            entry,
+            worker,
+            now_ns,
+            implicated=failed.error.kind == StepFailed.kind,
+            alone=failed.alone,
+        )
+        return commands + planner.plan(self.state, now_ns)
 
-    def on_worker_lost(self, worker: WorkerId, now_ns: int) -> list[Command]:
+    def on_worker_lost(self, worker: WorkerId, now_ns: int, *, left: bool = False) -> list[Command]:
+        """``left``: it said goodbye, and hung up."""
         known = self.state.fleet.get(worker)
         if known is None:
             return []
-        commands = self._forget_worker(known, now_ns) + self._lose_storeless(now_ns)
+        commands = self._forget_worker(known, now_ns, left=left) + self._lose_storeless(now_ns)
         return commands + planner.plan(self.state, now_ns)
 
     def knows(self, worker: WorkerId) -> bool:
@@ -276,6 +287,12 @@ class RouterCore:
             commands += drop(self.state, entry, Event.GAVE_UP, "refused", now_ns)
             commands.append(_refused(entry.request, error))
             self.state.counters["deadlines_passed"] += 1
+        for request in self.state.patience.due(now_ns):
+            entry = self.state.entries[request]
+            too_old = self._admission.too_old(self.state, entry, now_ns)
+            commands += drop(self.state, entry, Event.GAVE_UP, "refused", now_ns)
+            commands.append(_refused(entry.request, too_old))
+            self.state.counters["shed_by_age"] += 1
         for worker in self.state.fleet.silent(self._silence_ns, now_ns):
             self.state.counters["workers_silent"] += 1
             commands += self._forget_worker(worker, now_ns) + self._lose_storeless(now_ns)
@@ -294,10 +311,16 @@ class RouterCore:
                 if isinstance(order, SkipJoin):
                     order.set_gamma(self._goal.gamma_per_s)
 
+    def slept(self, elapsed_ns: int) -> None:
+        """Nobody was heard for so long because nobody listened."""
+        self.state.fleet.excuse(elapsed_ns)
+
     def next_tick_ns(self) -> int | None:
         """When ``on_tick`` has something to do, unless an event comes first; None: never."""
         deadline_ns = self.state.deadlines.next_ns()
         instants = [] if deadline_ns is None else [deadline_ns]
+        if (patience_ns := self.state.patience.next_ns()) is not None:
+            instants.append(patience_ns)
         if self.state.fleet.all():
             instants.append(self.state.fleet.heard_all_ns + self._silence_ns)
         instants += self._gone_gateways.values()
@@ -375,6 +398,8 @@ class RouterCore:
         if generated_tokens > 0:
             entry.generated_tokens = generated_tokens
             parking.finished(self.state, entry, now_ns)
+            if entry.adopted_ns and not entry.parked_count and entry.request.attempt == 0:
+                self._admission.answered(generated_tokens, now_ns - entry.adopted_ns)
 
     def _on_preempted(self, entry: Entry, progress: Progress, now_ns: int) -> None:
         if entry.begun or progress.computed_tokens > 0:
@@ -402,11 +427,22 @@ class RouterCore:
 
     # ── ways out ─────────────────────────────────────────────────────────────────────────────────
 
-    def _forget_worker(self, worker: Worker, now_ns: int) -> list[Command]:
+    def _forget_worker(self, worker: Worker, now_ns: int, *, left: bool = False) -> list[Command]:
+        """``left``: it lives, and died of nothing."""
         commands: list[Command] = []
         has_drained = worker.draining and not worker.held
-        for request in worker.held:
-            commands += lose(self.state, self.state.entries[request], worker.id, now_ns)
+        held = [self.state.entries[request] for request in worker.held]
+        suspects = {} if left else {e.id: deaths_in_place(e) for e in implicated(held, worker.id)}
+        for entry in held:
+            others = (deaths for other, deaths in suspects.items() if other != entry.id)
+            commands += lose(
+                self.state,
+                entry,
+                worker.id,
+                now_ns,
+                implicated=entry.id in suspects,
+                alone=entry.id in suspects and is_alone(suspects[entry.id], others),
+            )
         if not has_drained:  # who has, went when all it had said had arrived
             for entry in self._handed_over_by(worker.id):
                 commands += lose(self.state, entry, worker.id, now_ns)

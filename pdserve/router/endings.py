@@ -32,14 +32,26 @@ def drop(
     ]
 
 
-def lose(state: RouterState, entry: Entry, worker: WorkerId, now_ns: int) -> list[Command]:
-    """Its worker cannot go on with it: the gateway is told, and the other end, if any."""
+def lose(
+    state: RouterState,
+    entry: Entry,
+    worker: WorkerId,
+    now_ns: int,
+    *,
+    implicated: bool = False,
+    alone: bool = False,
+) -> list[Command]:
+    """Its worker cannot go on with it: the gateway is told, and the other end, if any.
+
+    Args:
+        implicated, alone: as in ``Lost``.
+    """
     commands: list[Command] = [
         command
         for command in drop(state, entry, Event.WORKER_LOST, "lost", now_ns)
         if not (isinstance(command, ToWorker) and command.worker == worker)
     ]
-    lost = Lost(entry.id, entry.request.attempt, worker)
+    lost = Lost(entry.id, entry.request.attempt, worker, implicated, alone)
     return [*commands, ToGateway(entry.request.reply_to, lost)]
 
 

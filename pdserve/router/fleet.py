@@ -251,6 +251,12 @@ class Fleet:
         )
         return silent
 
+    def excuse(self, elapsed_ns: int) -> None:
+        """That much of everybody's silence is not their own."""
+        for worker in self._ordered:
+            worker.last_heard_ns += elapsed_ns
+        self.heard_all_ns += elapsed_ns
+
     def _recount_prefilling(self, worker: Worker) -> None:
         """It came or went; when others are open depends on whether there are several."""
         if worker.prefills and self.prefill_count <= 2:

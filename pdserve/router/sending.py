@@ -12,6 +12,7 @@ from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker
 from pdserve.router.placement import Choice, Deferred, blocks_of, place
 from pdserve.router.state import RouterState
+from pdserve.router.suspicion import must_wait
 
 OUT_OF_BLOCKS_RETRY_MS = 1000
 
@@ -38,6 +39,8 @@ def placed(
     state: RouterState, entry: Entry, now_ns: int, *, only: Worker | None
 ) -> Choice | Deferred | Again | None:
     """Where it goes, as ``place`` says, if its work is what it was believed to be."""
+    if state.suspects and must_wait(entry, state.suspects.values()):
+        return None
     hits = state.hits(entry)
     if state.reconsider(entry, hits, now_ns):
         return Again()

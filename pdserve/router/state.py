@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pdserve.clock import MS
 from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.lifecycle import TERMINAL, Event, Phase, advance
-from pdserve.messages import ChunkDone, Decision, Handoff, Request, Timing
+from pdserve.messages import ChunkDone, Decision, Handoff, Request, ServiceClass, Timing
 from pdserve.router.costs import CostModel
 from pdserve.router.deadlines import Deadlines
 from pdserve.router.decode_base import DecodeOrder
@@ -27,6 +27,7 @@ from pdserve.router.growth import Growth
 from pdserve.router.lines import Lines
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.skip_join import SkipJoin
+from pdserve.router.overload import TenantQueues
 from pdserve.router.placement import Choice, blocks_of, least_uncached
 from pdserve.router.prefix_index import Hits
 from pdserve.router_config import RouterConfig
@@ -66,6 +67,7 @@ class RouterState:
         self.decode_order = decode_order
         self.oracle = oracle
         self.ask_swaps_ns = 0  # not before
+        self.suspects: dict[RequestId, Entry] = {}  # of earlier deaths
         self.parked: dict[RequestId, None] = {}  # first parked, first resumed
         self.yielding: dict[RequestId, None] = {}  # prefills told to yield, and not back yet
         self.recompute_credit = float(RECOMPUTE_CREDIT_MAX)  # tokens; below 0 nobody is called back
@@ -74,6 +76,9 @@ class RouterState:
         self.look_again_ns: int | None = None  # when somebody has waited enough for a better worker
         self.deadlines = Deadlines()
         self.orphans: deque[Handoff] = deque(maxlen=ORPHANS_MAX)  # tickets to be freed
+        self.patience = Deadlines()  # of those who wait for their first dispatch
+        self.tenants = TenantQueues(settings.tenant_weights)
+        self.dispatched_work_ns = 0  # predicted, of all dispatches so far
         self.queued_work_ns = 0
         self.bound_work_ns: Counter[WorkerId | None] = Counter()  # the same, by line
         self._unix_zero_ms = unix_zero_ms
@@ -86,6 +91,14 @@ class RouterState:
 
     def unix_us(self, now_ns: int) -> int:
         return self._unix_zero_ms * 1000 + now_ns // 1000
+
+    def age_max_ms(self, request: Request) -> float | None:
+        """How long it may wait for its first dispatch."""
+        settings = self.settings
+        if (own_ms := settings.ttft_max_ms.get(str(request.service_class))) is not None:
+            return own_ms
+        is_batch = request.service_class is ServiceClass.BATCH
+        return None if is_batch else settings.queue_age_max_ms
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -119,8 +132,14 @@ class RouterState:
         )
         self._order += 1
         self.entries[entry.id] = entry
+        if request.deaths:
+            self.suspects[entry.id] = entry
         self.deadlines.add(entry.id, entry.deadline_ns)
         self.predict(entry, self.hits(entry))
+        if request.attempt == 0 and (age_max_ms := self.age_max_ms(request)) is not None:
+            # Dispatched any later, its first token would be too late.
+            patience_ns = max(0, round(age_max_ms * MS) - entry.work_ns)
+            self.patience.add(entry.id, now_ns + patience_ns)
         return entry
 
     def enqueue(self, entry: Entry, bound_to: WorkerId | None, now_ns: int) -> None:
@@ -177,7 +196,9 @@ class RouterState:
         order = self.lines.of(entry)
         order.dispatched(entry, now_ns)
         order.remove(entry)
+        self.dispatched_work_ns += entry.work_ns
         self._unqueue(entry)
+        self.patience.remove(entry.id)
         entry.phase = advance(entry.phase, Event.DISPATCHED)
         entry.cached_tokens = choice.cached_tokens
         entry.uncached_tokens = choice.uncached_tokens
@@ -322,6 +343,8 @@ class RouterState:
         self._release(entry, now_ns)
         self._forget_order(entry)
         self.deadlines.remove(entry.id)
+        self.patience.remove(entry.id)
+        self.suspects.pop(entry.id, None)
         del self.entries[entry.id]
         self.counters[counter] += 1
 
@@ -340,6 +363,8 @@ class RouterState:
         """Its work waits, or waits no more."""
         self.queued_work_ns += sign * entry.work_ns
         self.bound_work_ns[entry.bound_to] += sign * entry.work_ns
+        count = self.tenants.entered if sign > 0 else self.tenants.left
+        count(entry.request.tenant, entry.work_ns)
 
     def _forget_order(self, entry: Entry) -> None:
         """Its prefill is over."""

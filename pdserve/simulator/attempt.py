@@ -49,9 +49,9 @@ class Outcome(StrEnum):
 class Job:
     """One request: what the trace says, and what became of it."""
 
-    __slots__ = ("attempt", "cached_tokens", "delivered", "end_ns", "factor", "first_ns", "id",
-                 "index", "kept_blocks", "keys", "level", "outcome", "parked_count",
-                 "preempted_count", "target", "trace")  # fmt: skip
+    __slots__ = ("asked_ns", "attempt", "cached_tokens", "delivered", "end_ns", "factor",
+                 "first_ns", "id", "index", "kept_blocks", "keys", "level", "outcome",
+                 "parked_count", "preempted_count", "retries", "target", "trace")  # fmt: skip
 
     def __init__(
         self,
@@ -69,6 +69,8 @@ class Job:
         self.target = target  # tokens it generates in all
         self.factor = factor  # of its prefill's time, over the prediction
         self.attempt = 0
+        self.asked_ns = 0  # the last time, where it asked again
+        self.retries = 0  # so often its client has asked again
         self.delivered = 0  # generated tokens that the client has
         self.first_ns = self.end_ns = -1
         self.level = -1

@@ -214,7 +214,7 @@ class Simulation:
         if job.outcome is not Outcome.OPEN:
             return
         timeout_s = self._settings.timeout_s
-        arrival_ms = asked.arrival_ns // MS
+        arrival_ms = (asked.arrival_ns if job.retries == 0 else job.asked_ns) // MS
         request = Request(
             job.id,
             job.attempt,
@@ -230,6 +230,7 @@ class Simulation:
             0,
             FOR_EVER_MS if timeout_s is None else arrival_ms + round(timeout_s * 1000),
             _GATEWAY,
+            retries=job.retries,
         )
         self._carry_out(self._core.on_submit(request, now_ns))
 
@@ -243,11 +244,25 @@ class Simulation:
         if job is None or job.attempt != message.attempt:
             return
         if isinstance(message, Refused):
-            job.outcome = Outcome.REFUSED
-            del self._live[job.id]
+            if not self._comes_back(job, message):
+                job.outcome = Outcome.REFUSED
+                del self._live[job.id]
             return
         waits = LOST_AGAIN_NS * 2 ** (job.attempt - 1) if job.attempt else 0
         self.at(self.now_ns + waits + self._settings.message_ns, self._again, job)
+
+    def _comes_back(self, job: Job, refused: Refused) -> bool:
+        """Whether its client asks again, as OpenAI's libraries do."""
+        settings, hint_ms = self._settings, refused.error.retry_after_ms
+        if job.attempt > 0 or hint_ms is None or job.retries >= settings.client_retries:
+            return False
+        after_ns = hint_ms * MS
+        if settings.client_patience_s:
+            after_ns = round(settings.client_patience_s * S * 2**job.retries)
+        job.retries += 1
+        job.asked_ns = self.now_ns + after_ns
+        self.at(job.asked_ns, self._submit, job)
+        return True
 
     # ── what workers need ────────────────────────────────────────────────────────────────────────
 

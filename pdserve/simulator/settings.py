@@ -104,6 +104,14 @@ class SimulationSettings:
     timeout_s: float | None = None
     """Clients' deadline; None: they wait for ever."""
 
+    client_retries: int = 0
+    """How often a client that was refused asks again, when it was told to; each time it has
+    ``timeout_s`` anew."""
+
+    client_patience_s: float = 0.0
+    """Until a client that was told nothing asks again, twice as long each time; such clients do not
+    heed hints, which makes a storm. 0: clients heed hints."""
+
     max_tokens: int = 4096
     """What every request says it may generate; traces do not tell."""
 

@@ -1,5 +1,6 @@
 """The gRPC front on a real server: plain grpcio clients, health, reflection, deadlines, cancels."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from pdserve.errors import (
     DeadlineExceeded,
     InvalidField,
     PdserveError,
+    PoisonRequest,
     QueueFull,
     WorkerLost,
 )
@@ -248,6 +250,26 @@ def test_the_clients_deadline_is_the_requests_deadline(stub: Any, session: FakeS
     assert default == pytest.approx(600_000, abs=5000)
 
 
+def test_a_channel_that_asks_again_is_known_by_its_metadata(
+    served: Served, session: FakeSession
+) -> None:
+    """By gRPC's own policy for retries, with which the channel says how often it has tried."""
+    policy = {
+        "maxAttempts": 3,
+        "initialBackoff": "0.01s",
+        "maxBackoff": "0.01s",
+        "backoffMultiplier": 1,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    config = {"methodConfig": [{"name": [{}], "retryPolicy": policy}]}
+    fails = [WorkerLost("dead"), WorkerLost("dead")]
+    session.script = lambda call: [fails.pop()] if fails else said("Hello")(call)
+    options = [("grpc.enable_retries", 1), ("grpc.service_config", json.dumps(config))]
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.port}", options=options) as channel:
+        list(InferenceStub(channel).Chat(chat()))  # type: ignore[no-untyped-call]
+    assert [call.retries for call in session.calls] == [0, 1, 2]
+
+
 def test_a_deadline_that_passes_closes_the_call(stub: Any, session: FakeSession) -> None:
     session.script = steps(HANG)
     assert failed(stub.Chat(chat(), timeout=0.2)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -271,7 +293,25 @@ def test_a_deadline_that_passes_closes_the_call(stub: Any, session: FakeSession)
             grpc.StatusCode.INVALID_ARGUMENT,
             {"pdserve-error-kind": "invalid_field", "pdserve-error-field": "messages"},
         ),
-        (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED, {}),
+        (
+            QueueFull("full", retry_after_ms=500_000),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            {"grpc-retry-pushback-ms": "120000"},
+        ),
+        (
+            DeadlineExceeded("late"),
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            {"grpc-retry-pushback-ms": "-1"},
+        ),
+        (
+            PoisonRequest("gen-1", 2),
+            grpc.StatusCode.INTERNAL,
+            {
+                "pdserve-error-kind": "poison_request",
+                "pdserve-request-id": "gen-1",
+                "grpc-retry-pushback-ms": "-1",
+            },
+        ),
         (WorkerLost("dead"), grpc.StatusCode.UNAVAILABLE, {}),
     ],
 )

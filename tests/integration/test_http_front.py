@@ -102,8 +102,9 @@ def test_the_sdk_raises_its_own_errors(client: openai.OpenAI, session: FakeSessi
         client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=9)
     assert bad.value.param == "temperature"
     session.script = steps(QueueFull("full", retry_after_ms=3000))
-    with pytest.raises(openai.RateLimitError) as full:
+    with pytest.raises(openai.InternalServerError) as full:
         client.chat.completions.create(model=MODEL, messages=MESSAGES)
+    assert full.value.status_code == 503
     assert full.value.response.headers["retry-after"] == "3"
 
 

@@ -17,8 +17,10 @@ from pdserve.errors import (
     InvalidField,
     OutOfBlocks,
     PdserveError,
+    PoisonRequest,
     PromptTooLong,
     QueueFull,
+    RateLimited,
     RequestError,
     UnknownModel,
     UnknownRequest,
@@ -83,8 +85,10 @@ def test_an_unknown_kind_becomes_a_plain_error() -> None:
         (UnknownModel("gpt", "smollm2"), 404, "NOT_FOUND"),
         (UnknownRequest("r-1"), 404, "NOT_FOUND"),
         (Cancelled("by the client"), 499, "CANCELLED"),
-        (QueueFull("1024 requests wait", retry_after_ms=50), 429, "RESOURCE_EXHAUSTED"),
-        (OutOfBlocks(4, 2, retry_after_ms=50), 429, "RESOURCE_EXHAUSTED"),
+        (QueueFull("1024 requests wait", retry_after_ms=50), 503, "RESOURCE_EXHAUSTED"),
+        (RateLimited("too often", retry_after_ms=50), 429, "RESOURCE_EXHAUSTED"),
+        (PoisonRequest("cmpl-1", 2), 500, "INTERNAL"),
+        (OutOfBlocks(4, 2, retry_after_ms=50), 503, "RESOURCE_EXHAUSTED"),
         (DeadlineExceeded("600 s passed"), 504, "DEADLINE_EXCEEDED"),
         (WorkerLost("5 workers died"), 503, "UNAVAILABLE"),
         (BlockMissing("k"), 503, "UNAVAILABLE"),
@@ -99,7 +103,8 @@ def test_what_the_borders_make_of_it(error: PdserveError, http: int, grpc: str) 
 
 def test_only_what_may_pass_says_when_to_come_back() -> None:
     for cls in CLASSES:
-        assert (status_of(bare(cls)).http == 429) == issubclass(cls, CapacityError)
+        assert (status_of(bare(cls)).grpc == "RESOURCE_EXHAUSTED") == issubclass(cls, CapacityError)
+        assert (status_of(bare(cls)).http == 429) == issubclass(cls, RateLimited)
     assert QueueFull("full", retry_after_ms=50).retry_after_ms == 50
     assert InvalidField("n", "is 0").retry_after_ms is None
 

@@ -10,6 +10,7 @@ from pdserve.clock import unix_ms
 from pdserve.cluster import constraints
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.http.answers import Chat, Completion, Dialect
+from pdserve.cluster.http.hints import deadline_unix_ms, retries_of
 from pdserve.cluster.http.schemas import ChatBody, CompletionBody, checked, prompts_of
 from pdserve.cluster.http.speech import Manner
 from pdserve.cluster.http.tools import Tools, tools_of
@@ -23,9 +24,6 @@ PROMPTS_MAX = 128
 
 COMPLETION_MAX_TOKENS = 16
 """What OpenAI's completions generate unless they are told otherwise."""
-
-TIMEOUT_HEADER = "x-request-timeout-ms"
-TIMEOUT_MS_MAX = 24 * 3600 * 1000
 
 WHY_HEADER = "x-pdserve-why"
 FLAG_WORDS: Mapping[str | None, bool] = MappingProxyType(
@@ -157,8 +155,12 @@ async def _asked(
     limits = Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max)
     include_usage, continuous_usage = body.usage_wanted()
     name = dialect.id_prefix + secrets.token_hex(12)
-    timeout_ms = timeout_of(headers) or round(config.request_timeout_s * 1000)
-    deadline_unix_ms = unix_ms() + timeout_ms
+    ends_unix_ms = deadline_unix_ms(
+        headers,
+        now_unix_ms=unix_ms(),
+        longest_ms=round(config.request_timeout_s * 1000),
+        stream=bool(body.stream),
+    )
     calls = tuple(
         call_of(
             parameters,
@@ -167,7 +169,8 @@ async def _asked(
             prompt=prompt,
             prompt_field=field,
             default_max_tokens=default_max_tokens,
-            deadline_unix_ms=deadline_unix_ms,
+            deadline_unix_ms=ends_unix_ms,
+            retries=retries_of(headers),
             adapter=adapter,
             tenant=tenant,
             stream=bool(body.stream),
@@ -187,20 +190,6 @@ async def _asked(
         include_timing=bool(body.include_timing),
         include_why=why_of(headers) or bool(body.pdserve and body.pdserve.why),
     )
-
-
-def timeout_of(headers: Mapping[str, str]) -> int | None:
-    """Milliseconds that the client gives the request; None where it does not say."""
-    text = headers.get(TIMEOUT_HEADER)
-    if text is None:
-        return None
-    if not (
-        text.isascii() and text.isdigit() and len(text) <= 12 and 1 <= int(text) <= TIMEOUT_MS_MAX
-    ):
-        raise InvalidField(
-            TIMEOUT_HEADER, f"is {shown(text)}, must be milliseconds from 1 to {TIMEOUT_MS_MAX}"
-        )
-    return int(text)
 
 
 def why_of(headers: Mapping[str, str]) -> bool:

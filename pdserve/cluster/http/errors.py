@@ -1,8 +1,8 @@
 """Errors in OpenAI's shape, and the headers that tell its clients whether to try again.
 
 The status of an error comes from ``pdserve.errors.STATUS``. A shed request says when to come back.
-An expired deadline says "do not": OpenAI's clients would send the request twice more, just when
-the cluster is slowest.
+An expired deadline and a request that kills workers say "do not": OpenAI's clients would send it
+twice more, just when the cluster is slowest, or for two more workers to die of.
 """
 
 import json
@@ -11,7 +11,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pdserve.errors import DeadlineExceeded, PdserveError, Unauthorized, status_of
+from pdserve.errors import (
+    NOT_AGAIN,
+    RETRY_AFTER_MS_MAX,
+    PdserveError,
+    PoisonRequest,
+    Unauthorized,
+    status_of,
+)
 
 MS_PER_S = 1000
 
@@ -19,7 +26,10 @@ MS_PER_S = 1000
 def error_body(error: PdserveError | HTTPException) -> dict[str, Any]:
     if isinstance(error, HTTPException):
         return _body(error.detail, "invalid_request_error", None, f"http_{error.status_code}")
-    return _body(str(error), status_of(error).openai_type, error.field, error.kind)
+    body = _body(str(error), status_of(error).openai_type, error.field, error.kind)
+    if isinstance(error, PoisonRequest):
+        body["error"]["request_id"] = error.request
+    return body
 
 
 def error_status(error: PdserveError | HTTPException) -> int:
@@ -31,11 +41,12 @@ def error_response(error: PdserveError | HTTPException) -> Response:
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
     elif error.retry_after_ms is not None:
-        headers["retry-after-ms"] = str(error.retry_after_ms)
-        headers["retry-after"] = str(-(-error.retry_after_ms // MS_PER_S))  # ceil
+        retry_after_ms = min(max(1, error.retry_after_ms), RETRY_AFTER_MS_MAX)
+        headers["retry-after-ms"] = str(retry_after_ms)
+        headers["retry-after"] = str(-(-retry_after_ms // MS_PER_S))  # ceil
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    elif isinstance(error, DeadlineExceeded):
+    elif isinstance(error, NOT_AGAIN):
         headers["x-should-retry"] = "false"
     return Response(json.dumps(error_body(error)), error_status(error), headers, "application/json")
 

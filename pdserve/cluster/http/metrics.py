@@ -41,6 +41,12 @@ class FrontMetrics:
             (*labels, "status"),
             registry=registry,
         )
+        self._retried = Counter(
+            "pdserve_retried_requests_total",
+            "Client calls that ended, and of which the client said it had asked before",
+            (*labels, "status"),
+            registry=registry,
+        )
         self._in_flight = Gauge(
             "pdserve_requests_in_flight", "Client calls under way", labels, registry=registry
         )
@@ -93,6 +99,8 @@ class FrontMetrics:
         finally:
             in_flight.dec()
             self._requests.labels(front, operation, meter.status).inc()
+            if any(call.retries for call in meter.calls):
+                self._retried.labels(front, operation, meter.status).inc()
             self._end_to_end.labels(front, operation).observe(meter.elapsed_s())
             self._prompt_tokens.inc(meter.prompt_tokens)
             self._cached_tokens.inc(meter.cached_tokens)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from pdserve.errors import PdserveError, status_of
+from pdserve.errors import NOT_AGAIN, RETRY_AFTER_MS_MAX, PdserveError, PoisonRequest, status_of
 
 
 async def abort(context: Any, error: PdserveError) -> NoReturn:
@@ -14,8 +14,13 @@ async def abort(context: Any, error: PdserveError) -> NoReturn:
     metadata = [("pdserve-error-kind", error.kind)]
     if error.field is not None:
         metadata.append(("pdserve-error-field", error.field))
+    if isinstance(error, PoisonRequest):
+        metadata.append(("pdserve-request-id", error.request))
     if error.retry_after_ms is not None:
-        metadata.append(("grpc-retry-pushback-ms", str(error.retry_after_ms)))
+        pushback_ms = min(max(1, error.retry_after_ms), RETRY_AFTER_MS_MAX)
+        metadata.append(("grpc-retry-pushback-ms", str(pushback_ms)))
+    elif isinstance(error, NOT_AGAIN):
+        metadata.append(("grpc-retry-pushback-ms", "-1"))  # gRPC's word for "do not"
     code = grpc.StatusCode[status_of(error).grpc]
     await context.abort(code, str(error), tuple(metadata))
     raise AssertionError("abort() raises")

@@ -7,6 +7,7 @@ through ``batches``, which closes the session's iterator.
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,12 +16,13 @@ from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.answers import cached_tokens
+from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.rpc.access import secret_in
 from pdserve.cluster.rpc.requests import chunk_of, timing_of
 from pdserve.cluster.tracing import continued, is_tracing
 from pdserve.config import GatewayConfig
-from pdserve.errors import PdserveError, status_of
+from pdserve.errors import Disconnected, PdserveError, status_of
 from pdserve.messages import Timing
 from pdserve.proto.v1 import inference_pb2 as pb
 
@@ -67,10 +69,11 @@ class Serving:
         with self._metrics.follow("grpc", operation) as meter, continued(headers):
             try:
                 call = await ask(self.tenant(context, counts=counts))
+                call = replace(call, retries=_retries(context))
                 meter.calls = (call,)
                 async with aclosing(self._chunks(call, meter, why=why)) as chunks:
                     async for chunk in chunks:
-                        await tell(call, chunk)
+                        await self._told(tell(call, chunk))
                 meter.status = grpc.StatusCode.OK.name
             except asyncio.CancelledError:
                 meter.status = DISCONNECTED
@@ -78,6 +81,18 @@ class Serving:
             except PdserveError as error:
                 meter.status = status_of(error).grpc
                 raise
+
+    async def _told(self, telling: Awaitable[None]) -> None:
+        """
+        Raises:
+            Disconnected: the client has read nothing for as long as it may.
+        """
+        timeout_s = self.config.write_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await telling
+        except TimeoutError:
+            raise Disconnected(f"nothing was read for {timeout_s:g} s; read faster") from None
 
     async def _chunks(
         self, call: Call, meter: Meter, *, why: bool
@@ -104,6 +119,12 @@ class Serving:
                         chunk.usage.completion_tokens = generated_tokens
                         chunk.usage.cached_tokens = meter.cached_tokens
                     yield chunk
+
+
+def _retries(context: Any) -> int:
+    """How often the client's channel says it has sent this before."""
+    said = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+    return retries_of(said)
 
 
 def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter, *, why: bool) -> None:

@@ -158,6 +158,9 @@ class FakeContext:
     def time_remaining(self) -> float | None:
         return None
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     async def write(self, chunk: pb.GenerateChunk) -> None:
         self.written.append(chunk)
 

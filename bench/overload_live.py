@@ -1,0 +1,151 @@
+"""The same multiples of capacity against a small real cluster, over HTTP.
+
+One prefill and one decode worker with the small test model, on Ray as `pdserve serve` starts them;
+the clients are this process. On two cores they take a good part of the time themselves, so what
+counts is the ratio of the rows.
+
+*Capacity* is what as many clients as keep it busy get through, each asking again when it has its
+answer. The loads are open: arrivals do not wait for answers.
+"""
+
+import asyncio
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from bench.frame import Row, at_least, at_most, percentile
+from pdserve.cluster.local import local_cluster
+from tests.integration.harness import random_prompts, settings
+from tests.models.small import write_small_model
+
+LOADS = (1, 2, 5, 10)
+PROMPT_TOKENS = 700
+ANSWER_TOKENS = 4
+TTFT_MAX_MS = 1500.0
+CLOSED_CLIENTS = 8
+SPAN_S = 15.0
+TOKENIZER = Path(".models/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int  # 0: the connection broke
+    elapsed_s: float
+    hint_s: float | None
+
+
+async def _ask(client: httpx.AsyncClient, url: str, prompt: list[int]) -> Answer:
+    body = {
+        "prompt": prompt,
+        "max_tokens": ANSWER_TOKENS,
+        "ignore_eos": True,
+        "service_tier": "priority",
+    }
+    begun_s = time.perf_counter()
+    try:
+        answer = await client.post(f"{url}/v1/completions", json=body)
+    except httpx.HTTPError:
+        return Answer(0, time.perf_counter() - begun_s, None)
+    hint = answer.headers.get("retry-after")
+    elapsed_s = time.perf_counter() - begun_s
+    return Answer(answer.status_code, elapsed_s, None if hint is None else float(hint))
+
+
+def _client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None))
+
+
+async def _closed(url: str, span_s: float, seed: int) -> float:
+    """Answers per second."""
+    ends_s = time.perf_counter() + span_s
+    done = 0
+
+    async def ask_again_and_again(client: httpx.AsyncClient, number: int) -> None:
+        nonlocal done
+        while time.perf_counter() < ends_s:
+            prompt = random_prompts(1, seed=seed + number + 1000 * done, length=PROMPT_TOKENS)[0]
+            answer = await _ask(client, url, prompt)
+            done += answer.status == 200
+
+    async with _client() as client:
+        await asyncio.gather(*(ask_again_and_again(client, n) for n in range(CLOSED_CLIENTS)))
+    return done / span_s
+
+
+async def _open(url: str, per_s: float, span_s: float, seed: int) -> list[Answer]:
+    chance = random.Random(seed)
+    count = max(1, round(per_s * span_s))
+    prompts = random_prompts(count, seed=seed, length=PROMPT_TOKENS)
+    async with _client() as client, asyncio.TaskGroup() as group:
+        asked = []
+        due_s = time.perf_counter()
+        for prompt in prompts:
+            due_s += chance.expovariate(per_s)
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            asked.append(group.create_task(_ask(client, url, prompt)))
+    return [each.result() for each in asked]
+
+
+def live_rows(*, quick: bool) -> Iterator[Row]:
+    span_s = SPAN_S / 2 if quick else SPAN_S
+    with tempfile.TemporaryDirectory() as directory:
+        model = write_small_model(Path(directory) / "model", tokenizer_from=TOKENIZER)
+        config = settings(
+            model,
+            prefill={"pool_blocks": 2000},
+            decode={"pool_blocks": 2000},
+            router={"ttft_max_ms": {"interactive": TTFT_MAX_MS}},
+            gateway={"grpc_port": -1},
+        )
+        with local_cluster(config) as cluster:
+            asyncio.run(_closed(cluster.http, 3.0, seed=1))  # costs are learned
+            capacity = asyncio.run(_closed(cluster.http, span_s / 2, seed=2))
+            yield Row("live: capacity, closed loop", capacity, "1/s")
+            found = {
+                times: asyncio.run(_open(cluster.http, times * capacity, span_s, seed=times))
+                for times in LOADS
+            }
+    yield from _judged(found, span_s)
+
+
+def _judged(found: dict[int, list[Answer]], span_s: float) -> Iterator[Row]:
+    goodput = {
+        times: sum(a.status == 200 and a.elapsed_s * 1000 <= 2 * TTFT_MAX_MS for a in answers)
+        / span_s
+        for times, answers in found.items()
+    }
+    peak = max(goodput.values())
+    for times, value in goodput.items():
+        bar = at_least(0.9, of="ratio")
+        ratio = value / peak if peak else math.nan
+        yield Row(
+            f"live: goodput at {times}x", value, "1/s", reference="its peak",
+            reference_value=peak, ratio=ratio, bar=bar.text("1/s"), holds=bar.holds(value, ratio),
+        )  # fmt: skip
+    shed = [a for a in found[10] if a.status == 503]
+    if shed:
+        yield _late("live: 99th percentile of a refusal at 10x", [a.elapsed_s for a in shed])
+        longest_s = max(a.hint_s or math.inf for a in shed)
+        bar = at_most(120)
+        yield Row(
+            "live: longest hint to come back", longest_s, "s",
+            bar=bar.text("s"), holds=bar.holds(longest_s, None),
+        )  # fmt: skip
+    others = sum(a.status not in (200, 503) for answers in found.values() for a in answers)
+    bar = at_most(0)
+    yield Row(
+        "live: answered neither 200 nor 503", others, "times",
+        bar=bar.text("times"), holds=bar.holds(others, None),
+    )  # fmt: skip
+
+
+def _late(name: str, samples_s: Sequence[float]) -> Row:
+    value = 1000 * percentile(samples_s, 0.99)
+    bar = at_most(50)
+    return Row(name, value, "ms", bar=bar.text("ms"), holds=bar.holds(value, None))

@@ -18,8 +18,7 @@ A beam search is one stream with several sequences, its beams, which fork and ar
 search goes (``beam_group``). It says nothing until it is over, and then all its answers. Parked it
 is its prompt again, and begins anew wherever it is resumed, so it is not parked for others.
 
-What a sequence leaves in full blocks is offered to the store when it ends, so that the next turn
-of the conversation finds it.
+A sequence that ends leaves its full blocks to the store, where the conversation's next turn is.
 """
 
 from collections.abc import Sequence as Tokens

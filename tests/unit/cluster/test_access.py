@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pdserve.clock import S
 from pdserve.cluster.access import BURST_S, Doorkeeper, digest_of, read_keys, secret_of
+from pdserve.cluster.http import console
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.key_edits import new_key, remove_key
 from pdserve.config import GatewayConfig
@@ -218,12 +219,15 @@ def test_the_tenant_is_the_key_s(file: Path, time: Time) -> None:
     assert session.calls[0].tenant == "team"
 
 
-def test_every_path_but_the_health_checks_needs_a_key(file: Path, time: Time) -> None:
+def test_every_path_but_the_health_checks_and_the_console_needs_a_key(
+    file: Path, time: Time
+) -> None:
     app, session = served(file, time)
     for route in app.routes:
         for method in route.methods - {"HEAD"}:
             status = asked(app, (method, route.path)).status
-            assert status == (200 if route.path in ("/health", "/ping") else 401), route.path
+            is_open = route.path in ("/health", "/ping") or route.path in console.PATHS
+            assert status == (200 if is_open else 401), route.path
     assert asked(app, ("GET", "/nowhere")).status == 401
     assert asked(app, ("GET", "/health/")).status == 401
     assert not session.calls

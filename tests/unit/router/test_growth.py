@@ -108,7 +108,7 @@ def test_fewer_are_parked_in_a_cluster_that_looks_ahead() -> None:
     trace = Trace(tuple(requests), 16, "long answers")
     parks = {}
     for admission in ("eager", "peak"):
-        router = RouterConfig(waiting_max=10**6, decode_admission=admission)
+        router = RouterConfig(waiting_max=10**6, queue_age_max_ms=None, decode_admission=admission)
         settings = SimulationSettings(
             router=router, prefill_workers=2, decode_workers=1, decode_tokens=6_000
         )

@@ -39,7 +39,9 @@ TWO_SIZES_SECOND_MOMENT = 0.25 * 8 / 9 + 25 / 9
 
 def waits_s(trace: Trace, servers: int) -> Floats:
     settings = SimulationSettings(
-        router=RouterConfig(policy="fcfs", preemption=False, waiting_max=10**9),
+        router=RouterConfig(
+            policy="fcfs", preemption=False, waiting_max=10**9, queue_age_max_ms=None
+        ),
         costs=COSTS,
         prefill_workers=servers,
         decode_workers=1,
@@ -99,7 +101,9 @@ def shortest_remaining_first_s(trace: Trace) -> Floats:
 def test_shortest_remaining_first_with_tiny_chunks_comes_within_one_per_cent() -> None:
     trace = poisson(300, 0.8, seed=3, prompt=ONE_SECOND)
     settings = SimulationSettings(
-        router=RouterConfig(policy="srpt", waiting_max=10**9, preempted_max=10**6),
+        router=RouterConfig(
+            policy="srpt", waiting_max=10**9, preempted_max=10**6, queue_age_max_ms=None
+        ),
         costs=COSTS,
         prefill_workers=1,
         decode_workers=1,

@@ -361,24 +361,61 @@ class GatewayConfig(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscalingConfig(Checked):
-    """When a pool grows or shrinks between ``replicas`` and ``replicas_max``."""
+    """When a pool grows or shrinks between ``replicas`` and ``replicas_max``. How these play
+    together: ``docs/autoscaling.md``."""
 
     queue_age_ms: float = 1000.0
-    """A prefill pool wants one more worker when its oldest request waited longer."""
+    """Prefill is late when its oldest request has waited longer."""
+
+    ttft_ms: float | None = None
+    """Prefill is late when the next first token is predicted later; None: ``router.ttft_slo_ms``,
+    and without it only the queue's age counts."""
+
+    tpot_ms: float | None = None
+    """Decode wants so many workers that a token is predicted to take no longer; None:
+    ``router.tpot_slo_ms``, and without it only room counts."""
 
     kv_pressure_ratio: float = 0.85
-    """A decode pool wants one more worker when this part of its blocks is in use."""
+    """A decode pool wants more workers when this part of its blocks or places is in use."""
+
+    prefill_busy_ratio: float = 0.8
+    """A prefill pool wants more workers when the prompts that arrive keep it busy for this part of
+    the time."""
 
     upscale_delay_s: float = 2.0
     downscale_delay_s: float = 15.0
+    zero_delay_s: float = 300.0
+    """Where ``replicas`` is 0, a pool sleeps after nobody has come for so long."""
+
+    start_s: float = 10.0
+    """How long a worker takes to start, until that has been measured. What will be worked off by
+    then is no reason to start one."""
+
+    load_memory_s: float = 30.0
+    """Over which arriving work is averaged."""
+
     metrics_interval_s: float = 1.0
+    """Between two decisions, and between two of a worker's reports to Serve."""
+
+    dry_run: bool = False
+    """Decide and explain, and leave the pools as they are."""
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
-            "queue_age_ms", "upscale_delay_s", "downscale_delay_s", "metrics_interval_s"
+            "queue_age_ms",
+            "upscale_delay_s",
+            "downscale_delay_s",
+            "zero_delay_s",
+            "start_s",
+            "load_memory_s",
+            "metrics_interval_s",
         )
-        if not 0 < self.kv_pressure_ratio <= 1:
-            yield f"kv_pressure_ratio is {self.kv_pressure_ratio}, must be in (0, 1]"
+        for name in ("ttft_ms", "tpot_ms"):
+            if getattr(self, name) is not None:
+                yield from self._positive(name)
+        for name in ("kv_pressure_ratio", "prefill_busy_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                yield f"{name} is {getattr(self, name)}, must be in (0, 1]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,10 +27,11 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
-from pdserve.cluster.autoscaling import METRIC
+from pdserve.cluster.autoscaling import METRIC, metric_of
 from pdserve.cluster.collecting import collect_rarely
 from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.router_service import RouterService
+from pdserve.cluster.scaler import Scaler, plan_of
 from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.store_supervisor import ensure_store, supervisor_of_this_host
 from pdserve.cluster.terms import RayTerms
@@ -41,7 +42,7 @@ from pdserve.ids import HostId
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.router.costs import CostModel
-from pdserve.router.scaling import wanted_replicas
+from pdserve.router.scaling import Observation
 from pdserve.router_config import RouterConfig
 from pdserve.settings import from_tree, to_tree
 from pdserve.wire.hosts import local_host_id
@@ -122,10 +123,11 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
         **options,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=pool.replicas,
-            initial_replicas=pool.replicas,
+            initial_replicas=max(1, pool.replicas),  # who serves has to know the model
             max_replicas=pool.replicas_most,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
+            upscale_delay_s=0.0,  # delays are the autoscaler's, which can explain and simulate them
+            downscale_delay_s=0.0,
+            downscale_to_zero_delay_s=0.0,
             metrics_interval_s=scaling.metrics_interval_s,
             look_back_period_s=2 * scaling.metrics_interval_s,
             policy=AutoscalingPolicy(policy_function="pdserve.cluster.autoscaling:policy"),
@@ -147,18 +149,25 @@ class Router:
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits
         self._config = from_tree(tree)
+        app = serve.get_replica_context().app_name
         self._service = RouterService(
             self._config.router,
             host=local_host_id(),
             costs=costs_of(self._config.router),
-            register=RayTerms(serve.get_replica_context().app_name),
+            register=RayTerms(app),
             answer=self._answer,
+        )
+        self._scaler = Scaler(
+            plan_of(self._config),
+            observe=self._observed,
+            wake=lambda role: serve.get_deployment_handle(role.value, app).wake.remote(),
         )
         await self._service.start(
             directory_of(self._config),
             tcp_host=tcp_host_of(self._config),
             credentials=credentials_of(self._config.store),
         )
+        self._scaler.start()
         collect_rarely()
 
     async def address(self) -> tuple[str, str, str]:
@@ -175,36 +184,59 @@ class Router:
     async def recording(self) -> str:
         return await self._service.ask("recording")
 
-    async def wanted(self, role: str) -> int:
-        """Replicas that the pool of ``role`` should have, by the router's figures."""
-        return int(await self._service.ask("wanted", role))
+    async def wants(self) -> str:
+        """Replicas that each pool should have: JSON of {"prefill": 1, "decode": 2}."""
+        return await self._service.ask("wants")
+
+    async def assign(self, worker: str, role: str) -> str:
+        """Give a worker another role; why not, or nothing."""
+        return await self._service.ask("assign", json.dumps([worker, role]))
+
+    async def scaling(self) -> str:
+        return await self._service.ask("scaling")
+
+    async def observations(self) -> str:
+        return await self._service.ask("observations")
 
     def _answer(self, question: str, argument: str) -> str:
         match question:
             case "namespace":
-                hello = self._service.hello
-                return hello.namespace if hello else ""
+                return self._namespace()
+            case "assign":
+                return self._assign(*json.loads(argument))
             case "snapshot":
-                figures = asdict(self._service.snapshot())
-                return json.dumps(figures | {"router": self._service.leadership()})
+                figures: Any = asdict(self._service.snapshot())
+                figures |= {"router": self._service.leadership()}
             case "recording":
-                return json.dumps(self._service.recording())
-            case "wanted":
-                return str(self._wanted(Role(argument)))
-        raise StoreUnavailable(f"no router answers {question!r}; are all of one version?")
+                figures = self._service.recording()
+            case "wants":
+                figures = self._scaler.wants()
+            case "scaling":
+                figures = self._scaler.explain()
+            case "observations":
+                figures = self._scaler.observations()
+            case _:
+                raise StoreUnavailable(f"no router answers {question!r}; are all of one version?")
+        return json.dumps(figures)
 
-    def _wanted(self, role: Role) -> int:
-        snapshot = self._service.snapshot()
-        current = sum(w.role == role and not w.draining for w in snapshot.workers)
-        return wanted_replicas(
-            role,
-            snapshot,
-            self._config.autoscaling,
-            current=current,
-            aggregated=self._config.router.mode == "aggregated",
-        )
+    def _observed(self) -> Observation | None:
+        return self._service.observation() if self._service.leads else None
+
+    def _namespace(self) -> str:
+        hello = self._service.hello
+        if hello is None:
+            self._scaler.asked()
+        return hello.namespace if hello else ""
+
+    def _assign(self, worker: str, role: str) -> str:
+        try:
+            self._service.assign(worker, role)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     async def __del__(self) -> None:
+        self._scaler.stop()
         await self._service.close()
 
 
@@ -236,7 +268,14 @@ class Worker:
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {METRIC: float(await self._router.wanted.remote(self._shell.role.value))}
+        wants: dict[str, int] = json.loads(await self._router.wants.remote())
+        metrics = {metric_of(pool): float(count) for pool, count in wants.items()}
+        if (own := wants.get(self._shell.role.value)) is not None:
+            metrics[METRIC] = float(own)
+        return metrics
+
+    async def wake(self) -> None:
+        """Returns when there is a worker to call."""
 
     async def check_health(self) -> None:
         self._shell.check_health()
@@ -262,6 +301,11 @@ class Gateway:
             config,
             snapshot=_asking(router.snapshot),
             recording=_asking(router.recording),
+            assign=router.assign.remote,
+            operations={
+                "/cluster/autoscaling": _asking(router.scaling),
+                "/cluster/autoscaling/observations": _asking(router.observations),
+            },
         )
         await self._front.start()
 

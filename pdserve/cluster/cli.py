@@ -1,5 +1,5 @@
-"""The command line: ``pdserve serve | chat | status | top | doctor | chaos | keys | config``, once
-``compile``; for planning ``profile | record | simulate | plan``.
+"""The command line: ``pdserve serve | chat | status | top | doctor | chaos | keys | config |
+autoscaler | role``, once ``compile``; for planning ``profile | record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pdserve.cluster.autoscaler_cli import app as autoscaler_app
 from pdserve.cluster.config_command import app as config_app
 from pdserve.cluster.keys_command import app as keys_app
 from pdserve.cluster.kv_cli import DEFAULT_URL, Url, kv
@@ -111,6 +112,19 @@ def top(url: Url = DEFAULT_URL, every_s: Annotated[float, typer.Option()] = 0.5)
 
 
 @app.command()
+def role(
+    worker: Annotated[str, typer.Argument(help="As `pdserve status` names it.")],
+    duty: Annotated[str, typer.Argument(metavar="ROLE", help="prefill, decode or both.")],
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Give a running worker another role; what it has of the former one moves elsewhere."""
+    from pdserve.cluster.http_client import post_json
+
+    said = post_json(url, "/cluster/role", {"worker": worker, "role": duty})
+    print(f"{said['worker']}: {said['role']} from now on")
+
+
+@app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="As for serve.")] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set")] = None,
@@ -121,6 +135,7 @@ def doctor(
     raise typer.Exit(code=0 if examine(_config(model, {}, assignments or [])) else 1)
 
 
+app.add_typer(autoscaler_app, name="autoscaler")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 
@@ -177,6 +192,12 @@ def simulate(
         typer.Option(help="prefill:0@30, prefill:0@30+20, decode:1x4@60: see docs."),
     ] = None,
     noise: Annotated[float, typer.Option(help="Of prefill times: sigma of the logarithm.")] = 0.0,
+    autoscale: Annotated[
+        bool, typer.Option("--autoscale", help="Up to replicas_max; beside pools of equal cost.")
+    ] = False,
+    start_s: Annotated[
+        float | None, typer.Option(help="Until a worker that is started serves.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     html_file: Annotated[Path | None, typer.Option("--html")] = None,
     assignments: Assignments = None,
@@ -194,6 +215,8 @@ def simulate(
         tpot_goal_ms=tpot_ms,
         failures=tuple(fail or ()),
         noise_sigma=noise,
+        autoscale=autoscale,
+        start_s=start_s,
     )
     settings = _config(config, {}, assignments or [])
     run_simulations(trace, settings, wish, json_file=json_file, html_file=html_file)

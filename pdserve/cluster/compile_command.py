@@ -19,7 +19,7 @@ from pdserve.compiled import FOLDERS, PACKAGE, build_directory
 from pdserve.errors import ConfigError
 
 INTERPRETED = {
-    "router": {"analytic", "fitting", "scaling", "snapshot"},
+    "router": {"analytic", "fitting", "scaling", "signals", "snapshot"},
     # What a report shows, what other processes are sent, what traces become.
     "simulator": {
         "adversaries", "charts", "page", "pace", "report", "reports", "result", "settings",

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.certificates import certificate_of, grpc_credentials
-from pdserve.cluster.http.app import create_app
+from pdserve.cluster.http.app import Assign, create_app
 from pdserve.cluster.http.slow_readers import SEND_BUFFER_BYTES, cutting
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
@@ -44,7 +44,14 @@ class Front:
         *,
         snapshot: Snapshot,
         recording: Snapshot,
+        operations: Mapping[str, Snapshot] | None = None,
+        assign: Assign | None = None,
     ) -> None:
+        """
+        Args:
+            operations: more answers of the router, by their path.
+            assign: gives a worker another role.
+        """
         self._session = session
         self._config = config.gateway
         keys = config.gateway.api_keys
@@ -55,6 +62,8 @@ class Front:
             config=config.gateway,
             snapshot=snapshot,
             recording=recording,
+            operations=operations,
+            assign=assign,
             doorkeeper=self._doorkeeper,
             stores=self._store_figures,
         )

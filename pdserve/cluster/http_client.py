@@ -40,7 +40,8 @@ def post_json(url: str, path: str, body: dict[str, Any]) -> Any:
     """The answer's body. Raises PdserveError where the server refused."""
     connection = _connect(url, TIMEOUT_S)
     try:
-        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        headers = {"content-type": "application/json", **_key()}
+        connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         answer = json.loads(response.read())
     except OSError as error:

@@ -21,7 +21,7 @@ from pdserve.clock import MS, S, monotonic
 from pdserve.cluster.candidate import Candidate
 from pdserve.cluster.recording import Recorder
 from pdserve.cluster.terms import Register
-from pdserve.errors import PdserveError, QueueFull, StoreUnavailable
+from pdserve.errors import ConfigError, PdserveError, QueueFull, StoreUnavailable
 from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.security import Credentials
 from pdserve.lifecycle import Event
@@ -42,6 +42,8 @@ from pdserve.messages import (
 )
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
 from pdserve.router.costs import CostModel
+from pdserve.router.duties import Duty
+from pdserve.router.scaling import Observation
 from pdserve.router.snapshot import RouterSnapshot
 from pdserve.router_config import RouterConfig
 from pdserve.wire.connection import Connection
@@ -202,6 +204,16 @@ class RouterService:
 
     def snapshot(self) -> RouterSnapshot:
         return self._core.snapshot(monotonic())
+
+    def observation(self) -> Observation:
+        return self._core.observation(monotonic())
+
+    def assign(self, worker: str, duty: str) -> None:
+        """Raises ConfigError where the worker cannot have that role."""
+        if duty not in tuple(Duty):
+            raise ConfigError(f"role is {duty!r}, must be one of {', '.join(Duty)}")
+        log.info("%s: its role is %s from now on", worker, duty)
+        self._carry_out(self._core.assign(WorkerId(worker), Duty(duty), monotonic()))
 
     def recording(self) -> dict[str, object]:
         """What has arrived since the last call; the first call begins a recording.

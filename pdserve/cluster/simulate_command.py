@@ -14,8 +14,11 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.clock import S
+from pdserve.cluster.autoscaled import scaled_table, static_like, static_name
 from pdserve.cluster.mishaps import failures_of
 from pdserve.cluster.profiles import Profile, Size, read_profile
+from pdserve.cluster.scaler import plan_of
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError
 from pdserve.router.costs import believed
@@ -23,7 +26,7 @@ from pdserve.router_config import QueuePolicy
 from pdserve.simulator.page import page
 from pdserve.simulator.report import HEADINGS, SHORT, Case, Goal, as_json, rows
 from pdserve.simulator.run import SimulationSettings, simulate
-from pdserve.simulator.settings import Noise
+from pdserve.simulator.settings import Autoscaling, Noise
 from pdserve.simulator.traces import Trace, load_trace
 from pdserve.simulator.transformations import first, repeat, scale_time, spread
 
@@ -40,6 +43,8 @@ class Wish:
     ttft_goal_ms: float = 1000.0
     tpot_goal_ms: float = 100.0
     failures: Sequence[str] = ()  # as ``mishaps`` reads them
+    autoscale: bool = False  # between ``replicas`` and ``replicas_max``, and pools of the same cost
+    start_s: float | None = None  # of a worker; None: ``autoscaling.start_s``
     noise_sigma: float = 0.0  # by how much prefills differ from their prediction: of the logarithm
 
 
@@ -63,6 +68,7 @@ def run_simulations(
         settings,
         failures=failures_of(wish.failures, settings),
         noise=Noise(sigma=wish.noise_sigma),
+        autoscaling=_autoscaling(config, wish) if wish.autoscale else None,
     )
     played = _played(load_trace(trace), wish)
     goal = Goal(wish.ttft_goal_ms / 1000, wish.tpot_goal_ms / 1000)
@@ -70,6 +76,8 @@ def run_simulations(
     costs = f"costs of {profile.costs.name} ({profile.costs.origin})"
     console.print(f"{trace.name}: {len(played.requests):,} requests, {costs}", style="dim")
     cases = _cases(played, settings, wish, console)
+    if wish.autoscale:
+        console.print(scaled_table(cases, goal))
     console.print(_table(cases, goal))
     if json_file is not None:
         tree = as_json(cases, goal, trace=trace.name, seed=wish.seed)
@@ -86,8 +94,8 @@ def settings_of(
     return SimulationSettings(
         router=config.router,
         costs=costs,
-        prefill_workers=config.prefill.replicas,
-        decode_workers=config.decode.replicas,
+        prefill_workers=max(1, config.prefill.replicas),
+        decode_workers=max(1, config.decode.replicas),
         hosts=hosts,
         chunk_tokens=size.chunk_tokens or config.prefill.chunk_tokens,
         mixed_chunk_tokens=config.decode.mixed_chunk_tokens,
@@ -100,6 +108,16 @@ def settings_of(
         timeout_s=config.gateway.request_timeout_s,
         seed=seed,
     )
+
+
+def _autoscaling(config: ClusterConfig, wish: Wish) -> Autoscaling:
+    plan = plan_of(config)
+    if all(bounds.least == bounds.most for bounds in plan.bounds.values()):
+        raise ConfigError(
+            "no pool may scale: set prefill.replicas_max or decode.replicas_max above replicas"
+        )
+    start_s = plan.settings.start_s if wish.start_s is None else wish.start_s
+    return Autoscaling(plan=plan, start_ns=round(start_s * S))
 
 
 def _room(pool: PoolConfig, config: ClusterConfig, kv_token_bytes: int) -> int:
@@ -132,16 +150,27 @@ def _cases(trace: Trace, settings: SimulationSettings, wish: Wish, console: Cons
     for policy in wish.policies or (settings.router.policy,):
         router: Any = replace(settings.router, policy=policy)  # type: ignore[arg-type]
         for speed in wish.speeds:
-            begun_s = time.monotonic()
-            result = simulate(scale_time(trace, speed), replace(settings, router=router))
-            cases.append(Case(policy, speed, result))
-            took_s = time.monotonic() - begun_s
-            console.print(
-                f"{policy} at {speed:g} times the pace: {result.span_s:,.0f} s in {took_s:.1f} s, "
-                f"decisions {result.decisions_sha256[:16]}",
-                style="dim",
-            )
+            this = replace(settings, router=router)
+            cases.append(_case(policy, scale_time(trace, speed), this, speed, console))
+            if settings.autoscaling is not None:
+                static = static_like(this, cases[-1].result)
+                name = static_name(policy, static)
+                cases.append(_case(name, scale_time(trace, speed), static, speed, console))
     return cases
+
+
+def _case(
+    name: str, trace: Trace, settings: SimulationSettings, speed: float, console: Console
+) -> Case:
+    begun_s = time.monotonic()
+    result = simulate(trace, settings)
+    took_s = time.monotonic() - begun_s
+    console.print(
+        f"{name} at {speed:g} times the pace: {result.span_s:,.0f} s in {took_s:.1f} s, "
+        f"decisions {result.decisions_sha256[:16]}",
+        style="dim",
+    )
+    return Case(name, speed, result)
 
 
 def _table(cases: Sequence[Case], goal: Goal) -> Table:
@@ -168,6 +197,8 @@ def _check(wish: Wish) -> None:
         problems.append(f"requests is {wish.requests}, must be at least 1")
     if wish.hosts < 1:
         problems.append(f"hosts is {wish.hosts}, must be at least 1")
+    if wish.start_s is not None and not 0 <= wish.start_s < math.inf:
+        problems.append(f"start_s is {wish.start_s}, must be at least 0")
     if not 0 <= wish.noise_sigma < math.inf:
         problems.append(f"noise is {wish.noise_sigma}, must be at least 0; 0.3 is a lot")
     if problems:

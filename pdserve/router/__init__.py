@@ -13,4 +13,6 @@ shell in ``pdserve.cluster`` carries both; the simulator drives the same cores i
     prefix_index who has which blocks, as far as their reports say
     fleet        what the router knows of each worker
     scaling      how many workers each pool wants
+    signals      by what figures
+    duties       which role a worker has
 """

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from pdserve import clock
 from pdserve.clock import MS, US, S
-from pdserve.errors import DeadlineExceeded, ErrorInfo, PdserveError, StepFailed
+from pdserve.errors import ConfigError, DeadlineExceeded, ErrorInfo, PdserveError, StepFailed
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import (
@@ -36,25 +36,33 @@ from pdserve.messages import (
     Request,
     WorkerFailed,
 )
-from pdserve.router import parking, planner
+from pdserve.router import duties, parking, planner
 from pdserve.router.admission import Admission, candidates
 from pdserve.router.bindings import binding_of
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.costs import CostModel, believed
 from pdserve.router.decode_orders import decode_order_of
+from pdserve.router.duties import Duty
 from pdserve.router.ended import EndedBook
-from pdserve.router.endings import drop, free_orphans, free_ticket, lose
+from pdserve.router.endings import (
+    drop,
+    free_orphans,
+    free_ticket,
+    lose,
+    lose_storeless,
+    lose_with,
+)
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker, slots_of
 from pdserve.router.goals import GoalControl
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.orders.table import order_of
+from pdserve.router.scaling import Observation
+from pdserve.router.signals import observation_of
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import RouterState
-from pdserve.router.suspicion import deaths_in_place, implicated
 from pdserve.router_config import RouterConfig
-from pdserve.suspicion import is_alone
 
 __all__ = ["Command", "RouterCore", "ToGateway", "ToWorker"]
 
@@ -269,12 +277,32 @@ class RouterCore:
         known = self.state.fleet.get(worker)
         if known is None:
             return []
-        commands = self._forget_worker(known, now_ns, left=left) + self._lose_storeless(now_ns)
+        commands = self._forget_worker(known, now_ns, left=left) + lose_storeless(
+            self.state, now_ns
+        )
         return commands + planner.plan(self.state, now_ns)
 
     def knows(self, worker: WorkerId) -> bool:
         """False after it was taken for lost: what it says is ignored until it says hello again."""
         return self.state.fleet.get(worker) is not None
+
+    def assign(self, worker: WorkerId, duty: Duty, now_ns: int) -> list[Command]:
+        """Give a live worker another role; what it has of the former one moves elsewhere.
+
+        Raises:
+            ConfigError: it is not there, or nobody else would be left to do what it did.
+        """
+        known = self.state.fleet.get(worker)
+        if known is None:
+            there = ", ".join(other.id for other in self.state.fleet.all())
+            raise ConfigError(
+                f"worker is {worker!r}, which is not there; there are {there or 'none'}"
+            )
+        duties.assign(self.state, known, duty, now_ns)
+        self._count_workers()
+        if self._binding is not None and not known.prefills:
+            self._bind_again(worker, now_ns)
+        return planner.plan(self.state, now_ns)
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -295,7 +323,7 @@ class RouterCore:
             self.state.counters["shed_by_age"] += 1
         for worker in self.state.fleet.silent(self._silence_ns, now_ns):
             self.state.counters["workers_silent"] += 1
-            commands += self._forget_worker(worker, now_ns) + self._lose_storeless(now_ns)
+            commands += self._forget_worker(worker, now_ns) + lose_storeless(self.state, now_ns)
         for gateway in [g for g, until_ns in self._gone_gateways.items() if until_ns <= now_ns]:
             del self._gone_gateways[gateway]
             for entry in list(self.state.entries.values()):
@@ -329,6 +357,9 @@ class RouterCore:
 
     def snapshot(self, now_ns: int) -> RouterSnapshot:
         return snapshot_of(self.state, now_ns)
+
+    def observation(self, now_ns: int) -> Observation:
+        return observation_of(self.state, now_ns)
 
     @property
     def _silence_ns(self) -> int:
@@ -429,23 +460,9 @@ class RouterCore:
 
     def _forget_worker(self, worker: Worker, now_ns: int, *, left: bool = False) -> list[Command]:
         """``left``: it lives, and died of nothing."""
-        commands: list[Command] = []
-        has_drained = worker.draining and not worker.held
-        held = [self.state.entries[request] for request in worker.held]
-        suspects = {} if left else {e.id: deaths_in_place(e) for e in implicated(held, worker.id)}
-        for entry in held:
-            others = (deaths for other, deaths in suspects.items() if other != entry.id)
-            commands += lose(
-                self.state,
-                entry,
-                worker.id,
-                now_ns,
-                implicated=entry.id in suspects,
-                alone=entry.id in suspects and is_alone(suspects[entry.id], others),
-            )
-        if not has_drained:  # who has, went when all it had said had arrived
-            for entry in self._handed_over_by(worker.id):
-                commands += lose(self.state, entry, worker.id, now_ns)
+        has_drained = worker.draining and not worker.held  # then all that it had said has arrived
+        commands = lose_with(self.state, worker, now_ns, died=not left)
+        if not has_drained:
             commands += self._ended.worker_lost(worker.id, now_ns)
         self.state.fleet.remove(worker)
         self._count_workers()
@@ -454,31 +471,11 @@ class RouterCore:
             self.state.lines.drop(worker.id)
         return commands
 
-    def _handed_over_by(self, worker: WorkerId) -> list[Entry]:
-        """Whose hand-off may have been lost with the worker that sent it: decode has not adopted
-        them. Those that did arrive find most of their prompt in the store. Linear in requests."""
-        return [
-            entry
-            for entry in self.state.entries.values()
-            if entry.phase is Phase.HANDING_OFF and entry.prefilled_by == worker
-        ]
-
     def _count_workers(self) -> None:
         for order in self.state.lines.all():
             if isinstance(order, SkipJoin):
                 order.set_workers(self.state.fleet.prefill_count)
         self._goal.set_workers(self.state.fleet.prefill_count)
-
-    def _lose_storeless(self, now_ns: int) -> list[Command]:
-        """Parked requests whose blocks lie where no worker is left to reach them for us."""
-        commands: list[Command] = []
-        for request in list(self.state.parked):
-            entry = self.state.entries[request]
-            handoff = entry.handoff
-            assert handoff is not None
-            if not self.state.fleet.has_store(handoff.store):
-                commands += lose(self.state, entry, handoff.route.decode, now_ns)
-        return commands
 
 
 def _may_fail(entry: Entry) -> tuple[WorkerId | None, ...]:

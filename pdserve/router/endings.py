@@ -7,11 +7,14 @@ stop, in one breath; where there is none, the next to come is.
 """
 
 from pdserve.ids import WorkerId
-from pdserve.lifecycle import Event
+from pdserve.lifecycle import Event, Phase
 from pdserve.messages import Cancel, Handoff, Lost, Resume
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.entry import Entry
+from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
+from pdserve.router.suspicion import deaths_in_place, implicated
+from pdserve.suspicion import is_alone
 
 
 def drop(
@@ -53,6 +56,54 @@ def lose(
     ]
     lost = Lost(entry.id, entry.request.attempt, worker, implicated, alone)
     return [*commands, ToGateway(entry.request.reply_to, lost)]
+
+
+def lose_with(state: RouterState, worker: Worker, now_ns: int, *, died: bool) -> list[Command]:
+    """All that a worker had, and what may have been lost on its way from there.
+
+    Args:
+        died: of something that it had, perhaps; else it lives, and was only not heard.
+    """
+    has_drained = worker.draining and not worker.held
+    held = [state.entries[request] for request in worker.held]
+    suspects = {e.id: deaths_in_place(e) for e in implicated(held, worker.id)} if died else {}
+    commands: list[Command] = []
+    for entry in held:
+        others = (deaths for other, deaths in suspects.items() if other != entry.id)
+        commands += lose(
+            state,
+            entry,
+            worker.id,
+            now_ns,
+            implicated=entry.id in suspects,
+            alone=entry.id in suspects and is_alone(suspects[entry.id], others),
+        )
+    if not has_drained:  # who has, went when all it had said had arrived
+        for entry in _handed_over_by(state, worker.id):
+            commands += lose(state, entry, worker.id, now_ns)
+    return commands
+
+
+def _handed_over_by(state: RouterState, worker: WorkerId) -> list[Entry]:
+    """Whose hand-off may have been lost with the worker that sent it: decode has not adopted
+    them. Those that did arrive find most of their prompt in the store. Linear in requests."""
+    return [
+        entry
+        for entry in state.entries.values()
+        if entry.phase is Phase.HANDING_OFF and entry.prefilled_by == worker
+    ]
+
+
+def lose_storeless(state: RouterState, now_ns: int) -> list[Command]:
+    """Parked requests whose blocks lie where no worker is left to reach them for us."""
+    commands: list[Command] = []
+    for request in list(state.parked):
+        entry = state.entries[request]
+        handoff = entry.handoff
+        assert handoff is not None
+        if not state.fleet.has_store(handoff.store):
+            commands += lose(state, entry, handoff.route.decode, now_ns)
+    return commands
 
 
 def free_ticket(state: RouterState, handoff: Handoff) -> list[Command]:

@@ -15,7 +15,7 @@ import heapq
 import math
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 
@@ -79,9 +79,11 @@ class Worker:
     free_at_ns: int = 0  # when it is predicted to be done with its prompts
     is_changed: bool = False  # since it was entered in the arrays
     id: WorkerId = field(init=False)
+    pool: Role = field(init=False)  # whose replica it is, whatever its role is now
 
     def __post_init__(self) -> None:
         self.id = self.hello.worker
+        self.pool = self.hello.role
 
     def take(self, request: RequestId, tokens: int, ahead_of: RequestId | None) -> None:
         """One more prompt, in line where the worker puts it too."""
@@ -239,6 +241,25 @@ class Fleet:
         self._clear(slot)
         self._soonest_ns = None
         self._recount_prefilling(worker)
+        self._recount()
+
+    def assign(self, worker: Worker, role: Role, *, prefills: bool, decodes: bool) -> None:
+        """From now on it does this. What it has of its former work is the caller's to move."""
+        slot = worker.slot
+        self._by_role[worker.hello.role].remove(worker)
+        worker.hello = replace(worker.hello, role=role)
+        insort(self._by_role[role], worker, key=_id_of)
+        self.prefill_count += int(prefills) - int(worker.prefills)
+        self.prefill_bits &= ~(1 << slot)
+        if prefills:
+            self.prefill_bits |= 1 << slot
+        if prefills != worker.prefills:
+            self.index.forget(slot)  # it did not listen, or will not
+        worker.prefills, worker.decodes = prefills, decodes
+        self._clear(slot)
+        self.hands_off[slot] = prefills and role is Role.PREFILL
+        for other in self._ordered:  # when others are open depends on whether there are several
+            self.changed(other)
         self._recount()
 
     def silent(self, limit_ns: int, now_ns: int) -> list[Worker]:

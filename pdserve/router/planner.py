@@ -16,6 +16,7 @@ from itertools import islice
 
 from pdserve.messages import Resume
 from pdserve.router.commands import Command, ToWorker
+from pdserve.router.duties import vacate
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker
 from pdserve.router.orders.base import Order
@@ -35,7 +36,9 @@ PASSED_OVER_MAX = 32
 def plan(state: RouterState, now_ns: int) -> list[Command]:
     """Every command that the books allow now; afterwards there is nothing left to do."""
     state.look_again_ns = None
-    commands = swaps(state, now_ns) + _resume_parked(state, now_ns) if state.parked else []
+    commands = vacate(state, now_ns) if state.vacating else []
+    if state.parked:
+        commands += swaps(state, now_ns) + _resume_parked(state, now_ns)
     if not state.parked:
         commands += _dispatch_waiting(state, now_ns)
     if state.settings.preemption:

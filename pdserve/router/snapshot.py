@@ -14,6 +14,7 @@ from pdserve.router.state import RouterState
 class WorkerSnapshot:
     worker: WorkerId
     role: Role
+    pool: Role  # whose replica it is; another one than its role after `pdserve role`
     pid: int
     host: HostId
     running: int
@@ -74,6 +75,7 @@ def _worker(worker: Worker) -> WorkerSnapshot:
     return WorkerSnapshot(
         worker=worker.id,
         role=worker.hello.role,
+        pool=worker.pool,
         pid=worker.hello.pid,
         host=worker.hello.address.host,
         running=worker.running,

@@ -72,6 +72,9 @@ class RouterState:
         self.yielding: dict[RequestId, None] = {}  # prefills told to yield, and not back yet
         self.recompute_credit = float(RECOMPUTE_CREDIT_MAX)  # tokens; below 0 nobody is called back
         self.touched: dict[WorkerId, None] = {}  # workers whose prompts changed
+        self.vacating: dict[
+            WorkerId, int
+        ] = {}  # workers with work of a former role; ask again when
         self._watchers: dict[BlockKey, list[Entry]] = {}  # who waits, and lacks this block next
         self.look_again_ns: int | None = None  # when somebody has waited enough for a better worker
         self.deadlines = Deadlines()
@@ -80,6 +83,7 @@ class RouterState:
         self.tenants = TenantQueues(settings.tenant_weights)
         self.dispatched_work_ns = 0  # predicted, of all dispatches so far
         self.queued_work_ns = 0
+        self.arrived_work_ns = 0  # predicted, of all that were ever admitted
         self.bound_work_ns: Counter[WorkerId | None] = Counter()  # the same, by line
         self._unix_zero_ms = unix_zero_ms
         self._order = 0
@@ -136,6 +140,7 @@ class RouterState:
             self.suspects[entry.id] = entry
         self.deadlines.add(entry.id, entry.deadline_ns)
         self.predict(entry, self.hits(entry))
+        self.arrived_work_ns += entry.work_ns
         if request.attempt == 0 and (age_max_ms := self.age_max_ms(request)) is not None:
             # Dispatched any later, its first token would be too late.
             patience_ns = max(0, round(age_max_ms * MS) - entry.work_ns)

@@ -91,7 +91,15 @@ class Reporter:
         self._attained_due_ns = 0 if tells_attained else _NEVER
 
     def report(
-        self, now_ns: int, said: Said, batch: Batch, *, running: int, waiting: int, free_blocks: int
+        self,
+        now_ns: int,
+        said: Said,
+        batch: Batch,
+        *,
+        draining: bool,
+        running: int,
+        waiting: int,
+        free_blocks: int,
     ) -> Report:
         nothing: tuple[BlockKey, ...] = ()
         cache, store = self._cache, self._store
@@ -100,7 +108,7 @@ class Reporter:
         report = Report(
             self._worker,
             self._sequence,
-            False,
+            draining,
             running,
             waiting,
             free_blocks,

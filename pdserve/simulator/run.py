@@ -42,6 +42,7 @@ from pdserve.messages import (
 from pdserve.router.core import Command, RouterCore, ToWorker
 from pdserve.simulator.attempt import Attempt, Job, Keys, Outcome
 from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.pools import Pools
 from pdserve.simulator.result import Result, Sample, columns
 from pdserve.simulator.settings import (
     UNLIMITED_BLOCKS,
@@ -124,6 +125,7 @@ class Simulation:
             oracle=self._output_tokens,
             unix_zero_ms=0,
         )
+        self._pools: Pools | None = None
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
@@ -152,6 +154,12 @@ class Simulation:
             self.at(failure.at_ns, self._fail, failure)
         self.at(self._trace.requests[0].arrival_ns, self._arrive, 0)
         self.at(0, self._sample, None)
+        scaling = self._settings.autoscaling
+        if scaling is not None:
+            self._pools = Pools(
+                scaling, self._core, self._workers, self._join, self._retire, self.at
+            )
+            self.at(0, self._scale, self._pools)
 
     def at(self, when_ns: int, action: Action, argument: object) -> None:
         self._order += 1
@@ -407,6 +415,23 @@ class Simulation:
             slow = self._places[death.role, death.index].engine.slow
             self._add_worker(death.role, death.index, slow=slow)
 
+    def _scale(self, now_ns: int, pools: Pools) -> None:
+        if not self._over:
+            pools.look(now_ns)
+            self.at(now_ns + pools.every_ns, self._scale, pools)
+
+    def _join(self, role: Role) -> None:
+        if not self._over:
+            self._add_worker(role, self._came_count, slow=1.0)
+
+    def _retire(self, worker: Worker) -> None:
+        """It has nothing left."""
+        worker.die(self.now_ns)
+        del self._workers[worker.hello.worker]
+        if worker.hello.role is Role.PREFILL:
+            self._busy_ns += worker.engine.busy_ns
+        self._carry_out(self._core.on_worker_lost(worker.hello.worker, self.now_ns))
+
     # ── chance, and what comes of it all ─────────────────────────────────────────────────────────
 
     def _service_factor(self) -> float:
@@ -424,8 +449,11 @@ class Simulation:
         self._hash_log()
         prefills = [w for w in self._workers.values() if w.hello.role is Role.PREFILL]
         busy_ns = self._busy_ns + sum(worker.engine.busy_ns for worker in prefills)
-        places = max(1, self._settings.workers_of(Role.PREFILL))
+        worker_ns = max(1, self._settings.workers_of(Role.PREFILL)) * self.now_ns
         counters = dict(self._core.snapshot(self.now_ns).counters)
+        if self._pools is not None:
+            counters |= self._pools.counters(self.now_ns)
+            worker_ns = self._pools.billed_ns[Role.PREFILL]
         engines = [worker.engine for worker in self._workers.values()]
         counters["simulated_events"] = self._event_count
         counters["simulated_steps"] = sum(engine.batch.steps for engine in engines)
@@ -434,7 +462,7 @@ class Simulation:
             name=self._trace.name,
             **columns(self._jobs),
             span_s=self.now_ns / S,
-            prefill_busy=busy_ns / max(1, places * self.now_ns),
+            prefill_busy=busy_ns / max(1, worker_ns),
             counters=counters,
             samples=tuple(self._samples),
             decisions_sha256=self._digest.hexdigest(),

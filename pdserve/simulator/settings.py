@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from pdserve.messages import Role
 from pdserve.router.costs import CostModel, DecodeCost, MoveCost, PrefillCost, StepCost
+from pdserve.router.scaling import Plan
 from pdserve.router_config import RouterConfig
 
 UNLIMITED_BLOCKS = 1 << 40
@@ -46,6 +47,14 @@ class Slowdown:
 
 
 Failure = Death | Slowdown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoscaling:
+    """The pools grow and shrink, as the live ones would by this plan."""
+
+    plan: Plan
+    start_ns: int  # from being wanted to being there: the model has to be loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +126,9 @@ class SimulationSettings:
 
     noise: Noise = field(default_factory=Noise)
     failures: tuple[Failure, ...] = ()
+    autoscaling: Autoscaling | None = None
+    """None: the pools stay as they are. Else they begin as they are said above."""
+
     seed: int = 0
 
     def __post_init__(self) -> None:

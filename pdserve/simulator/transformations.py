@@ -15,6 +15,9 @@ from pdserve.simulator.traces import Trace, TraceRequest
 TICK_REQUESTS_MIN = 4.0
 """Requests per distinct instant, on average, from which arrivals are taken for quantised."""
 
+TIDE_STEPS = 1_000
+"""In which a tide's pace is taken for constant."""
+
 
 def tick_ns(trace: Trace) -> int | None:
     """The tick to which the arrivals were rounded, or None if they were not.
@@ -49,6 +52,25 @@ def scale_time(trace: Trace, factor: float) -> Trace:
     """Everything happens ``factor`` times as fast."""
     assert factor > 0
     moved = [replace(r, arrival_ns=round(r.arrival_ns / factor)) for r in trace.requests]
+    return replace(trace, requests=tuple(moved))
+
+
+def tides(trace: Trace, *, low: float, high: float, period_s: float) -> Trace:
+    """Time passes faster and slower: the trace's pace goes from ``low`` times its own to ``high``
+    times and back, as a cosine, once in ``period_s`` of the new time."""
+    assert 0 < low <= high
+    assert period_s > 0
+    moved = []
+    at_s = told_s = 0.0  # new time, and how much of the old one it has told
+    step_s = period_s / TIDE_STEPS
+    for request in trace.requests:
+        due_s = request.arrival_ns / S
+        while True:
+            pace = low + (high - low) * (1 - math.cos(2 * math.pi * at_s / period_s)) / 2
+            if told_s + pace * step_s > due_s:
+                break
+            at_s, told_s = at_s + step_s, told_s + pace * step_s
+        moved.append(replace(request, arrival_ns=round((at_s + (due_s - told_s) / pace) * S)))
     return replace(trace, requests=tuple(moved))
 
 

@@ -54,10 +54,10 @@ class Worker:
         """``store``: of its host; None where it keeps nothing. ``slow``: times as slow."""
         self.hello = hello
         self.alive = True
+        self.draining = False
         self.engine = Engine(settings, hello.block_tokens, slow=slow)
         self._batch = self.engine.batch
-        limited = hello.block_count < UNLIMITED_BLOCKS
-        self.cache = BlockCache(hello.block_count if limited else None)
+        self.cache = BlockCache(hello.block_count if hello.block_count < UNLIMITED_BLOCKS else None)
         self._settings = settings
         self._costs = settings.costs
         self._around = surroundings
@@ -93,7 +93,7 @@ class Worker:
             case Resume(handoff):
                 self._resume(handoff, now_ns)
             case Goodbye() | FetchAhead():
-                pass  # nobody drains here, and no store has a disk
+                pass  # who drains is asked whether it is empty, and no store has a disk
             case _:
                 assert_never(message)
 
@@ -116,9 +116,7 @@ class Worker:
 
     def _cancel(self, attempt: Attempt, now_ns: int) -> None:
         self.engine.advance(now_ns)
-        if attempt.stage is Stage.PROMPT:
-            self._prompts.remove(attempt)
-        elif attempt.stage is Stage.COMPUTING:
+        if attempt.stage in (Stage.PROMPT, Stage.COMPUTING):
             self._stop(attempt)
         elif attempt.stage is Stage.WAITING:
             self._waiting.remove(attempt)
@@ -140,6 +138,10 @@ class Worker:
                     self._around.ended(attempt.job, now_ns)  # its last token was just out
             attempt.move_to(Stage.GONE)
         self._held.clear()
+
+    def drain(self, now_ns: int) -> None:
+        self.draining = True
+        self._report(now_ns, Said())
 
     def become_slow(self, slow: float, now_ns: int) -> None:
         self.engine.advance(now_ns)
@@ -470,16 +472,16 @@ class Worker:
         """The last thing to be done: the router answers at once."""
         if not self.alive:
             return
-        batch = self._batch
         report = self._reporter.report(
             now_ns,
             said,
-            batch,
-            running=batch.count + self._adopting + (self.engine.head is not None),
+            self._batch,
+            draining=self.draining,
+            running=self._batch.count + self._adopting + (self.engine.head is not None),
             waiting=len(self._waiting) + len(self._prompts),
-            free_blocks=max(0, self._memory.batch_blocks - batch.used_blocks()),
+            free_blocks=max(0, self._memory.batch_blocks - self._batch.used_blocks()),
         )
-        if batch.count and not self._watched:
+        if self._batch.count and not self._watched:
             self._watched = True
             self._around.at(now_ns + REPORT_NS_MAX, self._report_regularly, None)
         self._around.report(report, now_ns)

@@ -3,7 +3,6 @@
 import asyncio
 import random
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -22,7 +21,8 @@ from tests.integration.harness import (
     wait_until_equal,
 )
 
-SCALE_UP_S = 30.0
+SCALE_S_MAX = 120.0
+"""For a worker to start or to leave, on a machine that does much else."""
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -71,15 +71,16 @@ def test_a_burst_brings_a_second_decode_worker_and_silence_takes_it_away(
 ) -> None:
     cluster = careless_cluster
     with Load(cluster.url, at_once=24, output_tokens=200) as load:
-        begun = time.monotonic()
         wait_for(
             "a second decode worker",
             lambda: len(cluster.pids("decode")) == 2,
-            timeout_s=SCALE_UP_S,
+            timeout_s=SCALE_S_MAX,
         )
-        grown_s = time.monotonic() - begun
-    wait_for("one decode worker again", lambda: len(cluster.pids("decode")) == 1)
-    assert grown_s <= SCALE_UP_S
+    wait_for(
+        "one decode worker again",
+        lambda: len(cluster.pids("decode")) == 1,
+        timeout_s=SCALE_S_MAX,
+    )
     assert load.done
     _assert_all_whole(load)
 

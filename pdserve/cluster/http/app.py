@@ -44,6 +44,9 @@ SNAPSHOT_WAIT_S = 2.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Snapshot = Callable[[], Awaitable[Mapping[str, Any]]]
+Assign = Callable[[str, str], Awaitable[str]]
+"""Worker and role; why it cannot be, or nothing."""
+
 StoreFigures = Callable[[Mapping[str, Any]], Awaitable[bytes]]
 
 
@@ -55,6 +58,8 @@ def create_app(
     snapshot: Snapshot | None = None,
     stores: StoreFigures | None = None,
     recording: Snapshot | None = None,
+    operations: Mapping[str, Snapshot] | None = None,
+    assign: Assign | None = None,
     doorkeeper: Doorkeeper | None = None,
 ) -> FastAPI:
     """The application around ``session``.
@@ -64,6 +69,8 @@ def create_app(
         snapshot: the router's figures, for ``/metrics`` and ``/cluster/status``.
         stores: what the stores named there say for ``/metrics``, in its format.
         recording: what has arrived since it was last asked, for ``/cluster/recording``.
+        operations: what else the router answers, by its path.
+        assign: for ``/cluster/role``.
         doorkeeper: to share with the gRPC front; None: everybody is let in.
     """
     app = FastAPI(title="pdserve", version=version())
@@ -82,6 +89,10 @@ def create_app(
     _add_operations(app, snapshot, stores)
     if recording is not None:
         _add_answer(app, "/cluster/recording", recording)
+    for path, ask in (operations or {}).items():
+        _add_answer(app, path, ask)
+    if assign is not None:
+        _add_role(app, assign, config)
     return app
 
 
@@ -222,6 +233,21 @@ def _add_answer(app: FastAPI, path: str, ask: Snapshot) -> None:
             raise HTTPException(
                 503, f"the router did not answer within {SNAPSHOT_WAIT_S:g} s; try again"
             ) from None
+
+
+def _add_role(app: FastAPI, assign: Assign, config: GatewayConfig) -> None:
+    @app.post("/cluster/role")
+    async def role(request: Request) -> Response:
+        body = await read_object(request, config.body_bytes_max)
+        values = [body.get(name) for name in ("worker", "role")]
+        for name, value in zip(("worker", "role"), values, strict=True):
+            if not isinstance(value, str) or not value:
+                raise InvalidField(name, "is missing, or no text")
+        async with asyncio.timeout(SNAPSHOT_WAIT_S):
+            refused = await assign(*map(str, values))
+        if refused:
+            raise InvalidField("role", refused)
+        return JSONResponse({"worker": values[0], "role": values[1]})
 
 
 def _body_schema(body: type[BaseModel]) -> dict[str, Any]:

@@ -219,9 +219,7 @@ def test_the_tenant_is_the_key_s(file: Path, time: Time) -> None:
     assert session.calls[0].tenant == "team"
 
 
-def test_every_path_but_the_health_checks_and_the_console_needs_a_key(
-    file: Path, time: Time
-) -> None:
+def test_every_path_but_health_and_console_needs_a_key(file: Path, time: Time) -> None:
     app, session = served(file, time)
     for route in app.routes:
         for method in route.methods - {"HEAD"}:

@@ -16,7 +16,7 @@ from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
 from pdserve.errors import ConfigError
 from pdserve.messages import Role
 from pdserve.router.costs import believed
-from pdserve.settings import load
+from pdserve.settings import from_tree, load
 from pdserve.simulator.result import Result
 from pdserve.simulator.run import simulate
 from pdserve.simulator.settings import Death, Noise, SimulationSettings, Slowdown
@@ -163,3 +163,29 @@ def test_another_recording_is_not_appended(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="another recording"):
         record_command._fetch_all(fetch, out, None)
     assert out.getvalue() == HEADER
+
+
+def test_scaling_pools_are_shown_beside_static_ones_of_the_same_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "burst.jsonl"
+    asked = '"input_length": 3000, "output_length": 20, "hash_ids": []'
+    lines = [
+        f'{{"timestamp": {at_ms}, {asked}}}'
+        for at_ms in (*range(0, 60_000, 2000), *range(60_000, 90_000, 250))
+    ]
+    trace.write_text("\n".join(lines) + "\n")
+    pools = {"prefill": {"replicas_max": 4}, "decode": {"replicas_max": 2}}
+    config = from_tree({"router": {"prefill_tokens_per_s": 3000}, **pools})
+    wish = Wish(autoscale=True, start_s=3.0)
+    run_simulations(trace, config, wish, json_file=tmp_path / "out.json")
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert cases[0]["policy"] == "skip_join"
+    assert cases[1]["policy"].endswith(" static")
+    assert cases[0]["counters"]["autoscaling_prefill_most"] > 1
+    assert cases[0]["finished"] == len(lines)
+    assert "skip_join, scaling" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no pool may scale"):
+        run_simulations(trace, from_tree({}), wish)
+    with pytest.raises(ConfigError, match="start_s is -1"):
+        run_simulations(trace, config, Wish(autoscale=True, start_s=-1.0))

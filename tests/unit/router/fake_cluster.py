@@ -8,12 +8,13 @@ A worker of either role has prompts that it computes and streams that it decodes
 is the router's choice. A prompt whose route ends where it begins becomes a stream there.
 """
 
+import contextlib
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pdserve.clock import MS
-from pdserve.errors import ErrorInfo
+from pdserve.errors import ConfigError, ErrorInfo
 from pdserve.ids import RequestId, TicketId, WorkerId
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import (
@@ -37,6 +38,7 @@ from pdserve.messages import (
 )
 from pdserve.router import planner
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
+from pdserve.router.duties import Duty
 from pdserve.router.fleet import HELD_MAX
 from pdserve.router_config import RouterConfig
 from tests.unit.router import build
@@ -181,6 +183,10 @@ class FakeCluster:
     def pass_time(self, elapsed_ms: int) -> None:
         self.now_ns += elapsed_ms * MS
         self._carry_out(self.core.on_tick(self.now_ns))
+
+    def switch(self, worker: str, duty: Duty) -> None:
+        with contextlib.suppress(ConfigError):  # the mode, or the last of its role
+            self._carry_out(self.core.assign(WorkerId(worker), duty, self.now_ns))
 
     def obey(self, worker: str) -> None:
         """The worker reads its oldest command."""
@@ -370,6 +376,8 @@ class FakeCluster:
         ends = ("finished", "refused", "lost", "cancelled", "replaced")
         assert counters["arrived"] == sum(counters[end] for end in ends) + len(state.entries)
         for worker in state.fleet.all():
+            if worker.id in state.vacating:
+                continue
             assert len(worker.prompts) <= (HELD_MAX if worker.prefills else 0)
             assert len(worker.streams) <= (RUNNING_MAX if worker.decodes else 0)
         self._check_nobody_waits_beside_idle_workers()
@@ -385,15 +393,16 @@ class FakeCluster:
         """But for those who were bound on arrival, or wait for a better worker for a moment."""
         state = self.core.state
         idle = {
-            role: any(
-                not w.held and w.running + w.waiting == 0 and not w.draining
+            role: [
+                w
                 for w in state.fleet.of(role)
-            )
+                if not w.held and w.running + w.waiting == 0 and not w.draining
+            ]
             for role in Role
         }
-        can_start = idle[Role.DECODE]
+        can_start = any(w.prefills for w in idle[Role.DECODE])  # unless its role is to decode alone
         if self.settings.mode == "disaggregated":
-            can_start &= idle[Role.PREFILL]
+            can_start = bool(idle[Role.DECODE] and idle[Role.PREFILL])
         waiting = [entry for entry in state.entries.values() if entry.phase is Phase.QUEUED]
         eager = [e for e in waiting if e.deferred_ns is None and e.bound_to is None]
         assert not (can_start and eager), "idle workers, and somebody waits"
@@ -401,7 +410,8 @@ class FakeCluster:
     def settle(self) -> None:
         """Let everything come to its end; then nothing may be left of it."""
         for role in Role:
-            if not any(w.hello.role is role and not w.draining for w in self.workers.values()):
+            there = self.core.state.fleet.of(role)
+            if all(self.workers[worker.id].draining for worker in there):
                 self.join(role)
         for _ in range(10_000):
             while self.lost:
@@ -419,6 +429,8 @@ class FakeCluster:
         assert not self.tickets, "blocks of parked requests stay pinned for ever"
         for known in self.core.state.fleet.all():
             assert (len(known.held), known.reserved_blocks, known.context_tokens) == (0, 0, 0)
+        self.pass_time(2000)
+        assert not self.core.state.vacating
 
     def _busy(self) -> bool:
         return any(w.inbox or w.outbox or w.jobs or w.arriving for w in self.workers.values())

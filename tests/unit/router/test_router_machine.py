@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from pdserve.messages import Role, ServiceClass
+from pdserve.router.duties import Duty
 from pdserve.router_config import Placement
 from tests.unit.router.fake_cluster import FakeCluster
 
@@ -121,6 +122,11 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(choice=CHOICES)
     def drain(self, choice: int) -> None:
         self.cluster.drain(self._worker(choice))
+
+    @precondition(_has_workers)
+    @rule(choice=CHOICES, duty=st.sampled_from(Duty))
+    def switch(self, choice: int, duty: Duty) -> None:
+        self.cluster.switch(self._worker(choice), duty)
 
     @precondition(_has_workers)
     @rule(choice=CHOICES)

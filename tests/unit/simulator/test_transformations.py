@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from pdserve.simulator.transformations import (
     scale_to_load,
     spread,
     tick_ns,
+    tides,
 )
 
 
@@ -98,3 +100,20 @@ def test_merged_traces_are_one_in_order() -> None:
     arrivals = [request.arrival_ns for request in both.requests]
     assert arrivals == sorted(arrivals)
     assert sizes(both) == Counter({1: 20, 2: 20})
+
+
+def test_tides_keep_all_requests_in_order_and_change_the_pace_as_said() -> None:
+    even = Trace(tuple(TraceRequest(n * S, 10, 10) for n in range(2000)), 16, "even")
+    moved = tides(even, low=0.5, high=2.0, period_s=400.0)
+    instants = [request.arrival_ns for request in moved.requests]
+    assert instants == sorted(instants)
+    assert instants[0] == 0
+    assert [replace(r, arrival_ns=0) for r in moved.requests] == [
+        replace(r, arrival_ns=0) for r in even.requests
+    ]
+    tide = [instant for instant in instants if instant < 400 * S]
+    assert abs(len(tide) - 400 * 1.25) <= 2, "on average 1.25 times as many"
+    slack = sum(instant < 40 * S for instant in instants)
+    flood = sum(180 * S <= instant < 220 * S for instant in instants)
+    assert 20 <= slack <= 24
+    assert 77 <= flood <= 80

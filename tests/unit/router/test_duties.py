@@ -1,0 +1,115 @@
+"""Role switches: new work goes elsewhere at once, former work is called back and goes on."""
+
+from dataclasses import replace
+
+import pytest
+
+from pdserve.clock import S
+from pdserve.errors import ConfigError
+from pdserve.ids import WorkerId
+from pdserve.lifecycle import Event
+from pdserve.messages import Role
+from pdserve.router.duties import Duty
+from tests.unit.router.build import core_with, handoff, hello, request, settings, told
+
+
+def test_streams_of_a_worker_that_prefills_from_now_on_resume_elsewhere() -> None:
+    core, (p0, d0, _) = core_with(hello("p0"), hello("d0"), hello("d1"))
+    first, second = request("r1", 40), request("r2", 40)
+    core.on_submit(first, 0)
+    core.on_submit(second, 0)
+    assert core.state.entries[first.request].decode == "d0"
+    p0.event(first, Event.PREFILL_DONE)
+    d0.event(first, Event.ADOPTED)
+    said = told(core.assign(WorkerId("d0"), Duty.PREFILL, 0))
+    assert "d0 <- preempt r1" in said
+    parked = core.on_parked(handoff(first, d0.hello), WorkerId("d0"), 0)
+    assert told(parked) == ["d1 <- resume r1, decode d1"]
+    core.state.check()
+    # Now both prefill: who comes is sent where nobody is.
+    d0.report()
+    third = request("r3", 600)
+    assert any(
+        line.startswith("d0 <- dispatch r3, decode d1") for line in told(core.on_submit(third, 0))
+    )
+    core.state.check()
+    assert core.state.counters["lost"] == 0
+
+
+def test_prompts_of_a_worker_that_decodes_from_now_on_go_back_to_the_queue() -> None:
+    core, (p0, p1, _) = core_with(hello("p0"), hello("p1"), hello("d0"))
+    asked = [request(f"r{index}", 500) for index in range(2)]
+    for one in asked:
+        core.on_submit(one, 0)
+    there = list(core.state.fleet.at(0).prompts)
+    said = told(core.assign(WorkerId("p0"), Duty.DECODE, 0))
+    assert said == [f"p0 <- preempt {there[0]}"]
+    back = next(one for one in asked if one.request == there[0])
+    p0.event(back, Event.PREEMPTED, computed_tokens=128)
+    core.state.check()
+    assert core.state.entries[back.request].prefill != "p0"
+    other = next(one for one in asked if one is not back)
+    again = told(p1.event(other, Event.PREFILL_DONE))
+    assert any(line.startswith(f"p1 <- dispatch {back.request}") for line in again)
+    assert not core.state.vacating
+
+
+def test_who_does_not_heed_a_call_is_called_again_a_second_later() -> None:
+    core, (p0, d0, _) = core_with(hello("p0"), hello("d0"), hello("d1"))
+    one = request("r1", 40)
+    core.on_submit(one, 0)
+    assert told(core.assign(WorkerId("d0"), Duty.PREFILL, 0)) == [], "it is on its way there"
+    p0.event(one, Event.PREFILL_DONE)
+    d0.event(one, Event.ADOPTED, now_ns=S // 2)
+    assert told(core.on_tick(S)) == ["d0 <- preempt r1"]
+    assert told(core.on_tick(S + S // 2)) == []
+    assert told(core.on_tick(2 * S)) == ["d0 <- preempt r1"]
+    d0.event(one, Event.ENDED, now_ns=2 * S)
+    core.on_tick(3 * S)
+    assert not core.state.vacating
+
+
+@pytest.mark.parametrize(
+    ("mode", "worker", "duty", "problem"),
+    [
+        ("disaggregated", "p0", Duty.DECODE, "p0 is the only worker that prefills"),
+        ("disaggregated", "d0", Duty.PREFILL, "d0 is the only worker that decodes"),
+        ("disaggregated", "d0", Duty.BOTH, "needs router.mode auto"),
+        ("aggregated", "d0", Duty.PREFILL, "every worker does both"),
+        ("disaggregated", "d7", Duty.PREFILL, "'d7', which is not there; there are d0, p0"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    mode: str, worker: str, duty: Duty, problem: str
+) -> None:
+    config = replace(settings(), mode=mode)  # type: ignore[arg-type]
+    core, _ = core_with(hello("p0"), hello("d0"), config=config)
+    with pytest.raises(ConfigError, match=problem):
+        core.assign(WorkerId(worker), duty, 0)
+    assert core.state.counters["role_switches"] == 0
+    core.state.check()
+
+
+def test_in_auto_mode_a_worker_keeps_to_its_role_until_it_has_both_again() -> None:
+    core, _ = core_with(
+        hello("p0"), hello("d0"), hello("d1"), config=replace(settings(), mode="auto")
+    )
+    worker = core.state.fleet.get(WorkerId("d1"))
+    assert worker is not None
+    core.assign(WorkerId("d1"), Duty.PREFILL, 0)
+    assert (worker.hello.role, worker.prefills, worker.decodes) == (Role.PREFILL, True, False)
+    core.assign(WorkerId("d1"), Duty.DECODE, 0)
+    assert (worker.hello.role, worker.prefills, worker.decodes) == (Role.DECODE, False, True)
+    core.assign(WorkerId("d1"), Duty.BOTH, 0)
+    assert (worker.hello.role, worker.prefills, worker.decodes) == (Role.DECODE, True, True)
+    core.state.check()
+
+
+def test_pools_are_told_apart_from_roles() -> None:
+    core, _ = core_with(hello("p0"), hello("d0"), hello("d1"))
+    core.assign(WorkerId("d1"), Duty.PREFILL, 0)
+    shown = {w.worker: (w.role, w.pool) for w in core.snapshot(0).workers}
+    assert shown[WorkerId("d1")] == (Role.PREFILL, Role.DECODE)
+    seen = core.observation(0)
+    assert (seen.prefill.workers, seen.prefill.lent) == (2, 1)
+    assert (seen.decode.workers, seen.decode.lent) == (1, -1)

@@ -87,6 +87,14 @@ simulate-faults: setup-dev  ## the whole cluster in virtual time, 10,000 seeds o
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90, sm_100; needs no GPU
 	@env -u TRITON_INTERPRET $(BIN)/python -m pdserve.model.kernels.compile_all
 
+clients: setup-dev  ## LiteLLM, LangChain and Pydantic AI beside us, and their tests
+	@# An environment each: together pip looks for versions that suit all of them, for very long.
+	@for client in "litellm litellm mcp" "langchain langchain-openai" "pydantic_ai pydantic-ai-slim[openai]"; do \
+		set -- $$client; place=.venv-clients/$$1; shift; \
+		$(PYTHON) -m venv $$place && $$place/bin/pip install -q --upgrade "$$@" || exit 1; \
+	done
+	@$(PYTEST) tests/clients
+
 golden: setup-dev  ## rewrite the golden traces; look at the diff
 	@GOLDEN=rewrite $(PYTEST) tests/golden
 
@@ -102,4 +110,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint kernels golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint kernels clients golden proto bench clean

@@ -341,6 +341,19 @@ class GatewayConfig(Checked):
     between ``<think>`` and ``</think>``; with ``deepseek_r1`` all before ``</think>``, as those
     models may leave the first tag out. None: the text as it is."""
 
+    responses_redis: str | None = None
+    """Keep the responses of ``/v1/responses`` in this Redis, where every gateway finds them, as
+    ``redis://host:6379/0``. None: in the memory of the gateway that made them."""
+
+    responses_keep_s: float = 24 * 3600.0
+    """How long they are kept at most."""
+
+    responses_max: int = 10_000
+    """How many are kept in memory; the oldest give way."""
+
+    responses_bytes_max: int = 64 * MiB
+    """Of all that are kept in memory; in Redis, of one."""
+
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
             "replicas",
@@ -350,6 +363,7 @@ class GatewayConfig(Checked):
             "write_timeout_s",
             "n_max",
         )
+        yield from self._positive("responses_keep_s", "responses_max", "responses_bytes_max")
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "tls_certificate and tls_key belong together; set both or none"
         if self.tls_client_authority is not None and self.tls_certificate is None:

@@ -71,6 +71,19 @@ class InvalidField(RequestError):
         self.field = field
 
 
+class ConflictingFields(InvalidField):
+    """Each field is as it must be, but not beside the others."""
+
+    kind = "conflicting_fields"
+
+
+class UnusableValue(InvalidField):
+    """Of the right type and size, and yet nothing can be done with it: a schema that nothing
+    follows, a text that should hold JSON."""
+
+    kind = "unusable_value"
+
+
 class PromptTooLong(RequestError):
     kind = "context_length_exceeded"
 

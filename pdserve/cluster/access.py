@@ -144,6 +144,10 @@ class Doorkeeper:
             self._state = _state(path)
             self._keys = {key.sha256: key for key in read_keys(path)}
 
+    @property
+    def asks_for_keys(self) -> bool:
+        return self._path is not None
+
     def admit(self, secret: str | None, *, admin: bool = False, counts: bool = True) -> Key | None:
         """The key of who asks; None where no keys are needed.
 

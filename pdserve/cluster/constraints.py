@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pdserve.cluster.parameters import Parameters, shown
-from pdserve.errors import ConstraintFailed, InvalidField
+from pdserve.errors import ConflictingFields, ConstraintFailed, InvalidField, UnusableValue
 from pdserve.messages import Constraint, ConstraintKind
 from pdserve.text.grammar import Grammars
 
@@ -60,9 +60,9 @@ async def check(grammars: Grammars, parameters: Parameters) -> None:
         async with asyncio.timeout(CHECK_S_MAX):
             await loop.run_in_executor(_threads, grammars.check, constraint)
     except ConstraintFailed as error:
-        raise InvalidField(field, f"cannot be followed: {error}") from None
+        raise UnusableValue(field, f"cannot be followed: {error}") from None
     except TimeoutError:
-        raise InvalidField(
+        raise UnusableValue(
             field, f"takes more than {CHECK_S_MAX:g} s to compile; make it simpler"
         ) from None
 
@@ -75,7 +75,7 @@ def constraint_of(said: Mapping[str, Any]) -> Wanted | None:
     """
     found = [asked for field, read in _READERS.items() if (asked := _read(field, read, said))]
     if len(found) > 1:
-        raise InvalidField(
+        raise ConflictingFields(
             found[1].field, f"comes beside {found[0].field}; an answer follows one constraint"
         )
     return found[0] if found else None
@@ -87,7 +87,7 @@ def json_schema(field: str, value: Any) -> Wanted:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise InvalidField(field, f"is {shown(value)}, which is not JSON") from None
+            raise UnusableValue(field, f"is {shown(value)}, which is not JSON") from None
     if not isinstance(value, dict | bool):
         raise InvalidField(field, f"is {shown(value)}, must be a JSON schema")
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -152,7 +152,7 @@ def structured_outputs(field: str, value: Any) -> Wanted:
     if not isinstance(value, dict):
         raise InvalidField(field, f"is {shown(value)}, must be an object")
     for name, item in value.items():
-        if name not in _KINDS and item not in (None, False):
+        if name not in _KINDS and item is not None and item is not False:
             raise InvalidField(
                 f"{field}.{shown(name)[1:-1]}",
                 f"is not supported, must be one of {', '.join(_KINDS)}",

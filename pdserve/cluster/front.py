@@ -92,6 +92,7 @@ class Front:
     async def stop(self) -> None:
         if self._keeping is not None:
             self._keeping.cancel()
+        await self.app.state.responses.close()
         if self._grpc is not None:
             await self._grpc.stop()
         if self._http is not None and self._serving is not None:

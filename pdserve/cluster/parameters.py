@@ -12,7 +12,13 @@ from types import MappingProxyType
 
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.pinning import lifetime_ms_of
-from pdserve.errors import InvalidField, PromptTooLong, UnknownModel
+from pdserve.errors import (
+    ConflictingFields,
+    InvalidField,
+    PromptTooLong,
+    UnknownModel,
+    UnusableValue,
+)
 from pdserve.messages import Beams, Constraint, Sampling, ServiceClass, Stop
 
 DEFAULT_TENANT = "default"
@@ -121,12 +127,12 @@ def call_of(
     best_of = None if beams else drawn_count(parameters, limits)
     sampling = sampling_of(parameters, limits)
     if beams and parameters.constraint is not None:
-        raise InvalidField(
+        raise ConflictingFields(
             parameters.constraint_field,
             "is not followed by a beam search; leave it out, or use_beam_search",
         )
     if stream and (beams or best_of):
-        raise InvalidField(
+        raise ConflictingFields(
             "use_beam_search" if beams else "best_of",
             "has its answers when all are complete, which cannot be streamed; set stream to false",
         )
@@ -184,7 +190,9 @@ def drawn_count(parameters: Parameters, limits: Limits) -> int | None:
     if parameters.best_of is None or parameters.best_of == n:
         return None
     if parameters.best_of < n:
-        raise InvalidField("best_of", f"is {shown(parameters.best_of)}, must be at least n, {n}")
+        raise ConflictingFields(
+            "best_of", f"is {shown(parameters.best_of)}, must be at least n, {n}"
+        )
     return _whole("best_of", parameters.best_of, n, n, limits.n_max)
 
 
@@ -199,14 +207,14 @@ def beams_of(parameters: Parameters, limits: Limits) -> Beams | None:
         for name, default in (("length_penalty", 1), ("early_stopping", False)):
             if getattr(p, name) not in (None, default):
                 problem = f"is {shown(getattr(p, name))}, which needs use_beam_search to be true"
-                raise InvalidField(name, problem)
+                raise ConflictingFields(name, problem)
         return None
     drawing = (("temperature", 0), ("top_p", 1), ("top_k", 0), ("min_p", 0))
     for name, off in drawing:
         value = getattr(p, name)
         if value not in (None, off) and (name, value) != ("top_k", -1):
             problem = f"is {shown(value)}, but a beam search draws nothing; leave it out"
-            raise InvalidField(name, f"{problem} or set it to {off}")
+            raise ConflictingFields(name, f"{problem} or set it to {off}")
     if p.early_stopping not in (None, False, True, "never"):
         raise InvalidField(
             "early_stopping", f'is {shown(p.early_stopping)}, must be true, false or "never"'
@@ -215,7 +223,7 @@ def beams_of(parameters: Parameters, limits: Limits) -> Beams | None:
     width = drawn_count(p, limits) or n
     if width > BEAM_WIDTH_MAX:
         name = "n" if p.best_of is None else "best_of"
-        raise InvalidField(name, f"is {width}, at most {BEAM_WIDTH_MAX} beams are allowed")
+        raise ConflictingFields(name, f"is {width}, at most {BEAM_WIDTH_MAX} beams are allowed")
     return Beams(
         width,
         n,
@@ -250,14 +258,15 @@ def pin_ms_of(parameters: Parameters) -> int | None:
         return None
     lifetime_ms = lifetime_ms_of(text)
     if lifetime_ms is None or lifetime_ms > PIN_MS_MAX:
-        raise InvalidField(
-            "prompt_cache_retention", f"is {text!r}; in_memory or a time up to 24h, as 30m, will do"
+        raise UnusableValue(
+            "prompt_cache_retention",
+            f"is {shown(text)}; in_memory or a time up to 24h, as 30m, will do",
         )
     return lifetime_ms
 
 
 def service_class_of(parameters: Parameters) -> ServiceClass:
-    tier = parameters.service_tier or "auto"
+    tier = "auto" if parameters.service_tier is None else parameters.service_tier
     if tier not in SERVICE_TIERS:
         raise InvalidField(
             "service_tier", f"is {shown(tier)}, must be one of {', '.join(SERVICE_TIERS)}"
@@ -318,9 +327,14 @@ def stop_of(
             limits.context_tokens,
         ),
     )
+    min_tokens = _whole("min_tokens", parameters.min_tokens, 0, 0, limits.context_tokens)
+    if min_tokens > max_tokens:
+        raise ConflictingFields(
+            "min_tokens", f"is {min_tokens}, and {max_tokens} tokens are generated at most"
+        )
     return Stop(
         max_tokens=max_tokens,
-        min_tokens=_whole("min_tokens", parameters.min_tokens, 0, 0, max_tokens),
+        min_tokens=min_tokens,
         ignore_eos=bool(parameters.ignore_eos),
         token_ids=_stop_tokens(parameters.stop_token_ids, limits.vocab_size),
         strings=_stop_strings(parameters.stop),

@@ -19,6 +19,8 @@ from pdserve.wire.hosts import local_host_id
 
 log = logging.getLogger(__name__)
 
+DIGITS_MAX = 12
+
 UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 WAITING_MAX = 256
@@ -30,7 +32,9 @@ ANSWER_S = 2.0
 def lifetime_ms_of(text: str) -> int | None:
     """Of a time as 90s, 30m, 24h or 7d; None: it is none."""
     count, unit = text[:-1], text[-1:]
-    if not (count.isascii() and count.isdecimal()) or int(count) == 0 or unit not in UNITS_MS:
+    if not (count.isascii() and count.isdecimal() and len(count) <= DIGITS_MAX):
+        return None
+    if int(count) == 0 or unit not in UNITS_MS:
         return None
     return int(count) * UNITS_MS[unit]
 

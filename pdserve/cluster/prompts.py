@@ -11,7 +11,7 @@ from typing import Any
 
 from pdserve.cluster.calls import Session
 from pdserve.cluster.parameters import check_tokens, shown
-from pdserve.errors import InvalidField
+from pdserve.errors import InvalidField, UnusableValue
 
 INLINE_CHARACTERS_MAX = 8192
 """About 3 ms of tokenising: what may be done on the event loop."""
@@ -47,12 +47,16 @@ async def text_prompt(
         tokens = await asyncio.to_thread(
             session.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
-    return _not_empty(tokens, field)
+    if not tokens:
+        raise UnusableValue(field, "has no token, must have at least one")
+    return tuple(tokens)
 
 
 def token_prompt(session: Session, tokens: Sequence[int], *, field: str) -> tuple[int, ...]:
     check_tokens(field, tokens, session.tokenizer.vocab_size)
-    return _not_empty(tokens, field)
+    if not tokens:
+        raise InvalidField(field, "is empty, must hold at least one token")
+    return tuple(tokens)
 
 
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -73,9 +77,11 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidField(f"{where}.role", f"is {shown(role)}, must be one of {', '.join(ROLES)}")
     content = message.get("content")
-    if role == "assistant" and message.get("tool_calls"):
-        content = content or ""  # an assistant that called a tool need not have said anything
-        message = {**message, "tool_calls": _calls(f"{where}.tool_calls", message["tool_calls"])}
+    if message.get("tool_calls") is not None:  # whoever's: templates look at them without asking
+        calls = _calls(f"{where}.tool_calls", message["tool_calls"])
+        message = {**message, "tool_calls": calls}
+        if calls and content is None and role == "assistant":
+            content = ""  # an assistant that called a tool need not have said anything
     # The developer role is OpenAI's newer word for system; templates know the older one.
     known = {"role": "system" if role == "developer" else role}
     return {**message, **known, "content": _text(f"{where}.content", content)}
@@ -94,12 +100,15 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         raise InvalidField(
             where, f"is {shown(function)}, must be an object with name and arguments"
         )
-    arguments = function.get("arguments") or {}
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str | Mapping | None):
+        raise InvalidField(f"{where}.arguments", f"is {shown(arguments)}, must be JSON in a text")
+    arguments = arguments or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            raise InvalidField(
+            raise UnusableValue(
                 f"{where}.arguments", f"is {shown(arguments)}, which is not JSON"
             ) from None
     return {**call, "function": {**function, "arguments": arguments}}
@@ -122,9 +131,3 @@ def _part(where: str, part: Any) -> str:
     if not isinstance(part.get("text"), str):
         raise InvalidField(f"{where}.text", f"is {shown(part.get('text'))}, must be text")
     return str(part["text"])
-
-
-def _not_empty(tokens: Sequence[int], field: str) -> tuple[int, ...]:
-    if not tokens:
-        raise InvalidField(field, "is empty, must hold at least one token")
-    return tuple(tokens)

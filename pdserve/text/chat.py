@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pdserve.errors import ConfigError, InvalidField
+from pdserve.errors import ConfigError, InvalidField, UnusableValue
 from pdserve.text.tokenizer import Tokenizer
 from pdserve.text.tool_prompt import has_tools, written_out
 
@@ -98,7 +98,7 @@ class ChatTemplate:
         }
         for name in arguments or {}:
             if name in given:
-                raise InvalidField(
+                raise UnusableValue(
                     f"chat_template_kwargs.{name}",
                     "is given to every template already; leave it out, and use the request's own "
                     "field where it has one",
@@ -106,7 +106,7 @@ class ChatTemplate:
         try:
             return self._template.render({**given, **(arguments or {})})
         except _TEMPLATE_FAILURES as error:
-            raise InvalidField(
+            raise UnusableValue(
                 "messages", f"the model's chat template does not take them: {error}"
             ) from error
 

@@ -11,7 +11,7 @@ from pdserve.cluster.http import console
 from pdserve.cluster.http.errors import error_response
 from pdserve.errors import PdserveError
 
-OPEN_PATHS = console.PATHS | {"/health", "/ping"}
+OPEN_PATHS = console.PATHS | {"/health", "/ping", "/v2/health/live", "/v2/health/ready"}
 ADMIN_PATHS = "/cluster/"
 
 

@@ -11,9 +11,9 @@ from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
@@ -24,10 +24,12 @@ from pdserve.cluster.http.console import add_console
 from pdserve.cluster.http.errors import error_response, internal_error
 from pdserve.cluster.http.generation import Generation
 from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.http.openapi.bodies import Facts
+from pdserve.cluster.http.openapi.document import document
 from pdserve.cluster.http.request_ids import RequestIds
+from pdserve.cluster.http.responses.keeping import Responses, journals_of
+from pdserve.cluster.http.responses.routes import add_responses
 from pdserve.cluster.http.schemas import (
-    ChatBody,
-    CompletionBody,
     DetokenizeBody,
     TokenizeBody,
     checked,
@@ -36,7 +38,7 @@ from pdserve.cluster.http.vllm_metrics import VllmMetrics
 from pdserve.cluster.parameters import check_model, check_tokens, tenant_of
 from pdserve.cluster.prompts import chat_prompt
 from pdserve.config import GatewayConfig
-from pdserve.errors import InvalidField, PdserveError
+from pdserve.errors import ConflictingFields, InvalidField, PdserveError
 
 SNAPSHOT_WAIT_S = 2.0
 """How long metrics and status wait for the router."""
@@ -83,7 +85,11 @@ def create_app(
     app.add_exception_handler(PdserveError, _tell_error)
     app.add_exception_handler(HTTPException, _tell_error)
     app.add_exception_handler(Exception, _tell_bug)
+    app.state.responses = Responses(
+        session, app.state.metrics, journals_of(config), running_max=config.streams_max
+    )
     _add_generations(app, session, config)
+    add_responses(app, session, config, app.state.responses)
     _add_models(app, session)
     _add_tokenizer(app, session, config)
     _add_operations(app, snapshot, stores)
@@ -93,7 +99,20 @@ def create_app(
         _add_answer(app, path, ask)
     if assign is not None:
         _add_role(app, assign, config)
+    _add_document(app, session, config, keys=doorkeeper is not None and doorkeeper.asks_for_keys)
     return app
+
+
+def _add_document(app: FastAPI, session: Session, config: GatewayConfig, *, keys: bool) -> None:
+    facts = Facts(
+        models=(session.model_name, *session.adapters),
+        context_tokens=session.context_tokens,
+        vocab_size=session.tokenizer.vocab_size,
+        n_max=config.n_max,
+    )
+    paths = [route.path.replace(":path}", "}") for route in app.routes if isinstance(route, Route)]
+    tree = document(facts, version=version(), paths=paths, keys=keys)
+    app.openapi = lambda: tree  # type: ignore[method-assign]
 
 
 def version() -> str:
@@ -106,11 +125,11 @@ def version() -> str:
 def _add_generations(app: FastAPI, session: Session, config: GatewayConfig) -> None:
     metrics: FrontMetrics = app.state.metrics
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))
+    @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
         return Generation(session, config, metrics, operation="chat", ask=chat_asked)
 
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
+    @app.post("/v1/completions")
     async def completions() -> Response:
         return Generation(session, config, metrics, operation="completion", ask=completion_asked)
 
@@ -142,13 +161,13 @@ def _add_models(app: FastAPI, session: Session) -> None:
 def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> None:
     tokenizer = session.tokenizer
 
-    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeBody))
+    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = checked(TokenizeBody, await read_object(request, config.body_bytes_max))
         adapter = check_model(body.model, session)
         ways = body.prompt, body.messages, body.prompt_token_ids
         if sum(way is not None for way in ways) != 1:
-            raise InvalidField(
+            raise ConflictingFields(
                 "prompt", "is one way, messages and prompt_token_ids are others; send one of them"
             )
         if body.prompt_token_ids is not None:
@@ -182,7 +201,7 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
             answer["block_keys"] = [key.hex() for key in keys]
         return JSONResponse(answer)
 
-    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeBody))
+    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = checked(DetokenizeBody, await read_object(request, config.body_bytes_max))
         check_model(body.model, session)
@@ -190,12 +209,41 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
         return JSONResponse({"prompt": text})
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What clients that tokenise for themselves look for, in the words of transformers."""
+        begin, ends = tokenizer.bos_token_id, tokenizer.eos_token_ids
+        end = tokenizer.token_text(ends[0]) if ends else None
+        info = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": session.context_tokens,
+            "bos_token": None if begin is None else tokenizer.token_text(begin),
+            "eos_token": end,
+            "pad_token": end,
+            "chat_template": tokenizer.chat_template,
+        }
+        return JSONResponse(info)
+
 
 def _add_operations(app: FastAPI, snapshot: Snapshot | None, stores: StoreFigures | None) -> None:
     @app.get("/health")
     @app.get("/ping")
+    @app.post("/ping")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
+
+    @app.get("/v2/health/live")
+    async def is_live() -> Response:
+        return JSONResponse({"live": True})
+
+    @app.get("/v2/health/ready")
+    async def is_ready() -> Response:
+        return JSONResponse({"ready": True})
+
+    @app.get("/load")
+    async def load() -> Response:
+        return JSONResponse({"server_load": app.state.metrics.in_flight})
 
     @app.get("/version")
     async def show_version() -> Response:
@@ -250,15 +298,19 @@ def _add_role(app: FastAPI, assign: Assign, config: GatewayConfig) -> None:
         return JSONResponse({"worker": values[0], "role": values[1]})
 
 
-def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
-    schema = body.model_json_schema()
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-async def _tell_error(_: Request, error: Exception) -> Response:
+async def _tell_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PdserveError | HTTPException)
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error.headers = {"allow": ", ".join(_methods(request))}
     return error_response(error)
+
+
+def _methods(request: Request) -> list[str]:
+    """All that this path knows; a route tells of its own alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route.path for route in routes if route.path_regex.match(request.url.path)]
+    methods = [route.methods or () for route in routes if route.path in matching[:1]]
+    return sorted({method for some in methods for method in some})
 
 
 async def _tell_bug(_: Request, __: Exception) -> Response:

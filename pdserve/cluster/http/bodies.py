@@ -19,6 +19,9 @@ from pdserve.errors import InvalidField, RequestError
 BODY_WAIT_S = 30.0
 """How long a client may take to send its body."""
 
+WHOLE_MAX = 2**53
+"""Above it a floating-point number no longer says which whole number was meant."""
+
 NESTING_MAX = 64
 """Levels of objects and lists."""
 
@@ -89,11 +92,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise RequestError(f"the body holds {name}, which is not a JSON number")
 
 
-def _finite(text: str) -> float:
+def _finite(text: str) -> float | int:
+    """To JSON, unlike to Python, 2.0 is a whole number."""
     value = float(text)
     if not math.isfinite(value):
         raise RequestError(f"the body holds the number {shown(text)}, which is too large")
-    return value
+    return int(value) if value.is_integer() and abs(value) <= WHOLE_MAX else value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

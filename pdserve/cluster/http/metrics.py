@@ -105,6 +105,12 @@ class FrontMetrics:
             self._prompt_tokens.inc(meter.prompt_tokens)
             self._cached_tokens.inc(meter.cached_tokens)
 
+    @property
+    def in_flight(self) -> int:
+        """Client calls under way."""
+        samples = (s for family in self._in_flight.collect() for s in family.samples)
+        return round(sum(sample.value for sample in samples))
+
     def render(self, snapshot: Mapping[str, Any] | None = None) -> bytes:
         """The text format, with the router's snapshot where there is one."""
         text = generate_latest(self.registry)

@@ -7,7 +7,8 @@ effect we do not have is refused by ``UNSUPPORTED`` where its value would change
 *constraint* that is silently dropped is a wrong answer; a mere hint is not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from pdserve.cluster.constraints import Wanted, constraint_of
 from pdserve.cluster.parameters import Parameters, shown
-from pdserve.errors import InvalidField
+from pdserve.errors import ConflictingFields, InvalidField
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -98,7 +99,7 @@ class _Generation(Body):
         """``required``: what the answer must be already."""
         wanted = constraint_of(dict(self))
         if required is not None and wanted is not None:
-            raise InvalidField(
+            raise ConflictingFields(
                 wanted.field, "comes beside a required call of a tool; an answer is one of them"
             )
         wanted = wanted or required
@@ -141,7 +142,7 @@ class _Generation(Body):
         """Whether the stream ends with a usage chunk, and whether every chunk has one."""
         options = self.stream_options or {}
         if options and not self.stream:
-            raise InvalidField("stream_options", "is for streams only; set stream to true")
+            raise ConflictingFields("stream_options", "is for streams only; set stream to true")
         wanted = []
         for name in ("include_usage", "continuous_usage_stats"):
             value = options.get(name)
@@ -168,7 +169,7 @@ class ChatBody(_Generation):
 
     def _own_parameters(self) -> dict[str, Any]:
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidField("top_logprobs", "needs logprobs to be true")
+            raise ConflictingFields("top_logprobs", "needs logprobs to be true")
         return {
             "max_completion_tokens": self.max_completion_tokens,
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
@@ -184,7 +185,9 @@ class CompletionBody(_Generation):
 
     def _own_parameters(self) -> dict[str, Any]:
         if self.echo and self.logprobs is not None:
-            raise InvalidField("echo", "with logprobs is not supported: prompts are not scored")
+            raise ConflictingFields(
+                "echo", "with logprobs is not supported: prompts are not scored"
+            )
         return {"logprobs": self.logprobs}
 
 
@@ -207,43 +210,39 @@ class DetokenizeBody(Body):
     tokens: Tokens
 
 
-def _nothing(value: Any, _: Mapping[str, Any]) -> bool:
-    return value in (None, False, "", [], {})
+_NOTHING: Sequence[Any] = (False, "", [], {})
 
-
-def _only(*harmless: Any) -> Callable[[Any, Mapping[str, Any]], bool]:
-    return lambda value, _: value is None or value in harmless
-
-
-UNSUPPORTED: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = MappingProxyType(
+UNSUPPORTED: Mapping[str, Sequence[Any]] = MappingProxyType(
     {
-        "tool_choice": _only("none", "auto"),  # completions only: chats have the field
-        "functions": _nothing,
-        "function_call": _only("none", "auto"),
-        "modalities": _only(["text"]),
-        "audio": _nothing,
-        "web_search_options": lambda value, _: value is None,
-        "suffix": _nothing,
-        "prompt_logprobs": lambda value, _: value is None,
-        "logprob_token_ids": _nothing,
-        "allowed_token_ids": lambda value, _: value is None,
-        "bad_words": _nothing,
-        "truncate_prompt_tokens": lambda value, _: value is None,
-        "continue_final_message": _nothing,
-        "chat_template": lambda value, _: value is None,
-        "chat_template_kwargs": _nothing,  # completions only: chats have the field
-        "documents": _nothing,
-        "spaces_between_special_tokens": _only(True),
-        "thinking_token_budget": lambda value, _: value is None,
-        "repetition_detection": _nothing,
-        "return_tokens_as_token_ids": _nothing,
-        "echo": _nothing,  # chats only: completions have the field
-        "add_special_tokens": _nothing,  # likewise: a chat template writes them itself
-        "cache_salt": _nothing,
-        "kv_transfer_params": _nothing,
+        "tool_choice": ("none", "auto"),  # completions only: chats have the field
+        "functions": _NOTHING,
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": _NOTHING,
+        "web_search_options": (),
+        "suffix": _NOTHING,
+        "prompt_logprobs": (),
+        "logprob_token_ids": _NOTHING,
+        "allowed_token_ids": (),
+        "bad_words": _NOTHING,
+        "truncate_prompt_tokens": (),
+        "continue_final_message": _NOTHING,
+        "chat_template": (),
+        "chat_template_kwargs": _NOTHING,  # completions only: chats have the field
+        "documents": _NOTHING,
+        "spaces_between_special_tokens": (True,),
+        "thinking_token_budget": (),
+        "repetition_detection": _NOTHING,
+        "return_tokens_as_token_ids": _NOTHING,
+        "echo": _NOTHING,  # chats only: completions have the field
+        "add_special_tokens": _NOTHING,  # likewise: a chat template writes them itself
+        "cache_salt": _NOTHING,
+        "kv_transfer_params": _NOTHING,
     }
 )
-"""Fields whose effect we do not have, and which of their values ask for none of it."""
+"""Fields whose effect we do not have, and which of their values beside null ask for none of it."""
+
+_TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 BodyType = TypeVar("BodyType", bound=Body)
 
@@ -255,9 +254,12 @@ def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
         InvalidField: naming the path to the first value of a wrong type, or an unsupported field.
     """
     for name, harmless in UNSUPPORTED.items():
-        if name in tree and name not in kind.model_fields and not harmless(tree[name], tree):
+        if name in kind.model_fields or tree.get(name) is None:
+            continue
+        value = tree[name]
+        if not any(type(value) is type(one) and value == one for one in harmless):
             raise InvalidField(
-                name, f"is {shown(tree[name])}, which this server does not support; leave it out"
+                name, f"is {shown(value)}, which this server does not support; leave it out"
             )
     try:
         return kind.model_validate(tree)
@@ -296,7 +298,7 @@ def _is_token(item: Any) -> bool:
 
 def _token_keys(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+        if not _TOKEN_KEY.fullmatch(key):
             raise InvalidField("logit_bias", f"has the key {shown(key)}, must be a token id")
     return {int(key): value for key, value in bias.items()}
 

@@ -10,16 +10,16 @@ had coming is dropped. Whoever reads a little now and then must drain the transp
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from pdserve.cluster.http.patience import PatientHTTP
 
 SEND_BUFFER_BYTES = 128 * 1024
 """Of a connection in the kernel, which doubles it; of itself it would grow to megabytes."""
 
 
 def cutting(timeout_s: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol, which aborts what cannot be written for ``timeout_s``."""
+    """Our HTTP protocol, which also aborts what cannot be written for ``timeout_s``."""
 
-    class CuttingProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # found at run time
+    class CuttingProtocol(PatientHTTP):
         _cut: asyncio.TimerHandle | None = None
 
         def pause_writing(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pdserve.cluster.constraints import Wanted
 from pdserve.cluster.parameters import shown
-from pdserve.errors import InvalidField
+from pdserve.errors import ConflictingFields, InvalidField
 from pdserve.messages import Constraint, ConstraintKind
 from pdserve.text.tool_calls import CALLS_MAX
 
@@ -82,6 +82,11 @@ def tools_of(tools: Any, choice: Any, parallel: Any) -> Tools | None:
         if choice.get("type") == "allowed_tools":
             allowed, required = _allowed(choice.get("allowed_tools"), known)
         else:
+            if choice.get("type") != "function":
+                raise InvalidField(
+                    "tool_choice.type",
+                    f"is {shown(choice.get('type'))}, must be function or allowed_tools",
+                )
             allowed = [_chosen("tool_choice.function", choice, known)]
             required = named = True
     elif choice is not None and choice not in _CHOICES:
@@ -93,7 +98,7 @@ def tools_of(tools: Any, choice: Any, parallel: Any) -> Tools | None:
     if choice == "none" or (not known and not required):
         return None
     if not allowed:
-        raise InvalidField("tool_choice", "asks for a call, and tools has none; send tools")
+        raise ConflictingFields("tool_choice", "asks for a call, and tools has none; send tools")
     return Tools(
         tuple(known[name] for name in allowed),
         required=required,
@@ -118,7 +123,9 @@ def _checked(tools: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
             )
         name = _name(f"{where}.function.name", function.get("name"))
         if name in known:
-            raise InvalidField(f"{where}.function.name", f"is {shown(name)}, as is another tool's")
+            raise ConflictingFields(
+                f"{where}.function.name", f"is {shown(name)}, as is another tool's"
+            )
         for field, kind, what in (
             ("description", str, "text"),
             ("parameters", dict, "a JSON schema"),
@@ -154,7 +161,7 @@ def _chosen(where: str, tool: Any, known: Mapping[str, Any]) -> str:
         raise InvalidField(where, f"is {shown(function)}, must be an object with a name")
     name = _name(f"{where}.name", function.get("name"))
     if name not in known:
-        raise InvalidField(f"{where}.name", f"is {shown(name)}, which is none of tools")
+        raise ConflictingFields(f"{where}.name", f"is {shown(name)}, which is none of tools")
     return name
 
 

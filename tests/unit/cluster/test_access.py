@@ -219,12 +219,15 @@ def test_the_tenant_is_the_key_s(file: Path, time: Time) -> None:
     assert session.calls[0].tenant == "team"
 
 
+HEALTH_PATHS = ("/health", "/ping", "/v2/health/live", "/v2/health/ready")
+
+
 def test_every_path_but_health_and_console_needs_a_key(file: Path, time: Time) -> None:
     app, session = served(file, time)
     for route in app.routes:
         for method in route.methods - {"HEAD"}:
             status = asked(app, (method, route.path)).status
-            is_open = route.path in ("/health", "/ping") or route.path in console.PATHS
+            is_open = route.path in (*HEALTH_PATHS, *console.PATHS)
             assert status == (200 if is_open else 401), route.path
     assert asked(app, ("GET", "/nowhere")).status == 401
     assert asked(app, ("GET", "/health/")).status == 401

@@ -1,0 +1,1 @@
+"""Run by the clients' own Python: nothing of ours is imported here."""

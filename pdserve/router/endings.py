@@ -49,11 +49,15 @@ def lose(
     Args:
         implicated, alone: as in ``Lost``.
     """
+    # With whom it was to be resumed: its ticket may be unused, and is its writer's, who lives.
+    resumed = entry.resumed if entry.decode == worker else None
     commands: list[Command] = [
         command
         for command in drop(state, entry, Event.WORKER_LOST, "lost", now_ns)
         if not (isinstance(command, ToWorker) and command.worker == worker)
     ]
+    if resumed is not None:
+        commands += free_ticket(state, resumed, but=worker)
     lost = Lost(entry.id, entry.request.attempt, worker, implicated, alone)
     return [*commands, ToGateway(entry.request.reply_to, lost)]
 
@@ -106,11 +110,14 @@ def lose_storeless(state: RouterState, now_ns: int) -> list[Command]:
     return commands
 
 
-def free_ticket(state: RouterState, handoff: Handoff) -> list[Command]:
+def free_ticket(
+    state: RouterState, handoff: Handoff, *, but: WorkerId | None = None
+) -> list[Command]:
     """Nobody will resume this. Preferably not at a worker that drains, which might hand it back
-    before it reads the cancel, nor where a later attempt is to run."""
+    before it reads the cancel, nor where a later attempt is to run; never at ``but``, which is
+    lost."""
     request = handoff.request
-    workers = [worker for worker in state.fleet.all() if worker.decodes]
+    workers = [worker for worker in state.fleet.all() if worker.decodes and worker.id != but]
     if not workers:
         state.orphans.append(handoff)
         return []

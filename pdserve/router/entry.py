@@ -41,6 +41,7 @@ class Entry:
     adopted_ns: int = 0
     generated_tokens: int = 0  # by reports; of all attempts together
     handoff: Handoff | None = None  # while parked
+    resumed: Handoff | None = None  # after that, until decode has adopted it
     decisions: tuple[Decision, ...] = ()
 
     @property

@@ -291,6 +291,7 @@ class RouterState:
         """From now on decode's own reports count its blocks."""
         entry.phase = advance(entry.phase, Event.ADOPTED)
         entry.adopted_ns = now_ns
+        entry.resumed = None
         self._release_blocks(entry)
 
     def attained(self, entry: Entry, generated_tokens: int) -> None:
@@ -304,7 +305,7 @@ class RouterState:
     def park(self, entry: Entry, handoff: Handoff, now_ns: int) -> None:
         entry.phase = advance(entry.phase, Event.PARKED)
         self._release(entry, now_ns)
-        entry.handoff = handoff
+        entry.handoff, entry.resumed = handoff, None
         entry.parked_count += 1
         entry.preempting = False
         entry.queued_at_ns = now_ns
@@ -318,7 +319,7 @@ class RouterState:
         assert handoff is not None
         entry.phase = advance(entry.phase, Event.RESUMED)
         del self.parked[entry.id]
-        entry.handoff = None
+        entry.handoff, entry.resumed = None, handoff
         self._bind(entry, decode, tokens=handoff.length)
         self.counters["resumes"] += 1
         self._decide(
@@ -443,6 +444,7 @@ class RouterState:
             if isinstance(order, SkipJoin) and entry.phase is Phase.PREFILLING:
                 order.check_level(entry)
             assert (entry.handoff is not None) == (entry.phase is Phase.PARKED)
+            assert entry.resumed is None or entry.phase is Phase.HANDING_OFF
             assert (entry.prefill is not None) == (entry.phase is Phase.PREFILLING)
             assert (entry.decode is None) == (entry.phase in (Phase.QUEUED, Phase.PARKED))
             prefills = [w.id for w in self.fleet.all() if entry.id in w.prompts]

@@ -9,6 +9,8 @@ from tests.simulation.store import StoreNode
 from tests.simulation.world import Place, World
 
 HOUR_MS = 3_600_000
+HANG_NS = 2 * S
+"""Longer than a router may be silent, and shorter than until a leader looks who leads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,24 @@ def _kill(*prefixes: str) -> Callable[[World, int], None]:
     return kill
 
 
+def _kill_leader(world: World, _: int) -> None:
+    for place in world.leaders():
+        world.kill(place)
+
+
 def _stop(world: World, span_ns: int) -> None:
     place = _some(world, "")
-    if place is None or place.process.stopped:
+    if place is not None:
+        _stop_one(world, place, span_ns)
+
+
+def _stop_leader(world: World, span_ns: int) -> None:
+    for place in world.leaders():
+        _stop_one(world, place, span_ns)
+
+
+def _stop_one(world: World, place: Place, span_ns: int) -> None:
+    if place.process.stopped:
         return
     process = place.process
     world.note(f"STOP {process} for {span_ns // MS} ms")
@@ -163,6 +180,30 @@ def _jump(world: World, _: int) -> None:
         world.note(f"JUMP {place.process} by {place.process.clock_offset_ms // 60_000} minutes")
 
 
+def _two_leaders(world: World, span_ns: int) -> None:
+    """A leader hangs until it is succeeded and comes back; before it has heard of its successor
+    that one dies. Whoever the successor led finds the old one, which must not take them so."""
+    leaders = world.leaders()
+    if len(leaders) != 1 or world.shape.routers < 2:
+        return
+    old = leaders[0]
+    _stop_one(world, old, HANG_NS)
+
+    def kill_successor() -> None:
+        if not world.is_healed:
+            for place in world.leaders():
+                if place is not old:
+                    world.kill(place)
+
+    dies_ns = world.loop.now_ns + HANG_NS + 1 + span_ns // 10
+    world.loop.at(dies_ns, kill_successor, None)
+
+
+def _no_register(world: World, span_ns: int) -> None:
+    world.register.down_until_ns = world.loop.now_ns + span_ns
+    world.note(f"DOWN register, for {span_ns // MS} ms")
+
+
 def _drain(world: World, _: int) -> None:
     place = _some(world, "prefill", "decode")
     if place is None or place.process.stopped:
@@ -180,7 +221,11 @@ def _drain(world: World, _: int) -> None:
 
 KINDS: dict[str, tuple[int, Callable[[World, int], None]]] = {
     "kill worker": (6, _kill("prefill", "decode")),
-    "kill router": (2, _kill("router")),
+    "kill router": (1, _kill("router")),
+    "kill leader": (2, _kill_leader),
+    "stop leader": (2, _stop_leader),
+    "two leaders": (2, _two_leaders),
+    "register": (1, _no_register),
     "kill gateway": (1, _kill("gateway")),
     "kill store": (2, _kill("store")),
     "stop": (4, _stop),

@@ -229,6 +229,70 @@ def _cancel_stays_in_the_router() -> contextlib.AbstractContextManager[None]:
     return instead(Streams, "cancel", _nothing)
 
 
+def _epoch_forgotten() -> contextlib.AbstractContextManager[None]:
+    from pdserve.cluster.link import RouterLink
+
+    original = RouterLink._note
+
+    def note(self: Any, leading: Any, address: Any) -> None:
+        original(self, leading, address)
+        self._epoch = 0
+
+    return instead(RouterLink, "_note", note)
+
+
+def _resumed_and_forgotten() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router.state import RouterState
+
+    original = RouterState.resume
+
+    def resume(self: Any, entry: Any, decode: Any, now_ns: int) -> Any:
+        handoff = original(self, entry, decode, now_ns)
+        entry.resumed = None
+        return handoff
+
+    return instead(RouterState, "resume", resume)
+
+
+def _leads_who_was_not_entered() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router import succession
+    from pdserve.router.succession import Claim, Found, Lead, Term
+
+    original = succession.next_doing
+
+    def next_doing(done: Any, outcome: Any, own: Any) -> Any:
+        match done, outcome:
+            case (Claim(), Found(Term(epoch))):
+                return Lead(epoch)
+        return original(done, outcome, own)
+
+    return instead(succession, "next_doing", next_doing)
+
+
+def _nobody_succeeds() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router import succession
+    from pdserve.router.succession import Gone, Look
+
+    original = succession.next_doing
+
+    def next_doing(done: Any, outcome: Any, own: Any) -> Any:
+        return Look(again=True) if isinstance(outcome, Gone) else original(done, outcome, own)
+
+    return instead(succession, "next_doing", next_doing)
+
+
+def _deposed_and_leads_on() -> contextlib.AbstractContextManager[None]:
+    from pdserve.router import succession
+    from pdserve.router.succession import Lead
+
+    original = succession.next_doing
+
+    def next_doing(done: Any, outcome: Any, own: Any) -> Any:
+        return done if isinstance(done, Lead) else original(done, outcome, own)
+
+    return instead(succession, "next_doing", next_doing)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("a preempted or failed prompt's ticket is not ended", _forgotten_ticket),
     Mutant("an ended ticket keeps its pins", _ticket_keeps_pins),
@@ -242,6 +306,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nobody is rescued from the queue", _no_ageing),
     Mutant("a worker taken for lost is never asked to come again", _silent_worker_never_comes_back),
     Mutant("a gateway takes a new router for the old one", _new_router_changes_nothing),
+    Mutant("a parked ticket is forgotten with whom it was sent to", _resumed_and_forgotten),
+    Mutant("a link forgets of which epoch it has heard", _epoch_forgotten),
+    Mutant("a router leads though another was entered", _leads_who_was_not_entered),
+    Mutant("nobody succeeds a router that is gone", _nobody_succeeds),
+    Mutant("a deposed router leads on", _deposed_and_leads_on),
     Mutant("moves do not hold the blocks they touch", _moves_hold_no_blocks),
     Mutant("a stream gives back one block too few", _blocks_not_given_back),
     Mutant("block keys leave out the tenant", _salt_left_out),

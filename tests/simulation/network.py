@@ -91,7 +91,7 @@ class Network:
         assert client is not None
         await asyncio.sleep(self.delay_ns(client.host, client.host) / S)
         server = self._servers.get(where)
-        while server is not None and self._is_apart(client.host, server.process.host):
+        while server is not None and self.is_apart(client.host, server.process.host):
             await asyncio.sleep(0.1)  # the caller has a limit
             server = self._servers.get(where)
         if server is None or not server.process.alive:
@@ -102,7 +102,7 @@ class Network:
         pair.open(protocol, server.factory)
         return pair.ends[0], protocol
 
-    def _is_apart(self, one: str, other: str) -> bool:
+    def is_apart(self, one: str, other: str) -> bool:
         now_ns = self.loop.now_ns
         return max(self.blocked_until_ns(one, other), self.blocked_until_ns(other, one)) > now_ns
 

@@ -10,7 +10,7 @@ import random
 import secrets as real_secrets
 import sys
 import time as real_time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,15 @@ class InlineExecutor:
 
 
 @contextlib.contextmanager
-def virtual(loop: VirtualLoop, dice: random.Random, build_parts: Any) -> Iterator[None]:
-    """``build_parts`` stands in for ``cluster.worker_parts.build_parts``."""
-    from pdserve.cluster import worker_parts, worker_shell
+def virtual(
+    loop: VirtualLoop,
+    dice: random.Random,
+    build_parts: Any,
+    watch: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """``build_parts`` stands in for ``cluster.worker_parts.build_parts``; ``watch`` is put around
+    the ``listen`` of links."""
+    from pdserve.cluster import link, worker_parts, worker_shell
     from pdserve.wire import connection, listener
 
     replaced: list[tuple[Any, str, Any]] = []
@@ -116,6 +122,7 @@ def virtual(loop: VirtualLoop, dice: random.Random, build_parts: Any) -> Iterato
     replace(listener, "bind_unix", lambda directory, name: str(Path(directory) / name))
     replace(connection, "duplicate_of", no_socket)
     replace(connection, "set_up", peer_of)
+    replace(link, "listen", watch(vars(link)["listen"]))
     try:
         yield
     finally:

@@ -8,7 +8,8 @@
     I4  every call ends by its deadline, ok or typed error     at the end
     I5  after the faults all that is asked is answered, and nothing is held
     I6  nobody waits longer in the queue than its bound says   at the end, without faults
-    I7  no store node speaks, or is entered, under an epoch that has been succeeded
+    I7  no store node speaks, or is entered, under an epoch that has been succeeded; no two routers
+        lead in one epoch, and no link takes anything of an older one than it has heard of
 
 Every tenth seed has no faults: there nothing may go wrong at all.
 """
@@ -29,6 +30,7 @@ from tests.simulation.clients import Asked
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.network import Network
 from tests.simulation.patches import virtual
+from tests.simulation.register import Reigns
 from tests.simulation.store import Membership, StoreNode
 from tests.simulation.worker import SimParts, forget_nodes
 from tests.simulation.world import Shape, World
@@ -83,6 +85,7 @@ def simulate(seed: int, *, keep_log: bool = False) -> Outcome:
     network = Network(loop, random.Random(f"{seed} network"))
     loop.network = network
     parts: list[World] = []
+    reigns = Reigns()
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     forget_nodes()
@@ -90,9 +93,14 @@ def simulate(seed: int, *, keep_log: bool = False) -> Outcome:
     try:
         with (
             tempfile.TemporaryDirectory(dir=directory) as scratch,
-            virtual(loop, chance, lambda config, role: SimParts(config, role, parts[0])),
+            virtual(
+                loop,
+                chance,
+                lambda config, role: SimParts(config, role, parts[0]),
+                reigns.watch,
+            ),
         ):
-            play = _Play(seed, loop, network, Path(scratch), parts, keep_log=keep_log)
+            play = _Play(seed, loop, network, Path(scratch), parts, reigns, keep_log=keep_log)
             try:
                 violation = play.run()
             finally:
@@ -121,6 +129,7 @@ class _Play:
         network: Network,
         scratch: Path,
         parts: list[World],
+        reigns: Reigns,
         *,
         keep_log: bool,
     ) -> None:
@@ -132,7 +141,7 @@ class _Play:
         self.faults = [] if self.is_calm else faults.drawn(dice, span_ns=LOAD_NS)
         self.linger_ns = 0 if self.is_calm else dice.choice(LINGER_NS)
         shape = PRESSED if self.is_pressed else Shape.drawn(dice)
-        self.world = world_of(loop, network, scratch, shape, seed, parts, keep_log=keep_log)
+        self.world = world_of(loop, network, scratch, shape, seed, parts, reigns, keep_log=keep_log)
 
     def run(self) -> str | None:
         try:
@@ -209,7 +218,9 @@ class _Play:
     def _heal(self) -> None:
         world = self.world
         world.note("faults end")
+        world.is_healed = True
         world.network.heal()
+        world.register.down_until_ns = 0
         for place in world.places.values():
             if place.process.stopped:
                 self.loop.continue_process(place.process)
@@ -232,7 +243,7 @@ class _Play:
         for probe in probes:
             assert probe.outcome != "gateway died", f"I5: {probe.name} after the faults"
         if self.is_calm and not self.is_pressed:  # there it predicts a rate that is not so
-            router: RouterService = self.world.places["router"].what
+            router: RouterService = self.world.leaders()[0].what
             broken = router.snapshot().counters.get("bounds_broken", 0)
             assert not broken, f"I6: {broken} waited longer than their bound"
 
@@ -290,6 +301,7 @@ def world_of(
     shape: Shape,
     seed: int,
     parts: list[World],
+    reigns: Reigns,
     *,
     keep_log: bool,
 ) -> World:
@@ -300,6 +312,7 @@ def world_of(
         shape,
         random.Random(f"{seed} faults"),
         seed,
+        reigns,
         keep_log=keep_log,
     )
     parts.append(world)  # its workers ask for it

@@ -15,7 +15,7 @@ import pytest
 from tests.simulation.mutants import MUTANTS, Mutant, hunt
 from tests.simulation.run import simulate
 
-BY_DEFAULT = 60
+BY_DEFAULT = 40
 """Seeds of the default run; ``make simulate-faults`` runs ten thousand."""
 
 

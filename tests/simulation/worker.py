@@ -186,6 +186,10 @@ class SimEngine:
     def stuck_ns(self) -> int:
         return 0 if self._began_ns is None else self._virtual.now_ns - self._began_ns
 
+    def hangs(self) -> bool:
+        """Its steps take virtual time, and none of a processor's. Whole processes hang here."""
+        return False
+
     def _kick(self) -> None:
         if not self._is_due and self.alive:
             self._is_due = True

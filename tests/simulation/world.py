@@ -1,6 +1,7 @@
 """A cluster of simulated processes on two or three hosts, and who restarts what has died.
 
-    hosts    one store node each; workers, gateways and the router are spread over them
+    hosts    one store node each; workers, gateways and routers are spread over them; the first
+             has the register of who leads
     restart  as Ray and the store's supervisor do: a process that is dead, or says that it is not
              healthy, is replaced by another one after a while
 
@@ -28,6 +29,7 @@ from pdserve.messages import Address, Role
 from pdserve.router_config import RouterConfig
 from tests.simulation.loop import SimProcess, VirtualLoop
 from tests.simulation.network import Network
+from tests.simulation.register import Reigns, SimRegister
 from tests.simulation.store import Membership, SimStoreClient, StoreNode
 from tests.simulation.worker import NAMESPACE, TOKENIZER, SimEngine, know
 from tests.unit.engine.fakes import BLOCK_TOKENS
@@ -40,6 +42,7 @@ CONTEXT_TOKENS = 120
 POOL_BLOCKS = 32
 SLOTS = 64
 RESCUE_MS = 1_000.0
+ROUTER_SILENCE_MS = 1_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Shape:
     rescue_after_ms: float = RESCUE_MS
     rescue_ratio: float = 20.0
     tokens_per_s: int = 3_000  # that the router believes in at first
+    routers: int = 1  # of which one leads
 
     @staticmethod
     def drawn(dice: random.Random) -> "Shape":
@@ -69,6 +73,7 @@ class Shape:
             mode=mode,
             slots=dice.choice((24, SLOTS)),
             pool_blocks=dice.choice((14, POOL_BLOCKS)),
+            routers=dice.choice((1, 2, 2)),
         )
 
     def config(self) -> ClusterConfig:
@@ -86,6 +91,7 @@ class Shape:
             router=RouterConfig(
                 mode=self.mode,
                 worker_silence_ms=2_000,
+                router_silence_ms=ROUTER_SILENCE_MS,
                 gamma_per_s=self.gamma_per_s,
                 rescue_after_ms=self.rescue_after_ms,
                 rescue_ratio=self.rescue_ratio,
@@ -93,6 +99,17 @@ class Shape:
                 prefill_tokens_per_s=self.tokens_per_s,
             ),
         )
+
+
+class SimRouter(RouterService):
+    """That says when it begins to lead."""
+
+    on_lead: Callable[[int], None]
+
+    def lead(self) -> None:
+        super().lead()
+        assert self.candidate is not None
+        self.on_lead(self.candidate.epoch)
 
 
 @dataclass
@@ -117,8 +134,10 @@ class World:
     shape: Shape
     dice: random.Random
     seed: int
+    reigns: Reigns
     keep_log: bool = False
     reading: bool = True
+    is_healed: bool = False  # the faults are over
     places: dict[str, Place] = field(default_factory=dict)
     engines: dict[SimProcess, SimEngine] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
@@ -126,14 +145,16 @@ class World:
 
     def __post_init__(self) -> None:
         self.config = self.shape.config()
+        self.hosts = [f"h{index}" for index in range(self.shape.hosts)]
+        self.register = SimRegister(self.network, self.hosts[0])
         self._digest = hashlib.sha256()
 
     def start(self) -> None:
-        hosts = [f"h{index}" for index in range(self.shape.hosts)]
-        self.hosts = hosts
+        hosts = self.hosts
         for host in hosts:
             self._place(f"store-{host}", host, self._start_store)
-        self._place("router", hosts[0], self._start_router)
+        for index in range(self.shape.routers):
+            self._place(f"router-{index}", hosts[index % len(hosts)], self._start_router)
         roles = [*[Role.PREFILL] * self.shape.prefills, *[Role.DECODE] * self.shape.decodes]
         for index, role in enumerate(roles):
             host = hosts[index % len(hosts)]
@@ -205,10 +226,19 @@ class World:
         place.what = node
 
     def _start_router(self, place: Place) -> None:
-        def make() -> RouterService:
-            return RouterService(self.config.router, host=HostId(place.host))
+        process = place.process
 
-        place.what = place.process.context.run(make)
+        def on_lead(epoch: int) -> None:
+            self.note(f"{process} leads in epoch {epoch}")
+            self.reigns.begin(process.name, epoch)
+
+        def make() -> SimRouter:
+            host = HostId(place.host)
+            service = SimRouter(self.config.router, host=host, register=self.register)
+            service.on_lead = on_lead
+            return service
+
+        place.what = process.context.run(make)
         self._run(place, place.what.start(self._directory(place), tcp_host=place.host))
 
     def _start_worker(self, role: Role, place: Place) -> None:
@@ -228,7 +258,12 @@ class World:
 
         async def start() -> None:
             session = GatewaySession(served, TOKENIZER, host=HostId(place.host))
-            await session.start(self._directory(place), self._find_router, tcp_host=place.host)
+            await session.start(
+                self._directory(place),
+                self._find_router,
+                tcp_host=place.host,
+                silence_s=ROUTER_SILENCE_MS / 1000,
+            )
             place.what = session
 
         self._run(place, start())
@@ -274,9 +309,11 @@ class World:
         return node.address
 
     async def _find_router(self) -> Address:
-        service: RouterService | None = self.places["router"].what
-        if service is None or service._listener is None:
-            raise Disconnected("the router has not started yet")
+        """Any that runs, as Serve says it."""
+        services = [place.what for place in self.alive("router") if place.what._listener]
+        if not services:
+            raise Disconnected("no router has started yet")
+        service: RouterService = self.network.dice.choice(services)
         return service.address
 
     def reaches(self, here: str, node: StoreNode) -> bool:
@@ -337,8 +374,12 @@ class World:
     def gateways(self) -> list[Place]:
         return self.alive("gateway")
 
+    def leaders(self) -> list[Place]:
+        """More than one, while a deposed router has not heard of it."""
+        return [place for place in self.alive("router") if place.what.leads]
+
     def is_ready(self) -> bool:
-        """Whether everybody is there and knows the router."""
+        """Whether everybody is there and knows the one router that leads."""
         for place in self.places.values():
             if not place.process.alive or place.what is None or place.process.stopped:
                 return False
@@ -347,7 +388,13 @@ class World:
                 link and link.connected
             ):
                 return False
-        router: RouterService = self.places["router"].what
+        leaders = self.leaders()
+        if len(leaders) != 1:
+            return False
+        router: RouterService = leaders[0].what
+        assert router.candidate is not None
+        if len(router.candidate.standbys) < self.shape.routers - 1:
+            return False
         return len(router._core.state.fleet.all()) >= self.shape.prefills + self.shape.decodes
 
     def leaks(self) -> list[str]:
@@ -358,7 +405,7 @@ class World:
                 case StoreNode() as node:
                     node.check()
                     found += node.leaks()
-                case RouterService() as service:
+                case RouterService() as service if service.leads:  # others' books count no more
                     entries = service._core.state.entries
                     found += [
                         f"queue entry {request} ({entry.phase})"

@@ -9,7 +9,16 @@ from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import WorkerFailed
 from pdserve.router.ended import ENDED_MAX, KEPT_NS, EndedBook
-from tests.unit.router.build import address, core_with, hello, request, settings, told
+from tests.unit.router.build import (
+    add,
+    address,
+    core_with,
+    handoff,
+    hello,
+    request,
+    settings,
+    told,
+)
 
 
 def test_a_request_that_ended_is_lost_with_its_worker_since_its_tokens_may_be_under_way() -> None:
@@ -49,6 +58,29 @@ def test_a_hand_off_is_lost_with_the_worker_that_sent_it_until_decode_has_it() -
     assert "g0 <- lost r/0 with p0" in lost
     assert not any("lost s/0" in line for line in lost)
     core.state.check()
+
+
+def test_a_ticket_is_freed_elsewhere_where_its_taker_is_lost_until_that_one_has_adopted_it() -> (
+    None
+):
+    for adopted in (False, True):
+        core, (p0, d0) = core_with(hello("p0"), hello("d0"))
+        asked = request("r", 32)
+        core.on_submit(asked, 0)
+        p0.event(asked, Event.PREFILL_DONE)
+        d0.report(draining=True)
+        core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
+        d1 = add(core, hello("d1"))
+        d0.report()
+        core.state.check()
+        if adopted:
+            d1.event(asked, Event.ADOPTED)
+        freed = ["d0 <- resume r, decode d0", "d0 <- cancel r/0"]
+        assert told(core.on_worker_lost(WorkerId("d1"), 0)) == [
+            *([] if adopted else freed),
+            "g0 <- lost r/0 with d1",
+        ]
+        core.state.check()
 
 
 def test_a_worker_that_has_drained_takes_nothing_with_it() -> None:

@@ -113,7 +113,8 @@ class RouterService:
         self._register = register
         self._answer = answer
         self.candidate: Candidate | None = None
-        self._sought: set[_Peer] = set()  # who is told regularly that we lead
+        # Who is told regularly that we lead, in the order in which they came.
+        self._sought: dict[_Peer, None] = {}
         self._workers: dict[WorkerId, _Peer] = {}
         self._gateways: dict[Address, _Peer] = {}
         self._listener: Listener | None = None
@@ -262,7 +263,7 @@ class RouterService:
                 answer = self.candidate.sought(frame.message)
                 await connection.answer(frame, answer)
                 if isinstance(answer, Leading):
-                    self._sought.add(peer)
+                    self._sought[peer] = None
                 frame = await connection.receive()
             match frame.message:
                 case Hello() as hello if self.leads:
@@ -276,7 +277,7 @@ class RouterService:
         except PdserveError as error:
             log.debug("%s: %s", connection.peer, error)
         finally:
-            self._sought.discard(peer)
+            self._sought.pop(peer, None)
             pump.cancel()
             await connection.close()
 

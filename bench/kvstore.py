@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from bench import kvstore_remote
+from bench import kvstore_master, kvstore_remote
 from bench.frame import Options, Row, at_least, at_most, interleave, row, run
 from bench.kvstore_handoff import NODE_SLOTS, chain_rows, handoff_rows
 from bench.kvstore_local import measure_local
 from bench.kvstore_node import BLOCK_BYTES, bare_peer, running_node
 from bench.kvstore_ssd import measure_ssd
+from bench.kvstore_tables import measure_tables
 from pdserve.ids import BlockKey, HostId
 from pdserve.kvstore.claims import Claim
 from pdserve.kvstore.client import StoreClient
@@ -159,7 +160,11 @@ def copies(options: Options) -> Iterator[Row]:
     yield compared("put, TCP, verified", "remote_put", "bare TCP", "bare", 0.15)
     yield row(f"claim and release {BLOCK_COUNT} blocks", samples["claim"], "µs", bar=at_most(1000))
     yield from itertools.chain(
-        measure_ssd(options), measure_local(options), kvstore_remote.measure(options)
+        measure_ssd(options),
+        measure_local(options),
+        kvstore_remote.measure(options),
+        measure_tables(options),
+        kvstore_master.measure(options),
     )
 
 

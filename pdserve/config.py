@@ -250,6 +250,12 @@ class StoreConfig(Checked):
     redis_url: str | None = None
     """Where membership is kept; None: an embedded store on local disk."""
 
+    master: Literal["auto", "on", "off"] = "auto"
+    """Whether a master of the store, and a standby, know which host has which blocks: then a prefix
+    is fetched from another host, what is read often gets a second home, and a host can be emptied.
+    ``auto``: where the cluster has more than one host when it starts, which needs ``tcp``. Nothing
+    waits for it: without a master prefixes of other hosts are computed again."""
+
     ticket_wait_ms: int = 10_000
     """How long a hand-off waits for slots at the other side before it gives up."""
 

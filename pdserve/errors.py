@@ -28,6 +28,7 @@
     │   ├── CodecMismatch      blocks are written otherwise than their reader expects
     │   ├── TicketGone
     │   ├── AccessDenied       a token that does not allow it
+    │   ├── StaleEpoch         whoever speaks has been replaced
     │   └── StoreUnavailable
     ├── WireError              the other side sent what it must not, or went away
     │   ├── FrameError         a frame breaks the protocol or a limit
@@ -220,6 +221,10 @@ class TicketGone(StoreError):
 
 class AccessDenied(StoreError):
     kind = "access_denied"
+
+
+class StaleEpoch(StoreError):
+    kind = "stale_epoch"
 
 
 class StoreUnavailable(StoreError):

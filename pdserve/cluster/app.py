@@ -33,7 +33,7 @@ from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.scaler import Scaler, plan_of
 from pdserve.cluster.session import GatewaySession, Served
-from pdserve.cluster.store_supervisor import ensure_store, supervisor_of_this_host
+from pdserve.cluster.store_supervisor import ensure_store, masters_by, supervisor_of_this_host
 from pdserve.cluster.terms import RayTerms
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, PoolConfig
@@ -264,6 +264,7 @@ class Worker:
             directory,
             lambda block_bytes, codec: ensure_store(supervisor, block_bytes, codec),
             lambda: _find_router(router),
+            find_masters=lambda: masters_by(supervisor),
             tcp_host=tcp_host,
         )
 

@@ -21,9 +21,10 @@ from pdserve.cluster.http.slow_readers import SEND_BUFFER_BYTES, cutting
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
 from pdserve.cluster.session import GatewaySession
-from pdserve.cluster.store_metrics import render, reports_of
+from pdserve.cluster.store_metrics import master_of, render, reports_of
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import ConfigError
+from pdserve.kvstore.security import credentials_of
 from pdserve.wire.tls import CERT_REQUIRED
 
 STOP_S = 5.0
@@ -57,6 +58,7 @@ class Front:
         keys = config.gateway.api_keys
         self._doorkeeper = Doorkeeper(None if keys is None else Path(keys))
         self._tenants = config.store.tenant_shares
+        self._store_credentials = credentials_of(config.store)
         self.app: FastAPI = create_app(
             session,
             config=config.gateway,
@@ -100,7 +102,8 @@ class Front:
             await self._serving
 
     async def _store_figures(self, snapshot: Mapping[str, Any]) -> bytes:
-        return render(await reports_of(snapshot), self._tenants)
+        reports = await reports_of(snapshot)
+        return render(reports, self._tenants, await master_of(reports, self._store_credentials))
 
     async def _start_http(self) -> None:
         listening = self._bind(self._config.http_port)

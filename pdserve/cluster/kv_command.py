@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdserve.cluster.http_client import post_json
+from pdserve.cluster.kv_master import masters_in, move_away, show_master
 from pdserve.cluster.kv_stores import Store, stores_of
 from pdserve.errors import ConfigError
 from pdserve.ids import BlockKey
@@ -26,11 +27,12 @@ console = Console(highlight=False, soft_wrap=True)
 def show_stat(url: str, nodes: Sequence[str], *, as_json: bool) -> None:
     with stores_of(url, nodes) as stores:
         reports = [(store, store.admin.report()) for store in stores]
-        if as_json:
-            print(json.dumps([_plain(store, report) for store, report in reports], indent=2))
-            return
-        for store, report in reports:
-            console.print(_shown(store, report))
+    if as_json:
+        print(json.dumps([_plain(store, report) for store, report in reports], indent=2))
+        return
+    for store, report in reports:
+        console.print(_shown(store, report))
+    show_master(masters_in(report for _, report in reports))
 
 
 def audit(url: str, nodes: Sequence[str], *, blocks_max: int | None, as_json: bool) -> int:
@@ -84,12 +86,15 @@ def drain(url: str, nodes: Sequence[str], host: str, *, timeout_s: float, undo: 
         if not chosen:
             known = ", ".join(f"{store.host} ({store.name})" for store in stores)
             raise ConfigError(f"there is no store {host!r}; there are {known}")
+        masters = masters_in(store.admin.report() for store in chosen)
         for store in chosen:
             store.admin.set_draining(not undo)
         if undo:
             console.print(f"{host} takes blocks again")
             return 0
         until_s = time.monotonic() + timeout_s
+        for store in chosen:
+            move_away(masters, store.admin.store_id, until_s)
         statuses = [_wait_until_unused(store, until_s) for store in chosen]
     return max(statuses)
 

@@ -22,11 +22,14 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pdserve.clock import S
+from pdserve.cluster.kv_master import MasterFigures, master_report, masters_in
 from pdserve.cluster.kv_stores import addresses_in
 from pdserve.errors import PdserveError
 from pdserve.kvstore.admin import StoreReport
 from pdserve.kvstore.admin_client import StoreAdmin
+from pdserve.kvstore.master_protocol import MasterReport
 from pdserve.kvstore.phases import BOUNDS_S
+from pdserve.kvstore.security import Credentials
 from pdserve.kvstore.shares import ANY_TENANT
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
@@ -45,10 +48,17 @@ async def reports_of(snapshot: Mapping[str, Any]) -> Reports:
     return {name: report for answer in answers if answer is not None for name, report in [answer]}
 
 
-def render(reports: Reports, tenants: Collection[str]) -> bytes:
+async def master_of(reports: Reports, credentials: Credentials) -> MasterReport | None:
+    """What the leading master says; None where there is none, or it does not answer."""
+    return await asyncio.to_thread(master_report, masters_in(reports.values()), credentials)
+
+
+def render(reports: Reports, tenants: Collection[str], master: MasterReport | None = None) -> bytes:
     """The text format. ``tenants``: those with series of their own."""
     registry = CollectorRegistry()
     registry.register(_Figures(reports, tenants))
+    if master is not None:
+        registry.register(MasterFigures(master))
     return generate_latest(registry)
 
 

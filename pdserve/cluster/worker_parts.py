@@ -21,10 +21,12 @@ from pdserve.engine.outputs import Load, Output, ToDecode
 from pdserve.engine.runner import Runner, wait_for
 from pdserve.engine.thread import EngineThread
 from pdserve.engine.workplace import Workplace
-from pdserve.ids import HostId, WorkerId
+from pdserve.ids import HostId, StoreId, WorkerId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.keys import namespace_of
+from pdserve.kvstore.locations import RemotePrefixes
+from pdserve.kvstore.master_client import MasterClient
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.model.load import kv_identity
@@ -116,6 +118,32 @@ class WorkerParts:
             mooncake=settings.mooncake,
         )
 
+    def open_remote(
+        self, masters: Sequence[str], own: StoreId, host: HostId, worker: WorkerId
+    ) -> RemotePrefixes | None:
+        """What other hosts have, as the masters know it; None where there are none."""
+        if not masters or not self.config.store.offload:
+            return None
+        settings = self.config.store
+        credentials = credentials_of(settings)
+
+        def connect(address: Address, timeout_s: float) -> StoreClient:
+            return StoreClient(
+                address,
+                host=host,
+                owner=worker,
+                verify=settings.verify,
+                codec=self.codec,
+                ssl_context=credentials.ssl_context(server_side=False),
+                token=credentials.worker_token(),
+                mooncake=settings.mooncake,
+                connect_timeout_s=timeout_s,
+            )
+
+        return RemotePrefixes(
+            MasterClient(masters, credentials, name=worker, host=host), connect, own=lambda: own
+        )
+
     def _corrupt(self) -> Callable[[memoryview], None] | None:
         return _flipper(os.environ.get(FLIP_ENV, "")) if self.role is Role.PREFILL else None
 
@@ -126,14 +154,16 @@ class WorkerParts:
         host: HostId,
         emit: Callable[[Sequence[Output], Load], None],
         announce: Callable[[ToDecode], None],
+        remote: RemotePrefixes | None = None,
     ) -> EngineThread:
-        """``emit`` is called on the engine's thread, ``announce`` on the mover's."""
+        """``emit`` is called on the engine's thread, ``announce`` and ``remote`` on the mover's."""
         warm = self.role is Role.PREFILL  # the first token waits for its pushes
         mover = Mover(
             self.stored_blocks,
             lambda address: self.open_store(address, host, worker, warm=warm),
             store,
             announce=announce,
+            remote=remote,
         )
         runner: Runner = self.runner
         if faults := faults_of(os.environ.get(STEP_ENV, "")):

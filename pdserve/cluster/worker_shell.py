@@ -110,6 +110,7 @@ class WorkerShell:
         find_store: Callable[[int, str], Awaitable[Address]],
         find_router: Callable[[], Awaitable[Address]],
         *,
+        find_masters: Callable[[], Awaitable[tuple[str, ...]]],
         tcp_host: str | None,
     ) -> None:
         """Loads the model, joins the store of this host and the router. Returns when it serves."""
@@ -124,8 +125,9 @@ class WorkerShell:
         self._parts = parts
         store = await find_store(parts.block_bytes, parts.codec.label)
         client = await asyncio.to_thread(parts.open_store, store, self._host, self.worker)
+        remote = parts.open_remote(await find_masters(), client.store_id, self._host, self.worker)
         self._engine = parts.start_engine(
-            self.worker, store, self._host, self._emit, self._announce
+            self.worker, store, self._host, self._emit, self._announce, remote
         )
         self._listener = await Listener.open(
             directory,

@@ -35,7 +35,7 @@ from pdserve.engine.moves import (
     blocks_touched,
 )
 from pdserve.engine.outputs import ToDecode
-from pdserve.engine.restorer import Restorer
+from pdserve.engine.restorer import Remote, Restorer
 from pdserve.errors import (
     BlockMissing,
     Disconnected,
@@ -123,11 +123,12 @@ class Mover:
         local: Address,
         *,
         announce: Callable[[ToDecode], None] | None = None,
+        remote: Remote | None = None,
         threaded: bool = True,
     ) -> None:
         """``announce`` is called on the mover's thread when a push is sealed that says so; without
-        it that is left to who collects. ``threaded=False`` runs each move where it is submitted:
-        for tests."""
+        it that is left to who collects. ``remote``: prefixes of other hosts. ``threaded=False``
+        runs each move where it is submitted: for tests."""
         self.local = local
         self.wake: Callable[[], None] = lambda: None
         self._pool = pool
@@ -136,7 +137,10 @@ class Mover:
         self._layered = LayeredPushes(pool)
         self._clients: dict[Address, Store] = {}
         self._counted: Counter[str] = Counter()  # by clients that are gone, and by restores
-        self._restorer = Restorer(pool.block_bytes, pool.write_block, self._counted, monotonic)
+        self._remote = remote
+        self._restorer = Restorer(
+            pool.block_bytes, pool.write_block, self._counted, monotonic, remote
+        )
         self._submitted: deque[tuple[Move, Any]] = deque()
         self._offered: deque[tuple[Move, Any]] = deque()
         self._moved: deque[Moved] = deque()
@@ -196,6 +200,8 @@ class Mover:
         total = Counter(self._counted)
         for client in tuple(self._clients.values()):
             total.update(client.counters)
+        if self._remote is not None:
+            total.update(self._remote.counters)
         return dict(total)
 
     def close(self) -> None:
@@ -251,6 +257,8 @@ class Mover:
     def _close_clients(self) -> None:
         for store in tuple(self._clients):
             self._forget_client(store)
+        if self._remote is not None:
+            self._remote.close()
 
     def _answer(self, move: Move, owner: Any) -> Moved:
         try:

@@ -81,6 +81,8 @@ class StoreReport:
     tenants: tuple[TenantUse, ...]  # largest first
     counters: Mapping[str, int]  # since the node's start; ``operations.COUNTERS``
     phases: tuple[PhaseTimes, ...]
+    epoch: int = 0  # under which it is a member; 0: of nothing
+    masters: tuple[str, ...] = ()  # host:port of each, or the path of its socket
 
 
 @dataclass(frozen=True, slots=True)

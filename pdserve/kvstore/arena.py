@@ -1,12 +1,13 @@
 """One store node's shared memory: a file that clients on the same host map.
 
-    superblock   one page: what this is, and its geometry
-    headers      64 bytes per slot
+    superblock   one page: what this is, its geometry, and whose (``superblock``)
+    headers      48 bytes per slot (``headers``)
     payloads     one per slot, 64-byte aligned, large ones to pages, from a page border on
 
 The node alone writes headers. A client writes the payload of slots that were reserved for it, and
 reads those that it has claimed, through a mapping that cannot write. The file is never made
-shorter: whoever has mapped it can read it as long as it lives, whatever became of the node.
+shorter: whoever has mapped it can read it as long as it lives, whatever became of the node. A
+node that follows one that was killed goes on with its file (``adoption``).
 
 A header says which bytes its payload should be: key, generation, and a checksum (XXH3, 64 bits)
 over key and payload; and how its numbers are written (``codecs``).
@@ -26,8 +27,26 @@ from numpy.typing import NDArray
 
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId, StoreId
+from pdserve.kvstore import arena_users
 from pdserve.kvstore.codecs import PayloadCodec
-from pdserve.kvstore.slots import Slot, SlotState
+from pdserve.kvstore.headers import (
+    HEADER_BYTES,
+    Header,
+    HeaderColumns,
+    header_columns,
+    pack_header,
+    unpack_header,
+)
+from pdserve.kvstore.slot_states import Slot
+from pdserve.kvstore.superblock import (
+    Superblock,
+    boot_id,
+    fingerprint,
+    read_epoch,
+    read_superblock,
+    write_epoch,
+    write_superblock,
+)
 
 SLOTS_MAX = 1 << 18
 """More than the answer to one question about all keys can carry."""
@@ -53,12 +72,7 @@ REST_RATIO = 50
 """Touching memory beside other work, one rests so many times as long as a piece took: 2 % of a
 core, and hardly a page is touched before ``warming`` has cleared it."""
 
-_MAGIC = b"pdsvkv\0\0"
-_VERSION = 2
-_SUPERBLOCK = struct.Struct("<8sIIQQ64s")
-_HEADER = struct.Struct("<QQ16sII24x")
 _GENERATION = struct.Struct("<Q")  # the header's first field
-_STATES = tuple(SlotState)
 _NO_KEY = bytes(BLOCK_KEY_BYTES)
 
 
@@ -86,7 +100,7 @@ class Geometry:
 
     @property
     def payload_offset(self) -> int:
-        return _round_up(mmap.PAGESIZE + self.slot_count * _HEADER.size, mmap.PAGESIZE)
+        return _round_up(mmap.PAGESIZE + self.slot_count * HEADER_BYTES, mmap.PAGESIZE)
 
     @property
     def file_bytes(self) -> int:
@@ -106,21 +120,16 @@ def geometry_of(arena_bytes: int, block_bytes: int) -> Geometry:
     return geometry
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    generation: int
-    checksum: int
-    key: BlockKey | None
-    state: SlotState
-    codec: int = PayloadCodec.UNSTATED
-
-
 class Arena:
     """A mapping of the file. Made by ``create_arena`` in the node, by ``open_arena`` in clients."""
 
-    def __init__(self, descriptor: int, geometry: Geometry, codec: int, *, writable: bool) -> None:
+    def __init__(
+        self, descriptor: int, geometry: Geometry, codec: int, *, epoch: int, writable: bool
+    ) -> None:
+        """``epoch``: of the node that lends it."""
         self.geometry = geometry
         self.codec = codec
+        self.epoch = epoch
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._map = mmap.mmap(descriptor, geometry.file_bytes, access=access)
         self._view = memoryview(self._map)
@@ -130,15 +139,27 @@ class Arena:
         self._stride_bytes = geometry.stride_bytes
         self._payload_offset = geometry.payload_offset
 
+    @classmethod
+    def of(cls, descriptor: int, superblock: Superblock, *, epoch: int, writable: bool) -> "Arena":
+        geometry = Geometry(superblock.slot_count, superblock.block_bytes)
+        return cls(descriptor, geometry, superblock.codec, epoch=epoch, writable=writable)
+
+    @staticmethod
+    def file_bytes_of(superblock: Superblock) -> int:
+        return Geometry(superblock.slot_count, superblock.block_bytes).file_bytes
+
     @property
     def address(self) -> int:
         """Where this process has the file mapped."""
         return int(self._bytes.ctypes.data)
 
     def header(self, slot: SlotId) -> Header:
-        generation, checksum, key, state, codec = _HEADER.unpack_from(self._view, _header_at(slot))
-        known = BlockKey(key) if any(key) else None
-        return Header(generation, checksum, known, _STATES[state], codec)
+        return unpack_header(self._view, _header_at(slot))
+
+    def headers(self) -> HeaderColumns:
+        """Of all slots. Linear in the arena."""
+        end = _header_at(SlotId(self.geometry.slot_count))
+        return header_columns(self._view[mmap.PAGESIZE : end], self.geometry.slot_count)
 
     def generation(self, slot: SlotId) -> int:
         """Of the header; for who has read all of it before."""
@@ -146,16 +167,8 @@ class Arena:
         return generation
 
     def write_header(self, slot: SlotId, record: Slot) -> None:
-        state = _STATES.index(record.state)
-        _HEADER.pack_into(
-            self._view,
-            _header_at(slot),
-            record.generation,
-            record.checksum,
-            record.key or _NO_KEY,
-            state,
-            self.codec,
-        )
+        start = _header_at(slot)
+        self._view[start : start + HEADER_BYTES] = pack_header(slot, record, self.codec)
 
     def payload(self, slot: SlotId) -> memoryview:
         """The slot's bytes themselves, not a copy."""
@@ -198,16 +211,17 @@ class Arena:
             self._bytes[start : start + self.geometry.block_bytes], np.frombuffer(data, np.uint8)
         )
 
-    def populate(self, rest: Callable[[float], None]) -> None:
+    def populate(self, rest: Callable[[float], object]) -> None:
         """Map the pages, which a first write would else do one by one: 0.1 s per GB, which a worker
         pays beside its start instead of in hand-offs. Between two pieces it waits by ``rest``, for
-        so many seconds.
+        so many seconds; what is true ends it.
         """
         end = min(self.geometry.file_bytes, TOUCHED_BYTES_MAX)
         for start in range(0, end, TOUCHED_BYTES):
             began_s = time.monotonic()
             _touch(self._bytes[start : min(start + TOUCHED_BYTES, end)])
-            rest(REST_RATIO * (time.monotonic() - began_s))
+            if rest(REST_RATIO * (time.monotonic() - began_s)):
+                break
 
     def _payload_at(self, slot: SlotId) -> int:
         assert 0 <= slot < self.geometry.slot_count, f"slot {slot}"
@@ -236,21 +250,43 @@ def create_arena(
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(descriptor, geometry.file_bytes)
-        arena = Arena(descriptor, geometry, codec, writable=True)
-        superblock = _SUPERBLOCK.pack(
-            _MAGIC, _VERSION, codec, geometry.slot_count, geometry.block_bytes, store_id.encode()
-        )
-        os.pwrite(descriptor, superblock, 0)
+        superblock = superblock_of(geometry, store_id, codec)
+        arena = Arena.of(descriptor, superblock, epoch=superblock.epoch, writable=True)
+        write_superblock(descriptor, superblock)
     finally:
         os.close(descriptor)
     return arena
 
 
-def open_arena(path: Path, store_id: StoreId, *, writable: bool) -> Arena:
+def superblock_of(geometry: Geometry, store_id: StoreId, codec: int) -> Superblock:
+    """Of a new arena."""
+    layout = fingerprint(
+        HEADER_BYTES, mmap.PAGESIZE, geometry.stride_bytes, geometry.payload_offset
+    )
+    return Superblock(
+        codec, geometry.slot_count, geometry.block_bytes, store_id, layout, boot_id(), epoch=1
+    )
+
+
+def lend_arena(path: Path, epoch: int) -> int:
+    """A descriptor for readers, who can be told of as long as one of them has it, or a mapping made
+    through it. Where that is impossible the arena says so, and nobody takes it over."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if not (epoch and arena_users.mark_use(descriptor, epoch)):
+        owned = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        write_epoch(owned, 0)
+        os.close(owned)
+    return descriptor
+
+
+def open_arena(path: Path, store_id: StoreId, *, writable: bool, epoch: int | None = None) -> Arena:
     """Map the arena of a node on this host.
 
+    Args:
+        epoch: of the node that granted what is to be written.
+
     Raises:
-        StoreUnavailable: there is none, or it is another one.
+        StoreUnavailable: there is none, it is another one, or its node is gone.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
     try:
@@ -258,6 +294,10 @@ def open_arena(path: Path, store_id: StoreId, *, writable: bool) -> Arena:
     except OSError as error:
         raise StoreUnavailable(f"cannot open the arena {path}: {error.strerror}") from error
     try:
+        if epoch:
+            arena_users.mark_use(descriptor, epoch)
+        if epoch is not None and (now := read_epoch(descriptor)) != epoch:
+            raise StoreUnavailable(f"the arena {path} is lent under epoch {now}, not {epoch}")
         return map_arena(descriptor, store_id, writable=writable)
     finally:
         os.close(descriptor)
@@ -265,14 +305,8 @@ def open_arena(path: Path, store_id: StoreId, *, writable: bool) -> Arena:
 
 def map_arena(descriptor: int, store_id: StoreId, *, writable: bool) -> Arena:
     """As ``open_arena``, of an open file, which stays the caller's to close."""
-    superblock = os.pread(descriptor, _SUPERBLOCK.size, 0).ljust(_SUPERBLOCK.size, b"\0")
-    magic, version, codec, slot_count, block_bytes, name = _SUPERBLOCK.unpack(superblock)
-    if (magic, version, name.rstrip(b"\0")) != (_MAGIC, _VERSION, store_id.encode()):
-        raise StoreUnavailable(
-            f"this is not the arena of {store_id} in version {_VERSION}, but {magic!r} of "
-            f"{name.rstrip(bytes(1))!r} in version {version}"
-        )
-    return Arena(descriptor, Geometry(slot_count, block_bytes), codec, writable=writable)
+    superblock = read_superblock(descriptor, store_id)
+    return Arena.of(descriptor, superblock, epoch=superblock.epoch, writable=writable)
 
 
 def allocate(path: Path, offset: int) -> int:
@@ -314,7 +348,7 @@ def _touch(mapped: NDArray[np.uint8]) -> None:
 
 
 def _header_at(slot: SlotId) -> int:
-    return mmap.PAGESIZE + slot * _HEADER.size
+    return mmap.PAGESIZE + slot * HEADER_BYTES
 
 
 def _round_up(value: int, multiple: int) -> int:

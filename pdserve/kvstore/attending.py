@@ -6,6 +6,7 @@ later frame of it is looked at before the body is complete, and when it ends ``d
 before its slots are released.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.tickets import OwnerId
 from pdserve.wire.connection import Connection
 from pdserve.wire.frame import BODY_BYTES_MAX, Buffer, Frame
+
+_log = logging.getLogger(__name__)
 
 Body = tuple[Buffer, ...]
 Sent = Callable[[], None]
@@ -108,6 +111,14 @@ def fetch_blocks(
         release()
         raise
     return headers, body, release
+
+
+async def send_late(connection: Connection, frame: Frame, answer: object, body: Body = ()) -> None:
+    """Of a call that was not answered in its turn; the peer may be gone by now."""
+    try:
+        await connection.answer(frame, answer, body)
+    except PdserveError as error:
+        _log.info("%s was gone when its answer was there: %s", connection.peer, error)
 
 
 def _refuse_if_large(count: int, arena: Arena) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pdserve.ids import SlotId
 from pdserve.kvstore.answers import StoreStat
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 
 if TYPE_CHECKING:
     from pdserve.kvstore.core import StoreCore

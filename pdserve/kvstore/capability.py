@@ -35,7 +35,7 @@ from types import MappingProxyType
 from pdserve.clock import Clock, S
 from pdserve.errors import AccessDenied, ConfigError
 from pdserve.ids import BlockKey
-from pdserve.kvstore import admin, protocol
+from pdserve.kvstore import admin, mastering, protocol
 from pdserve.wire.endpoint import is_local
 from pdserve.wire.frame import Frame
 
@@ -84,6 +84,8 @@ OPERATION_OF: Mapping[type, Operation] = MappingProxyType(
         protocol.AbortTicket: Operation.WRITE,
         protocol.AbortAttempts: Operation.WRITE,
         protocol.ListChanges: Operation.LIST,
+        mastering.AskDeltas: Operation.LIST,
+        mastering.AskParents: Operation.LIST,
         # What is not here is ADMIN.
     }
 )

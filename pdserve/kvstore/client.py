@@ -28,11 +28,11 @@ from pdserve.kvstore.claims import Claim
 from pdserve.kvstore.codecs import PayloadCodec, refuse_other
 from pdserve.kvstore.counters import new_counters
 from pdserve.kvstore.local_reads import LocalReads
-from pdserve.kvstore.one_sided import OneSided
 from pdserve.kvstore.phases import Phases
 from pdserve.kvstore.pipeline import Corrupt
 from pdserve.kvstore.transfer import (
     CALL_TIMEOUT_S,
+    Closed,
     SharedMemory,
     Transfer,
     patience_s,
@@ -90,8 +90,8 @@ class StoreClient(Writing):
         """
         self.address = address
         self._local: LocalReads | None = None
+        self._transfer: Transfer = CLOSED
         self._staging = memoryview(b"")
-        self._on_close: Callable[[], None] = _nothing
         try:
             self._connection = connect_blocking(
                 address,
@@ -110,6 +110,7 @@ class StoreClient(Writing):
             welcome: protocol.Welcome
             welcome = self._call(greeting, files=files, timeout_s=connect_timeout_s).message
             self.store_id: StoreId = welcome.store_id
+            self.epoch = welcome.epoch
             if codec is not None:
                 refuse_other(codec, welcome.codec)
             self.block_bytes = welcome.block_bytes
@@ -120,7 +121,7 @@ class StoreClient(Writing):
             self._noted_ns = time.perf_counter_ns()
             lent = None if files is None else dict(zip(welcome.files, files, strict=False))
             self._tier = "remote" if lent is None else "memory"
-            self._transfer: Transfer = open_way(
+            self._transfer = open_way(
                 self._connection,
                 self._call,
                 welcome,
@@ -136,8 +137,6 @@ class StoreClient(Writing):
                 self._local = local_reads(welcome, lent, self._connection.post)
             if isinstance(self._transfer, SharedMemory) and warm:
                 self._transfer.warm()
-            if isinstance(self._transfer, OneSided):
-                self._on_close = self._transfer.close
         except StoreError:
             self.close()
             raise
@@ -309,8 +308,8 @@ class StoreClient(Writing):
                 )
             claim.views.pop()
         if claim.run is not None:
-            assert self._local is not None, "a claim of another client"
-            self._local.release(claim.run)
+            if self._local is not None:  # else it was closed, and its board is nobody's
+                self._local.release(claim.run)
         elif claim.grant.claim:
             self._call_unless_gone(protocol.ReleaseClaim(claim.grant.claim))
         if time.perf_counter_ns() - self._noted_ns > NOTE_NS:
@@ -338,10 +337,15 @@ class StoreClient(Writing):
         return answer
 
     def close(self) -> None:
-        """Give up everything that is held through this connection. Idempotent."""
+        """Give up everything that is held through this connection. Idempotent.
+
+        Shared memory is unmapped, but for what views still show: a node that follows one that died
+        waits for that (``adoption``).
+        """
         self._connection.close()
-        on_close, self._on_close = self._on_close, _nothing
-        on_close()
+        self._local = None
+        transfer, self._transfer = self._transfer, CLOSED
+        transfer.close()
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
 
@@ -407,5 +411,4 @@ class StoreClient(Writing):
             return self._connection.call(message, body, timeout_s=timeout_s, into=into, files=files)
 
 
-def _nothing() -> None:
-    pass
+CLOSED = Closed()

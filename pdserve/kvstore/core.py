@@ -20,11 +20,14 @@ from pdserve.errors import BlockMissing, CapacityError, FrameError, TicketGone
 from pdserve.ids import BlockKey, RequestId, SlotId, TicketId
 from pdserve.kvstore.answers import ClaimGrant, StoreChanges, StoreStat, WriteGrant
 from pdserve.kvstore.audit import misfits, stat_of
+from pdserve.kvstore.contents import Contents
 from pdserve.kvstore.eviction import EvictionName, eviction_of
 from pdserve.kvstore.feed import CHANGES_MAX, ChangeFeed
+from pdserve.kvstore.inheritance import Inheritance
 from pdserve.kvstore.pins import PinBook
 from pdserve.kvstore.readers import NOBODY, Readers, Room
-from pdserve.kvstore.slots import Evicted, Slot, SlotState, SlotTable
+from pdserve.kvstore.slot_states import Evicted, Slot, SlotState
+from pdserve.kvstore.slots import SlotTable
 from pdserve.kvstore.tickets import (
     ANYBODY,
     RETRY_AFTER_MS,
@@ -58,11 +61,11 @@ class StoreCore:
         changes_max: int = CHANGES_MAX,
         shares: Mapping[str, float] | None = None,
         hard_pins_max: int = 0,
+        inheritance: Inheritance | None = None,
     ) -> None:
         """``lower``: the blocks of the tier below, which somebody else moves and keeps up to date.
         They count as stored; ``claim`` finds those in the arena. ``readers`` pin by themselves.
-        ``shares``: tenants' weights; None: all compete alike."""
-        self._lower = lower
+        ``shares``: tenants' weights; None: all alike. ``inheritance``: of a dead node."""
         self._feed = ChangeFeed(lower=lower, changes_max=changes_max)
         for key in lower:
             self._feed.note(key, True)
@@ -70,10 +73,13 @@ class StoreCore:
         self.slots = self._slots = SlotTable(
             slot_count, self._feed, order, readers.hide, shares=shares
         )
+        self.contents = Contents(self._slots, lower, self._feed)
         self._owners: dict[OwnerId, Owner] = {}
         self.room = Room(self._slots, readers)
         """For the shell: what those did who read without asking."""
 
+        if inheritance is not None:
+            self.room.inherit(inheritance)
         self.tickets = TicketBook(self._slots, self.room)
         """For the shell: who was granted, whose time is up."""
 
@@ -103,6 +109,11 @@ class StoreCore:
                 dead = is_last_of_name and ticket.reader == record.name
             if dead:
                 self.tickets.end(ticket)
+        self.tickets.grant()
+
+    def predecessors_gone(self) -> None:
+        """No client of an earlier node of this arena is there any more."""
+        self.room.predecessors_gone()
         self.tickets.grant()
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────
@@ -391,12 +402,7 @@ class StoreCore:
     # ── what others want to know ─────────────────────────────────────────────────────────────
 
     def changes(self, after: int) -> StoreChanges:
-        changes = self._feed.since(after)
-        if changes is None:
-            stored = tuple(dict.fromkeys([*self._slots.keys, *self._lower]))
-            return StoreChanges(self._feed.sequence, stored, (), complete=False)
-        added, removed = changes
-        return StoreChanges(self._feed.sequence, tuple(added), tuple(removed), complete=True)
+        return self.contents.changes(after)
 
     def lower_tier_changed(self, keys: Iterable[BlockKey], *, has_them: bool) -> None:
         """These are below from now on, or not any more; news where the arena lacks them."""
@@ -453,7 +459,7 @@ class StoreCore:
             return ClaimGrant(0, (), (), has_tail=False)
         claim = self._new_id()
         self._owners[owner].claims[claim] = slots
-        generations = tuple(self._slots[slot].generation for slot in slots)
+        generations = tuple(self._slots.generation(slot) for slot in slots)
         return ClaimGrant(claim, tuple(slots), generations, has_tail)
 
     def _new_write(self, owner: OwnerId, write: Write, stored_count: int) -> WriteGrant:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore.pins import PinBook
-from pdserve.kvstore.slots import SlotState, SlotTable
+from pdserve.kvstore.slot_states import SlotState
+from pdserve.kvstore.slots import SlotTable
 
 
 def blocks_of_prompt(slots: SlotTable, keys: Sequence[BlockKey]) -> list[SlotId]:
@@ -28,7 +29,7 @@ def blocks_of_tenant(slots: SlotTable, tenant: str) -> list[SlotId]:
 def blocks_of_all(slots: SlotTable) -> list[SlotId]:
     """Linear in the arena."""
     every = map(SlotId, range(slots.slot_count))
-    return [slot for slot in every if slots[slot].state is SlotState.COMMITTED]
+    return [slot for slot in every if slots.state(slot) is SlotState.COMMITTED]
 
 
 def evict(slots: SlotTable, pins: PinBook, chosen: Iterable[SlotId], *, pinned: bool) -> int:
@@ -36,7 +37,7 @@ def evict(slots: SlotTable, pins: PinBook, chosen: Iterable[SlotId], *, pinned: 
 
     What others build on stays: of a prompt, its own blocks go, and not those that it shares.
     """
-    deepest_first = sorted(chosen, key=lambda slot: -slots[slot].depth)
+    deepest_first = sorted(chosen, key=lambda slot: -slots.depth(slot))
     if pinned:
         pins.unpin(deepest_first)
     count = sum(slots.evict_if_idle(slot) for slot in deepest_first)

@@ -22,15 +22,13 @@ of the curve of F over the integral of S, so the best one is found on its upper 
 Ages are counted in uses of the store, not in seconds: nothing here looks at a clock.
 """
 
-import heapq
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal, Protocol
 
-from pdserve.ids import BlockKey, SlotId
+from pdserve.ids import BlockKey
 
 TURNS = 8
 """Classes of conversations; those that went on more often than seven times are one."""
@@ -95,7 +93,7 @@ class _Conversation:
     turn: int
     last_use: int
     was_asked: bool  # since it last wrote: asking again is the same turn
-    names: deque[BlockKey] = field(default_factory=deque)
+    names: tuple[BlockKey, ...] = ()
 
 
 class Turns:
@@ -136,9 +134,10 @@ class Turns:
         for key in keys[-2:]:
             if self._by_name.get(key) is not known:
                 self._by_name[key] = known
-                known.names.append(key)
-        while len(known.names) > NAMES_MAX:
-            self._unname(known, known.names.popleft())
+                known.names += (key,)
+        for key in known.names[:-NAMES_MAX]:
+            self._unname(known, key)
+        known.names = known.names[-NAMES_MAX:]
         self._use(known, now)
         if len(self._known) > self._known_max:
             self._forget(next(iter(self._known)), now)
@@ -234,43 +233,3 @@ def _bucket(age: int) -> int:
 
 _EDGES = [2 ** (bucket / BUCKETS_PER_OCTAVE) - 1 for bucket in range(BUCKETS + 1)]
 _WIDTHS = [end - begin for begin, end in pairwise(_EDGES)]
-
-
-class IdleLeaves:
-    """The blocks that may be evicted now, by turn and last use; what is out of date is skipped.
-
-    Within one turn the oldest is the candidate: the chance of going on falls with age, but for the
-    time somebody needs to read and think, which all of a turn go through alike.
-    """
-
-    def __init__(self, eviction: Eviction) -> None:
-        self._eviction = eviction
-        self._heaps: dict[int, list[tuple[int, int, SlotId]]] = {}  # (last use, −depth, slot)
-
-    def __len__(self) -> int:
-        """Those out of date included."""
-        return sum(map(len, self._heaps.values()))
-
-    def __contains__(self, leaf: tuple[SlotId, int, int]) -> bool:
-        """Linear; for tests."""
-        slot, turn, last_use = leaf
-        return any(each[0] == last_use and each[2] == slot for each in self._heaps.get(turn, ()))
-
-    def add(self, slot: SlotId, turn: int, last_use: int, depth: int) -> None:
-        heapq.heappush(self._heaps.setdefault(turn, []), (last_use, -depth, slot))
-
-    def clear(self) -> None:
-        self._heaps.clear()
-
-    def take(self, now: int, is_current: Callable[[SlotId, int, int], bool]) -> SlotId | None:
-        """The one worth least; None when there is none. ``is_current`` says of a slot, its turn and
-        its last use whether it may still be evicted and has not been used since."""
-        best: tuple[float, int, int] | None = None
-        for turn, heap in self._heaps.items():
-            while heap and not is_current(heap[0][2], turn, heap[0][0]):
-                heapq.heappop(heap)
-            if heap:
-                last_use = heap[0][0]
-                rank = self._eviction.worth(turn, now - last_use), last_use, turn
-                best = rank if best is None else min(best, rank)
-        return None if best is None else heapq.heappop(self._heaps[best[2]])[2]

@@ -20,6 +20,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
+from pdserve.errors import FrameError
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey
 
 NAMESPACE_BYTES = 16
@@ -177,3 +178,11 @@ def _packed(tokens: Sequence[int], first: int, end: int) -> "array[int] | memory
         swapped.byteswap()
         return swapped
     return packed
+
+
+def split_keys(joined: bytes | memoryview) -> list[BlockKey]:
+    """Keys that lie one behind the other, as in a message. Raises FrameError for half a key."""
+    if len(joined) % BLOCK_KEY_BYTES:
+        raise FrameError(f"{len(joined)} bytes of keys that have {BLOCK_KEY_BYTES} each")
+    starts = range(0, len(joined), BLOCK_KEY_BYTES)
+    return [BlockKey(bytes(joined[start : start + BLOCK_KEY_BYTES])) for start in starts]

@@ -14,9 +14,11 @@ from pathlib import Path
 
 from pdserve.ids import SlotId
 from pdserve.kvstore import hazards
+from pdserve.kvstore.adoption import Predecessors
+from pdserve.kvstore.arena import lend_arena
 from pdserve.kvstore.hazards import Boards
 from pdserve.kvstore.shared_index import SharedIndex, create_index
-from pdserve.kvstore.slots import Slot
+from pdserve.kvstore.slot_states import Slot
 
 _log = logging.getLogger(__name__)
 
@@ -34,13 +36,16 @@ class Lending:
         arena: Path,
         slot_count: int,
         *,
+        epoch: int = 0,
+        predecessors: Predecessors | None = None,
         can_fence: Callable[[], bool] = hazards.can_fence,
         fence: Callable[[], bool] = hazards.fence,
     ) -> None:
-        """Makes an index beside the arena, which exists."""
+        """Makes an index beside the arena, which exists. ``epoch``: of this node."""
         path = arena.with_name(INDEX_NAME)
         self._index: SharedIndex = create_index(path, slot_count)
-        self._readable = {name: _open_readable(at) for name, at in ((ARENA, arena), (INDEX, path))}
+        self._readable = {ARENA: lend_arena(arena, epoch), INDEX: _open_readable(path)}
+        self._predecessors = predecessors
         self._boards = Boards(slot_count)
         self._lends_pins = hazards.pins_max(slot_count) > 0 and can_fence()
         self._fence = fence
@@ -79,10 +84,12 @@ class Lending:
 
     def hide(self, slots: Sequence[SlotId]) -> Collection[SlotId]:
         self._index.hide(slots)
+        inherited = () if self._predecessors is None else self._predecessors.held_of(slots)
         if not len(self._boards):
-            return ()
+            return inherited
         # Without the fence a pin might be on its way here: then all of them may be held.
-        return self._boards.held_of(slots) if self._fence() else set(slots)
+        held = self._boards.held_of(slots) if self._fence() else set(slots)
+        return {*held, *inherited} if inherited else held
 
     def changed(self) -> Iterable[tuple[int, Sequence[SlotId]]]:
         return self._boards.changed()

@@ -15,31 +15,34 @@ import functools
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from pdserve.errors import ConfigError, PdserveError, StoreUnavailable
+from pdserve.errors import ConfigError, PdserveError, StaleEpoch, StoreError, StoreUnavailable
 from pdserve.ids import StoreId, new_store_id
-from pdserve.kvstore.arena import Arena, Geometry, allocate, create_arena, geometry_of
+from pdserve.kvstore.adoption import Beginning, begin
+from pdserve.kvstore.arena import Geometry, allocate, geometry_of
+from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.codecs import PayloadCodec, codec_of
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.directory import ARENA_NAME, take_directory
+from pdserve.kvstore.directory import ARENA_NAME, SHARED, take_directory
 from pdserve.kvstore.eviction import EvictionName
 from pdserve.kvstore.lending import Lending
-from pdserve.kvstore.master import Master
+from pdserve.kvstore.master_client import MasterMetadata
+from pdserve.kvstore.membership import Membership
 from pdserve.kvstore.metadata import EmbeddedMetadata, Member, Metadata, RedisMetadata
 from pdserve.kvstore.mooncake import engine_at
 from pdserve.kvstore.one_sided import OneSidedNode
+from pdserve.kvstore.process import REPLACED_STATUS, run_until_told
 from pdserve.kvstore.protocol import PROTOCOL, Welcome
 from pdserve.kvstore.readers import Readers
 from pdserve.kvstore.security import CREDENTIALS, Credentials
 from pdserve.kvstore.server import StoreServer
 from pdserve.kvstore.ssd_log import open_log
 from pdserve.kvstore.ssd_tier import SsdTier, WritePolicy
+from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
 from pdserve.wire.listener import Listener
 
@@ -65,7 +68,12 @@ class NodeSettings:
     # For other hosts; without any, TCP trusts its network.
     credentials: Credentials = dataclasses.field(default_factory=Credentials)
     mooncake: bool = False  # also serve one-sided reads, at ``tcp_host``
-    metadata: Path | None = None  # a file; neither this nor Redis: the node is nowhere registered
+    metadata: Path | None = None  # a file; none of the three: the node is nowhere registered
+    masters: tuple[str, ...] = ()  # host:port; where there is neither, they have the metadata
+
+
+MEMBERSHIP_CHECK_S = 1.0
+"""Between two looks whether this node still is a member."""
 
 
 async def run_node(
@@ -79,7 +87,10 @@ async def run_node(
         directory = take_directory(settings.shared, settings.store_id)
         ending.callback(directory.remove)
         path = directory.path / ARENA_NAME
-        arena = create_arena(path, geometry, settings.store_id, codec=settings.codec)
+        begun = begin(path, geometry, settings.store_id, codec=settings.codec)
+        arena = begun.arena
+        # A start that fails, because Redis is away, is no reason to lose what was taken over.
+        directory.keeps = begun.inheritance is not None
         welcome = Welcome(
             settings.store_id,
             settings.block_bytes,
@@ -87,9 +98,11 @@ async def run_node(
             codec=settings.codec,
             has_disk=settings.ssd_directory is not None,
         )
-        lending = Lending(path, geometry.slot_count)
+        lending = Lending(
+            path, geometry.slot_count, epoch=arena.epoch, predecessors=begun.predecessors
+        )
         ending.callback(lending.close)
-        core, ssd = await _core(settings, geometry, arena, lending, ending)
+        core, ssd = await _core(settings, geometry, begun, lending, ending)
         one_sided = None
         if settings.mooncake:
             one_sided = OneSidedNode(engine_at(_reachable_host(settings)), arena)
@@ -102,7 +115,9 @@ async def run_node(
             ssd=ssd,
             cluster_key=cluster_key,
             one_sided=one_sided,
+            connect=functools.partial(_connect, settings),
         )
+        _go_on(begun, server)
         listener = await Listener.open(
             settings.directory,
             f"{settings.store_id}.sock",
@@ -116,9 +131,18 @@ async def run_node(
         directory.note_socket(listener.address.unix_path)
         metadata = _metadata(settings)
         if metadata is not None:
-            master = Master(metadata)
-            member = master.join(settings.store_id, listener.address, dead=directory.dead)
-            ending.callback(_leave, master, member)
+            server.follow(settings.masters)
+            kept = _Kept(Membership(metadata), server, stopped)
+            join = functools.partial(kept.join, settings.store_id, listener.address, directory.dead)
+            try:
+                await kept.begin(join, can_wait=bool(settings.masters))
+            except StaleEpoch:
+                directory.keeps = False  # nobody starts it again under this name
+                raise
+            ending.callback(kept.leave)
+            keeping = asyncio.create_task(kept.run(join))
+            ending.push_async_callback(_cancel, keeping)
+        directory.keeps = False
         warming = asyncio.create_task(_take_memory(path, stopped))
         ending.push_async_callback(_finish, warming)
         say_ready(
@@ -131,6 +155,95 @@ async def run_node(
             )
         )
         await stopped.wait()
+        if metadata is not None:
+            kept.raise_if_replaced()
+
+
+class _Kept:
+    """This node's entry in the metadata, looked after."""
+
+    def __init__(self, membership: Membership, server: StoreServer, stopped: asyncio.Event) -> None:
+        self._membership = membership
+        self._server = server
+        self._stopped = stopped
+        self._member: Member | None = None
+        self._replaced: StaleEpoch | None = None
+
+    def join(self, store_id: StoreId, address: Address, dead: Sequence[StoreId]) -> None:
+        self._member = self._membership.join(store_id, address, dead=dead)
+        self._server.joined(self._member.epoch)
+
+    async def begin(self, join: Callable[[], None], *, can_wait: bool) -> None:
+        """``can_wait``: for a table that is not to be had yet, while the node serves."""
+        try:
+            await asyncio.to_thread(join)
+        except StoreUnavailable as error:
+            if not can_wait:
+                raise
+            _log.warning("no master answers yet, serving without one: %s", error)
+
+    async def run(self, join: Callable[[], None]) -> None:
+        """Until cancelled, or a successor has this node's place: then the node is to end. ``join``
+        is for one that has not joined yet."""
+        while True:
+            await asyncio.sleep(MEMBERSHIP_CHECK_S)
+            try:
+                if self._member is None:
+                    await asyncio.to_thread(join)
+                else:
+                    await self._keep(self._member)
+            except StaleEpoch as error:
+                self._replaced = error
+                self._stopped.set()
+                return
+            except StoreError as error:  # without the table everything goes on as it is
+                _log.debug("the metadata is not to be had: %s", error)
+
+    async def _keep(self, member: Member) -> None:
+        after = await asyncio.to_thread(self._membership.keep, member)
+        if after != member:
+            _log.warning(
+                "%s was taken for dead, and has joined again under epoch %d",
+                after.store_id,
+                after.epoch,
+            )
+            self._member = after
+            self._server.joined(after.epoch)
+
+    def leave(self) -> None:
+        if self._member is None:
+            return
+        try:
+            self._membership.leave(self._member)
+        except StoreUnavailable as error:
+            _log.warning("%s could not leave: %s", self._member.store_id, error)
+
+    def raise_if_replaced(self) -> None:
+        if self._replaced is not None:
+            raise self._replaced
+
+
+def _go_on(begun: Beginning, server: StoreServer) -> None:
+    if begun.inheritance is None:
+        return
+    server.settle()  # clients find the index as it will be
+    if begun.inheritance.held:
+        loop = asyncio.get_running_loop()
+        begun.predecessors.when_gone(functools.partial(_tell, loop, server.predecessors_gone))
+
+
+def _connect(settings: NodeSettings, address: Address, timeout_s: float) -> StoreClient:
+    """To another node, for a copy. Without shared memory: this process lends its own."""
+    return StoreClient(
+        address,
+        host=local_host_id(),
+        owner=f"copy-{settings.store_id}",
+        shared_memory=False,
+        codec=settings.codec,
+        ssl_context=settings.credentials.ssl_context(server_side=False),
+        token=settings.credentials.worker_token(),
+        connect_timeout_s=timeout_s,
+    )
 
 
 def _reachable_host(settings: NodeSettings) -> str:
@@ -147,7 +260,7 @@ def _reachable_host(settings: NodeSettings) -> str:
 async def _core(
     settings: NodeSettings,
     geometry: Geometry,
-    arena: Arena,
+    begun: Beginning,
     readers: Readers,
     ending: contextlib.AsyncExitStack,
 ) -> tuple[StoreCore, SsdTier | None]:
@@ -158,6 +271,7 @@ async def _core(
         shares=settings.shares,
         hard_pins_max=int(geometry.slot_count * settings.hard_pin_ratio),
         readers=readers,
+        inheritance=begun.inheritance,
     )
     if settings.ssd_directory is None:
         return core_of(), None
@@ -169,7 +283,7 @@ async def _core(
         codec=settings.codec,
     )
     core = core_of(lower=log)
-    ssd = SsdTier(core, arena, log, policy=settings.ssd_write)
+    ssd = SsdTier(core, begun.arena, log, policy=settings.ssd_write)
     ending.callback(ssd.close)
     writing = asyncio.create_task(ssd.run())
     ending.push_async_callback(_cancel, writing)
@@ -187,27 +301,11 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     settings = _parse(arguments)
     try:
-        asyncio.run(_run_until_told(settings))
+        asyncio.run(run_until_told(functools.partial(run_node, settings)))
     except PdserveError as error:
         print(f"store node: {error}", file=sys.stderr)
-        return 2
+        return REPLACED_STATUS if isinstance(error, StaleEpoch) else 2
     return 0
-
-
-async def _run_until_told(settings: NodeSettings) -> None:
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stopped.set)
-
-    def wait_for_end_of_input() -> None:
-        while os.read(0, 4096):
-            pass
-        with contextlib.suppress(RuntimeError):  # the loop has ended before the input
-            loop.call_soon_threadsafe(stopped.set)
-
-    threading.Thread(target=wait_for_end_of_input, name="input", daemon=True).start()
-    await run_node(settings, stopped, lambda line: print(line, flush=True))
 
 
 async def _take_memory(path: Path, stopped: asyncio.Event) -> None:
@@ -240,6 +338,12 @@ async def _warm(path: Path, stopped: asyncio.Event) -> None:
         _log.warning("the arena could not be warmed, first writes are slower")
 
 
+def _tell(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+    """From another thread; a loop that has ended needs to know nothing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(what)
+
+
 async def _finish(task: asyncio.Task[None]) -> None:
     await task
 
@@ -249,14 +353,9 @@ def _metadata(settings: NodeSettings) -> Metadata | None:
         return RedisMetadata(settings.redis_url)
     if settings.metadata is not None:
         return EmbeddedMetadata(settings.metadata)
+    if settings.masters:
+        return MasterMetadata(settings.masters, settings.credentials, name=settings.store_id)
     return None
-
-
-def _leave(master: Master, member: Member) -> None:
-    try:
-        master.leave(member)
-    except StoreUnavailable as error:
-        _log.warning("%s could not leave: %s", member.store_id, error)
 
 
 def _parse(arguments: list[str] | None) -> NodeSettings:
@@ -265,7 +364,7 @@ def _parse(arguments: list[str] | None) -> NodeSettings:
     parser.add_argument("--arena-bytes", type=int, required=True)
     parser.add_argument("--block-bytes", type=int, required=True)
     parser.add_argument("--store-id", type=StoreId, default=None)
-    parser.add_argument("--shared", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--eviction", choices=get_args(EvictionName), default="turns")
     parser.add_argument("--shares", type=json.loads, default={}, help="JSON: weights of tenants")
     parser.add_argument("--hard-pin-ratio", type=float, default=0.25, help="of the arena")
@@ -276,6 +375,7 @@ def _parse(arguments: list[str] | None) -> NodeSettings:
     parser.add_argument("--tcp-host", default=None, help="an address that other hosts can reach")
     parser.add_argument("--redis-url", default=None)
     parser.add_argument("--metadata", type=Path, default=None, help="a file, instead of Redis")
+    parser.add_argument("--masters", nargs="*", default=(), help="host:port of each")
     parser.add_argument("--mooncake", action="store_true", help="one-sided reads at --tcp-host")
     for name in CREDENTIALS:
         option = "--" + name.replace("_", "-")
@@ -283,6 +383,7 @@ def _parse(arguments: list[str] | None) -> NodeSettings:
     given = vars(parser.parse_args(arguments))
     credentials = Credentials(**{name: given.pop(name) for name in CREDENTIALS})
     given["store_id"] = given["store_id"] or new_store_id()
+    given["masters"] = tuple(given["masters"])
     return NodeSettings(**given, credentials=credentials)
 
 

@@ -22,7 +22,7 @@ from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.evicting import blocks_of_all, blocks_of_prompt, blocks_of_tenant, evict
 from pdserve.kvstore.phases import Phases
 from pdserve.kvstore.pins import FOREVER_NS
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.ssd_tier import SsdTier
 from pdserve.kvstore.tickets import RETRY_AFTER_MS
 
@@ -62,6 +62,8 @@ class Operations:
         self._clock = clock
         self._settle = settle
         self.draining = False
+        self.epoch = 0
+        self.masters: tuple[str, ...] = ()
         self._auditing = False
         self.phases = Phases()
         self.counters = Counter(dict.fromkeys(COUNTERS, 0))
@@ -139,6 +141,8 @@ class Operations:
             tenants=tuple(self._core.slots.order.accounts.uses()),
             counters=dict(self.counters),
             phases=self.phases.times(),
+            epoch=self.epoch,
+            masters=self.masters,
         )
 
     async def audit(self, blocks_max: int | None) -> admin.AuditReport:
@@ -183,7 +187,7 @@ class Operations:
         return self._core.pins.pin(message.keys, hard=message.hard, until_ns=until_ns)
 
     def _is_complete(self, slot: SlotId) -> bool:
-        return self._core.slots[slot].state in (SlotState.COMMITTED, SlotState.PRIVATE)
+        return self._core.slots.state(slot) in (SlotState.COMMITTED, SlotState.PRIVATE)
 
     def _wrong_header(self, slot: SlotId) -> list[str]:
         record, header = self._core.slots[slot], self._arena.header(slot)

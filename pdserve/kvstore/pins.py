@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from pdserve.errors import CapacityError
 from pdserve.ids import BlockKey, SlotId
-from pdserve.kvstore.slots import SlotState, SlotTable
+from pdserve.kvstore.slot_states import SlotState
+from pdserve.kvstore.slots import SlotTable
 from pdserve.kvstore.tickets import RETRY_AFTER_MS
 
 FOREVER_NS = 1 << 62
@@ -68,12 +69,12 @@ class PinBook:
     def unpin(self, slots: Sequence[SlotId]) -> int:
         """End the pins of these blocks, but for those that a pinned block builds on. How many."""
         ended: set[SlotId] = set()
-        deepest_first = sorted(slots, key=lambda slot: -self._slots[slot].depth)
+        deepest_first = sorted(slots, key=lambda slot: -self._slots.depth(slot))
         for pinned in (self._hard, self._soft):
-            children = Counter(self._slots[slot].parent for slot in pinned)
+            children = Counter(self._slots.parent(slot) for slot in pinned)
             for slot in deepest_first:
                 if slot in pinned and not children[slot]:
-                    children[self._slots[slot].parent] -= 1
+                    children[self._slots.parent(slot)] -= 1
                     ended.add(slot)
                     self._end(pinned, slot)
         self._freed()
@@ -94,10 +95,10 @@ class PinBook:
     def drop_condemned(self) -> None:
         """Let go of what can no longer be found. Linear in hard pins; blocks are rarely wrong."""
         for slot in list(self._hard):
-            if self._slots[slot].state is not SlotState.COMMITTED:
+            if self._slots.state(slot) is not SlotState.COMMITTED:
                 self._end(self._hard, slot)
         for slot in list(self._soft):
-            if self._slots[slot].state is not SlotState.COMMITTED:
+            if self._slots.state(slot) is not SlotState.COMMITTED:
                 del self._soft[slot]
 
     def _refuse_beyond_quota(self, count: int) -> None:

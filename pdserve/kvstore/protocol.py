@@ -12,7 +12,7 @@ what a correct client never sends.
 from dataclasses import dataclass
 
 from pdserve.ids import BlockKey, RequestId, SlotId, StoreId, TicketId
-from pdserve.kvstore import admin
+from pdserve.kvstore import admin, mastering
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote, StoreChanges, StoreStat, WriteGrant
 from pdserve.wire.codec import Codec
 
@@ -36,6 +36,7 @@ class Welcome:
     has_disk: bool = False  # which may know what the index does not
     files: tuple[str, ...] = ()  # what the descriptors that come along are of
     key_prefix: bytes = b""  # with which all keys of this client begin
+    epoch: int = 0  # under which the node is a member; 0: of nothing
     # Of a node that also serves one-sided reads, of slots from this address on.
     segment: str = ""
     payload_address: int = 0
@@ -271,5 +272,6 @@ PROTOCOL = Codec(
         StoreStat,
         Done,
         *admin.MESSAGES,
+        *mastering.MESSAGES,
     )
 )

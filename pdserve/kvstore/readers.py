@@ -15,7 +15,9 @@ from typing import Protocol
 
 from pdserve.errors import FrameError
 from pdserve.ids import BlockKey, SlotId
-from pdserve.kvstore.slots import PINNABLE, SlotState, SlotTable, nobody_reads
+from pdserve.kvstore.inheritance import Inheritance
+from pdserve.kvstore.slot_states import PINNABLE, SlotState
+from pdserve.kvstore.slots import SlotTable, nobody_reads
 
 
 class Readers(Protocol):
@@ -46,6 +48,7 @@ class Room:
         self._slots = slots
         self._readers = readers
         self._held: dict[int, set[SlotId]] = {}  # by connection; pinned in the table
+        self._inherited: Sequence[SlotId] = ()  # pinned for a dead node's readers
 
     def make(self, count: int, tenant: str = "") -> int:
         """Evict until ``count`` slots are free for a tenant, or as many as can be had; how many
@@ -79,6 +82,19 @@ class Room:
             self._slots.unpin(sorted(held))
         self._slots.reap()
 
+    def inherit(self, inheritance: Inheritance) -> None:
+        """Begin with what a dead node left; each block has a pin while its clients are there."""
+        self._slots.take_over(inheritance)
+        if inheritance.held:
+            self._inherited = inheritance.adopted_slots
+
+    def predecessors_gone(self) -> None:
+        """Nobody reads what a dead node lent. Idempotent."""
+        slots, self._inherited = self._inherited, ()
+        if slots:
+            self._slots.unpin_all(slots)
+        self._slots.reap()
+
     def hide(self, slots: Sequence[SlotId]) -> None:
         """No reader finds these by itself from now on; what it holds, it holds."""
         self._readers.hide(slots)
@@ -101,12 +117,13 @@ class Room:
         if not 0 <= slot < self._slots.slot_count:
             raise FrameError(f"slot {slot} of {self._slots.slot_count}")
         self.look()
-        is_same = self._slots[slot].generation == generation
+        is_same = self._slots.generation(slot) == generation
         if is_same and slot in self._held.get(reader, ()):
             self._slots.condemn(slot)
 
     def counted(self) -> Iterator[SlotId]:
         """Once for each reader that was found to hold it; for checks."""
+        yield from self._inherited
         for slots in self._held.values():
             yield from slots
 
@@ -116,11 +133,11 @@ class Room:
         for slot in slots:
             above: SlotId | None = slot
             while above is not None and above not in found:
-                record = self._slots[above]
+                state = self._slots.state(above)
                 # What is not in the index now can only be held by who had found it before.
-                kept = above in before and record.state in PINNABLE
-                if record.state is not SlotState.COMMITTED and not kept:
+                kept = above in before and state in PINNABLE
+                if state is not SlotState.COMMITTED and not kept:
                     break
                 found.add(above)
-                above = record.parent
+                above = self._slots.parent(above)
         return found

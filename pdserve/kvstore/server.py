@@ -22,14 +22,23 @@ from pdserve.errors import (
     FrameError,
     PdserveError,
 )
-from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId, TicketId, new_ticket_id
-from pdserve.kvstore import admin, protocol
+from pdserve.ids import BlockKey, SlotId, TicketId, new_ticket_id
+from pdserve.kvstore import admin, mastering, protocol
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote
 from pdserve.kvstore.arena import Arena, block_checksum
-from pdserve.kvstore.attending import Body, NodeAttendant, Sent, fetch_blocks, read_blocks
+from pdserve.kvstore.attending import (
+    Body,
+    NodeAttendant,
+    Sent,
+    fetch_blocks,
+    read_blocks,
+    send_late,
+)
 from pdserve.kvstore.capability import Capability, Gate, Operation, operation_of
 from pdserve.kvstore.core import StoreCore
+from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.lending import Lending
+from pdserve.kvstore.mastered import Connect, Mastered
 from pdserve.kvstore.one_sided import OneSidedNode
 from pdserve.kvstore.operations import Operations
 from pdserve.kvstore.ssd_tier import SsdTier
@@ -59,8 +68,10 @@ class StoreServer:
         clock: Clock = monotonic,
         cluster_key: bytes | None = None,
         one_sided: OneSidedNode | None = None,
+        connect: Connect | None = None,
     ) -> None:
-        """``cluster_key``: peers over TCP must show a token that it signed."""
+        """``cluster_key``: peers over TCP must show a token that it signed. ``connect``: to other
+        nodes, for what a master wants copied."""
         self._one_sided = one_sided
         self._gate = Gate(cluster_key, clock)
         self._core = core
@@ -70,12 +81,21 @@ class StoreServer:
         self._lending = lending
         self._clock = clock
         self._operations = Operations(core, arena, ssd, clock=clock, settle=self.settle)
+        self._mastered = Mastered(core, arena, self._operations, self._commit, self.settle, connect)
         self._waiting: dict[TicketId, tuple[Connection, Frame, int]] = {}  # and since when
         self._late_answers: set[asyncio.Task[None]] = set()
         self._alarm: asyncio.TimerHandle | None = None
         if ssd is not None:
             ssd.settle = self.settle
         self._alarm_ns: int | None = None  # when it rings
+
+    def joined(self, epoch: int) -> None:
+        """This node is a member under ``epoch`` from now on."""
+        self._welcome = replace(self._welcome, epoch=epoch)
+        self._mastered.epoch = self._operations.epoch = epoch
+
+    def follow(self, masters: Sequence[str]) -> None:
+        self._operations.masters = tuple(masters)
 
     async def serve(self, connection: Connection) -> None:
         connection.limit_bodies(0)  # whoever it is, a greeting needs none
@@ -187,6 +207,11 @@ class StoreServer:
                         self._ssd.found(keys[: frame.message.first + len(answer.headers)])
                 case protocol.Fill():
                     answer = self._fill(owner, frame)
+                case mastering.AskDeltas():
+                    answer, body = self._mastered.deltas(frame.message)
+                case mastering.AskParents() | mastering.CopyChain():
+                    self._start(self._obey(connection, frame))
+                    answer = None
                 case message:
                     answer = self._decide(owner, message)
         except PdserveError as error:
@@ -227,7 +252,7 @@ class StoreServer:
         except PdserveError as error:
             answer = ErrorInfo.of(error)
         self.settle()
-        await _send_late(connection, frame, answer, body)
+        await send_late(connection, frame, answer, body)
         if release is not None:
             self._released(release)
 
@@ -329,7 +354,7 @@ class StoreServer:
         except PdserveError as error:
             answer = ErrorInfo.of(error)
         self.settle()
-        await _send_late(connection, frame, answer)
+        await send_late(connection, frame, answer)
 
     async def _prefetch(self, keys: Sequence[BlockKey], tenant: str) -> None:
         if self._ssd is None or self._operations.draining:
@@ -351,7 +376,11 @@ class StoreServer:
             answer = await self._operations.audit(blocks_max)
         except PdserveError as error:
             answer = ErrorInfo.of(error)
-        await _send_late(connection, frame, answer)
+        await send_late(connection, frame, answer)
+
+    async def _obey(self, connection: Connection, frame: Frame) -> None:
+        answer, body = await self._mastered.obey(frame.message)
+        await send_late(connection, frame, answer, body)
 
     def _fill(self, owner: OwnerId, frame: Frame) -> protocol.Done:
         message: protocol.Fill = frame.message
@@ -410,6 +439,11 @@ class StoreServer:
         self._waiting[ticket] = (connection, frame, self._clock())
         return None
 
+    def predecessors_gone(self) -> None:
+        """Nobody has anything from an earlier node of this arena any more."""
+        self._core.predecessors_gone()
+        self.settle()
+
     def settle(self) -> None:
         """Carry out what the last event brought beside its answer."""
         if self._ssd is not None:
@@ -446,7 +480,7 @@ class StoreServer:
             return  # whoever waited is gone, and its ticket with it
         connection, frame, since_ns = waiting
         self._operations.phases.note(("queue", "memory"), self._clock() - since_ns)
-        self._start(_send_late(connection, frame, answer))
+        self._start(send_late(connection, frame, answer))
 
     def _start(self, answering: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(answering)
@@ -454,22 +488,7 @@ class StoreServer:
         task.add_done_callback(self._late_answers.discard)
 
 
-def split_keys(joined: bytes) -> list[BlockKey]:
-    """Of a message that has the keys in one piece."""
-    if len(joined) % BLOCK_KEY_BYTES:
-        raise FrameError(f"{len(joined)} bytes of keys that have {BLOCK_KEY_BYTES} each")
-    starts = range(0, len(joined), BLOCK_KEY_BYTES)
-    return [BlockKey(joined[start : start + BLOCK_KEY_BYTES]) for start in starts]
-
-
 def _refuse_unanswerable(frame: Frame) -> None:
     """Of a question; what is only told has no number."""
     if frame.call == 0:
         raise FrameError(f"{type(frame.message).__name__} without a number to answer it under")
-
-
-async def _send_late(connection: Connection, frame: Frame, answer: object, body: Body = ()) -> None:
-    try:
-        await connection.answer(frame, answer, body)
-    except PdserveError as error:
-        _log.info("%s was gone when its answer was there: %s", connection.peer, error)

@@ -1,7 +1,7 @@
 """Which block is in which slot, in shared memory: the node writes it, readers on its host map it.
 
     superblock   one page: geometry, and how many blocks could not be listed
-    tags         8 bytes per lane: the first half of a block's key; 0 where the lane is empty
+    tags         4 bytes per lane: the beginning of a block's key; 0 where the lane is empty
     lanes        4 bytes per lane: the block's slot
     spilled      1 byte per bucket: blocks of this bucket that lie in one of the next
     marks        8 bytes per slot: the generation of a block that may be found, else 0
@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId
-from pdserve.kvstore.slots import Slot, SlotState
+from pdserve.kvstore.slot_states import Slot, SlotState
 
 LANES = 8
-"""Of a bucket: their tags are one cache line."""
+"""Of a bucket: their tags are half a cache line."""
 
 LANES_PER_SLOT = 3
 """A third of the lanes is in use at most, and one bucket in 500 overflows: a lookup that finds its
@@ -48,7 +48,7 @@ PIECE_KEYS = 512
 """Looked up at once, so that a long prompt of which little is stored costs little."""
 
 _MAGIC = b"pdsvix\0\0"
-_VERSION = 1
+_VERSION = 2
 _SUPERBLOCK = struct.Struct("<8sIIQ")
 _UNLISTED_AT = 64
 _UNLISTED = np.dtype("<u8")
@@ -67,7 +67,7 @@ class _Layout:
         """Type and shape of each, in order; a bucket's neighbours follow it without a seam."""
         buckets = self.bucket_count + NEIGHBOURS
         return (
-            ("<i8", (buckets, LANES)),
+            ("<i4", (buckets, LANES)),
             ("<u4", (buckets * LANES,)),
             ("u1", (buckets,)),
             ("<u8", (self.slot_count,)),
@@ -101,13 +101,13 @@ class SharedIndex:
         self._bucket_count = layout.bucket_count
         tags, lanes, spilled, marks, keys = layout.of(mapped)
         # Single elements: a memoryview's are read and written in a third of the time of numpy's.
-        self._lane_tags = tags.data.cast("B").cast("q")
+        self._lane_tags = tags.data.cast("B").cast("i")
         self._lane_slots = lanes.data
         self._spilled = spilled.data
         self._generations = marks.data
         self._keys = keys.data.cast("B")
         self._unlisted = np.frombuffer(mapped, _UNLISTED, 1, _UNLISTED_AT).data
-        self._lane_of = np.full(layout.slot_count, _NOWHERE, np.int64).data
+        self._lane_of = np.full(layout.slot_count, _NOWHERE, np.int32).data
 
     def note(self, slot: SlotId, record: Slot) -> None:
         """What ``slot`` is now; only a COMMITTED one is found."""
@@ -128,8 +128,7 @@ class SharedIndex:
         start = slot * BLOCK_KEY_BYTES
         self._keys[start : start + BLOCK_KEY_BYTES] = key
         self._generations[slot] = generation
-        tag = tag_of(key)
-        home = tag % self._bucket_count
+        home, tag = home_of(key, self._bucket_count), tag_of(key)
         lane = self._empty_lane(home) if tag else None
         if lane is None:
             self._unlisted[0] += 1
@@ -147,9 +146,9 @@ class SharedIndex:
         if lane == _UNLISTED_LANE:
             self._unlisted[0] -= 1
             return
-        tag = self._lane_tags[lane]
         self._lane_tags[lane] = 0
-        home = tag % self._bucket_count
+        start = slot * BLOCK_KEY_BYTES
+        home = home_of(self._keys[start : start + BLOCK_KEY_BYTES], self._bucket_count)
         if lane // LANES != home:
             self._spilled[home] -= 1
 
@@ -169,7 +168,7 @@ class IndexReader:
         self._bucket_count = layout.bucket_count
         self._tags, lanes, self._spilled, self._marks, self._keys = layout.of(mapped)
         self._lanes: NDArray[np.uint32] = lanes
-        self._lane_tags = self._tags.data.cast("B").cast("q")
+        self._lane_tags = self._tags.data.cast("B").cast("i")
         self._unlisted = np.frombuffer(mapped, _UNLISTED, 1, _UNLISTED_AT)
 
     @property
@@ -181,12 +180,12 @@ class IndexReader:
         """Candidates for the longest stored prefix of a chain, whose keys are ``keys`` joined."""
         if len(keys) == BLOCK_KEY_BYTES and (lane := self._lane_at_home(keys)) is not None:
             return self._lanes[lane : lane + 1].copy()
-        tags = np.frombuffer(keys, "<i8")[::2]
-        if len(tags) <= PIECE_KEYS:
-            return self._lookup_piece(tags)
+        halves = np.frombuffer(keys, "<i8")[::2]
+        if len(halves) <= PIECE_KEYS:
+            return self._lookup_piece(halves)
         pieces = []
-        for start in range(0, len(tags), PIECE_KEYS):
-            piece = tags[start : start + PIECE_KEYS]
+        for start in range(0, len(halves), PIECE_KEYS):
+            piece = halves[start : start + PIECE_KEYS]
             pieces.append(self._lookup_piece(piece))
             if len(pieces[-1]) < len(piece):
                 break
@@ -203,15 +202,16 @@ class IndexReader:
 
     def _lane_at_home(self, key: bytes) -> int | None:
         """Where one block is, if it is in its own bucket: a third of what numpy's calls take."""
-        tag = tag_of(key)
-        first = tag % self._bucket_count * LANES
+        first = home_of(key, self._bucket_count) * LANES
         try:
-            return first + self._lane_tags[first : first + LANES].tolist().index(tag)
+            return first + self._lane_tags[first : first + LANES].tolist().index(tag_of(key))
         except ValueError:
             return None
 
-    def _lookup_piece(self, tags: NDArray[np.int64]) -> NDArray[np.uint32]:
-        homes = tags % self._bucket_count
+    def _lookup_piece(self, halves: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """``halves``: the first ones of keys."""
+        homes = halves % self._bucket_count
+        tags = halves.astype(np.int32)  # their lower halves
         hits = (self._tags.take(homes, axis=0, mode="clip") == tags[:, None]).ravel().nonzero()[0]
         rows = hits >> 3
         if len(hits) == len(tags) and (rows[1:] > rows[:-1]).all():
@@ -223,7 +223,7 @@ class IndexReader:
         return slots
 
     def _lanes_of(
-        self, tags: NDArray[np.int64], homes: NDArray[np.int64], hits: NDArray[np.int64]
+        self, tags: NDArray[np.int32], homes: NDArray[np.int64], hits: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Of the prefix that is found at home or beside it."""
         rows = hits >> 3
@@ -241,7 +241,16 @@ class IndexReader:
 
 
 def tag_of(key: bytes) -> int:
-    return int.from_bytes(key[:8], "little", signed=True)
+    return int.from_bytes(key[:4], "little", signed=True)
+
+
+def home_of(key: bytes | memoryview, bucket_count: int) -> int:
+    return int.from_bytes(key[:8], "little", signed=True) % bucket_count
+
+
+def index_bytes(slot_count: int) -> int:
+    """Of the file, for so many slots."""
+    return _Layout(slot_count).file_bytes
 
 
 def create_index(path: Path, slot_count: int) -> SharedIndex:

@@ -17,11 +17,15 @@ Without weights all blocks compete alike, and accounts only count.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pdserve.ids import SlotId
-from pdserve.kvstore.eviction import Eviction, IdleLeaves
+from pdserve.kvstore.eviction import Eviction
+from pdserve.kvstore.idle_leaves import IdleLeaves, IsCurrent
 
 ACCOUNTS_MAX = 128
 """Tenants with an account of their own. While so many have slots, further ones share one."""
@@ -93,6 +97,12 @@ class Accounts:
         for slot in slots:
             of_slot[slot] = number
 
+    def inherit(self, slots: Sequence[SlotId]) -> None:
+        """Slots in use of which nobody knows the tenant."""
+        self._account(OTHERS).slots += len(slots)
+        self.assign(slots, OTHERS)
+        self._sum_weights()
+
     def freed(self, slot: SlotId) -> None:
         self.give_back(self._of_slot[slot], 1)
 
@@ -113,6 +123,9 @@ class Accounts:
 
     def number_of(self, slot: SlotId) -> int:
         return self._of_slot[slot]
+
+    def numbers_of(self, slots: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.frombuffer(self._of_slot, np.uint8).take(slots)
 
     def find(self, tenant: str) -> int | None:
         """The number of its own account; None where it has none."""
@@ -204,16 +217,30 @@ class EvictionOrder:
         return leaf in self._leaves.get(self._place_of(leaf[0]), ())
 
     def add(self, slot: SlotId, turn: int, last_use: int, depth: int) -> None:
-        place = self._place_of(slot)
-        leaves = self._leaves.get(place)
-        if leaves is None:
-            leaves = self._leaves[place] = IdleLeaves(self._eviction)
-        leaves.add(slot, turn, last_use, depth)
+        self._leaves_of(self._place_of(slot)).add(slot, turn, last_use, depth)
 
     def clear(self) -> None:
         self._leaves.clear()
 
-    def take(self, now: int, is_current: Callable[[SlotId, int, int], bool]) -> SlotId:
+    def refill(
+        self,
+        slots: NDArray[np.int64],
+        turns: NDArray[np.uint8],
+        uses: NDArray[np.uint64],
+        ranks: NDArray[np.uint64],
+    ) -> None:
+        """Forget all entries, and have one for each of these, with their ``rank_of``."""
+        self.clear()
+        accounts = self.accounts.numbers_of(slots) if self._has_shares else np.zeros_like(slots)
+        is_soft = np.isin(slots, list(self.soft)) if self.soft else np.zeros(len(slots), np.bool_)
+        # Of one place and turn, in one number.
+        groups = (accounts.astype(np.int64) << 9) | (is_soft.astype(np.int64) << 8) | turns
+        for group in np.unique(groups).tolist():
+            chosen = groups == group
+            place = group >> 9, bool(group >> 8 & 1)
+            self._leaves_of(place).fill(group & 0xFF, uses[chosen], ranks[chosen])
+
+    def take(self, now: int, is_current: IsCurrent) -> SlotId:
         """The block that goes first. ``is_current`` as for ``IdleLeaves``."""
         if not self._has_shares and not self.soft:  # the usual case, where all are in one place
             leaves = self._leaves.get((OTHERS, False))
@@ -245,7 +272,7 @@ class EvictionOrder:
         self,
         place: tuple[int, bool],
         now: int,
-        is_current: Callable[[SlotId, int, int], bool],
+        is_current: IsCurrent,
     ) -> SlotId | None:
         leaves = self._leaves.get(place)
         if leaves is None:
@@ -259,6 +286,12 @@ class EvictionOrder:
         if slot is None:
             del self._leaves[place]
         return slot
+
+    def _leaves_of(self, place: tuple[int, bool]) -> IdleLeaves:
+        leaves = self._leaves.get(place)
+        if leaves is None:
+            leaves = self._leaves[place] = IdleLeaves(self._eviction)
+        return leaves
 
     def _place_of(self, slot: SlotId) -> tuple[int, bool]:
         account = self.accounts.number_of(slot) if self._has_shares else OTHERS

@@ -1,97 +1,59 @@
-"""The life of a slot: one block's place in an arena. No bytes are touched here.
+"""All slots of an arena: the index over them, and who may be evicted. No bytes are touched here.
 
-    FREE ──RESERVE──> RESERVED ──PUBLISH──> COMMITTED ──CONDEMN──> QUARANTINED
-     ^                   │                      │                      ^
-     ├──FREE─────────────┴──KEEP──> PRIVATE <───┘ DETACH               │
-     │                                └───────────────── CONDEMN ──────┘
-     └──FREE── DRAINING <──DRAIN── each of the last three
-
-RESERVED belongs to one writer; COMMITTED is in the index, and its bytes never change; PRIVATE is
-complete too but in no index (a request's unfinished last block, or a block whose parent is gone),
-and lives as long as somebody has pinned it; QUARANTINED failed its checksum: nobody finds it again;
-DRAINING is found no more either, and becomes free as soon as no reader holds it: those on the
-node's host pin blocks by themselves (``readers``), so that is known only when all have been asked.
-
-Blocks form a forest: a block's *parent* is the block before it in the chain. Two rules hold:
-a COMMITTED block's parent is COMMITTED, so the index is closed under prefixes and a lookup is a
-walk; and the parent of a pinned block is pinned, because pins are taken on whole prefixes. So every
-COMMITTED block without pins can be evicted, children before parents: what is *available* is a sum
-of two counters.
+``slot_states`` has the life of one slot. Blocks form a forest: a block's *parent* is the block
+before it in the chain. Two rules hold: a COMMITTED block's parent is COMMITTED, so the index is
+closed under prefixes and a lookup is a walk; and the parent of a pinned block is pinned, because
+pins are taken on whole prefixes. So every COMMITTED block without pins can be evicted, children
+before parents: what is *available* is a sum of two counters.
 
 Which idle block is evicted first is ``shares``' and ``eviction``'s to say; of one chain the deepest
 goes first.
 A slot's *generation* counts its reservations: (slot, generation) names bytes for ever.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from types import MappingProxyType
+
+import numpy as np
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, SlotId
+from pdserve.kvstore import slot_states
 from pdserve.kvstore.eviction import Eviction
 from pdserve.kvstore.feed import ChangeFeed
+from pdserve.kvstore.headers import NO_PARENT
+from pdserve.kvstore.inheritance import Inheritance
 from pdserve.kvstore.shares import EvictionOrder
-
-
-class SlotState(StrEnum):
-    FREE = "free"
-    RESERVED = "reserved"
-    COMMITTED = "committed"
-    PRIVATE = "private"
-    QUARANTINED = "quarantined"
-    DRAINING = "draining"
-
-
-class SlotEvent(StrEnum):
-    RESERVE = "reserve"  # a writer got it
-    PUBLISH = "publish"  # written, and in the index from now on
-    KEEP = "keep"  # written, for its owner alone
-    DETACH = "detach"  # an ancestor was condemned while somebody had this one pinned
-    CONDEMN = "condemn"  # its bytes fail their checksum
-    DRAIN = "drain"  # nobody finds it from now on, and the node holds it no more
-    FREE = "free"  # nobody wants it, and no process may touch it
-
-
-TRANSITIONS: Mapping[SlotState, Mapping[SlotEvent, SlotState]] = MappingProxyType(
-    {
-        SlotState.FREE: {SlotEvent.RESERVE: SlotState.RESERVED},
-        SlotState.RESERVED: {
-            SlotEvent.PUBLISH: SlotState.COMMITTED,
-            SlotEvent.KEEP: SlotState.PRIVATE,
-            SlotEvent.FREE: SlotState.FREE,
-        },
-        SlotState.COMMITTED: {
-            SlotEvent.DETACH: SlotState.PRIVATE,
-            SlotEvent.CONDEMN: SlotState.QUARANTINED,
-            SlotEvent.DRAIN: SlotState.DRAINING,
-        },
-        SlotState.PRIVATE: {
-            SlotEvent.CONDEMN: SlotState.QUARANTINED,
-            SlotEvent.DRAIN: SlotState.DRAINING,
-        },
-        SlotState.QUARANTINED: {SlotEvent.DRAIN: SlotState.DRAINING},
-        SlotState.DRAINING: {SlotEvent.FREE: SlotState.FREE},
-    }
+from pdserve.kvstore.slot_columns import SlotColumns
+from pdserve.kvstore.slot_states import (
+    COMMITTED,
+    CONDEMN,
+    DETACH,
+    DRAIN,
+    EVENTS,
+    FOLLOWING,
+    FREE,
+    KEEP,
+    PUBLISH,
+    QUARANTINED,
+    REFUSED,
+    RELEASE,
+    RESERVE,
+    RESERVED,
+    STATES,
+    Evicted,
+    SlotState,
 )
-
 
 EVICTED_KEPT_MAX = 4096
 """Of which ``take_evicted`` can tell; more than one event evicts of any sensible arena."""
 
-
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """A block that has just left its slot; its bytes are there until somebody writes."""
-
-    slot: SlotId
-    key: BlockKey
-    checksum: int
+STALE_RATIO = 0.25
+"""Entries of the order of eviction, beside one per slot, that may be out of date."""
 
 
-PINNABLE = frozenset((SlotState.COMMITTED, SlotState.PRIVATE, SlotState.QUARANTINED))
+_IS_PINNABLE = tuple(state in slot_states.PINNABLE for state in STATES)
 
 Hide = Callable[[Sequence[SlotId]], Collection[SlotId]]
 """Lets nobody find these slots from now on; those of them that somebody holds without the table's
@@ -103,29 +65,11 @@ def nobody_reads(slots: Sequence[SlotId]) -> Collection[SlotId]:  # noqa: ARG001
     return ()
 
 
-@dataclass(slots=True)
-class Slot:
-    """What is known of one slot. Changed by ``SlotTable`` only."""
-
-    state: SlotState = SlotState.FREE
-    generation: int = 0
-    key: BlockKey | None = None
-    checksum: int = 0
-    parent: SlotId | None = None
-    depth: int = 0  # of the block in its chain, from 0
-    children: int = 0
-    pins: int = 0
-    last_use: int = 0  # the table's own count of uses; no clock
-    turn: int = 0  # of the conversation that used it last
-
-
-class SlotTable:
-    """All slots of an arena, the index over them, and the order of eviction.
-
-    Invariants, asserted by ``check``: the index holds exactly the COMMITTED slots; a COMMITTED
+class SlotTable(SlotColumns):
+    """Invariants, asserted by ``check``: the index holds exactly the COMMITTED slots; a COMMITTED
     slot's parent is COMMITTED and has pins if it has; child counts are right; FREE, RESERVED and
     DRAINING slots have no pins, PRIVATE and QUARANTINED ones have some; every idle leaf is in the
-    heap.
+    order of eviction.
     """
 
     def __init__(
@@ -138,13 +82,12 @@ class SlotTable:
         shares: Mapping[str, float] | None = None,
     ) -> None:
         """``shares``: the tenants' weights; None: all blocks compete alike."""
-        assert slot_count > 0
-        self._slots = [Slot() for _ in range(slot_count)]
-        self._free = [SlotId(slot) for slot in reversed(range(slot_count))]  # warm ones on top
-        self._index: dict[BlockKey, SlotId] = {}
+        super().__init__(slot_count)
+        self._free = array("I", range(slot_count - 1, -1, -1))  # warm ones on top
         self._idle_count = 0  # COMMITTED without pins
         self._eviction = eviction
         self.order = EvictionOrder(eviction, slot_count, shares)
+        self._noted_count = 0  # entries of the order since it was looked through
         self._uses = 0
         self._feed = feed
         self._hide = hide
@@ -154,12 +97,19 @@ class SlotTable:
         self.evicted_count = 0
         self.condemned_count = 0
 
-    def __getitem__(self, slot: SlotId) -> Slot:
-        return self._slots[slot]
-
-    @property
-    def slot_count(self) -> int:
-        return len(self._slots)
+    def take_over(self, inheritance: Inheritance) -> None:
+        """Begin with these slots, in a table where nothing has happened yet; each block has a pin
+        if they are held."""
+        self._take_over(inheritance)
+        adopted, draining = inheritance.adopted_slots, inheritance.draining_slots
+        for slot in adopted:
+            self._feed.added(self._map.key_of(slot))
+        self._free = array("I", (inheritance.states == FREE).nonzero()[0][::-1].tolist())
+        self._draining = draining
+        self.order.accounts.inherit(adopted + draining)
+        self._idle_count = 0 if inheritance.held else len(adopted)
+        self._changed.update(adopted, draining)
+        self._refill_order()
 
     @property
     def free_count(self) -> int:
@@ -173,19 +123,16 @@ class SlotTable:
 
     @property
     def indexed_count(self) -> int:
-        return len(self._index)
+        return self._map.count
+
+    def keys_joined(self) -> bytes:
+        """Of all blocks in the index, 16 bytes each, in the order of their slots."""
+        return self._map.joined((np.frombuffer(self._states, np.uint8) == COMMITTED).nonzero()[0])
 
     @property
     def keys(self) -> list[BlockKey]:
         """Of all blocks in the index, parents before children."""
-        return sorted(self._index, key=lambda key: self._slots[self._index[key]].depth)
-
-    def count(self, state: SlotState) -> int:
-        """Linear in the table; for statistics."""
-        return sum(slot.state is state for slot in self._slots)
-
-    def pinned_count(self) -> int:
-        return sum(slot.pins > 0 for slot in self._slots)
+        return [self._map.key_of(slot) for slot in self._indexed()]
 
     def take_changed(self) -> set[SlotId]:
         """Slots whose state, generation, key or checksum changed since the last call."""
@@ -203,20 +150,20 @@ class SlotTable:
         return evicted
 
     def find(self, key: BlockKey) -> SlotId | None:
-        return self._index.get(key)
+        return self._map.find(key)
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[SlotId]:
         """The slots of the longest prefix of ``keys`` that is in the index."""
-        found: list[SlotId] = []
-        parent: SlotId | None = None
-        for key in keys:
-            slot = self._index.get(key)
+        found = self._map.find_each(keys)
+        parents = self._parents
+        above = NO_PARENT
+        for index, slot in enumerate(found):
             # The parent differs only where a caller mixes up its keys; pins must stay whole.
-            if slot is None or self._slots[slot].parent != parent:
+            if slot < 0 or parents[slot] != above:
+                del found[index:]
                 break
-            found.append(slot)
-            parent = slot
-        return found
+            above = slot
+        return found  # type: ignore[return-value]  # they are slots now
 
     def asked(self, keys: Sequence[BlockKey], prefix: Sequence[SlotId]) -> None:
         """A prompt asks for ``keys``, of which ``prefix`` is here, pinned."""
@@ -227,19 +174,20 @@ class SlotTable:
         self._set_turn(chain, self._eviction.wrote(keys, self._uses))
 
     def _set_turn(self, slots: Sequence[SlotId], turn: int) -> None:
+        turns = self._turns
         for slot in slots:
-            self._slots[slot].turn = turn
+            turns[slot] = turn
 
     def reserve(self, count: int, tenant: str = "") -> list[SlotId]:
         """``count`` slots for one writer of a tenant, evicting as many blocks as that takes."""
         room = self.make_room(count, tenant)
         assert room == count, f"{count} of {room} slots"
         account = self.order.accounts.charge(tenant, count)
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [SlotId(self._free.pop()) for _ in range(count)]
         self.order.accounts.assign(taken, account)
         for slot in taken:
-            self._move(slot, SlotEvent.RESERVE)
-            self._slots[slot].generation += 1
+            self._move(slot, RESERVE)
+            self._generations[slot] += 1
         return taken
 
     def make_room(self, count: int, tenant: str = "") -> int:
@@ -271,71 +219,88 @@ class SlotTable:
 
     def publish(self, slot: SlotId, key: BlockKey, parent: SlotId | None, checksum: int) -> None:
         """Put a written slot into the index, with one pin. ``parent`` is None for a first block."""
-        record = self._slots[slot]
-        assert key not in self._index, "a key has one slot"
         if parent is not None:
-            above = self._slots[parent]
-            assert above.state is SlotState.COMMITTED, f"parent is {above.state}"
-            assert above.pins > 0, "a parent stays pinned while children are added"
-            above.children += 1
-            record.depth = above.depth + 1
-        self._move(slot, SlotEvent.PUBLISH)
-        record.key, record.parent, record.checksum = key, parent, checksum
-        record.pins = 1
-        self._index[key] = slot
+            assert self._states[parent] == COMMITTED, f"parent is {self.state(parent)}"
+            assert self._pins[parent] > 0, "a parent stays pinned while children are added"
+            self._children[parent] += 1
+            self._depths[slot] = self._depths[parent] + 1
+            self._parents[slot] = parent
+        self._move(slot, PUBLISH)
+        self._set_key(slot, key)
+        self._checksums[slot] = checksum
+        self._pins[slot] = 1
+        self._map.add(slot)
         self._feed.added(key)
 
     def keep(self, slot: SlotId, key: BlockKey | None, checksum: int) -> None:
         """Complete a written slot for its owner alone, with one pin."""
-        record = self._slots[slot]
-        self._move(slot, SlotEvent.KEEP)
-        record.key, record.checksum, record.pins = key, checksum, 1
+        self._move(slot, KEEP)
+        if key is not None:
+            self._set_key(slot, key)
+        self._checksums[slot], self._pins[slot] = checksum, 1
 
     def abandon(self, slot: SlotId) -> None:
         """Free a reserved slot that will not be written, or not be wanted."""
-        assert self._slots[slot].state is SlotState.RESERVED
+        assert self._states[slot] == RESERVED
         self._clear(slot)
 
     def pin(self, slots: Sequence[SlotId]) -> None:
         """One more pin for each; the slots are a whole prefix, or have pins already."""
+        states, pins = self._states, self._pins
         for slot in slots:
-            record = self._slots[slot]
-            assert record.state in PINNABLE, record.state
-            if record.pins == 0:
+            assert _IS_PINNABLE[states[slot]], self.state(slot)
+            if pins[slot] == 0:
                 self._idle_count -= 1
-            record.pins += 1
+            pins[slot] += 1
 
     def unpin(self, slots: Sequence[SlotId]) -> None:
         """One pin fewer for each; what nobody can find and nobody holds becomes free."""
         self._uses += 1
+        states, pins, children = self._states, self._pins, self._children
+        last_uses, now = self._last_uses, self._uses
         for slot in slots:
-            record = self._slots[slot]
-            assert record.pins > 0, f"slot {slot} is unpinned more often than pinned"
-            record.pins -= 1
-            record.last_use = self._uses
-            if record.pins == 0:
-                if record.state is SlotState.COMMITTED:
+            left = pins[slot] - 1
+            assert left >= 0, f"slot {slot} is unpinned more often than pinned"
+            pins[slot] = left
+            last_uses[slot] = now
+            if left == 0:
+                if states[slot] == COMMITTED:
                     self._idle_count += 1
-                    self._note_if_idle_leaf(slot)
+                    if not children[slot]:
+                        self._note_idle_leaf(slot)
                 else:
                     self._drain(slot)
         self.reap()
 
+    def unpin_all(self, slots: Sequence[SlotId]) -> None:
+        """``unpin`` of a large part of the table, each slot once."""
+        self._uses += 1
+        for slot in slots:
+            assert self._pins[slot] > 0, f"slot {slot} is unpinned more often than pinned"
+            self._pins[slot] -= 1
+            self._last_uses[slot] = self._uses
+            if self._pins[slot] == 0 and self._states[slot] == COMMITTED:
+                self._idle_count += 1
+            elif self._pins[slot] == 0:
+                self._drain(slot)
+        self._refill_order()
+        self.reap()
+
     def condemn(self, slot: SlotId) -> None:
         """Take a pinned slot with wrong bytes, and all that builds on it, out of the index."""
-        assert self._slots[slot].pins > 0, "only who holds a block can say that it is wrong"
-        if self._slots[slot].state is SlotState.QUARANTINED:
+        assert self._pins[slot] > 0, "only who holds a block can say that it is wrong"
+        if self._states[slot] == QUARANTINED:
             return  # somebody else who holds it was faster
         descendants = self.descendants(slot)
-        was_committed = self._slots[slot].state is SlotState.COMMITTED
-        self._move(slot, SlotEvent.CONDEMN)
+        was_committed = self._states[slot] == COMMITTED
+        self._move(slot, CONDEMN)
         self.condemned_count += 1
         if not was_committed:
             return
         for below in reversed(descendants):  # children before parents
             self._unlink(below)
-            if self._slots[below].pins:
-                self._move(below, SlotEvent.DETACH)
+            if self._pins[below]:
+                self._move(below, DETACH)
             else:
                 self._idle_count -= 1
                 self._drain(below)
@@ -345,11 +310,12 @@ class SlotTable:
     def descendants(self, root: SlotId) -> list[SlotId]:
         """All that builds on a block, parents before children. Linear in the table: it is rarely
         asked for, and a list of children per slot is not free."""
+        if not self._children[root]:
+            return []
         inside = {root}
         found = []
-        for key in self.keys:
-            slot = self._index[key]
-            if self._slots[slot].parent in inside:
+        for slot in self._indexed(deeper_than=self._depths[root]):
+            if self._parents[slot] in inside:
                 inside.add(slot)
                 found.append(slot)
         return found
@@ -357,7 +323,7 @@ class SlotTable:
     def evict_if_idle(self, slot: SlotId) -> bool:
         """Evict a block that nobody has pinned and nothing builds on; who calls this calls
         ``reap``. Whether it was one."""
-        if not self._is_idle_leaf(self._slots[slot]):
+        if not self._is_idle_leaf(slot):
             return False
         self._evict(slot)
         return True
@@ -365,85 +331,88 @@ class SlotTable:
     def reorder(self, slots: Iterable[SlotId]) -> None:
         """What decides over their order of eviction, beside their use, has changed."""
         for slot in slots:
-            self._note_if_idle_leaf(slot)
+            if self._is_idle_leaf(slot):
+                self._note_idle_leaf(slot)
 
     def _evict_one(self) -> None:
         self._evict(self.order.take(self._uses, self._is_current))
 
     def _evict(self, slot: SlotId) -> None:
         self._idle_count -= 1
-        record = self._slots[slot]
-        assert record.key is not None
-        self._evicted.append(Evicted(slot, record.key, record.checksum))
-        self._unlink(slot)
+        key = self._unlink(slot)
+        self._evicted.append(Evicted(slot, key, self._checksums[slot]))
         self._drain(slot)
         self.evicted_count += 1
 
-    def _unlink(self, slot: SlotId) -> None:
-        """Out of the index and out of its parent's family."""
-        record = self._slots[slot]
-        assert record.key is not None
-        del self._index[record.key]
-        self._feed.removed(record.key)
-        parent, record.parent = record.parent, None
-        if parent is not None:
-            self._slots[parent].children -= 1
-            self._note_if_idle_leaf(parent)
+    def _unlink(self, slot: SlotId) -> BlockKey:
+        """Out of the index and out of its parent's family; its key."""
+        key = self._map.key_of(slot)
+        self._map.remove(slot)
+        self._feed.removed(key)
+        parent, self._parents[slot] = self._parents[slot], NO_PARENT
+        if parent != NO_PARENT:
+            self._children[parent] -= 1
+            if self._is_idle_leaf(SlotId(parent)):
+                self._note_idle_leaf(SlotId(parent))
+        return key
 
     def _drain(self, slot: SlotId) -> None:
         """Out of the index already; who calls this calls ``reap``."""
-        record = self._slots[slot]
-        assert record.children == 0, f"slot {slot} has children"
-        assert record.pins == 0, f"slot {slot} is pinned"
-        self._move(slot, SlotEvent.DRAIN)
+        assert self._children[slot] == 0, f"slot {slot} has children"
+        assert self._pins[slot] == 0, f"slot {slot} is pinned"
+        self._move(slot, DRAIN)
         self._draining.append(slot)
 
     def _clear(self, slot: SlotId) -> None:
-        record = self._slots[slot]
-        self._move(slot, SlotEvent.FREE)
-        record.key, record.checksum, record.parent, record.depth = None, 0, None, 0
-        record.turn = 0
+        self._move(slot, RELEASE)
+        self._has_key[slot] = self._checksums[slot] = 0
+        self._parents[slot], self._depths[slot] = NO_PARENT, 0
+        self._turns[slot] = 0
         self.order.freed(slot)
         self._free.append(slot)
 
-    def _move(self, slot: SlotId, event: SlotEvent) -> None:
-        record = self._slots[slot]
-        following = TRANSITIONS[record.state].get(event)
-        if following is None:
-            raise IllegalTransition(f"{event} while slot {slot} is {record.state}")
-        record.state = following
+    def _move(self, slot: SlotId, event: int) -> None:
+        following = FOLLOWING[self._states[slot]][event]
+        if following == REFUSED:
+            raise IllegalTransition(f"{EVENTS[event]} while slot {slot} is {self.state(slot)}")
+        self._states[slot] = following
         self._changed.add(slot)
 
     def _is_current(self, slot: SlotId, turn: int, last_use: int) -> bool:
-        record = self._slots[slot]
-        as_noted = record.last_use == last_use and record.turn == turn
-        return as_noted and self._is_idle_leaf(record)
+        return (
+            self._last_uses[slot] == last_use
+            and self._turns[slot] == turn
+            and self._is_idle_leaf(slot)
+        )
 
-    @staticmethod
-    def _is_idle_leaf(record: Slot) -> bool:
-        return record.state is SlotState.COMMITTED and not record.pins and not record.children
+    def _note_idle_leaf(self, slot: SlotId) -> None:
+        self.order.add(slot, self._turns[slot], self._last_uses[slot], self._depths[slot])
+        self._noted_count += 1
+        # An entry is out of date once its block was used again; a few may be, not more.
+        if self._noted_count > self.slot_count * STALE_RATIO + 64:
+            self._noted_count = 0
+            if len(self.order) > self.slot_count * (1 + STALE_RATIO) + 64:
+                self._refill_order()
 
-    def _note_if_idle_leaf(self, slot: SlotId) -> None:
-        record = self._slots[slot]
-        if not self._is_idle_leaf(record):
-            return
-        self.order.add(slot, record.turn, record.last_use, record.depth)
-        # An entry is out of date once its block was used again; half of all may be, not more.
-        if len(self.order) > 2 * len(self._slots) + 64:
-            self.order.clear()
-            for index, each in enumerate(self._slots):
-                if self._is_idle_leaf(each):
-                    self.order.add(SlotId(index), each.turn, each.last_use, each.depth)
+    def _refill_order(self) -> None:
+        leaves = self._idle_leaves()
+        ranks = (NO_PARENT - np.frombuffer(self._depths, np.uint32)[leaves]).astype(np.uint64)
+        self.order.refill(
+            leaves,
+            np.frombuffer(self._turns, np.uint8)[leaves],
+            np.frombuffer(self._last_uses, np.uint64)[leaves],
+            ranks << np.uint64(32) | leaves.astype(np.uint64),
+        )
 
     def check(self) -> None:
         """Assert the invariants. Linear in the table; for tests."""
         assert len(set(self._free)) == len(self._free)
-        children = [0] * len(self._slots)
+        children = [0] * self.slot_count
         idle = 0
-        for index, record in enumerate(self._slots):
-            slot = SlotId(index)
+        for slot in map(SlotId, range(self.slot_count)):
+            record = self[slot]
             committed = record.state is SlotState.COMMITTED
-            indexed = record.key is not None and self._index.get(record.key) == slot
+            indexed = record.key is not None and self._map.find(record.key) == slot
             assert committed == indexed, f"slot {slot} is {record.state}, indexed: {indexed}"
             assert (record.state is SlotState.FREE) == (slot in self._free)
             assert (record.state is SlotState.DRAINING) == (slot in self._draining)
@@ -452,17 +421,17 @@ class SlotTable:
             elif not committed:
                 assert record.pins > 0, f"slot {slot} is {record.state} and nobody holds it"
             if record.parent is not None:
-                parent = self._slots[record.parent]
+                parent = self[record.parent]
                 assert committed
                 assert parent.state is SlotState.COMMITTED
                 assert parent.depth + 1 == record.depth
                 assert parent.pins or not record.pins, "a pinned block's parent is not pinned"
                 children[record.parent] += 1
             idle += committed and not record.pins
-            if self._is_idle_leaf(record):
+            if self._is_idle_leaf(slot):
                 leaf = slot, record.turn, record.last_use
                 assert leaf in self.order, f"slot {slot} can never be evicted"
         assert idle == self._idle_count
-        assert children == [record.children for record in self._slots]
-        assert len(self._index) == self.count(SlotState.COMMITTED)
-        self.order.accounts.check(lambda slot: self._slots[slot].state is SlotState.FREE)
+        assert children == self._children.tolist()
+        self._map.check(self._indexed())
+        self.order.accounts.check(lambda slot: self.state(slot) is SlotState.FREE)

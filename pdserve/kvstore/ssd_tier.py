@@ -29,7 +29,7 @@ from pdserve.kvstore.arena import Arena, block_checksum
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.disk_file import aligned_buffer
 from pdserve.kvstore.path_speed import PathCost, PathSpeed
-from pdserve.kvstore.slots import Evicted
+from pdserve.kvstore.slot_states import Evicted
 from pdserve.kvstore.ssd_log import Block, SsdLog
 from pdserve.kvstore.tier_health import Health
 

@@ -26,12 +26,13 @@ from pdserve.errors import (
 from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore import protocol
 from pdserve.kvstore.answers import ClaimGrant, WriteGrant
-from pdserve.kvstore.arena import Arena, Header, block_checksum
+from pdserve.kvstore.arena import Arena, block_checksum
 from pdserve.kvstore.codecs import PayloadCodec
+from pdserve.kvstore.headers import Header
 from pdserve.kvstore.phases import Phases
 from pdserve.kvstore.pieces import PiecewiseWrite
 from pdserve.kvstore.pipeline import Corrupt, Done, Fill, Link, Pipeline, Place
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.wire.blocking import Wait
 from pdserve.wire.frame import Buffer, Frame
 
@@ -117,6 +118,23 @@ class Transfer(Protocol):
         nothing happened, this way has none shorter than a claim."""
         return None
 
+    def close(self) -> None:
+        """Let go of the memory behind it, but for what views still show."""
+        return
+
+
+class Closed(Transfer):
+    """Of a client that was closed: nothing is mapped for it."""
+
+    def send(self, *_: object) -> int:
+        raise StoreUnavailable("this client of the store was closed")
+
+    def receive(self, *_: object) -> None:
+        raise StoreUnavailable("this client of the store was closed")
+
+    def view(self, *_: object) -> memoryview:
+        raise StoreUnavailable("this client of the store was closed")
+
 
 class SharedMemory(Transfer):
     """For clients on the node's host: they write and read the arena itself."""
@@ -138,6 +156,7 @@ class SharedMemory(Transfer):
         self._readable = readable
         self._open_writable = open_writable
         self._writable: Arena | None = None
+        self._closing = threading.Event()
         self._counters = counters
         self._verify = verify
         self._corrupt = corrupt
@@ -148,8 +167,14 @@ class SharedMemory(Transfer):
         """Make the first write to each slot as fast as later ones; goes on in the background."""
         self._writable = self._open_writable()
         threading.Thread(
-            target=self._writable.populate, args=(time.sleep,), name="arena warming", daemon=True
+            target=self._writable.populate,
+            args=(self._closing.wait,),
+            name="arena warming",
+            daemon=True,
         ).start()
+
+    def close(self) -> None:
+        self._closing.set()
 
     def begin(self, grant: WriteGrant, keys: Sequence[BlockKey | None]) -> PiecewiseWrite:
         """As ``send``, but the caller brings the bytes, until ``finish``."""

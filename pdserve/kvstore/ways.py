@@ -41,10 +41,11 @@ def open_way(
         if lending.ARENA not in lent:
             raise StoreUnavailable(f"the node at {connection.peer} lends its arena to nobody")
         path = Path(welcome.arena_path)
+        arena = map_arena(lent[lending.ARENA], welcome.store_id, writable=False)
         return SharedMemory(
             call,
-            map_arena(lent[lending.ARENA], welcome.store_id, writable=False),
-            lambda: open_arena(path, welcome.store_id, writable=True),
+            arena,
+            lambda: open_arena(path, welcome.store_id, writable=True, epoch=arena.epoch),
             counters,
             verify=verify,
             codec=codec,

@@ -12,7 +12,8 @@ from itertools import takewhile
 
 from pdserve.errors import FrameError, TicketGone
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId
-from pdserve.kvstore.slots import SlotState, SlotTable
+from pdserve.kvstore.slot_states import SlotState
+from pdserve.kvstore.slots import SlotTable
 from pdserve.kvstore.tickets import Ticket, TicketState
 
 
@@ -99,7 +100,7 @@ def _commit_put(slots: SlotTable, write: Write) -> int:
         chain.append(placed)
     for slot in write.slots[len(chain) - len(write.prefix) :]:
         slots.abandon(slot)
-    stored = takewhile(lambda slot: slots[slot].state is SlotState.COMMITTED, chain)
+    stored = takewhile(lambda slot: slots.state(slot) is SlotState.COMMITTED, chain)
     stored_count = sum(1 for _ in stored)
     if not write.between_tiers:
         slots.wrote(write.keys[: len(chain)], chain)
@@ -125,13 +126,13 @@ def _place(
     None when it could not be found there: its parent, the last of ``chain``, left the index.
     """
     parent = chain[-1] if chain else None
-    if parent is not None and slots[parent].state is not SlotState.COMMITTED:
+    if parent is not None and slots.state(parent) is not SlotState.COMMITTED:
         return None
     existing = slots.find(key)
     if existing is None:
         slots.publish(slot, key, parent, checksum)
         return slot
-    if slots[existing].parent != parent:
+    if slots.parent(existing) != parent:
         return None  # only a caller that mixes up its keys gets here
     slots.pin([existing])
     slots.abandon(slot)

@@ -20,7 +20,7 @@ from pdserve.errors import BlockMissing, CapacityError, FrameError, TicketGone
 from pdserve.ids import BlockKey, RequestId, SlotId, TicketId
 from pdserve.kvstore.answers import ClaimGrant, WriteGrant
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.tickets import OwnerId
 from tests.campaign.scenes import SCENES, STEPS_MAX, Scene, Step
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pdserve.ids import StoreId
 from tests.campaign.actor import Actor, Conduct, Failed, Place
+from tests.campaign.arenas import damage_arena
 from tests.campaign.board import Board, Number
 from tests.campaign.fencing import Fencer
 from tests.campaign.mutants import Mutant
@@ -113,6 +114,8 @@ class Stage:
         os.set_blocking(self._reading, False)
         self._rest = b""
         self._wake_at_s: dict[int, float] = {}  # stopped processes
+        damages_arenas = mutant is not None and mutant.damages_arenas
+        self._node_ratio = 0.5 if damages_arenas else 0.1  # of all who are struck
         self.redis = RedisProcess.start(directory / "redis")
         files = [str(directory / f"metadata-{number}") for number in range(2)]
         places = (files[0], files[1] if self.redis is None else self.redis.url)
@@ -221,9 +224,9 @@ class Stage:
         """Kill or stop somebody."""
         roll = self.chance.random()
         is_kill = self.chance.random() < 0.65
-        if roll < 0.1:
+        if roll < self._node_ratio:
             self._strike_node(self.chance.choice(self.nodes), is_kill=is_kill)
-        elif roll < 0.15 and self.redis is not None:
+        elif roll < self._node_ratio + 0.05 and self.redis is not None:
             self._strike_redis(self.redis, is_kill=is_kill)
         else:
             alive = [
@@ -245,6 +248,8 @@ class Stage:
         node.kill()
         self._look_for_complaints(node)
         self.kills[role] += 1
+        if self.mutant is not None and self.mutant.damages_arenas:
+            damage_arena(node.plan, self.chance)
         self.nodes[self.nodes.index(node)] = NodeProcess.start(node.plan)
 
     def _strike_redis(self, redis: RedisProcess, *, is_kill: bool) -> None:

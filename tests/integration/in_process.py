@@ -23,6 +23,13 @@ from pdserve.router.snapshot import RouterSnapshot
 from pdserve.text.tokenizer import load_tokenizer
 from pdserve.wire.hosts import local_host_id
 from tests.integration.store_nodes import Node, start_node
+from tests.integration.test_router_succession import FakeRegister
+
+
+async def no_masters() -> tuple[str, ...]:
+    """Nobody knows what other hosts have."""
+    return ()
+
 
 START_S = 120.0
 
@@ -94,7 +101,7 @@ class InProcessCluster:
     async def _start(self) -> None:
         sockets, host = self._directory / "run", local_host_id()
         sockets.mkdir(mode=0o700)
-        self.router = RouterService(self.config.router, host=host)
+        self.router = RouterService(self.config.router, host=host, register=FakeRegister())
         where = await self.router.start(sockets, tcp_host=None)
 
         async def find_router() -> Address:
@@ -103,7 +110,13 @@ class InProcessCluster:
         for role, pool in ((Role.PREFILL, self.config.prefill), (Role.DECODE, self.config.decode)):
             for _ in range(pool.replicas):
                 shell = WorkerShell(role, self.config, host=host)
-                await shell.start(sockets, self._find_store, find_router, tcp_host=None)
+                await shell.start(
+                    sockets,
+                    self._find_store,
+                    find_router,
+                    find_masters=no_masters,
+                    tcp_host=None,
+                )
                 self.workers[shell.worker] = shell
         hello = self.router.hello
         assert hello is not None

@@ -21,7 +21,7 @@ from pdserve.wire.hosts import local_host_id
 BLOCK_BYTES = 4096 + 32  # not a multiple of the alignment
 NAMESPACE = namespace_digest(model="test")
 ELSEWHERE = HostId("elsewhere")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pdserve.errors import CapacityError, ConfigError
 from pdserve.ids import RequestId
 from pdserve.kvstore.admin_client import StoreAdmin
 from pdserve.kvstore.arena import open_arena
+from pdserve.kvstore.headers import HEADER_BYTES
 from pdserve.wire.hosts import local_host_id
 from tests.integration.store_nodes import (
     PATIENCE_S,
@@ -93,7 +94,7 @@ def test_an_audit_finds_a_flipped_bit_and_a_wrong_header(
         slots = [client.claim(keys_of("a", 4)).grant.slots[index] for index in (1, 2)]
         arena.payload(slots[0])[9] ^= 1
         with path.open("r+b") as file:
-            os.pwrite(file.fileno(), b"\x07", os.sysconf("SC_PAGESIZE") + slots[1] * 64)
+            os.pwrite(file.fileno(), b"\x07", os.sysconf("SC_PAGESIZE") + slots[1] * HEADER_BYTES)
         report = admin_of(node).audit()
         assert [finding.split(":")[0] for finding in report.findings] == [
             f"slot {slots[0]}",

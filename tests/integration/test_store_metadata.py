@@ -1,5 +1,6 @@
 """Where membership is kept: the same behaviour in a file and in a real Redis."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -10,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.errors import ConfigError, StoreError, StoreUnavailable
+from pdserve.errors import ConfigError, StaleEpoch, StoreError, StoreUnavailable
 from pdserve.ids import HostId, StoreId
-from pdserve.kvstore.master import Master
+from pdserve.kvstore.membership import Membership
 from pdserve.kvstore.metadata import (
     TIMEOUT_S,
     EmbeddedMetadata,
     Member,
     Metadata,
     RedisMetadata,
+    Seat,
 )
 from pdserve.messages import Address
 from tests.integration.store_nodes import PATIENCE_S, content, filler, keys_of, read, running_node
@@ -108,8 +110,65 @@ def test_an_older_epoch_neither_replaces_nor_removes_a_younger_one(
     assert table.members() == (member("a", 6),)
 
 
+def test_the_seat_changes_hands_by_compare_and_set(connect: Callable[[], Metadata]) -> None:
+    one, two = connect(), connect()
+    assert one.seat() is None
+    first = Seat("m1", ADDRESS, one.next_epoch())
+    assert one.change_seat(None, first)
+    assert not two.change_seat(None, Seat("m2", ADDRESS, two.next_epoch()))
+    assert two.seat() == first
+    renewed = dataclasses.replace(first, beat=1)
+    assert one.change_seat(first, renewed)
+    assert not two.change_seat(first, Seat("m2", ADDRESS, two.next_epoch())), "it was renewed"
+    second = Seat("m2", ADDRESS, two.next_epoch())
+    assert two.change_seat(renewed, second)
+    assert not one.change_seat(renewed, dataclasses.replace(renewed, beat=2))
+    assert one.seat() == second
+
+
+def test_epochs_can_be_told_to_go_on_above_one(connect: Callable[[], Metadata]) -> None:
+    table = connect()
+    assert table.next_epoch(above=41) == 42
+    assert table.next_epoch(above=7) == 43
+
+
+def test_who_has_not_the_seat_expels_nobody(connect: Callable[[], Metadata]) -> None:
+    table = connect()
+    table.register(member("a", 1))
+    assert not table.expel(StoreId("a"), 1, master_epoch=2), "nobody leads"
+    old = Seat("m1", ADDRESS, 2)
+    assert table.change_seat(None, old)
+    assert table.change_seat(old, Seat("m2", ADDRESS, 3))
+    assert not table.expel(StoreId("a"), 1, master_epoch=2)
+    assert table.members() == (member("a", 1),)
+    table.register(member("a", 4))
+    assert table.expel(StoreId("a"), 1, master_epoch=3)
+    assert table.members() == (member("a", 4),), "it has joined again meanwhile"
+    assert table.expel(StoreId("a"), 4, master_epoch=3)
+    assert table.members() == ()
+
+
+def test_who_was_removed_joins_again_and_who_was_replaced_does_not(
+    connect: Callable[[], Metadata],
+) -> None:
+    one, two = Membership(connect()), Membership(connect())
+    first = one.join(StoreId("a"), ADDRESS)
+    assert one.keep(first) == first
+    two.leave(first)
+    again = one.keep(first)
+    assert again.epoch > first.epoch
+    assert two.members() == (again,)
+    later = dataclasses.replace(again, epoch=again.epoch + 7)  # of a table that was then lost
+    restored = one.keep(later)
+    assert restored.epoch > later.epoch
+    after = two.join(StoreId("a"), ADDRESS)
+    with pytest.raises(StaleEpoch, match="a successor has taken over"):
+        one.keep(restored)
+    assert two.members() == (after,)
+
+
 def test_the_master_fences_predecessors(connect: Callable[[], Metadata]) -> None:
-    one, two = Master(connect()), Master(connect())
+    one, two = Membership(connect()), Membership(connect())
     before = one.join(StoreId("a"), ADDRESS)
     after = two.join(StoreId("a"), ADDRESS)
     assert after.epoch > before.epoch

@@ -16,6 +16,7 @@ from pdserve.kvstore.arena import Geometry, create_arena
 from pdserve.kvstore.capability import ALL_OPERATIONS, Operation, mint
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.lending import Lending
+from pdserve.kvstore.master_client import MasterClient
 from pdserve.kvstore.protocol import PROTOCOL, Done, Greet, Welcome
 from pdserve.kvstore.security import Credentials
 from pdserve.kvstore.server import StoreServer
@@ -23,6 +24,7 @@ from pdserve.wire.connection import connect
 from pdserve.wire.hosts import local_host_id
 from pdserve.wire.listener import Listener
 from tests.integration.certificates import make_certificates
+from tests.integration.store_masters import running_master, until
 from tests.integration.store_nodes import (
     BLOCK_BYTES,
     Node,
@@ -196,3 +198,44 @@ def test_a_node_refuses_a_key_that_others_can_read(tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(ConfigError, match="nobody else may read it"):
         Credentials(key_file=path).cluster_key()
+
+
+def test_a_master_asks_and_is_asked_with_certificate_and_token(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "tls_authority": ours / "authority.pem",
+        "tls_certificate": ours / "member.pem",
+        "tls_key": ours / "member.key",
+        "key_file": ours / "cluster.key",
+    }
+    arguments = [
+        *("--metadata", str(tmp_path / "members.sqlite")),
+        *(
+            part
+            for name, path in files.items()
+            for part in (f"--{name.replace('_', '-')}", str(path))
+        ),
+    ]
+    with running_node(tmp_path, *arguments) as node:
+        local = node.client("w")
+        assert local.put(keys_of("m", 3), 0, filler("m")) == 3
+        local.close()
+        monkeypatch.setenv("PDSERVE_HOST_ID", "elsewhere")  # so that it goes over TCP
+        with running_master(tmp_path, "m1", *arguments) as master:
+            ours_client = MasterClient([master.tcp], Credentials(**files), name="t")
+
+            def counts() -> list[int] | None:
+                try:
+                    found = ours_client.locate(keys_of("m", 4))
+                except StoreUnavailable:
+                    return None
+                return [each.count for each in found] or None
+
+            assert until(counts, "the node's blocks") == [3]
+            ours_client.close()
+            with pytest.raises(StoreUnavailable):
+                MasterClient([master.tcp], name="t").report()
+            uncertified = Credentials(**{**files, "key_file": None})
+            with pytest.raises(AccessDenied, match="needs a token"):
+                MasterClient([master.tcp], uncertified, name="t").report()

@@ -15,10 +15,10 @@ from pathlib import Path
 from pdserve.clock import MS, US
 from pdserve.errors import ChecksumMismatch, OutOfBlocks, StoreError, StoreUnavailable
 from pdserve.ids import BlockKey, HostId, RequestId, SlotId, StoreId, TicketId
+from pdserve.kvstore import membership
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote, StoreChanges, StoreStat, WriteGrant
 from pdserve.kvstore.arena import block_checksum
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.master import Master
 from pdserve.kvstore.metadata import EmbeddedMetadata, Member
 from pdserve.messages import Address
 from tests.simulation.loop import SimProcess, VirtualLoop, current_process
@@ -35,7 +35,7 @@ class StoreNode:
         self,
         loop: VirtualLoop,
         process: SimProcess,
-        master: Master,
+        master: membership.Membership,
         *,
         incarnation: int,
         slot_count: int,
@@ -383,11 +383,11 @@ class Waiting:
 
 
 class Membership:
-    """Production ``Master`` and ``EmbeddedMetadata`` on a file; I7 is judged here."""
+    """Production ``Membership`` and ``EmbeddedMetadata`` on a file; I7 is judged here."""
 
     def __init__(self, path: Path) -> None:
         self.metadata = EmbeddedMetadata(path)
-        self.master = Master(self.metadata)
+        self.master = membership.Membership(self.metadata)
         self._youngest: dict[StoreId, int] = {}
 
     def check(self) -> None:

@@ -267,6 +267,9 @@ class SimParts:
         here = process.host
         return SimStoreClient(node, worker, reach=lambda there: self.world.reaches(here, there))
 
+    def open_remote(self, *_: object) -> None:
+        """No masters are simulated, so nobody knows what other hosts have."""
+
     def start_engine(
         self,
         worker: WorkerId,
@@ -274,6 +277,7 @@ class SimParts:
         host: HostId,
         emit: Callable[[Sequence[Output], Load], None],
         announce: Callable[[ToDecode], None],
+        remote: None = None,
     ) -> SimEngine:
         from pdserve.cluster.worker_parts import make_loop
 

@@ -35,6 +35,12 @@ from tests.simulation.worker import NAMESPACE, TOKENIZER, SimEngine, know
 from tests.unit.engine.fakes import BLOCK_TOKENS
 from tests.unit.engine.rig import prompt
 
+
+async def no_masters() -> tuple[str, ...]:
+    """Nobody knows what other hosts have."""
+    return ()
+
+
 TENANTS = ("acme", "umbrella")
 SUPERVISE_S = 0.25
 RESTART_NS = (100 * MS, 1 * S)
@@ -248,6 +254,7 @@ class World:
                 self._directory(place),
                 lambda _bytes, _codec: self._find_store(place.host),
                 self._find_router,
+                find_masters=no_masters,
                 tcp_host=place.host,
             )
 

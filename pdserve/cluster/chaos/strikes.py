@@ -18,7 +18,7 @@ from pdserve.cluster.chaos.plan import Strike
 from pdserve.cluster.chaos.targets import arena_of
 from pdserve.ids import SlotId, StoreId
 from pdserve.kvstore.arena import open_arena
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 
 SHM = Path("/dev/shm")
 SHM_RESERVE_BYTES = 64 << 20

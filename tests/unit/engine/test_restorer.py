@@ -1,7 +1,11 @@
 """What the mover takes from a store with a disk, and what it leaves to be computed."""
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from pdserve.clock import monotonic
 from pdserve.engine.moves import Restore
-from pdserve.engine.restorer import TRIED_AGAIN_EVERY
+from pdserve.engine.restorer import TRIED_AGAIN_EVERY, Restorer
 from pdserve.engine.restoring import PrefillSpeed
 from pdserve.ids import BlockId, BlockKey
 from pdserve.kvstore.path_speed import PathCost
@@ -74,3 +78,81 @@ def test_a_disk_that_was_slow_is_tried_again() -> None:
     parts = stored(SLOW_DISK)
     counts = [parts.one(restore()).count for _ in range(TRIED_AGAIN_EVERY)]
     assert counts == [2] * (TRIED_AGAIN_EVERY - 1) + [6]
+
+
+# ── what another host has ────────────────────────────────────────────────────────────────────────
+
+
+class FakeRemote:
+    """Has the leading ``has`` blocks, and says that it has ``says``."""
+
+    def __init__(self, has: int, says: int | None = None) -> None:
+        self.has = has
+        self.says = has if says is None else says
+        self.counters: Mapping[str, int] = {"blocks_elsewhere": 0}
+        self.asked: list[tuple[int, int]] = []
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        return min(self.says, len(keys))
+
+    def fetch(
+        self,
+        keys: Sequence[BlockKey],
+        first: int,
+        end: int,
+        take: Callable[[int, memoryview], None],
+        *,
+        block_bytes: int,
+        deadline_s: float,
+    ) -> int:
+        assert deadline_s > 0
+        self.asked.append((first, end))
+        for index in range(first, min(end, self.has)):
+            take(index, memoryview(bytes([index]) * block_bytes))
+        return max(0, min(end, self.has) - first)
+
+    def close(self) -> None: ...
+
+
+def restored(remote: FakeRemote, move: Restore, *, near: int = 2) -> tuple[int, dict[int, bytes]]:
+    """How many blocks, and what is in the pool then, by its block."""
+    store = stored(None).stores[LOCAL]
+    for key in KEYS[near:]:
+        del store.blocks[key]
+    written: dict[int, bytes] = {}
+
+    def write(block: BlockId, data: memoryview) -> None:
+        written[block] = bytes(data)
+
+    restorer = Restorer(BLOCK_BYTES, write, Counter(), monotonic, remote)
+    return restorer.restore(store, move), written
+
+
+def test_where_this_host_ends_another_one_goes_on() -> None:
+    remote = FakeRemote(5)
+    count, written = restored(remote, restore(token_s=None))
+    assert (count, remote.asked) == (5, [(2, 5)])
+    assert written == {index: bytes([index]) * BLOCK_BYTES for index in range(5)}
+    count, written = restored(FakeRemote(6), restore(first=3, token_s=None), near=4)
+    assert (count, sorted(written)) == (3, [3, 4, 5])
+
+
+def test_who_has_no_more_is_not_asked() -> None:
+    for near, says in ((6, 6), (3, 3), (3, 2)):
+        remote = FakeRemote(says)
+        assert restored(remote, restore(token_s=None), near=near)[0] == near
+        assert remote.asked == []
+
+
+def test_who_says_too_much_gives_what_there_is() -> None:
+    assert restored(FakeRemote(3, says=6), restore(token_s=None))[0] == 3
+
+
+def test_what_is_computed_sooner_is_not_fetched_but_now_and_then() -> None:
+    remote = FakeRemote(6)
+    store = stored(None).stores[LOCAL]
+    store.blocks.clear()
+    restorer = Restorer(BLOCK_BYTES, lambda _, __: None, Counter(), monotonic, remote)
+    counts = [restorer.restore(store, restore(token_s=1e-9)) for _ in range(TRIED_AGAIN_EVERY)]
+    assert counts == [0] * (TRIED_AGAIN_EVERY - 1) + [6]
+    assert restorer.restore(store, restore(token_s=1.0)) == 6

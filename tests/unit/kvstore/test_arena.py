@@ -21,7 +21,8 @@ from pdserve.kvstore.arena import (
     open_arena,
     touch,
 )
-from pdserve.kvstore.slots import Slot, SlotState
+from pdserve.kvstore.headers import HEADER_BYTES
+from pdserve.kvstore.slot_states import Slot, SlotState
 
 STORE = StoreId("store-1")
 KEY = BlockKey(b"k" * 16)
@@ -32,7 +33,7 @@ def test_slots_neither_overlap_nor_leave_the_file(block_bytes: int) -> None:
     geometry = geometry_of(10 * 368_640, block_bytes)
     assert geometry.stride_bytes >= block_bytes
     assert geometry.stride_bytes % ALIGNMENT_BYTES == 0
-    assert geometry.payload_offset >= mmap.PAGESIZE + 64 * geometry.slot_count
+    assert geometry.payload_offset >= mmap.PAGESIZE + HEADER_BYTES * geometry.slot_count
     end = geometry.payload_offset + geometry.slot_count * geometry.stride_bytes
     assert end <= geometry.file_bytes
 

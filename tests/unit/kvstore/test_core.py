@@ -7,7 +7,7 @@ from pdserve.ids import BlockKey, RequestId, TicketId
 from pdserve.kvstore import core as core_module
 from pdserve.kvstore.answers import WriteGrant
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.tickets import ANYBODY, OwnerId
 
 REQUEST = RequestId("r-1")

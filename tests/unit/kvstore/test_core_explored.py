@@ -3,8 +3,7 @@
 import pytest
 
 from pdserve.kvstore.core import StoreCore
-from tests.campaign.explorer import explore
-from tests.campaign.mutants import (
+from tests.campaign.cores import (
     ForgetsPins,
     IgnoresBoards,
     KeepsForTheDead,
@@ -13,6 +12,7 @@ from tests.campaign.mutants import (
     ReusesAborted,
     StoresOrphans,
 )
+from tests.campaign.explorer import explore
 from tests.campaign.scenes import SCENES, Scene
 
 PUTS, FULL, CHILDREN, ABORTED, *_, BY_ITSELF = SCENES

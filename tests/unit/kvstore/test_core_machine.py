@@ -17,7 +17,7 @@ from pdserve.ids import BlockKey, RequestId, SlotId, TicketId
 from pdserve.kvstore.answers import ClaimGrant, WriteGrant
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.evicting import blocks_of_prompt, evict
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.tickets import ANYBODY, OwnerId, TicketState
 
 SLOT_COUNT = 5

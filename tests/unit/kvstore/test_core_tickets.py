@@ -8,7 +8,7 @@ from pdserve.errors import CapacityError, FrameError, IllegalTransition, OutOfBl
 from pdserve.ids import RequestId, TicketId
 from pdserve.kvstore import tickets as tickets_module
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.tickets import (
     ANYBODY,
     TRANSITIONS,

@@ -14,11 +14,11 @@ from pdserve.kvstore.eviction import (
     NAMES_MAX,
     REFRESH_ASKS,
     TURNS,
-    IdleLeaves,
     Lru,
     Turns,
     worths,
 )
+from pdserve.kvstore.idle_leaves import IdleLeaves
 
 counts = st.lists(st.integers(0, 20), min_size=12, max_size=12).map(
     lambda some: [float(count) for count in some] + [0.0] * (BUCKETS - len(some))

@@ -22,11 +22,11 @@ from pdserve.kvstore import hazards, protocol
 from pdserve.kvstore.answers import ClaimGrant
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.hazards import ReaderBoard, Run
+from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.lending import INDEX, PINS, Lending
 from pdserve.kvstore.local_reads import LocalReads
-from pdserve.kvstore.server import split_keys
 from pdserve.kvstore.shared_index import map_index
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.tickets import OwnerId
 
 SLOT_COUNT = 3

@@ -9,11 +9,11 @@ from pdserve.errors import FrameError
 from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore import local_reads, protocol
 from pdserve.kvstore.hazards import ReaderBoard
+from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.lending import INDEX, PINS, Lending
 from pdserve.kvstore.local_reads import ASKED_MAX, LocalReads
-from pdserve.kvstore.server import split_keys
 from pdserve.kvstore.shared_index import map_index
-from pdserve.kvstore.slots import Slot, SlotState
+from pdserve.kvstore.slot_states import Slot, SlotState
 
 SLOT_COUNT = 8
 KEYS = [BlockKey(bytes([number + 1]) * 16) for number in range(SLOT_COUNT)]

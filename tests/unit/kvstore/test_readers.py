@@ -9,7 +9,8 @@ from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore.eviction import Lru
 from pdserve.kvstore.feed import ChangeFeed
 from pdserve.kvstore.readers import Room
-from pdserve.kvstore.slots import SlotState, SlotTable
+from pdserve.kvstore.slot_states import SlotState
+from pdserve.kvstore.slots import SlotTable
 
 
 def key(name: str) -> BlockKey:

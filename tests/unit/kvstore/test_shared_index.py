@@ -19,7 +19,7 @@ from pdserve.kvstore.shared_index import (
     create_index,
     map_index,
 )
-from pdserve.kvstore.slots import Slot, SlotState
+from pdserve.kvstore.slot_states import Slot, SlotState
 
 
 def key(number: int, home: int = 1) -> BlockKey:

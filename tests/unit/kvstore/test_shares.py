@@ -11,7 +11,7 @@ from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.eviction import Lru
 from pdserve.kvstore.shares import ACCOUNTS_MAX, Accounts, EvictionOrder
-from pdserve.kvstore.slots import SlotState
+from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.tickets import OwnerId
 
 

@@ -22,7 +22,7 @@ from pdserve.kvstore.arena import (
 from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.pipeline import TRANSIT_ATTEMPTS_MAX, Corrupt
 from pdserve.kvstore.protocol import ReadBlocks
-from pdserve.kvstore.slots import Slot, SlotState
+from pdserve.kvstore.slot_states import Slot, SlotState
 from pdserve.kvstore.transfer import SharedMemory, Sockets, Transfer
 from pdserve.wire.blocking import Answer, Wait
 from pdserve.wire.frame import Buffer, Frame

@@ -1,0 +1,85 @@
+"""The map of keys beside a dictionary, with keys that meet."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from pdserve.ids import BlockKey, SlotId
+from pdserve.kvstore.keymap import BATCH_MIN, KeyMap
+
+SLOTS = 12
+
+
+def key(number: int) -> BlockKey:
+    return BlockKey(number.to_bytes(16, "big"))
+
+
+class Beside(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = KeyMap(SLOTS)
+        self.model: dict[BlockKey, SlotId] = {}
+        self.free = [SlotId(slot) for slot in range(SLOTS)]
+
+    @rule(number=st.integers(0, 40))
+    def add(self, number: int) -> None:
+        if self.free and key(number) not in self.model:
+            slot = self.free.pop()
+            self.map.set_key(slot, key(number))
+            self.map.add(slot)
+            self.model[key(number)] = slot
+
+    @rule(chance=st.randoms(use_true_random=False))
+    def remove(self, chance: object) -> None:
+        if self.model:
+            gone = chance.choice(sorted(self.model))  # type: ignore[attr-defined]
+            slot = self.model.pop(gone)
+            self.map.remove(slot)
+            self.free.append(slot)
+
+    @rule(numbers=st.lists(st.integers(0, 40), max_size=3 * BATCH_MIN))
+    def find_each(self, numbers: list[int]) -> None:
+        keys = [key(number) for number in numbers]
+        found = self.map.find_each(keys)
+        expected = [self.model.get(each, -1) for each in keys]
+        first_missing = expected.index(-1) if -1 in expected else len(expected)
+        assert found == expected[: len(found)]
+        assert len(found) > first_missing or len(found) == len(expected)
+
+    @invariant()
+    def agrees(self) -> None:
+        assert self.map.count == len(self.model)
+        self.map.check(list(self.model.values()))
+        for number in range(41):
+            assert self.map.find(key(number)) == self.model.get(key(number))
+
+
+TestKeyMap = Beside.TestCase
+TestKeyMap.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+def test_what_is_no_key_is_not_found_not_even_beside_another() -> None:
+    """The bytes of keys of wrong lengths must not be read as those of the keys around them."""
+    keys = [key(number) for number in range(BATCH_MIN)]
+    known = KeyMap(BATCH_MIN)
+    for slot, each in enumerate(keys):
+        known.set_key(SlotId(slot), each)
+        known.add(SlotId(slot))
+    cut = [BlockKey(keys[0][:7]), BlockKey(keys[0][7:] + keys[1]), *keys[2:]]
+    assert b"".join(cut) == b"".join(keys)
+    assert known.find_each(cut) == [-1]
+    assert known.find(BlockKey(b"")) is None
+
+
+def test_an_empty_place_is_no_slot_even_for_the_last_ones_key() -> None:
+    known = KeyMap(SLOTS)
+    known.set_key(SlotId(SLOTS - 1), key(7))  # it has the key, and cannot be found
+    assert known.find_each([key(7)] * BATCH_MIN) == [-1]
+
+
+@given(st.binary(min_size=16, max_size=16))
+def test_a_key_is_kept_as_it_is(raw: bytes) -> None:
+    known = KeyMap(2)
+    known.set_key(SlotId(1), BlockKey(raw))
+    assert known.key_of(SlotId(1)) == raw
+    assert known.key_of(SlotId(0)) == bytes(16)

@@ -142,6 +142,7 @@ def test_a_flood_is_shed_with_hints_and_who_is_let_in_is_served(cluster: InProce
         assert 0 < int(answer.headers["retry-after-ms"]) <= 120_000
 
 
+@pytest.mark.slow
 def test_identical_prompts_at_once_are_computed_once_at_each_worker(
     cluster: InProcessCluster,
 ) -> None:

@@ -440,6 +440,7 @@ class WorkerShell:
         log.error("%s lost its store node: %s", self.worker, reason)
         self._store_lost = reason
         assert self._link is not None
+        self._link.post(Goodbye(self.worker))  # no request is to blame
         await self._link.close()  # the router takes this worker for lost, at once
         self._submit(GiveUp())
 

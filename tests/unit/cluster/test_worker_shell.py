@@ -13,7 +13,7 @@ from pdserve.engine.outputs import Load, ToRouter
 from pdserve.errors import RankLost
 from pdserve.ids import HostId, RequestId
 from pdserve.lifecycle import Event
-from pdserve.messages import Attained, ChunkDone, Progress, Report, Role, Token, TokenDelta
+from pdserve.messages import Attained, ChunkDone, Goodbye, Progress, Report, Role, Token, TokenDelta
 from pdserve.router_config import RouterConfig
 
 ATTAINED = (Attained(RequestId("r"), 0, 7),)
@@ -81,6 +81,24 @@ def test_a_lost_rank_is_ill_health_before_any_step_meets_it() -> None:
 
     with pytest.raises(RuntimeError, match="rank 1 ended"):
         asyncio.run(ask())
+
+
+def test_who_lost_its_store_says_goodbye_so_that_no_request_is_blamed() -> None:
+    said: list[object] = []
+
+    async def close() -> None:
+        said.append("closed")
+
+    async def leave() -> None:
+        shell = WorkerShell(Role.DECODE, ClusterConfig(), host=HostId("h"))
+        shell._link = SimpleNamespace(post=said.append, close=close)  # type: ignore[assignment]
+        shell._engine = SimpleNamespace(submit=said.append)  # type: ignore[assignment]
+        await shell._leave("nobody answers")
+
+    asyncio.run(leave())
+    goodbye, closed, *_ = said
+    assert isinstance(goodbye, Goodbye)
+    assert closed == "closed"
 
 
 @pytest.mark.parametrize(

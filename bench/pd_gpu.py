@@ -265,10 +265,13 @@ def work(name: WorkerId, pipe: Connection, store: Address, sizes: Sizes) -> None
         store=StoreConfig(offload=False),
     )
     engine = EngineThread(loop, emit, name=name)
+    # The mover connects on its own thread; a ticket may name only a reader that is there.
+    present = _Client(name)(store)
     pipe.send_bytes(b"ready")
     while data := pipe.recv_bytes():
         engine.submit(MESSAGES.decode(data))
     engine.stop(timeout_s=10.0)
+    present.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -85,6 +85,7 @@ def test_streams_go_on_where_they_were(
     wait_until_equal("held at rest", lambda: held(cluster), 0, timeout_s=PATIENCE_S)
 
 
+@pytest.mark.slow
 def test_the_clients_of_a_killed_gateway_have_the_rest_from_the_next_one(
     cluster: TestCluster,
 ) -> None:

@@ -37,6 +37,7 @@ def _failures_and_lost(cluster: TestCluster) -> tuple[int, int]:
     return cluster.counter("decode", "checksum_failures"), lost
 
 
+@pytest.mark.slow
 def test_without_checksums_a_flipped_bit_changes_the_answer(
     careless_cluster: TestCluster, expected: list[int]
 ) -> None:

@@ -37,6 +37,7 @@ def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         hosts.shutdown()
 
 
+@pytest.mark.slow
 def test_blocks_cross_hosts_over_tcp_and_the_tokens_are_right(
     two_hosts: str, small_model: Path, tmp_path: Path
 ) -> None:

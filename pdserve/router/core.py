@@ -460,10 +460,7 @@ class RouterCore:
 
     def _forget_worker(self, worker: Worker, now_ns: int, *, left: bool = False) -> list[Command]:
         """``left``: it lives, and died of nothing."""
-        has_drained = worker.draining and not worker.held  # then all that it had said has arrived
-        commands = lose_with(self.state, worker, now_ns, died=not left)
-        if not has_drained:
-            commands += self._ended.worker_lost(worker.id, now_ns)
+        commands = lose_with(self.state, worker, self._ended, now_ns, died=not left)
         self.state.fleet.remove(worker)
         self._count_workers()
         if self._binding is not None:

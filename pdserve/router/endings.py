@@ -10,6 +10,7 @@ from pdserve.ids import WorkerId
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import Cancel, Handoff, Lost, Resume
 from pdserve.router.commands import Command, ToGateway, ToWorker
+from pdserve.router.ended import EndedBook
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
@@ -62,10 +63,13 @@ def lose(
     return [*commands, ToGateway(entry.request.reply_to, lost)]
 
 
-def lose_with(state: RouterState, worker: Worker, now_ns: int, *, died: bool) -> list[Command]:
+def lose_with(
+    state: RouterState, worker: Worker, ended: EndedBook, now_ns: int, *, died: bool
+) -> list[Command]:
     """All that a worker had, and what may have been lost on its way from there.
 
     Args:
+        ended: of all workers.
         died: of something that it had, perhaps; else it lives, and was only not heard.
     """
     has_drained = worker.draining and not worker.held
@@ -85,6 +89,7 @@ def lose_with(state: RouterState, worker: Worker, now_ns: int, *, died: bool) ->
     if not has_drained:  # who has, went when all it had said had arrived
         for entry in _handed_over_by(state, worker.id):
             commands += lose(state, entry, worker.id, now_ns)
+        commands += ended.worker_lost(worker.id, now_ns)
     return commands
 
 

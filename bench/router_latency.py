@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from pdserve.cluster.router_service import RouterService
+from pdserve.cluster.terms import MemoryTerms
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, WorkerId
 from pdserve.messages import (
     Address,
@@ -45,8 +46,10 @@ def dispatch_ms(rounds: int) -> list[float]:
 
 async def _rounds(rounds: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="pd-") as directory:
-        service = RouterService(RouterConfig(), host=HOST)
+        service = RouterService(RouterConfig(), host=HOST, register=MemoryTerms())
         address = await service.start(Path(directory), tcp_host=None)
+        while not service.leads:
+            await asyncio.sleep(0.001)
         workers = [await _worker(address, role) for role in (Role.PREFILL, Role.DECODE)]
         gateway = await connect(address, host=HOST)
         await gateway.send(GatewayHello(NOWHERE))

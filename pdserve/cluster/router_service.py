@@ -97,13 +97,13 @@ class RouterService:
         settings: RouterConfig,
         *,
         host: HostId,
+        register: Register,
         costs: CostModel | None = None,
-        register: Register | None = None,
         answer: Callable[[str, str], str] = _no_answer,
     ) -> None:
         """
         Args:
-            register: of who leads; None: this one does.
+            register: of who leads.
             answer: to a control question that came to a standby, with its argument.
         """
         self._settings = settings
@@ -112,7 +112,7 @@ class RouterService:
         self._host = host
         self._register = register
         self._answer = answer
-        self.candidate: Candidate | None = None
+        self._candidate: Candidate | None = None  # from start() on
         # Who is told regularly that we lead, in the order in which they came.
         self._sought: dict[_Peer, None] = {}
         self._workers: dict[WorkerId, _Peer] = {}
@@ -139,17 +139,16 @@ class RouterService:
             ssl_context=credentials.ssl_context(server_side=True),
         )
         self._ticker = asyncio.create_task(self._tick())
-        if self._register is not None:
-            self.candidate = Candidate(
-                self._register,
-                self._listener.address,
-                self,
-                host=self._host,
-                silence_s=self._settings.router_silence_ms / 1000,
-                answer=self._answer,
-                tls=credentials.ssl_context(server_side=False),
-            )
-            self.candidate.start()
+        self._candidate = Candidate(
+            self._register,
+            self._listener.address,
+            self,
+            host=self._host,
+            silence_s=self._settings.router_silence_ms / 1000,
+            answer=self._answer,
+            tls=credentials.ssl_context(server_side=False),
+        )
+        self._candidate.start()
         return self._listener.address
 
     @property
@@ -158,16 +157,20 @@ class RouterService:
         return self._listener.address
 
     @property
+    def candidate(self) -> Candidate:
+        assert self._candidate is not None, "start() comes first"
+        return self._candidate
+
+    @property
     def leads(self) -> bool:
-        return self.candidate is None or self.candidate.leads
+        return self._candidate is not None and self._candidate.leads
 
     def leadership(self) -> dict[str, int]:
         """Who answers, for people."""
-        candidate = self.candidate
         return {
             "pid": os.getpid(),
-            "epoch": candidate.epoch if candidate else 0,
-            "standbys": len(candidate.standbys) if candidate else 0,
+            "epoch": self.candidate.epoch,
+            "standbys": len(self.candidate.standbys),
         }
 
     # ── a Candidate's office ─────────────────────────────────────────────────────────────────────
@@ -186,8 +189,8 @@ class RouterService:
             self._post(peer, message)
 
     async def close(self) -> None:
-        if self.candidate is not None:
-            await self.candidate.close()
+        if self._candidate is not None:
+            await self._candidate.close()
         if self._ticker is not None:
             self._ticker.cancel()
         if self._listener is not None:
@@ -199,8 +202,6 @@ class RouterService:
         Raises:
             StoreUnavailable: no router leads at this moment.
         """
-        if self.candidate is None:
-            return self._answer(question, argument)
         return await self.candidate.ask(question, argument)
 
     def snapshot(self) -> RouterSnapshot:
@@ -259,7 +260,7 @@ class RouterService:
         pump = asyncio.create_task(peer.pump())
         try:
             frame = await connection.receive()
-            while isinstance(frame.message, Seek) and self.candidate is not None:
+            while isinstance(frame.message, Seek):
                 answer = self.candidate.sought(frame.message)
                 await connection.answer(frame, answer)
                 if isinstance(answer, Leading):
@@ -270,7 +271,7 @@ class RouterService:
                     await self._serve_worker(hello, peer, connection)
                 case GatewayHello(address) if self.leads:
                     await self._serve_gateway(address, peer, connection)
-                case Standby() as standby if self.candidate is not None and self.leads:
+                case Standby() as standby if self.leads:
                     await self.candidate.stand_by(standby, connection)
                 case first:
                     log.warning("%s said %s before hello", connection.peer, type(first).__name__)

@@ -36,6 +36,21 @@ class Register(Protocol):
         ...
 
 
+class MemoryTerms:
+    """The terms of routers that share a process, where there is no Ray."""
+
+    def __init__(self) -> None:
+        self.terms: dict[int, Address] = {}
+
+    async def latest(self) -> Term | None:
+        last = max(self.terms, default=0)
+        return Term(last, self.terms[last]) if last else None
+
+    async def claim(self, term: Term) -> Term | None:
+        self.terms.setdefault(term.epoch, term.leader)
+        return await self.latest()
+
+
 class RayTerms:
     """One application's terms. One call at a time: while Ray's service is down each would hold a
     thread until it is back."""

@@ -16,6 +16,7 @@ from typing import Any
 from pdserve.cluster.front import Front
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
+from pdserve.cluster.terms import MemoryTerms
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig
 from pdserve.messages import Address, Role
@@ -23,7 +24,6 @@ from pdserve.router.snapshot import RouterSnapshot
 from pdserve.text.tokenizer import load_tokenizer
 from pdserve.wire.hosts import local_host_id
 from tests.integration.store_nodes import Node, start_node
-from tests.integration.test_router_succession import FakeRegister
 
 
 async def no_masters() -> tuple[str, ...]:
@@ -101,7 +101,7 @@ class InProcessCluster:
     async def _start(self) -> None:
         sockets, host = self._directory / "run", local_host_id()
         sockets.mkdir(mode=0o700)
-        self.router = RouterService(self.config.router, host=host, register=FakeRegister())
+        self.router = RouterService(self.config.router, host=host, register=MemoryTerms())
         where = await self.router.start(sockets, tcp_host=None)
 
         async def find_router() -> Address:

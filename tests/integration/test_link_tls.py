@@ -8,12 +8,12 @@ import pytest
 
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.router_service import RouterService
+from pdserve.cluster.terms import MemoryTerms
 from pdserve.ids import HostId
 from pdserve.kvstore.security import Credentials
 from pdserve.messages import Address, GatewayHello
 from pdserve.router_config import RouterConfig
 from tests.integration.certificates import make_certificates
-from tests.integration.test_router_succession import FakeRegister
 
 HERE, THERE = HostId("here"), HostId("there")
 START_S = 60.0
@@ -47,9 +47,7 @@ def credentials(directory: Path, name: str = "member") -> Credentials:
 
 
 async def _joins(router: Credentials, gateway: Credentials, wait_s: float) -> bool:
-    service = RouterService(
-        RouterConfig(), host=HERE, register=FakeRegister(), answer=lambda question, argument: ""
-    )
+    service = RouterService(RouterConfig(), host=HERE, register=MemoryTerms())
     with tempfile.TemporaryDirectory(prefix="pd-", dir="/tmp") as directory:
         return await _joins_one(service, Path(directory), router, gateway, wait_s)
 

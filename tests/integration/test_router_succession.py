@@ -12,6 +12,7 @@ import pytest
 
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.router_service import RouterService
+from pdserve.cluster.terms import MemoryTerms
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import HostId
 from pdserve.messages import Address, Following, GatewayHello, Leading, Seek
@@ -25,21 +26,18 @@ PATIENCE_S = 60.0
 NEVER_MS = 600_000
 
 
-class FakeRegister:
-    def __init__(self) -> None:
-        self.terms: dict[int, Address] = {}
-        self.is_down = False
+class FakeRegister(MemoryTerms):
+    is_down = False
 
     async def latest(self) -> Term | None:
         if self.is_down:
             raise StoreUnavailable("down")
-        last = max(self.terms, default=0)
-        return Term(last, self.terms[last]) if last else None
+        return await super().latest()
 
     async def claim(self, term: Term) -> Term | None:
-        if not self.is_down:
-            self.terms.setdefault(term.epoch, term.leader)
-        return await self.latest()
+        if self.is_down:
+            raise StoreUnavailable("down")
+        return await super().claim(term)
 
 
 class Listening:
@@ -106,7 +104,6 @@ class Routers:
         await self.start()
         leader = await self.leader()
         standby = next(router for router in self.running if router is not leader)
-        assert leader.candidate is not None
         candidate = leader.candidate
         await until(lambda: len(candidate.standbys) == 1)
         return leader, standby
@@ -155,12 +152,11 @@ def test_a_router_that_hangs_is_left_and_finds_itself_deposed(tmp_path: Path) ->
         leader, standby = await routers.standing_by()
         person = Listening("g")
         await routers.link(person)
-        assert leader.candidate is not None
         leader.say_to_all = lambda message: None  # type: ignore[method-assign]
         await until(lambda: standby.leads)
         await until(lambda: person.again_count >= 1)
         await until(lambda: not leader.leads)
-        await until(lambda: leader.candidate is not None and leader.candidate.leader is not None)
+        await until(lambda: leader.candidate.leader is not None)
 
     play(Routers(tmp_path, silence_ms=1500), scenario)
 

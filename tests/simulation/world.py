@@ -114,7 +114,6 @@ class SimRouter(RouterService):
 
     def lead(self) -> None:
         super().lead()
-        assert self.candidate is not None
         self.on_lead(self.candidate.epoch)
 
 
@@ -399,7 +398,6 @@ class World:
         if len(leaders) != 1:
             return False
         router: RouterService = leaders[0].what
-        assert router.candidate is not None
         if len(router.candidate.standbys) < self.shape.routers - 1:
             return False
         return len(router._core.state.fleet.all()) >= self.shape.prefills + self.shape.decodes

@@ -64,9 +64,14 @@ check: setup-dev  ## format, lint, types, unit and architecture tests
 	@$(MAKE) --no-print-directory lint
 	@$(PYTEST) tests/unit tests/architecture
 
-lint: setup-dev  ## ruff and mypy --strict
+lint: setup-dev  ## ruff (its security rules too), mypy --strict, no secret in any file
 	@$(BIN)/ruff check .
+	@$(PYTEST) -p no:cacheprovider tests/architecture/test_secrets.py
 	@$(BIN)/mypy
+
+audit: setup-dev  ## known vulnerabilities of what is installed; asks a network service
+	@$(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install -q "pip-audit>=2.10,<3"
+	@.venv-audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 faults: setup-dev  ## every fault under load, compared token by token; writes docs/faults.md
 	@FAULTS_REPORT=docs/faults.md $(PYTEST) --timeout=900 tests/faults
@@ -93,7 +98,11 @@ clients: setup-dev  ## LiteLLM, LangChain and Pydantic AI beside us, and their t
 		set -- $$client; place=.venv-clients/$$1; shift; \
 		$(PYTHON) -m venv $$place && $$place/bin/pip install -q --upgrade "$$@" || exit 1; \
 	done
-	@$(PYTEST) tests/clients
+	@CLIENTS_REPORT=docs/clients.json $(PYTEST) -p handbook.client_record tests/clients \
+		$(addprefix tests/integration/test_,cluster_clients.py cluster_triton.py grpc_others.py)
+
+docs: setup-dev  ## the documentation site, in build/site; fails where a link leads nowhere
+	@$(BIN)/python -m handbook
 
 golden: setup-dev  ## rewrite the golden traces; look at the diff
 	@GOLDEN=rewrite $(PYTEST) tests/golden
@@ -110,4 +119,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint kernels clients golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint audit kernels clients docs golden proto bench clean

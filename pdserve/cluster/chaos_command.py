@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pdserve.cluster.bars import spinner
 from pdserve.cluster.chaos import plan
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
@@ -80,14 +81,15 @@ def _strike(
 ) -> bool:
     from pdserve.cluster.chaos.run import strike_cluster
 
-    report = strike_cluster(
-        url,
-        seed=seed,
-        seconds=seconds,
-        strikes=strikes,
-        disk=disk,
-        progress=lambda text: console.print(f"[dim]{text}[/]"),
-    )
+    with spinner(f"{seconds:.0f} s of load", console):
+        report = strike_cluster(
+            url,
+            seed=seed,
+            seconds=seconds,
+            strikes=strikes,
+            disk=disk,
+            progress=lambda text: console.print(f"[dim]{text}[/]"),
+        )
     console.print(report.text(), markup=False)
     if json_file is not None:
         report.write(json_file)

@@ -1,5 +1,6 @@
 """The command line: ``pdserve serve | chat | status | top | doctor | chaos | keys | config |
-autoscaler | role``, once ``compile``; for planning ``profile | record | simulate | plan``.
+autoscaler | role | kv | support-bundle``, once ``compile`` and ``completion``; for planning
+``profile | record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
 """
@@ -13,6 +14,7 @@ import typer
 
 from pdserve.cluster.autoscaler_cli import app as autoscaler_app
 from pdserve.cluster.config_command import app as config_app
+from pdserve.cluster.helping_cli import completion, support_bundle
 from pdserve.cluster.keys_command import app as keys_app
 from pdserve.cluster.kv_cli import DEFAULT_URL, Url, kv
 from pdserve.cluster.vllm_flags import NOTES, ServeCommand
@@ -23,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its help costs twice the time, most of it for Markdown
 )
 
 
@@ -289,6 +292,8 @@ def chaos(
 
 
 app.add_typer(kv, name="kv")
+app.command()(completion)
+app.command(name="support-bundle")(support_bundle)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pdserve.cluster.bars import spinner
 from pdserve.compiled import FOLDERS, PACKAGE, build_directory
 from pdserve.errors import ConfigError
 
@@ -110,4 +111,6 @@ def compile_and_tell() -> None:
     console = Console(highlight=False)
     if not build_directory().is_dir():
         console.print("compiling the router and the simulator: about a minute", style="dim")
-    console.print(f"compiled: {compile_here()}", soft_wrap=True, style="dim")
+    with spinner("compiling", console):
+        built = compile_here()
+    console.print(f"compiled: {built}", soft_wrap=True, style="dim")

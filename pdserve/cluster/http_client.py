@@ -36,6 +36,22 @@ def get_json(url: str, path: str, *, timeout_s: float = 5.0) -> Any:
     return body
 
 
+def get_text(url: str, path: str, *, timeout_s: float = 5.0, bytes_max: int = 16 << 20) -> str:
+    """The first ``bytes_max`` of the answer's body; errors as of ``get_json``."""
+    connection = _connect(url, timeout_s)
+    try:
+        connection.request("GET", path, headers=_key())
+        response = connection.getresponse()
+        body = response.read(bytes_max).decode(errors="replace")
+    except OSError as error:
+        raise _nobody(url, error) from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise PdserveError(f"{path} answers {response.status}: {body[:500]}")
+    return body
+
+
 def post_json(url: str, path: str, body: dict[str, Any]) -> Any:
     """The answer's body. Raises PdserveError where the server refused."""
     connection = _connect(url, TIMEOUT_S)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cluster.bars import spinner
 from pdserve.cluster.planning import Attainment, Plan, cheapest_pools
 from pdserve.cluster.profiles import Profile
 from pdserve.cluster.simulate_command import profile_of, settings_of
@@ -80,13 +81,14 @@ def plan(
         f"[dim]{len(played.requests)} of {len(loaded.requests)} requests of {trace.name}, costs of "
         f"{used.costs.name} ({used.costs.origin})[/]"
     )
-    found = cheapest_pools(
-        _simulated(played, config, used, objectives, console),
-        workers_max=workers_max,
-        attainment_min=attainment,
-        prefill_cost=prefill_cost,
-        decode_cost=decode_cost,
-    )
+    with spinner("searching", console):
+        found = cheapest_pools(
+            _simulated(played, config, used, objectives, console),
+            workers_max=workers_max,
+            attainment_min=attainment,
+            prefill_cost=prefill_cost,
+            decode_cost=decode_cost,
+        )
     if as_json:
         print(json.dumps(as_tree(found, used, objectives), indent=2))
     else:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pdserve.cluster.bars import spinner
 from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.profiles import save_profile
 from pdserve.cluster.profiling import Bench, Measured, Taken, measure
@@ -71,7 +72,8 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
         runner, chunk_tokens=config.prefill.chunk_tokens, running_max=config.decode.running_max
     )
     try:
-        measured = measure(bench, say, alone=config.has_one_worker)
+        with spinner("measuring", console):
+            measured = measure(bench, say, alone=config.has_one_worker)
     finally:
         followers.close()
     block_tokens = runner.pool.block_tokens

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from rich.console import Console
+
 from pdserve.clock import MS, S
+from pdserve.cluster.bars import spinner
 from pdserve.cluster.kv_stores import address_of
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import BlockKey, HostId
@@ -65,7 +68,8 @@ class Played:
 
 def replay(trace: Path, wish: Wish, *, as_json: bool) -> int:
     """The exit status: 1 where a byte was wrong, or hits are not the simulation's."""
-    played = play(trace, wish)
+    with spinner("playing", Console(stderr=True)):
+        played = play(trace, wish)
     if as_json:
         print(json.dumps(as_tree(played), indent=2))
     else:

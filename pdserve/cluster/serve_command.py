@@ -1,5 +1,6 @@
 """``pdserve serve``: start, prove that it works with one real chat, say what to try, serve."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pdserve.cluster.bars import spinner
 from pdserve.cluster.chat_command import ask
 from pdserve.cluster.http_client import KEY_VARIABLE, get_json
 from pdserve.cluster.local import LocalCluster, interrupt_once, local_cluster
@@ -49,7 +51,10 @@ def run(
         check_parts(config)
     interrupt_once()
     try:
-        with local_cluster(config, progress=progress, ray_address=ray_address) as cluster:
+        with contextlib.ExitStack() as ending:
+            with spinner("starting", console):
+                starting = local_cluster(config, progress=progress, ray_address=ray_address)
+                cluster = ending.enter_context(starting)
             progress("ready")
             if config.gateway.api_keys is not None and KEY_VARIABLE not in os.environ:
                 console.print(f"Whoever asks needs a key, our commands too ({KEY_VARIABLE}=…).")

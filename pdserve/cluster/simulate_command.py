@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pdserve.clock import S
 from pdserve.cluster.autoscaled import scaled_table, static_like, static_name
+from pdserve.cluster.bars import bar
 from pdserve.cluster.mishaps import failures_of
 from pdserve.cluster.profiles import Profile, Size, read_profile
 from pdserve.cluster.scaler import plan_of
@@ -147,15 +148,20 @@ def _played(trace: Trace, wish: Wish) -> Trace:
 
 def _cases(trace: Trace, settings: SimulationSettings, wish: Wish, console: Console) -> list[Case]:
     cases = []
-    for policy in wish.policies or (settings.router.policy,):
-        router: Any = replace(settings.router, policy=policy)  # type: ignore[arg-type]
-        for speed in wish.speeds:
-            this = replace(settings, router=router)
-            cases.append(_case(policy, scale_time(trace, speed), this, speed, console))
-            if settings.autoscaling is not None:
-                static = static_like(this, cases[-1].result)
-                name = static_name(policy, static)
-                cases.append(_case(name, scale_time(trace, speed), static, speed, console))
+    policies = wish.policies or (settings.router.policy,)
+    each = 1 if settings.autoscaling is None else 2
+    with bar("simulating", console, total=len(policies) * len(wish.speeds) * each) as step:
+        for policy in policies:
+            router: Any = replace(settings.router, policy=policy)  # type: ignore[arg-type]
+            for speed in wish.speeds:
+                this = replace(settings, router=router)
+                cases.append(_case(policy, scale_time(trace, speed), this, speed, console))
+                step()
+                if settings.autoscaling is not None:
+                    static = static_like(this, cases[-1].result)
+                    name = static_name(policy, static)
+                    cases.append(_case(name, scale_time(trace, speed), static, speed, console))
+                    step()
     return cases
 
 

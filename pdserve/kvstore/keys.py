@@ -51,7 +51,7 @@ _PERSON_BLOCK = b"pdserve.kv.block"
 _PERSON_NAMESPACE = b"pdserve.kv.name"
 _NO_PARENT = bytes(BLOCK_KEY_BYTES)
 
-_TOKEN_CODE = "I"  # unsigned 32 bits; a token id that does not fit is a bug, and raises
+_TOKEN_CODE = "I"  # noqa: S105  # unsigned 32 bits; a token id that does not fit is a bug, and raises
 _TOKEN_BYTES = array(_TOKEN_CODE).itemsize
 assert _TOKEN_BYTES == 4
 

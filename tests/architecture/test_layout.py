@@ -9,7 +9,7 @@ import pytest
 from tests.architecture.imports import PACKAGE, ROOT, source_files
 
 LINES_MAX = 500
-OURS = [PACKAGE, ROOT / "tests", ROOT / "bench"]
+OURS = [PACKAGE, ROOT / "tests", ROOT / "bench", ROOT / "handbook"]
 FOLDERS = sorted(
     path.parent for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "proto"
 )

@@ -1,0 +1,1 @@
+"""Of what goes into a support bundle, and what must not."""

@@ -1,0 +1,1 @@
+"""Of the documentation site: what turns facts into pages."""

@@ -1,47 +1,27 @@
 """What the store's benchmarks start beside themselves: a node, and a bare peer for comparison."""
 
 import contextlib
-import json
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 
+from pdserve.kvstore.child import child_node
 from pdserve.messages import Address
 
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 2
 """Of the default model: 16 tokens of SmolLM2 in bf16."""
 
 
-@contextlib.contextmanager
 def running_node(
     *arguments: str, slot_count: int, block_bytes: int = BLOCK_BYTES
-) -> Iterator[Address]:
+) -> contextlib.AbstractContextManager[Address]:
     """A node with this arena, reached by shared memory, Unix socket and TCP on this machine.
 
     ``arguments``: more of its command line.
     """
-    directory = tempfile.mkdtemp()
-    node = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "pdserve.kvstore.node", "--directory", directory),
-            *("--arena-bytes", str(slot_count * block_bytes), "--block-bytes", str(block_bytes)),
-            *("--tcp-host", "127.0.0.1", *arguments),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert node.stdin is not None
-    assert node.stdout is not None
-    try:
-        yield Address(**json.loads(node.stdout.readline())["address"])
-    finally:
-        node.stdin.close()
-        node.stdout.close()
-        node.wait()
-        shutil.rmtree(directory)
+    tcp = ("--tcp-host", "127.0.0.1")
+    return child_node(*tcp, *arguments, slot_count=slot_count, block_bytes=block_bytes)
 
 
 @contextlib.contextmanager

@@ -17,23 +17,19 @@ beside the grid are held out of the fit, to say what its predictions are worth.
 """
 
 import contextlib
-import json
 import random
 import secrets
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pdserve.cluster.compute_threads import cores_of_their_own
-from pdserve.errors import ConfigError, StoreUnavailable
+from pdserve.errors import ConfigError
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, HostId, TicketId, new_request_id
+from pdserve.kvstore.child import arena_bytes, child_node
 from pdserve.kvstore.client import StoreClient
 from pdserve.messages import Address, Sampling
 from pdserve.router.fitting import MovePoint, PrefillPoint, StepPoint
@@ -64,7 +60,6 @@ WARM_STEPS = 3
 ARENA_BLOCKS = 3 * MOVED_BLOCKS[-1]  # what is moved, what is not yet evicted, and room
 ARENA_SHARE_MAX = 0.5  # of the shared memory that is free
 TICKET_WAIT_MS = 1000
-NODE_STOP_S = 10.0
 ELSEWHERE = HostId("elsewhere")  # a client that says it is there goes over TCP
 GREEDY = Sampling(temperature=0.0)
 
@@ -341,33 +336,16 @@ def store_node(block_bytes: int) -> Iterator[tuple[Address, int]]:
         StoreUnavailable: it does not start.
     """
     free_bytes = shutil.disk_usage("/dev/shm").free
-    slot_count = min(ARENA_BLOCKS, int(free_bytes * ARENA_SHARE_MAX) // (block_bytes + 64))
+    slot_bytes = arena_bytes(1, block_bytes)
+    slot_count = min(ARENA_BLOCKS, int(free_bytes * ARENA_SHARE_MAX) // slot_bytes)
     if slot_count < 3:
         raise ConfigError(
             f"/dev/shm has {free_bytes} bytes free, too few to move blocks of {block_bytes}; free "
             "some, or give the container a larger --shm-size"
         )
-    with TemporaryDirectory(prefix="pdprof-") as directory:
-        node = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pdserve.kvstore.node"),
-                *("--directory", str(Path(directory) / "s")),
-                # A slot is a block and its alignment.
-                *("--arena-bytes", str(slot_count * (block_bytes + 64))),
-                *("--block-bytes", str(block_bytes)),
-                *("--tcp-host", "127.0.0.1"),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        try:
-            assert node.stdout is not None
-            line = node.stdout.readline()
-            if not line:
-                raise StoreUnavailable("the store node ended before it served; see above")
-            yield Address(**json.loads(line)["address"]), slot_count
-        finally:
-            node.communicate(timeout=NODE_STOP_S)  # the end of its input is its signal to leave
+    tcp = ("--tcp-host", "127.0.0.1")
+    with child_node(*tcp, slot_count=slot_count, block_bytes=block_bytes) as address:
+        yield address, slot_count
 
 
 def _shortest_s(action: Callable[[], None]) -> float:

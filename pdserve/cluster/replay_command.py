@@ -7,11 +7,8 @@ is late goes on at once. On a node of its own, hits must be exactly the simulati
 
 import contextlib
 import json
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -21,15 +18,13 @@ from rich.console import Console
 from pdserve.clock import MS, S
 from pdserve.cluster.bars import spinner
 from pdserve.cluster.kv_stores import address_of
-from pdserve.errors import ConfigError, StoreUnavailable
-from pdserve.ids import BlockKey, HostId
+from pdserve.errors import ConfigError
+from pdserve.ids import BlockKey
+from pdserve.kvstore.child import child_node
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.eviction import EvictionName
 from pdserve.kvstore.replay import TracedPrompt, hits_of, read_trace
-from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
-
-ALIGNMENT_BYTES = 64
 
 CLAIM_MS_P99_MAX = 1.0
 """Bar of a machine that does nothing else."""
@@ -89,7 +84,13 @@ def play(trace: Path, wish: Wish) -> Played:
         raise ConfigError(f"{trace} has no prompt with blocks")
     with contextlib.ExitStack() as ending:
         if wish.node is None:
-            address = ending.enter_context(_own_node(wish))
+            address = ending.enter_context(
+                child_node(
+                    *("--eviction", wish.eviction),
+                    slot_count=wish.slots,
+                    block_bytes=wish.block_bytes,
+                )
+            )
         else:
             address = address_of(wish.node)
         client = StoreClient(address, host=local_host_id(), owner="replay")
@@ -143,35 +144,6 @@ def _filler(chain: Sequence[BlockKey]) -> Any:
         out[:] = content(chain[index], len(out))
 
     return fill
-
-
-@contextlib.contextmanager
-def _own_node(wish: Wish) -> Iterator[Address]:
-    stride = -(-wish.block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    with tempfile.TemporaryDirectory(prefix="pdserve-replay-") as directory:
-        node = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pdserve.kvstore.node"),
-                *("--directory", f"{directory}/sockets"),
-                *("--arena-bytes", str(wish.slots * stride)),
-                *("--block-bytes", str(wish.block_bytes)),
-                *("--eviction", wish.eviction),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert node.stdin is not None
-        assert node.stdout is not None
-        try:
-            line = node.stdout.readline()
-            if not line:
-                raise StoreUnavailable("the node of its own did not start; its message is above")
-            fields = json.loads(line)["address"]
-            yield Address(HostId(fields["host"]), fields["unix_path"], fields["tcp"])
-        finally:
-            node.stdin.close()
-            node.wait()
-            node.stdout.close()
 
 
 def as_tree(played: Played) -> dict[str, Any]:

@@ -8,6 +8,7 @@ every call raises ``StoreUnavailable`` at once: the blocks are lost to this clie
 request, which can be computed again; make a new client when the node, or its successor, is there.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -92,6 +93,7 @@ class StoreClient(Writing):
         self._local: LocalReads | None = None
         self._transfer: Transfer = CLOSED
         self._staging = memoryview(b"")
+        self._viewed: dict[int, Claim] = {}  # claims with views, by ``id``
         try:
             self._connection = connect_blocking(
                 address,
@@ -288,6 +290,7 @@ class StoreClient(Writing):
         except ChecksumMismatch:
             self._condemn(claim, index)
             raise
+        self._viewed[id(claim)] = claim
         claim.views.append((view, weakref.ref(view.obj)))
         self._count_restored()
         return view
@@ -307,6 +310,7 @@ class StoreClient(Writing):
                     "memoryview; drop that first"
                 )
             claim.views.pop()
+        self._viewed.pop(id(claim), None)
         if claim.run is not None:
             if self._local is not None:  # else it was closed, and its board is nobody's
                 self._local.release(claim.run)
@@ -339,15 +343,26 @@ class StoreClient(Writing):
     def close(self) -> None:
         """Give up everything that is held through this connection. Idempotent.
 
-        Shared memory is unmapped, but for what views still show: a node that follows one that died
-        waits for that (``adoption``).
+        Views end, as with the release of their claims: whoever still has one cannot read what
+        somebody else writes there by now. Shared memory is unmapped, but for what arrays and the
+        like still show of a view: a node that follows one that died waits for that (``adoption``).
         """
         self._connection.close()
         self._local = None
+        self._end_views()
         transfer, self._transfer = self._transfer, CLOSED
         transfer.close()
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────
+
+    def _end_views(self) -> None:
+        """Claims that are kept, by whom ever, keep no memory."""
+        for claim in self._viewed.values():
+            for view, _ in claim.views:
+                with contextlib.suppress(BufferError):  # it ends with who uses it
+                    view.release()
+            claim.views.clear()
+        self._viewed.clear()
 
     def _receive(
         self,

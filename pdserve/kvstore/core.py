@@ -292,8 +292,10 @@ class StoreCore:
         """The bytes of one slot have arrived and are what they should be."""
         if not 0 <= checksum < 1 << 64:
             raise FrameError(f"{checksum} is no checksum of 64 bits")
-        self.to_fill(owner, write_id, position)
-        self._write_of(owner, write_id).checksums[position] = checksum
+        checksums = self._write_of(owner, write_id).checksums
+        if not 0 <= position < len(checksums):
+            raise FrameError(f"position {position} of a write of {len(checksums)}")
+        checksums[position] = checksum
 
     def commit(self, owner: OwnerId, write_id: int) -> int:
         """Make what was filled findable. How many of the keys asked for are stored now.

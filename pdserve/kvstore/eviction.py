@@ -180,7 +180,7 @@ class Turns:
         for known in self._known:
             ended[known.turn][_bucket(now - known.last_use)] += 1
         yield
-        total = sum(map(sum, self._went_on)) + sum(map(sum, ended))
+        total = _total(self._went_on) + _total(ended)
         share = PRIOR / total if total else 0.0
         usual_went_on = [share * sum(column) for column in zip(*self._went_on, strict=True)]
         usual_ended = [share * sum(column) for column in zip(*ended, strict=True)]
@@ -199,7 +199,8 @@ def worths(went_on: Sequence[float], ended: Sequence[float]) -> list[float]:
         went_on: by bucket, conversations that were continued at that age.
         ended: those that were last seen at that age, and had not been continued.
     """
-    reached = list(accumulate(map(sum, zip(reversed(went_on), reversed(ended), strict=True))))
+    both = zip(reversed(went_on), reversed(ended), strict=True)
+    reached = list(accumulate(continued + over for continued, over in both))
     reached.reverse()
     hit, room, left = 0.0, 0.0, 1.0  # F, the integral of S, and S
     curve = [(room, hit)]
@@ -220,6 +221,10 @@ def worths(went_on: Sequence[float], ended: Sequence[float]) -> list[float]:
         hull.append((room, hit))
     slopes.reverse()
     return slopes
+
+
+def _total(counts: Sequence[Sequence[float]]) -> float:
+    return sum((sum(each) for each in counts), 0.0)
 
 
 def _slope(room: float, hit: float, end: tuple[float, float]) -> float:

@@ -1,6 +1,6 @@
 """What is known of an arena's slots: one array of numbers per field, and no object per block.
 
-51 bytes per slot, and 12 for the map of keys. What changes is read and written one by one, which
+51 bytes per slot, and 15 for the map of keys. What changes is read and written one by one, which
 arrays do fastest; what looks at all slots uses numpy, over the same memory.
 """
 

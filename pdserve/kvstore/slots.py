@@ -232,6 +232,51 @@ class SlotTable(SlotColumns):
         self._map.add(slot)
         self._feed.added(key)
 
+    def are_new(self, keys: Sequence[BlockKey], parent: SlotId | None) -> bool:
+        """Whether ``publish_chain`` can have them: no two alike, none in the index yet, and their
+        parent still there."""
+        return (
+            (parent is None or self._states[parent] == COMMITTED)
+            and len(set(keys)) == len(keys)
+            and not self._map.has_any(keys)
+        )
+
+    def publish_chain(
+        self,
+        slots: Sequence[SlotId],
+        keys: Sequence[BlockKey],
+        parent: SlotId | None,
+        checksums: Sequence[int],
+    ) -> None:
+        """``publish`` of blocks of which each builds on the one before, the first on ``parent``."""
+        assert parent is None or self._states[parent] == COMMITTED
+        assert parent is None or self._pins[parent] > 0
+        states, parents, depths, children = (
+            self._states,
+            self._parents,
+            self._depths,
+            self._children,
+        )
+        pins, has_key, sums = self._pins, self._has_key, self._checksums
+        set_key, add, added = self._map.set_key, self._map.add, self._feed.added
+        above = NO_PARENT if parent is None else parent
+        depth = 0 if parent is None else depths[parent] + 1
+        for slot, key, checksum in zip(slots, keys, checksums, strict=True):
+            if states[slot] != RESERVED:
+                raise IllegalTransition(
+                    f"{EVENTS[PUBLISH]} while slot {slot} is {self.state(slot)}"
+                )
+            if above != NO_PARENT:
+                children[above] += 1
+            parents[slot], depths[slot] = above, depth
+            states[slot], pins[slot], sums[slot] = COMMITTED, 1, checksum
+            set_key(slot, key)
+            has_key[slot] = 1
+            add(slot)
+            added(key)
+            above, depth = slot, depth + 1
+        self._changed.update(slots)
+
     def keep(self, slot: SlotId, key: BlockKey | None, checksum: int) -> None:
         """Complete a written slot for its owner alone, with one pin."""
         self._move(slot, KEEP)

@@ -93,11 +93,16 @@ def drop_write(slots: SlotTable, write: Write) -> None:
 
 def _commit_put(slots: SlotTable, write: Write) -> int:
     chain = list(write.prefix)  # all of it pinned: by the reservation, then by ``_place``
-    for key, slot, checksum in write.new_blocks():
-        placed = _place(slots, key, slot, chain, checksum)
-        if placed is None:
-            break
-        chain.append(placed)
+    parent, new_keys = chain[-1] if chain else None, write.keys[write.first_index :]
+    if slots.are_new(new_keys, parent):  # as nearly always
+        slots.publish_chain(write.slots, new_keys, parent, write.filled)
+        chain += write.slots
+    else:
+        for key, slot, checksum in write.new_blocks():
+            placed = _place(slots, key, slot, chain, checksum)
+            if placed is None:
+                break
+            chain.append(placed)
     for slot in write.slots[len(chain) - len(write.prefix) :]:
         slots.abandon(slot)
     stored = takewhile(lambda slot: slots.state(slot) is SlotState.COMMITTED, chain)

@@ -4,9 +4,10 @@
 
 ``world`` says what every block's bytes are, so any reader can check any read; ``roles`` are the
 processes that use the store (``actor`` is what they share), ``fencing`` one that brings up nodes
-twice; ``stage`` starts, kills and restarts them all; ``audit`` asks at quiet moments whether
-anything is left that nobody owns. What an actor finds wrong it sends through a pipe; how far it
-came it writes to ``board``, which its death does not erase.
+twice; ``masters`` lead over one node's table, or stand by; ``stage`` starts, kills and restarts
+them all; ``audit`` asks at quiet moments whether anything is left that nobody owns. What an actor
+finds wrong it sends through a pipe; how far it came it writes to ``board``, which its death does
+not erase.
 
 ``mutants`` takes one guard of the store away at a time: the campaign must turn red. A campaign that
 has never been red says nothing.

@@ -28,7 +28,13 @@ from pdserve.errors import (
 from pdserve.ids import BlockKey, StoreId
 from pdserve.kvstore.claims import Claim
 from pdserve.kvstore.client import StoreClient
-from pdserve.kvstore.metadata import EmbeddedMetadata, Member, Metadata, RedisMetadata
+from pdserve.kvstore.metadata import (
+    EmbeddedMetadata,
+    Member,
+    Metadata,
+    RedisMetadata,
+    Seat,
+)
 from pdserve.kvstore.pipeline import Corrupt
 from pdserve.kvstore.transfer import CALL_TIMEOUT_S
 from pdserve.messages import Address
@@ -60,10 +66,15 @@ class Place:
 
     store_id: StoreId
     metadata: str  # a file, or a URL of Redis
+    drills: str  # another one of the same kind
 
     def connect(self) -> Metadata:
-        is_redis = self.metadata.startswith("redis://")
-        return RedisMetadata(self.metadata) if is_redis else EmbeddedMetadata(Path(self.metadata))
+        return metadata_at(self.metadata)
+
+
+def metadata_at(where: str) -> Metadata:
+    is_redis = where.startswith("redis://")
+    return RedisMetadata(where) if is_redis else EmbeddedMetadata(Path(where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,7 @@ class Conduct:
     verify: bool = True
     views: bool = True  # some blocks are looked at where they lie
     tolerates_misses: bool = False  # damage is injected: what was promised may turn out wrong
+    damages_the_dead: bool = False  # it is injected into the memory of dead nodes
     corrupt: Corrupt | None = None
 
 
@@ -89,6 +101,7 @@ class Actor:
     world: World
     places: Sequence[Place]
     board: Board
+    masters: Sequence[str]  # their sockets
     stage: int  # the process that all actors are forks of
     failures: int  # the pipe
     chance: random.Random
@@ -166,6 +179,14 @@ class Actor:
             return self._metadata[node].members()
         return ()
 
+    def seat(self, node: int) -> Seat | None:
+        """Who leads over the node's metadata; None when nobody has, or it cannot be asked now."""
+        with self.limited("seat"), contextlib.suppress(StoreUnavailable):
+            if node not in self._metadata:
+                self._metadata[node] = self.places[node].connect()
+            return self._metadata[node].seat()
+        return None
+
     def lost(self, node: int, error: PdserveError) -> None:
         """The connection to a node broke: forget it, and what was held through it."""
         self.count(Number.GONE)
@@ -209,6 +230,8 @@ class Actor:
             self.count(Number.REFUSED)
             return False
         if got != wanted:
+            if self.conduct.damages_the_dead:
+                client.stat()  # raises where the node is dead, and what it had lent is damaged
             self.fail("wrong bytes", self._difference(claim, index, key, bytes(got), wanted))
         self.count(Number.GETS)
         self.count(Number.VIEWS, views)

@@ -30,10 +30,11 @@ class Number(IntEnum):
     DRILLS = 8  # fencing drills
     LOCAL = 9  # claims that a reader has pinned by itself
     VIEWS = 10  # of the gets, those of bytes where they lie
-    EVENT_COUNT = 11
-    QUIET = 12  # 1: holds nothing, waits for the next phase
-    CALL_BEGAN_NS = 13  # 0: no call under way
-    CALL_LIMIT_NS = 14
+    LOCATED = 11  # answers of a master that named a node
+    EVENT_COUNT = 12
+    QUIET = 13  # 1: holds nothing, waits for the next phase
+    CALL_BEGAN_NS = 14  # 0: no call under way
+    CALL_LIMIT_NS = 15
 
 
 TOTALS = tuple(Number)[: Number.EVENT_COUNT]

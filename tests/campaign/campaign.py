@@ -124,8 +124,11 @@ def _audit(stage: Stage, result: Result) -> None:
     for node in stage.nodes:
         problem = audit(node, is_damaged=stage.mutant is not None)
         if problem:
-            stage.fail("leak", node.plan.store_id, problem)
+            stage.fail("leak", node.plan.store_id, problem + stage.who_maps(node))
             break
+    else:
+        if problem := stage.audit_masters():
+            stage.fail("masters", "auditor", problem)
     result.audits += 1
     stage.go_on()
 

@@ -2,7 +2,7 @@
 
 The old one is stopped (when it serves, or when it has its epoch and is not entered yet), its
 successor starts and is entered, the old one wakes up and says what it has to say: that it leaves,
-or that it is there. Whoever asks afterwards must find the successor.
+or that it is there. Whoever asks afterwards must find the successor. Masters are drilled alike.
 """
 
 import shutil
@@ -14,8 +14,9 @@ from pathlib import Path
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import StoreId
 from pdserve.kvstore.metadata import Metadata
-from tests.campaign.actor import Actor
+from tests.campaign.actor import Actor, metadata_at
 from tests.campaign.board import Number
+from tests.campaign.masters import late_renewal
 from tests.campaign.processes import (
     START_S_MAX,
     NodePlan,
@@ -24,6 +25,10 @@ from tests.campaign.processes import (
     wake,
 )
 
+DRILLS = ((0, True), None, (1, True), (0, False), (1, False))
+"""Of nodes by whose metadata, and whether the old one announces itself or leaves; None: of masters,
+which have a file of their own."""
+
 PAUSE_S = 2.0
 """Between two drills; a start of two processes each."""
 
@@ -31,17 +36,28 @@ PAUSE_S = 2.0
 class Fencer:
     """One drill after the other, on each metadata in turn."""
 
-    def __init__(self, actor: Actor, directory: Path, mutant: str | None) -> None:
+    def __init__(
+        self, actor: Actor, directory: Path, mutant: str | None, masters_mutant: str | None
+    ) -> None:
         self._actor = actor
         self._directory = directory
         self._mutant = mutant
+        self._masters = masters_mutant
 
     def live(self) -> None:
         drill = 0
+        # In a store whose masters lack a guard, theirs alone: it is a matter of milliseconds
+        # whether one such drill finds it.
+        drills = DRILLS if self._masters is None else (None,)
         while self._actor.goes_on():
-            place = self._actor.places[drill % len(self._actor.places)]
             try:
-                self._drill(drill, place.metadata, place.connect(), announces=drill // 2 % 2 == 0)
+                match drills[drill % len(drills)]:
+                    case None:
+                        self._actor.note(f"drill {drill}, late renewal")
+                        late_renewal(self._actor, self._directory / f"seat-{drill}", self._masters)
+                    case place, announces:
+                        where = self._actor.places[place].drills
+                        self._drill(drill, where, metadata_at(where), announces=announces)
             except StoreUnavailable as error:  # Redis was killed meanwhile
                 self._actor.note(f"drill {drill} came to nothing: {error}")
             drill += 1

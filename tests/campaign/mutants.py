@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pdserve.kvstore import metadata, node, ssd_log, transfer
+from pdserve.kvstore import block_index, metadata, node, ssd_log, transfer
 from pdserve.kvstore.answers import ClaimGrant
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
@@ -133,6 +133,25 @@ def _believe_everybody() -> None:
         setattr(metadata, name, unfenced)
 
 
+def _keep_lost_locations() -> None:
+    change: Any = block_index.BlockIndex
+    apply = change.apply
+    change.apply = lambda self, node, added, removed: apply(self, node, added, ())
+
+
+def _take_any_seat() -> None:
+    """Without a look at who has it."""
+
+    def change_seat(self: Any, seen: object, after: metadata.Seat) -> bool:
+        with self._transaction() as table:
+            body = metadata._to_json(after)
+            table.execute("INSERT OR REPLACE INTO seat VALUES (1, ?)", (body,))
+        return True
+
+    change: Any = metadata.EmbeddedMetadata
+    change.change_seat = change_seat
+
+
 # ── the list ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -149,6 +168,7 @@ class Mutant:
     fault: str = ""
     change_node: Callable[[], None] = _nothing
     change_client: Callable[[], None] = _nothing
+    change_master: Callable[[], None] = _nothing
     budget_s: float = 120.0
     all_verify: bool = False
     no_verify: bool = False
@@ -162,6 +182,10 @@ class Mutant:
     @property
     def is_nodes(self) -> bool:
         return self.change_node is not _nothing
+
+    @property
+    def is_masters(self) -> bool:
+        return self.change_master is not _nothing
 
     @property
     def is_control(self) -> bool:
@@ -278,6 +302,16 @@ ALL: tuple[Mutant, ...] = (
         guard="a call waits for its answer until its deadline",
         change_client=_wait_for_ever,
         **_UNANSWERED,
+    ),
+    Mutant(
+        name="located",
+        guard="what a node has lost is located there no more",
+        change_master=_keep_lost_locations,
+    ),
+    Mutant(
+        name="seat",
+        guard="a master takes the seat only if it is as it was seen",
+        change_master=_take_any_seat,
     ),
 )
 MUTANTS = {

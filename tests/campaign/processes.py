@@ -59,48 +59,11 @@ class NodePlan:
 
 
 @dataclass
-class NodeProcess:
-    """One incarnation. ``address`` is None until it serves."""
+class Child:
+    """A process that ends when its input does, and what it says on standard error."""
 
-    plan: NodePlan
     process: subprocess.Popen[bytes]
     log: Path
-    address: Address | None = None
-    descriptors_at_rest: int | None = None
-
-    @staticmethod
-    def start(plan: NodePlan, *, stop_before_register: bool = False) -> "NodeProcess":
-        plan.directory.mkdir(parents=True, exist_ok=True)
-        log = plan.directory / f"{plan.store_id}.{time.monotonic_ns()}.log"
-        with log.open("wb") as errors:
-            process = subprocess.Popen(
-                plan.command(stop_before_register=stop_before_register),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call)
-            )
-        return NodeProcess(plan, process, log)
-
-    def serves(self) -> bool:
-        """Whether it does by now; does not wait."""
-        assert self.process.stdout is not None
-        if self.address is None and select.select([self.process.stdout], [], [], 0)[0]:
-            line = self.process.stdout.readline()
-            if line:
-                self.address = Address(**json.loads(line)["address"])
-        return self.address is not None
-
-    def wait_until_it_serves(self) -> bool:
-        """False when it ended instead."""
-        until_s = time.monotonic() + START_S_MAX
-        while not self.serves():
-            if self.process.poll() is not None:
-                return False
-            assert time.monotonic() < until_s, f"{self.plan.store_id} does not start"
-            time.sleep(0.01)
-        return True
 
     def kill(self) -> None:
         self.process.kill()
@@ -129,6 +92,49 @@ class NodeProcess:
         at = text.find("Traceback")
         return "" if at < 0 else text[max(0, at - 200) : at + 3000]
 
+
+@dataclass
+class NodeProcess(Child):
+    """One incarnation. ``address`` is None until it serves."""
+
+    plan: NodePlan
+    address: Address | None = None
+    descriptors_at_rest: int | None = None
+
+    @staticmethod
+    def start(plan: NodePlan, *, stop_before_register: bool = False) -> "NodeProcess":
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        log = plan.directory / f"{plan.store_id}.{time.monotonic_ns()}.log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                plan.command(stop_before_register=stop_before_register),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call)
+            )
+        return NodeProcess(process, log, plan)
+
+    def serves(self) -> bool:
+        """Whether it does by now; does not wait."""
+        assert self.process.stdout is not None
+        if self.address is None and select.select([self.process.stdout], [], [], 0)[0]:
+            line = self.process.stdout.readline()
+            if line:
+                self.address = Address(**json.loads(line)["address"])
+        return self.address is not None
+
+    def wait_until_it_serves(self) -> bool:
+        """False when it ended instead."""
+        until_s = time.monotonic() + START_S_MAX
+        while not self.serves():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < until_s, f"{self.plan.store_id} does not start"
+            time.sleep(0.01)
+        return True
+
     def descriptors(self) -> int:
         """Open now, the disk's segments left out: those come and go with what they hold."""
         folder = f"/proc/{self.process.pid}/fd"
@@ -155,8 +161,12 @@ class RedisProcess:
             *(executable, "--port", str(self._port), "--bind", "127.0.0.1", "--save", ""),
             *("--appendonly", "yes", "--appendfsync", "always", "--dir", str(directory)),
         ]
-        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self.url = self.table(0)
         self.process = self._start()
+
+    def table(self, number: int) -> str:
+        """The URL of one of its tables."""
+        return f"redis://127.0.0.1:{self._port}/{number}"
 
     @staticmethod
     def start(directory: Path) -> "RedisProcess | None":

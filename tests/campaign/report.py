@@ -19,13 +19,14 @@ _INTRODUCTION = (
     "# The kill campaign\n\n"
     "Written by `{command}`; do not edit. {when}, {machine}, commit {commit}.\n\n"
     "`tests/campaign` lets readers, writers, hand-offs, two store nodes (one with a disk), their "
-    "metadata (SQLite and a real `redis-server`) and pairs of nodes with one id run at once, in an "
-    "arena that holds {share:.0%} of the blocks, and kills and stops them at random moments. Every "
-    "block's bytes follow from its key, so every read is compared byte by byte. At quiet moments "
-    "nothing may be held (no slot, pin, ticket, board, connection or descriptor), and the node's "
-    "own audit of its books and bytes finds nothing. A call that does not return by its deadline, "
-    "an untyped error, a broken promise or a node that hangs up on a live client is a failure too. "
-    "A seed repeats the strikes; the interleaving is the machine's.\n"
+    "metadata (SQLite and a real `redis-server`), a master with its standby, and pairs of nodes "
+    "and of masters of which one was away for a while, run at once, in an arena that holds "
+    "{share:.0%} of the blocks, and kills and stops them at random moments. Every block's bytes "
+    "follow from its key, so every read is compared byte by byte. At quiet moments nothing may be "
+    "held (no slot, pin, ticket, board, connection or descriptor), the node's own audit of its "
+    "books and bytes finds nothing, and the master knows exactly what is stored. A call that does "
+    "not return by its deadline, an untyped error, a broken promise or a node that hangs up on a "
+    "live client is a failure too. A seed repeats the strikes; the interleaving is the machine's.\n"
 )
 
 
@@ -55,7 +56,7 @@ def compose(findings: Findings) -> str:
         "## Campaigns\n",
         _table(
             ("seed", "seconds", "verified gets", "of views", "local claims", "killed", "stopped",
-             "hand-offs read", "aborted", "fencing drills", "audits", "outcome"),
+             "hand-offs read", "aborted", "located", "fencing drills", "audits", "outcome"),
             (_campaign_row(each) for each in findings.campaigns),
         ),
         "Killed, by role: " + _sums(each.kills for each in findings.campaigns) + ".\n",
@@ -88,6 +89,7 @@ def _campaign_row(result: Result) -> tuple[str, ...]:
         str(sum(result.stops.values())),
         f"{numbers['adopted']:,}",
         f"{numbers['aborted']:,}",
+        f"{numbers['located']:,}",
         str(numbers["drills"]),
         str(result.audits),
         "green" if result.is_green else f"RED: {result.failures[0].kind}",

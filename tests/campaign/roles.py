@@ -1,4 +1,4 @@
-"""Who uses the store in a campaign: readers, writers, the two sides of a hand-off, and a scout.
+"""Who uses the store in a campaign: readers, writers, the two sides of a hand-off, and who asks.
 
 Each is a class with a ``step``, which does one thing with one node and may be killed or stopped
 anywhere in it.
@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdserve.errors import StoreUnavailable, TicketGone
-from pdserve.ids import BlockKey, TicketId, new_request_id
+from pdserve.ids import BlockKey, StoreId, TicketId, new_request_id
 from pdserve.kvstore.answers import StoreChanges
 from pdserve.kvstore.claims import Claim
 from pdserve.kvstore.client import StoreClient
+from pdserve.kvstore.master_client import MasterClient
+from pdserve.kvstore.master_protocol import Location
 from pdserve.kvstore.metadata import Member
 from pdserve.kvstore.pipeline import Fill
 from pdserve.kvstore.transfer import CALL_TIMEOUT_S
@@ -315,12 +317,57 @@ class Scout:
                 self._actor.fail("closure", f"{key.hex()} is stored without {parent.hex()}")
 
 
-ROLES: dict[str, Callable[[Actor], Reader | Writer | Prefill | Decode | Scout]] = {
+class Locator:
+    """Asks the masters where a chain is, and reads it there: what they say may be old, but no
+    epoch falls, and what is read is right."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+        self._masters = MasterClient(actor.masters, name=actor.name)
+        self._led_under = 0
+
+    def step(self, _: int) -> None:
+        actor = self._actor
+        node = len(actor.places) - 1  # whose table the masters look at
+        keys = actor.world.choose(actor.chance)
+        with actor.limited(f"locate {len(keys)} blocks"):
+            try:
+                locations = self._masters.locate(keys)
+            except StoreUnavailable as error:
+                actor.note(f"no master: {error}")
+                locations = ()
+        self._check(locations, len(keys), actor.places[node].store_id)
+        self._check_seat(node)
+        if locations:
+            actor.count(Number.LOCATED)
+            client = actor.client(node)
+            with actor.limited(f"claim {len(keys)} located blocks"):
+                claim = client.claim(keys)
+            actor.check_claim(client, claim, keys)
+            client.release(claim)
+        time.sleep(actor.chance.uniform(0, 0.02))
+
+    def _check(self, locations: Sequence[Location], count: int, store_id: StoreId) -> None:
+        for each in locations:
+            if each.store_id != store_id or not 0 < each.count <= count:
+                self._actor.fail("promise", f"{count} blocks of a chain are located at {each}")
+
+    def _check_seat(self, node: int) -> None:
+        seat = self._actor.seat(node)
+        if seat is None:
+            return
+        if seat.epoch < self._led_under:
+            self._actor.fail("fence", f"{seat} after epoch {self._led_under}")
+        self._led_under = seat.epoch
+
+
+ROLES: dict[str, Callable[[Actor], Reader | Writer | Prefill | Decode | Scout | Locator]] = {
     "reader": Reader,
     "writer": Writer,
     "prefill": Prefill,
     "decode": Decode,
     "scout": Scout,
+    "locator": Locator,
 }
 
 

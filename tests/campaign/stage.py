@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdserve.ids import StoreId
+from pdserve.kvstore.directory import ARENA_NAME
+from pdserve.kvstore.metadata import RedisMetadata
 from tests.campaign.actor import Actor, Conduct, Failed, Place
 from tests.campaign.arenas import damage_arena
 from tests.campaign.board import Board, Number
 from tests.campaign.fencing import Fencer
+from tests.campaign.masters import MasterPlan, MasterProcess, audit_masters
 from tests.campaign.mutants import Mutant
 from tests.campaign.processes import NodePlan, NodeProcess, RedisProcess, wake
 from tests.campaign.roles import act
@@ -35,6 +38,9 @@ RESTART_S_MAX = 0.3
 """Between a death and the next incarnation."""
 
 EVENTS_OF_OTHERS = 4
+
+MASTERS_RATIO = 0.08
+"""Of all strikes; masters do little that could be interrupted."""
 
 SSD = 1
 """Which of the nodes has a disk."""
@@ -61,6 +67,7 @@ CAST = (
     Part("prefill-1", remote=True),
     Part("decode-1", remote=False),
     Part("scout-0", remote=True),
+    Part("locator-0", remote=True),
     Part("fencer-0", remote=True),
 )
 """Readers without verification as well: nothing damages a byte here, so what is stored must be
@@ -118,7 +125,13 @@ class Stage:
         self._node_ratio = 0.5 if damages_arenas else 0.1  # of all who are struck
         self.redis = RedisProcess.start(directory / "redis")
         files = [str(directory / f"metadata-{number}") for number in range(2)]
-        places = (files[0], files[1] if self.redis is None else self.redis.url)
+        self._drills = [f"{file}-drills" for file in files]
+        places = (files[0], files[1] if self.redis is None else self.redis.table(1))
+        if self.redis is not None:
+            # Forks have the client's modules then: a dozen that import them at once, on a busy
+            # machine, take longer than a call may.
+            RedisMetadata(self.redis.url)
+            self._drills[1] = self.redis.url
         self._nodes_mutant = mutant.name if mutant is not None and mutant.is_nodes else None
         self.plans = [
             NodePlan(
@@ -133,6 +146,13 @@ class Stage:
             for kind, metadata in zip(("plain", "ssd"), places, strict=True)
         ]
         self.nodes = [NodeProcess.start(plan) for plan in self.plans]
+        self._masters_mutant = mutant.name if mutant is not None and mutant.is_masters else None
+        self.masters = [
+            MasterProcess.start(
+                MasterPlan(name, directory / "masters", places[SSD], self._masters_mutant)
+            )
+            for name in ("m0", "m1")
+        ]
         for node in self.nodes:
             assert node.wait_until_it_serves(), node.log.read_text()
         self.players = self._cast()
@@ -177,7 +197,7 @@ class Stage:
             actor = self._actor(player)
             try:
                 if player.part.name.startswith("fencer"):
-                    Fencer(actor, self.directory / "twins", self._nodes_mutant).live()
+                    self._fencer(actor).live()
                 else:
                     act(actor)
                 code = 0
@@ -188,6 +208,9 @@ class Stage:
                     actor.fail("crash", traceback.format_exc()[-2500:])
         finally:
             os._exit(code)
+
+    def _fencer(self, actor: Actor) -> Fencer:
+        return Fencer(actor, self.directory / "twins", self._nodes_mutant, self._masters_mutant)
 
     def _actor(self, player: Player) -> Actor:
         mutant = self.mutant
@@ -202,10 +225,15 @@ class Stage:
                 verify=self._verifies(player.part),
                 views=mutant is None or mutant.views,
                 tolerates_misses=mutant is not None and mutant.tolerates_misses,
+                damages_the_dead=mutant is not None and mutant.damages_arenas,
                 corrupt=None if mutant is None else mutant.corrupts(player.part.name, chance),
             ),
             world=self.world,
-            places=[Place(plan.store_id, plan.metadata) for plan in self.plans],
+            places=[
+                Place(plan.store_id, plan.metadata, drills)
+                for plan, drills in zip(self.plans, self._drills, strict=True)
+            ],
+            masters=[each.plan.socket for each in self.masters],
             board=self.board,
             stage=self._pid,
             failures=self._writing,
@@ -228,6 +256,8 @@ class Stage:
             self._strike_node(self.chance.choice(self.nodes), is_kill=is_kill)
         elif roll < self._node_ratio + 0.05 and self.redis is not None:
             self._strike_redis(self.redis, is_kill=is_kill)
+        elif roll > 1 - MASTERS_RATIO:
+            self._strike_master(self.chance.choice(self.masters), is_kill=is_kill)
         else:
             alive = [
                 player
@@ -259,6 +289,16 @@ class Stage:
             self.kills["redis"] += 1
         else:
             self._stop(redis.process.pid, "redis")
+
+    def _strike_master(self, master: MasterProcess, *, is_kill: bool) -> None:
+        if is_kill:
+            self._wake_at_s.pop(master.process.pid, None)
+            master.kill()
+            self._look_for_complaints(master)
+            self.kills["master"] += 1
+            self.masters[self.masters.index(master)] = MasterProcess.start(master.plan)
+        elif self.redis is not None:  # a file might stay locked, and nodes could not enter it
+            self._stop(master.process.pid, "master")
 
     def _strike_player(self, player: Player, *, is_kill: bool) -> None:
         role = player.part.name.partition("-")[0]
@@ -294,6 +334,10 @@ class Stage:
                 self.fail("exit", node.plan.store_id, f"ended by itself with {code}")
             elif code is not None:
                 self._restart_node(node)
+        for master in self.masters:
+            if (code := master.process.poll()) is not None and not self.failures:
+                text = f"ended by itself with {code}: {master.log.read_text()[-1000:]}"
+                self.fail("exit", master.plan.name, text)
         for player in self.players:
             self._look_at(player)
             if raise_the_dead and player.pid == 0 and now_s >= player.raise_at_s:
@@ -337,10 +381,11 @@ class Stage:
                 if self.mutant is None or not self.mutant.tolerates_hang_ups:
                     self.fail("hang-up", player.part.name, text, player.index)
 
-    def _look_for_complaints(self, node: NodeProcess) -> None:
-        complaints = node.complaints()
+    def _look_for_complaints(self, child: NodeProcess | MasterProcess) -> None:
+        plan, complaints = child.plan, child.complaints()
         if complaints:
-            self.fail("node error", node.plan.store_id, complaints)
+            name = plan.store_id if isinstance(plan, NodePlan) else plan.name
+            self.fail("node error", name, complaints)
 
     def fail(self, kind: str, who: str, text: str, actor: int | None = None) -> None:
         """With the last events of whom it happened to, and fewer of everybody else's."""
@@ -383,6 +428,22 @@ class Stage:
     def _is_quiet(self) -> bool:
         return not self._loud() and not self._wake_at_s and all(n.serves() for n in self.nodes)
 
+    def who_maps(self, node: NodeProcess) -> str:
+        """The actors that have its arena mapped, which nobody may at a quiet moment; "" if none."""
+        arena = f"/{node.plan.store_id}/{ARENA_NAME}"
+        names = []
+        for player in self.players:
+            with contextlib.suppress(OSError):
+                if player.pid and arena in Path(f"/proc/{player.pid}/maps").read_text():
+                    names.append(player.part.name)
+        return f"; its arena is mapped by {', '.join(names)}" if names else ""
+
+    def audit_masters(self) -> str:
+        """Not with the faults of others, which the masters only repeat."""
+        if self.mutant is not None and not self.mutant.is_masters:
+            return ""
+        return audit_masters(self.masters, self.nodes[SSD], self.world)
+
     def go_on(self) -> None:
         self.board.phase = Board.RUN
 
@@ -407,6 +468,11 @@ class Stage:
             if node.process.poll() is None and (code := node.stop()) != 0 and not self.failures:
                 self.fail("exit", node.plan.store_id, f"ended with {code}")
             self._look_for_complaints(node)
+        for master in self.masters:
+            wake(master.process.pid)
+            if master.process.poll() is None and (code := master.stop()) and not self.failures:
+                self.fail("exit", master.plan.name, f"ended with {code}")
+            self._look_for_complaints(master)
         self._end_redis()
 
     def _end_redis(self) -> None:
@@ -421,8 +487,8 @@ class Stage:
             if player.pid:
                 os.kill(player.pid, signal.SIGKILL)
                 os.waitpid(player.pid, 0)
-        for node in self.nodes:
-            node.kill()
+        for child in (*self.nodes, *self.masters):
+            child.kill()
         self._end_redis()
         os.close(self._reading)
         os.close(self._writing)

@@ -156,6 +156,23 @@ def test_what_a_reader_of_the_dead_node_looks_at_stays(tmp_path: Path, asks: boo
         writer.close()
 
 
+def test_a_claim_that_outlives_its_client_holds_nothing_of_the_dead_node(tmp_path: Path) -> None:
+    with killed(tmp_path, slot_count=4) as node:
+        reader = node.client("r")
+        reader.put(keys_of("a", 2), 0, filler("a"))
+        claim = reader.claim(keys_of("a", 2))
+        view = reader.view(claim, 0)
+    with next_node(tmp_path, slot_count=4) as node:
+        other = node.client("o")
+        assert other.stat().slots_pinned == 2
+        reader.close()
+        with pytest.raises(ValueError, match="released"):
+            view[0]
+        wait_for(other, lambda stat: stat.slots_pinned == 0)
+        reader.release(claim)  # holds nothing; no error
+        other.close()
+
+
 def test_a_slot_that_a_writer_of_the_dead_node_still_fills_is_nobody_elses(tmp_path: Path) -> None:
     with killed(tmp_path, slot_count=4) as node:
         client = node.client("w")

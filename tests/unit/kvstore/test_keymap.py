@@ -1,11 +1,13 @@
 """The map of keys beside a dictionary, with keys that meet."""
 
+from itertools import count, islice
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdserve.ids import BlockKey, SlotId
-from pdserve.kvstore.keymap import BATCH_MIN, KeyMap
+from pdserve.kvstore.keymap import BATCH_MIN, LANES, KeyMap
 
 SLOTS = 12
 
@@ -46,6 +48,11 @@ class Beside(RuleBasedStateMachine):
         assert found == expected[: len(found)]
         assert len(found) > first_missing or len(found) == len(expected)
 
+    @rule(numbers=st.lists(st.integers(0, 200), max_size=3 * BATCH_MIN))
+    def has_any(self, numbers: list[int]) -> None:
+        keys = [key(number) for number in numbers]
+        assert self.map.has_any(keys) == any(each in self.model for each in keys)
+
     @invariant()
     def agrees(self) -> None:
         assert self.map.count == len(self.model)
@@ -83,3 +90,22 @@ def test_a_key_is_kept_as_it_is(raw: bytes) -> None:
     known.set_key(SlotId(1), BlockKey(raw))
     assert known.key_of(SlotId(1)) == raw
     assert known.key_of(SlotId(0)) == bytes(16)
+
+
+def test_keys_of_a_full_bucket_are_found_alone_and_together_until_they_are_removed() -> None:
+    known = KeyMap(SLOTS)
+    numbers = (number for number in count() if hash(key(number)) % known._bucket_count == 0)
+    keys = [key(number) for number in islice(numbers, SLOTS)]
+    for slot, each in enumerate(keys):
+        known.set_key(SlotId(slot), each)
+        known.add(SlotId(slot))
+    assert len(known._overflow) == SLOTS - LANES
+    known.check([SlotId(slot) for slot in range(SLOTS)])
+    many = keys * (BATCH_MIN // SLOTS + 1)
+    assert known.find_each(many) == list(range(SLOTS)) * (BATCH_MIN // SLOTS + 1)
+    assert known.has_any([keys[-1]] * BATCH_MIN)
+    for slot in range(SLOTS):
+        known.remove(SlotId(slot))
+        assert known.find_each(keys[slot:]) == [-1]
+        assert not known.has_any([keys[slot]] * BATCH_MIN)
+    known.check([])

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, SlotId
@@ -53,6 +55,44 @@ def test_every_state_can_become_free_again() -> None:
     for state in PINNABLE:  # what can be read is not freed before the readers have been asked
         assert TRANSITIONS[state][SlotEvent.DRAIN] is SlotState.DRAINING
         assert SlotEvent.FREE not in TRANSITIONS[state]
+
+
+@given(st.integers(0, 3), st.integers(1, 40))
+def test_a_chain_at_once_is_its_blocks_one_after_the_other(above: int, count: int) -> None:
+    names = [f"{index}" for index in range(above + count)]
+    keys = [key(name) for name in names[above:]]
+    checksums = list(range(count))
+    both = []
+    for at_once in (True, False):
+        slots = table(above + count)
+        chain = publish(slots, *names[:above])
+        slots.pin(chain)
+        taken = slots.reserve(count)
+        parent = chain[-1] if chain else None
+        assert slots.are_new(keys, parent)
+        if at_once:
+            slots.publish_chain(taken, keys, parent, checksums)
+        else:
+            for slot, each, checksum in zip(taken, keys, checksums, strict=True):
+                slots.publish(slot, each, parent, checksum)
+                parent = slot
+        assert not slots.are_new(keys, parent)
+        slots.unpin(chain + taken)
+        slots.check()
+        both.append(([slots[SlotId(slot)] for slot in range(above + count)], slots.take_changed()))
+    assert both[0] == both[1]
+
+
+def test_a_chain_is_not_new_if_a_block_of_it_is_there_or_comes_twice_or_lacks_its_parent() -> None:
+    slots = table(4)
+    (a,) = publish(slots, "a")
+    assert slots.are_new([key("b"), key("c")], a)
+    assert not slots.are_new([key("b"), key("a")], None)
+    assert not slots.are_new([key("b"), key("b")], a)
+    slots.pin([a])
+    slots.condemn(a)
+    assert not slots.are_new([key("b")], a)
+    assert slots.are_new([key("a")], None), "what was condemned may be stored again"
 
 
 def test_a_lookup_ends_at_the_first_block_that_is_missing() -> None:

@@ -8,6 +8,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 export RAY_AUTH_MODE ?= disabled
+# A cluster is a dozen processes with the same imports. An environment that forbids bytecode, as many
+# images do, has each of them compile Ray anew: a third of the processor time of a start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 

@@ -306,8 +306,8 @@ class Dispatch:
     route: Route
     timing: Timing
     cached_tokens: int | None = None
-    """What the worker need not compute, as far as the router knows: 0 is not worth asking the store
-    for. None: it does not know."""
+    """What the worker need not compute, as far as the router knows: 0 is not worth asking the
+    host's store for. None: it does not know."""
 
     ahead_of: RequestId | None = None
     """A prompt there that lets this one go first, from its next chunk on, and keeps what is

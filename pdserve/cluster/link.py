@@ -71,6 +71,7 @@ class RouterLink:
         self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
         self._task: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
+        self._connection: Connection | None = None  # once hello has been said on it
 
     async def start(self, *, timeout_s: float) -> None:
         """Connects for the first time.
@@ -97,6 +98,16 @@ class RouterLink:
             raise QueueFull(
                 f"{OUTBOX_MAX} messages wait for the router already", retry_after_ms=1000
             ) from None
+
+    def post_now(self, message: object) -> None:
+        """``post``; where nothing waits before it, it leaves in this turn of the event loop.
+
+        Raises:
+            QueueFull: as ``post``.
+        """
+        connection = self._connection
+        if connection is None or not self._outbox.empty() or not connection.send_now(message):
+            self.post(message)
 
     async def close(self) -> None:
         """Sends what waits, then hangs up."""
@@ -195,9 +206,11 @@ class RouterLink:
                 self._person.hear(message)
 
         sender = asyncio.create_task(self._send(connection))
+        self._connection = connection
         try:
             await listen(connection, hear, silence_s=self._silence_s)
         finally:
+            self._connection = None
             sender.cancel()
             with contextlib.suppress(asyncio.CancelledError, PdserveError, OSError):
                 await sender

@@ -40,6 +40,7 @@ APP_CHECK_S = 5.0
 APP_MISSES_MAX = 2
 """Looks in a row that found no application before the supervisor and its node leave."""
 
+APP_ANSWER_S_MAX = 30.0
 READY_TIMEOUT_S = 30.0
 
 
@@ -172,6 +173,8 @@ class StoreSupervisor:
             await asyncio.sleep(APP_CHECK_S)
             try:
                 alive = await asyncio.to_thread(_is_running, self._app)
+            except ray.exceptions.GetTimeoutError:
+                continue  # a controller that is busy says nothing of the application
             except Exception:  # Serve itself may be gone, and says so in many ways
                 alive = False
             misses = 0 if alive else misses + 1
@@ -182,9 +185,11 @@ class StoreSupervisor:
 
 
 def _is_running(app: str) -> bool:
-    from ray import serve  # most of a second, which nobody is to wait for at a start
-
-    return app in serve.status().applications
+    """Asks Serve's controller by name: to import Serve for one question takes this process, and
+    each host has one, a second of a core."""
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    ingress = controller.get_ingress_deployment_name.remote(app)
+    return ray.get(ingress, timeout=APP_ANSWER_S_MAX) is not None
 
 
 def _end(node: subprocess.Popen[bytes]) -> None:

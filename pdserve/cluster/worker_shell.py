@@ -28,14 +28,18 @@ from pdserve.ids import BlockKey, HostId, new_worker_id
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import (
     Address,
+    Attained,
     Cancel,
     ChunkDone,
+    Dispatch,
     FetchAhead,
     Goodbye,
     Handoff,
     Hello,
     Progress,
     Report,
+    Request,
+    Resume,
     Role,
     TokenBatch,
     TokenDelta,
@@ -183,6 +187,9 @@ class WorkerShell:
         idle_ns = monotonic()
         while self._is_needed(idle_ns) and monotonic() < deadline_ns:
             await asyncio.sleep(0.02)
+        if monotonic() >= deadline_ns:
+            why = (self._load and _fullness(self._load), self._unbound, self._tickets_own)
+            log.warning("%s leaves undrained: load, unbound, tickets are %s", self.worker, why)
         await self._postbox.flush()
         if self._link is not None:
             self._report()
@@ -265,6 +272,10 @@ class WorkerShell:
             if self._ahead is not None:
                 self._ahead.take(message)
         else:
+            if isinstance(message, Dispatch):
+                self._vouch(message.request)
+            elif isinstance(message, Resume):
+                self._vouch(message.handoff.request)
             self._submit(message)
 
     def reconnected(self) -> None:
@@ -279,9 +290,17 @@ class WorkerShell:
             while True:
                 frame = await connection.receive()
                 if isinstance(frame.message, Handoff):
+                    self._vouch(frame.message.request)
                     self._submit(frame.message)
                 else:
                     log.warning("%s sent a %s", connection.peer, type(frame.message).__name__)
+
+    def _vouch(self, request: Request) -> None:
+        """Where others died computing it, the router has to know that it is here, before anything
+        else happens: this worker may die of it at once."""
+        if request.deaths > 0:
+            here = Attained(request.request, request.attempt, request.emitted_count)
+            self._report(vouched=(here,))
 
     def _submit(self, message: object) -> None:
         assert self._engine is not None
@@ -340,6 +359,7 @@ class WorkerShell:
         *,
         store_added: Sequence[BlockKey] = (),
         store_removed: Sequence[BlockKey] = (),
+        vouched: Sequence[Attained] = (),
     ) -> None:
         load = self._load
         self._reported_ns = monotonic()
@@ -352,7 +372,7 @@ class WorkerShell:
             free_blocks=load.free_blocks if load else self.hello().block_count,
             progress=tuple(progress),
             chunks=tuple(chunks),
-            attained=load.attained if load else (),
+            attained=(*(load.attained if load else ()), *vouched),
             blocks_added=load.blocks_added if load else (),
             blocks_removed=load.blocks_removed if load else (),
             store_added=tuple(store_added),
@@ -366,12 +386,12 @@ class WorkerShell:
         if load is not None:
             self._load = load.without_deltas()
         self._report_sequence += 1
-        self._to_router(report)
+        self._to_router(report, now=bool(vouched))
 
-    def _to_router(self, message: object) -> None:
+    def _to_router(self, message: object, *, now: bool = False) -> None:
         assert self._link is not None
         try:
-            self._link.post(message)
+            (self._link.post_now if now else self._link.post)(message)
         except CapacityError:
             log.exception("%s cannot tell the router", self.worker)
 

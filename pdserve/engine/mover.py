@@ -138,6 +138,7 @@ class Mover:
         self._clients: dict[Address, Store] = {}
         self._counted: Counter[str] = Counter()  # by clients that are gone, and by restores
         self._remote = remote
+        self.sees_other_hosts = remote is not None
         self._restorer = Restorer(
             pool.block_bytes, pool.write_block, self._counted, monotonic, remote
         )

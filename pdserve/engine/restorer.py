@@ -89,9 +89,13 @@ class Restorer:
 
     def _restore_far(self, remote: Remote, move: Restore, first: int) -> int:
         """From ``move.keys[first]`` on."""
-        end = min(remote.count(move.keys), len(move.keys))
-        if end <= first or not self._pays_far(move, first, end):
+        end = len(move.keys)
+        if not self._pays_far(move, first, end):  # not even all of it: nobody need be asked
             return 0
+        known = min(remote.count(move.keys), end)
+        if known <= first or (known < end and not self._pays_far(move, first, known)):
+            return 0
+        end = known
         began_ns = self._clock()
         count = remote.fetch(
             move.keys,

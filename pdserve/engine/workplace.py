@@ -50,6 +50,7 @@ class Workplace:
         self.worker = worker
         self.store = store
         self.local = mover.local
+        self.sees_other_hosts = mover.sees_other_hosts
         self.block_tokens = runner.pool.block_tokens
         self.device = Device(runner.pool.block_count, mover)
         self.pool = self.device.pool

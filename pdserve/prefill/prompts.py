@@ -160,7 +160,9 @@ class Prompts:
         if not prompt.stays:
             prompt.ticket_tries = -(-self._store.ticket_wait_ms // TICKET_SLICE_MS)  # ceil
             self._open_ticket(prompt)
-        worth_asking = prompt.cached_tokens is None or prompt.cached_tokens > sequence.kv_count
+        # The router knows what the stores of prefill workers have, a master those of all hosts.
+        known = None if self._workplace.sees_other_hosts else prompt.cached_tokens
+        worth_asking = known is None or known > sequence.kv_count
         if self._store.offload and len(held) < len(keys) and worth_asking:
             prompt.move_to(Stage.RESTORING)
             blocks = tuple(sequence.blocks[len(held) : len(keys)])

@@ -224,6 +224,8 @@ class RouterCore:
             self._on_chunk(worker, chunk, now_ns)
         for attained in report.attained:
             entry = self._entry(attained.request, attained.attempt)
+            if entry is not None and worker.id not in entry.vouched_by:
+                entry.vouched_by = (*entry.vouched_by, worker.id)
             if entry is not None and entry.decode == worker.id:
                 self.state.attained(entry, attained.generated_tokens)
         commands: list[Command] = []

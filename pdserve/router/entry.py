@@ -24,6 +24,7 @@ class Entry:
     cached_tokens: int = 0  # predicted for the prefill worker that holds it
     begun: bool = False  # since its last dispatch, as far as is known
     dispatched_ns: int = 0
+    vouched_by: tuple[WorkerId, ...] = ()  # who said that it has it, since it was last sent out
     queued_us: int = 0  # all waits together
     prefill_us: int = 0  # all stretches that were preempted, together
     preempted_count: int = 0

@@ -209,7 +209,7 @@ class RouterState:
         entry.uncached_tokens = choice.uncached_tokens
         waited_us = (now_ns - entry.queued_at_ns) // 1000
         entry.queued_us += waited_us
-        entry.dispatched_ns = now_ns
+        entry.dispatched_ns, entry.vouched_by = now_ns, ()
         entry.deferred_ns = None
         prefill, decode = choice.prefill, choice.decode
         entry.prefill = prefill.id
@@ -319,7 +319,7 @@ class RouterState:
         assert handoff is not None
         entry.phase = advance(entry.phase, Event.RESUMED)
         del self.parked[entry.id]
-        entry.handoff, entry.resumed = None, handoff
+        entry.handoff, entry.resumed, entry.vouched_by = None, handoff, ()
         self._bind(entry, decode, tokens=handoff.length)
         self.counters["resumes"] += 1
         self._decide(

@@ -14,24 +14,38 @@ do.
 
 So one guilty request among innocent ones costs two workers, or three where it died twice in the
 same company; and nobody who gets further is ever refused for it.
+
+Several workers may die at once, of their host. The router hears of them one after the other, and
+sends whoever was on the first to the second, which is gone already. So a further death counts only
+where the worker had said that it has the request, which it says of one with deaths before it
+computes it (``cluster.worker_shell``). The first death counts in any case: nobody is refused for
+one.
 """
 
 from collections.abc import Iterable
 
+from pdserve.ids import WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.router.entry import Entry
 from pdserve.suspicion import GUILTY_DEATHS, PROGRESS_TOKENS
 
 
-def implicated(entries: Iterable[Entry], worker: str) -> list[Entry]:
+def implicated(entries: Iterable[Entry], worker: WorkerId) -> list[Entry]:
     """Those that a worker was, or may have been, computing when it died."""
-    decoding = (Phase.HANDING_OFF, Phase.DECODING)
-    return [
-        entry
-        for entry in entries
-        if (entry.phase is Phase.PREFILLING and entry.prefill == worker)
-        or (entry.phase in decoding and entry.decode == worker)
-    ]
+    return [entry for entry in entries if _may_compute(entry, worker)]
+
+
+def _may_compute(entry: Entry, worker: WorkerId) -> bool:
+    match entry.phase:
+        case Phase.DECODING:
+            return entry.decode == worker
+        case Phase.PREFILLING:
+            is_there = entry.prefill == worker
+        case Phase.HANDING_OFF:
+            is_there = entry.decode == worker
+        case _:
+            return False
+    return is_there and (entry.request.deaths == 0 or worker in entry.vouched_by)
 
 
 def deaths_in_place(entry: Entry) -> int:

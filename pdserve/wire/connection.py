@@ -107,6 +107,13 @@ class Connection(asyncio.BufferedProtocol):
         """Hand a message to the kernel, in order; waits while the peer does not read."""
         await self._send(Kind.MESSAGE, 0, message, body)
 
+    def send_now(self, message: object) -> bool:
+        """``send`` in this turn of the event loop; False, unsent, where others are under way."""
+        is_free = self._writable.is_set() and not (self._sending.locked() or self._rest)
+        if is_free := is_free and not self._transport.is_closing():
+            self._transport.write(pack_head(Kind.MESSAGE, 0, self._codec.encode(message), 0))
+        return is_free
+
     async def receive(self) -> Frame:
         """The next frame that is not an answer.
 

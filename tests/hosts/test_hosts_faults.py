@@ -59,7 +59,11 @@ def hosts(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     }
     with network([HEAD, PREFILL, DECODE], seed=7) as made:
         config = hosted_settings(
-            small_model, made, store=store, gateway={"request_timeout_s": DEADLINE_S}
+            small_model,
+            made,
+            store=store,
+            gateway={"request_timeout_s": DEADLINE_S},
+            decode={"replicas": 2, "replicas_max": 2},  # a host that goes takes both
         )
         with hosted(made, config) as cluster:
             yield cluster
@@ -164,6 +168,7 @@ def _assert_true_and_ended(streams: list[Stream], expected: list[list[int]]) -> 
             continue
         error = _error_of(stream)
         assert error["type"], f"stream {index}: {error}"
+        assert error.get("code") != "poison_request", f"stream {index}: {error}"
         assert stream.tokens == tokens[: len(stream.tokens)], f"stream {index}: {error}"
     errors = Counter(_error_of(s)["type"] if s.error else "none" for s in streams)
     print(f"{len(streams)} streams, their errors: {dict(errors)}")

@@ -1,6 +1,7 @@
 """Frames over real sockets: Unix, TCP and TLS; calls, answers, listeners."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -35,6 +36,7 @@ from tests.integration.wire_peers import (
     each_event_loop,
     echo,
     listening,
+    until,
     within,
 )
 
@@ -95,6 +97,34 @@ def test_messages_and_bodies_arrive_as_they_were_sent(
                 assert frame.message == cancel("r")
                 assert bytes(frame.body) == b"".join(bytes(part) for part in body)
             await client.close()
+
+    within(scenario())
+
+
+def test_what_is_sent_now_is_in_order_and_refused_behind_what_is_under_way(tmp_path: Path) -> None:
+    heard: list[object] = []
+    reading = asyncio.Event()
+
+    async def serve(connection: Connection) -> None:
+        for _ in range(2):
+            heard.append((await connection.receive()).message)
+        await reading.wait()
+
+    async def scenario() -> None:
+        async with listening(tmp_path, serve) as listener:
+            client = await connect(listener.address, host=HERE)
+            assert client.send_now(cancel("first"))
+            await client.send(cancel("second"))
+            await until(lambda: len(heard) == 2)
+            assert heard == [cancel("first"), cancel("second")]
+            large = asyncio.create_task(client.send(cancel("large"), [bytes(64 * MiB)]))
+            await until(lambda: not client.send_now(cancel("small")))
+            assert not large.done(), "nobody reads it"
+            client.abort()
+            reading.set()
+            with contextlib.suppress(Disconnected):
+                await large
+            assert not client.send_now(cancel("late"))
 
     within(scenario())
 

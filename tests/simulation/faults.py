@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from pdserve.clock import MS, S
 from tests.simulation.store import StoreNode
@@ -11,6 +12,10 @@ from tests.simulation.world import Place, World
 HOUR_MS = 3_600_000
 HANG_NS = 2 * S
 """Longer than a router may be silent, and shorter than until a leader looks who leads."""
+
+
+BOOT_NS = (3 * S, 6 * S)
+"""Of a host: longer than a worker may be silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,40 @@ def _kill(*prefixes: str) -> Callable[[World, int], None]:
 def _kill_leader(world: World, _: int) -> None:
     for place in world.leaders():
         world.kill(place)
+
+
+def _power_off(world: World, _: int, *, tries: int = 200) -> None:
+    """A host is gone, and nobody is told: its peers hear nothing more, and find out one after the
+    other. Where no worker computes anything it looks again a little later."""
+    if len(world.hosts) < 2 or world.is_healed:
+        return
+    busy = [
+        place.host
+        for place in world.places.values()
+        if place.process.alive and (engine := world.engines.get(place.process)) and engine.is_busy
+    ]
+    if not busy:
+        if tries:
+            later_ns = world.loop.now_ns + world.dice.randrange(MS, 5 * MS)
+            world.loop.at(later_ns, lambda: _power_off(world, 0, tries=tries - 1), None)
+        return
+    host = world.dice.choice(busy)
+    world.note(f"POWER OFF {host}")
+    world.network.cut_off(host)
+    back_ns = world.loop.now_ns + world.dice.randrange(*BOOT_NS)
+    for place in [place for place in world.places.values() if place.host == host]:
+        world.kill(place)
+        if not place.restarting:
+            place.restarting = True
+            world.loop.at(back_ns, partial(world.restart, place), None)
+
+
+def _kill_together(world: World, _: int) -> None:
+    """All workers of a host at once, as where the daemon above them ends."""
+    host = world.dice.choice(world.hosts)
+    for place in [*world.alive("prefill"), *world.alive("decode")]:
+        if place.host == host:
+            world.kill(place)
 
 
 def _stop(world: World, span_ns: int) -> None:
@@ -181,13 +220,20 @@ def _jump(world: World, _: int) -> None:
 
 
 def _two_leaders(world: World, span_ns: int) -> None:
-    """A leader hangs until it is succeeded and comes back; before it has heard of its successor
-    that one dies. Whoever the successor led finds the old one, which must not take them so."""
+    """A leader hangs until it is succeeded, and comes back while the register says nothing to it;
+    before it has heard of its successor that one dies. Whoever the successor led finds the old one,
+    which must not take them so: that it has been deposed it can learn from nobody else."""
     leaders = world.leaders()
     if len(leaders) != 1 or world.shape.routers < 2:
         return
     old = leaders[0]
     _stop_one(world, old, HANG_NS)
+    back_ns = world.loop.now_ns + HANG_NS
+    dies_ns = back_ns + 1 + span_ns // 10
+
+    def silence_register() -> None:
+        if not world.is_healed:
+            world.register.down_until_ns = dies_ns + S
 
     def kill_successor() -> None:
         if not world.is_healed:
@@ -195,7 +241,7 @@ def _two_leaders(world: World, span_ns: int) -> None:
                 if place is not old:
                     world.kill(place)
 
-    dies_ns = world.loop.now_ns + HANG_NS + 1 + span_ns // 10
+    world.loop.at(back_ns - MS, silence_register, None)
     world.loop.at(dies_ns, kill_successor, None)
 
 
@@ -240,4 +286,6 @@ KINDS: dict[str, tuple[int, Callable[[World, int], None]]] = {
     "slow worker": (2, _slow_worker),
     "clock": (1, _jump),
     "drain": (2, _drain),
+    "power off": (2, _power_off),
+    "kill together": (2, _kill_together),
 }

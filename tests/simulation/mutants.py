@@ -8,15 +8,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.simulation.run import simulate
+from pdserve.clock import MS, S
+from tests.simulation.faults import Fault
+from tests.simulation.run import Plan, simulate
+from tests.simulation.world import Shape
 
 SEEDS_MAX = 400
+
+TOGETHER = Plan(
+    Shape(
+        hosts=2, prefills=0, decodes=6, gateways=2, mode="aggregated", slots=64, pool_blocks=32
+    ),
+    (
+        Fault(50 * MS, "slow network", 3 * S),
+        Fault(150 * MS, "kill together", S),
+        Fault(300 * MS, "kill together", S),
+    ),
+)  # fmt: skip
+"""Hosts lose all their workers, and the news of each takes another time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
     name: str
     plant: Callable[[], contextlib.AbstractContextManager[None]]
+    plan: Plan | None = None  # in which it shows sooner than in what seeds draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,25 +138,25 @@ def _gap_not_held() -> contextlib.AbstractContextManager[None]:
 
 
 def _entry_lost_at_death() -> contextlib.AbstractContextManager[None]:
-    from pdserve.router import core
+    from pdserve.router import endings
 
-    def lose(state: Any, entry: Any, worker: Any, now_ns: int) -> list[Any]:
+    def lose(*_: Any, **__: Any) -> list[Any]:
         return []  # neither forgotten nor told to anybody
 
-    return instead(core, "lose", lose)
+    return instead(endings, "lose", lose)
 
 
 def _gateway_not_told_of_a_loss() -> contextlib.AbstractContextManager[None]:
-    from pdserve.router import core, endings
+    from pdserve.router import endings
     from pdserve.router.commands import ToGateway
 
     original = endings.lose
 
-    def lose(state: Any, entry: Any, worker: Any, now_ns: int) -> list[Any]:
-        commands = original(state, entry, worker, now_ns)
+    def lose(*args: Any, **named: Any) -> list[Any]:
+        commands = original(*args, **named)
         return [each for each in commands if not isinstance(each, ToGateway)]
 
-    return instead(core, "lose", lose)
+    return instead(endings, "lose", lose)
 
 
 def _no_ageing() -> contextlib.AbstractContextManager[None]:
@@ -293,6 +309,17 @@ def _deposed_and_leads_on() -> contextlib.AbstractContextManager[None]:
     return instead(succession, "next_doing", next_doing)
 
 
+def _deaths_of_the_absent_count() -> contextlib.AbstractContextManager[None]:
+    from pdserve.lifecycle import Phase
+    from pdserve.router import suspicion
+
+    def may_compute(entry: Any, worker: Any) -> bool:
+        at = entry.prefill if entry.phase is Phase.PREFILLING else entry.decode
+        return bool(at == worker)  # whether it has said so or not
+
+    return instead(suspicion, "_may_compute", may_compute)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("a preempted or failed prompt's ticket is not ended", _forgotten_ticket),
     Mutant("an ended ticket keeps its pins", _ticket_keeps_pins),
@@ -316,6 +343,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("block keys leave out the tenant", _salt_left_out),
     Mutant("letters under way are not repeated on the next connection", _letters_not_repeated),
     Mutant("decode ignores cancellations", _cancel_stays_in_the_router),
+    Mutant("a death counts against whom the dead never had", _deaths_of_the_absent_count, TOGETHER),
 )
 
 
@@ -323,14 +351,14 @@ def hunt(mutant: Mutant, *, seeds_max: int = SEEDS_MAX) -> Found:
     """Seeds from 0 on, until one shows the bug."""
     with mutant.plant():
         for seed in range(seeds_max):
-            violation = _violation(seed)
+            violation = _violation(seed, mutant.plan)
             if violation is not None:
                 return Found(mutant.name, seed + 1, violation)
     return Found(mutant.name, 0, "")
 
 
-def _violation(seed: int) -> str | None:
+def _violation(seed: int, plan: Plan | None) -> str | None:
     try:
-        return simulate(seed).violation
+        return simulate(seed, plan=plan).violation
     except Exception as error:  # a bug may break anything
         return f"{type(error).__name__}: {error}"

@@ -64,6 +64,12 @@ class Network:
             later_ns = now_ns + self.dice.randrange(100 * US, MS)
             self.loop.at(later_ns, lambda: self.reset_one(note, tries=tries - 1), None)
 
+    def cut_off(self, host: str) -> None:
+        """Its processes are about to die, and no kernel is left to tell anybody elsewhere."""
+        for pair in self.pairs:
+            if pair.is_open and {host} < {end.process.host for end in pair.ends}:
+                pair.cut_off()
+
     def reset_all_of(self, process: SimProcess) -> None:
         for pair in self.pairs:
             if pair.is_open and process in (end.process for end in pair.ends):
@@ -145,10 +151,11 @@ class Pair:
         self.network = network
         self.name = f"{client.name}-{server.name}"
         self.is_open = True
+        self._is_cut_off = False
         self.ends = (End(self, client), End(self, server))
         self.ends[0].peer, self.ends[1].peer = self.ends[1], self.ends[0]
         for process in (client, server):
-            process.on_death.append(self.reset)
+            process.on_death.append(self._died)
 
     def open(self, protocol: Any, server_factory: Callable[[], Any]) -> None:
         client, server = self.ends
@@ -160,6 +167,15 @@ class Pair:
             now_ns, lambda: server.protocol.connection_made(server), server.process
         )
         server.arrives_ns = now_ns
+
+    def cut_off(self) -> None:
+        self._is_cut_off = True
+        loop = self.network.loop
+        loop.at(loop.now_ns + UNACKNOWLEDGED_NS, self.reset, None)
+
+    def _died(self) -> None:
+        if not self._is_cut_off:
+            self.reset()
 
     def reset(self) -> None:
         """Both ends learn of it; of what is under way a prefix arrives."""
@@ -267,7 +283,10 @@ class End:
         if error is not None and self.peer.process.alive and self._network.dice.random() < 0.5:
             when_ns = max(loop.now_ns, self.arrives_ns)  # all of it came before the end
         else:
-            when_ns = loop.now_ns + self._network.delay_ns("", "")
+            # The news of a death travels as bytes do: two at once are not heard of at once.
+            here, there = self.process.host, self.peer.process.host
+            source = here if self.peer.process.alive else there
+            when_ns = loop.now_ns + self._network.delay_ns(source, here)
         loop.at(when_ns, lambda: self._lost(error), self.process)
 
     def _lost(self, error: Exception | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.mutants import MUTANTS, Mutant, hunt
+from tests.simulation.mutants import MUTANTS, TOGETHER, Mutant, hunt
 from tests.simulation.run import simulate
 
 BY_DEFAULT = 40
@@ -63,6 +63,14 @@ QUICK = ("a gateway does not hear that a worker died", "a stream gives back one 
 def test_a_planted_bug_is_found_within_ten_seeds(name: str) -> None:
     (mutant,) = (each for each in MUTANTS if each.name == name)
     assert hunt(mutant, seeds_max=10).seeds
+
+
+def test_workers_that_die_together_convict_nobody() -> None:
+    for seed in range(3):
+        violation = simulate(seed, plan=TOGETHER).violation
+        assert violation is None, f"seed {seed} of TOGETHER: {violation}"
+    (mutant,) = (each for each in MUTANTS if each.plan is TOGETHER)
+    assert "I8" in hunt(mutant, seeds_max=3).violation
 
 
 @pytest.mark.slow

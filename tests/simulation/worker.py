@@ -20,9 +20,9 @@ from pdserve.engine.mover import PARK_WAIT_MS, Mover
 from pdserve.engine.moves import ANY_READER, Move, OpenTicket, Park, blocks_touched
 from pdserve.engine.outputs import Load, Output, ToDecode
 from pdserve.errors import PdserveError
-from pdserve.ids import HostId, WorkerId
+from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.kvstore.keys import namespace_digest
-from pdserve.messages import Address, Role
+from pdserve.messages import Address, Dispatch, Handoff, Resume, Role
 from tests.simulation.loop import SimProcess, VirtualLoop, current_process
 from tests.simulation.store import SimStoreClient, StoreNode, Waiting
 from tests.unit.engine.fakes import BLOCK_BYTES, FakeRunner, letters
@@ -150,6 +150,7 @@ class SimEngine:
     ) -> None:
         self.error: BaseException | None = None
         self.loop = loop
+        self.had: set[tuple[RequestId, int]] = set()  # requests, and of which attempt
         self.slow = 1  # how many times as long as it should a step takes
         self._runner = runner
         self._emit = emit
@@ -167,7 +168,14 @@ class SimEngine:
     def alive(self) -> bool:
         return self.error is None and not self._stopping
 
+    @property
+    def is_busy(self) -> bool:
+        return self._said is not None and self._said.running + self._said.waiting > 0
+
     def submit(self, message: object) -> None:
+        match message:
+            case Dispatch(request) | Handoff(request=request) | Resume(Handoff(request=request)):
+                self.had.add((request.request, request.attempt))
         self._inbox.append(message)
         self._kick()
 
@@ -304,7 +312,7 @@ class SimParts:
             clock=lambda: world.loop.now_ns,
         )
         engine = SimEngine(loop, runner, emit, world.loop, process)
-        world.engines[process] = engine
+        world.engines[process] = world.engine_of[worker] = engine
         return engine
 
 

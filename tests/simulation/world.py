@@ -23,9 +23,9 @@ from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, ModelConfig, PoolConfig, StoreConfig
 from pdserve.errors import Disconnected, StoreError, StoreUnavailable
-from pdserve.ids import HostId
+from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.keys import block_keys
-from pdserve.messages import Address, Role
+from pdserve.messages import Address, Lost, Role
 from pdserve.router_config import RouterConfig
 from tests.simulation.loop import SimProcess, VirtualLoop
 from tests.simulation.network import Network
@@ -117,6 +117,18 @@ class SimRouter(RouterService):
         self.on_lead(self.candidate.epoch)
 
 
+class SimGateway(GatewaySession):
+    """That shows whom it takes for poison, and for which death."""
+
+    world: "World"
+
+    def _is_poison(self, running: Any, delivery: Any, lost: Lost) -> bool:
+        is_poison = super()._is_poison(running, delivery, lost)
+        if is_poison and (lost.request, lost.attempt) not in self.world.engine_of[lost.worker].had:
+            self.world.innocent.append(f"{lost.request} for the death of {lost.worker}")
+        return is_poison
+
+
 @dataclass
 class Place:
     """Where one process runs, and its next incarnation will."""
@@ -145,6 +157,8 @@ class World:
     is_healed: bool = False  # the faults are over
     places: dict[str, Place] = field(default_factory=dict)
     engines: dict[SimProcess, SimEngine] = field(default_factory=dict)
+    engine_of: dict[WorkerId, SimEngine] = field(default_factory=dict)  # the dead ones' too
+    innocent: list[str] = field(default_factory=list)  # refused for what they had no part in
     log: list[str] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
 
@@ -263,7 +277,8 @@ class World:
         served = Served("fake", CONTEXT_TOKENS, NAMESPACE, BLOCK_TOKENS, streams_max=64)
 
         async def start() -> None:
-            session = GatewaySession(served, TOKENIZER, host=HostId(place.host))
+            session = SimGateway(served, TOKENIZER, host=HostId(place.host))
+            session.world = self
             await session.start(
                 self._directory(place),
                 self._find_router,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,25 @@ from pdserve.cluster.worker_shell import BATCH_TOKENS_MAX, WorkerShell, in_batch
 from pdserve.config import ClusterConfig
 from pdserve.engine.outputs import Load, ToRouter
 from pdserve.errors import RankLost
-from pdserve.ids import HostId, RequestId
+from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.lifecycle import Event
-from pdserve.messages import Attained, ChunkDone, Goodbye, Progress, Report, Role, Token, TokenDelta
+from pdserve.messages import (
+    Attained,
+    ChunkDone,
+    Dispatch,
+    Goodbye,
+    Progress,
+    Report,
+    Resume,
+    Role,
+    Route,
+    Timing,
+    Token,
+    TokenDelta,
+)
 from pdserve.router_config import RouterConfig
+from tests.unit.router.build import address, hello, request
+from tests.unit.router.build import handoff as handoff_of
 
 ATTAINED = (Attained(RequestId("r"), 0, 7),)
 CALM = Load(running=1, waiting=0, free_blocks=5)
@@ -28,6 +44,9 @@ class FakeLink:
 
     def post(self, message: object) -> None:
         self.posted.append(message)
+
+    def post_now(self, message: object) -> None:
+        self.posted += ["now", message]
 
 
 def reports_of(scenario: Callable[[WorkerShell], None]) -> list[Report]:
@@ -66,6 +85,35 @@ def test_what_one_step_says_of_a_request_is_one_report_in_its_order() -> None:
 
     (report,) = reports_of(scenario)
     assert (report.chunks, report.progress) == ((chunk,), (done, adopted))
+
+
+def said_when_heard(message: object) -> list[object]:
+    """What the router has been told when the engine gets the message, and that."""
+    order: list[object] = []
+
+    def scenario(shell: WorkerShell) -> None:
+        def submit(submitted: object) -> None:
+            order.extend([*shell._link.posted, submitted])  # type: ignore[union-attr]
+
+        shell._engine = SimpleNamespace(submit=submit)  # type: ignore[assignment]
+        shell.hear(message)
+
+    reports_of(scenario)
+    return order
+
+
+def test_a_request_with_deaths_is_vouched_for_before_the_engine_has_it() -> None:
+    """Which may die of it before anything else is said."""
+    innocent = request("r", 20)
+    suspect = replace(innocent, attempt=1, deaths=1)
+    route = Route(WorkerId("p"), WorkerId("d"), address("d"), address("store"))
+    first = Dispatch(innocent, route, Timing())
+    assert said_when_heard(first) == [first]
+    for message in (Dispatch(suspect, route, Timing()), Resume(handoff_of(suspect, hello("p")))):
+        now, report, submitted = said_when_heard(message)
+        assert (now, submitted) == ("now", message)
+        assert isinstance(report, Report)
+        assert report.attained == (Attained(RequestId("r"), 1, 0),)
 
 
 def test_a_lost_rank_is_ill_health_before_any_step_meets_it() -> None:

@@ -15,6 +15,7 @@ from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move
 from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
+from pdserve.engine.restorer import Remote
 from pdserve.ids import RequestId, WorkerId
 from pdserve.kvstore.keys import adapter_namespace, block_keys, namespace_digest
 from pdserve.messages import (
@@ -168,8 +169,11 @@ class Rig:
         step_ahead: bool = False,
         clock: Clock = monotonic,
         lacking: str = "",
+        remote: Remote | None = None,
     ) -> None:
-        """``lacking``: the name of a worker that has no adapters."""
+        """``lacking``: the name of a worker that has no adapters. ``remote``: what further hosts
+        have."""
+        self.remote = remote
         self.lacking = lacking
         self.habit = habit
         self.step_ahead = step_ahead
@@ -223,7 +227,13 @@ class Rig:
     def _make(self, name: str, local: Address, blocks: int, settings: PoolConfig) -> EngineLoop:
         adapters = () if name == self.lacking else ADAPTERS
         runner = self.runners[name] = FakeRunner(blocks, habit=self.habit, adapters=adapters)
-        mover = Mover(runner.pool, lambda store: self.stores[store], local, threaded=False)
+        mover = Mover(
+            runner.pool,
+            lambda store: self.stores[store],
+            local,
+            remote=self.remote,
+            threaded=False,
+        )
         return make_loop(
             worker=WorkerId(name),
             runner=runner,

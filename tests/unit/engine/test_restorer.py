@@ -148,6 +148,14 @@ def test_who_says_too_much_gives_what_there_is() -> None:
     assert restored(FakeRemote(3, says=6), restore(token_s=None))[0] == 3
 
 
+def test_nobody_is_asked_where_not_even_everything_would_pay() -> None:
+    class Untouchable(FakeRemote):
+        def count(self, keys: Sequence[BlockKey]) -> int:
+            raise AssertionError(f"asked for {len(keys)} blocks")
+
+    assert restored(Untouchable(6), restore(token_s=1e-9))[0] == 2
+
+
 def test_what_is_computed_sooner_is_not_fetched_but_now_and_then() -> None:
     remote = FakeRemote(6)
     store = stored(None).stores[LOCAL]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pdserve.cluster.poison import Suspicion
 from pdserve.errors import ErrorInfo, StepFailed
 from pdserve.ids import RequestId, WorkerId
-from pdserve.messages import Lost, Request, WorkerFailed
+from pdserve.lifecycle import Event
+from pdserve.messages import Attained, Lost, Report, Request, WorkerFailed
 from pdserve.router.core import Command, RouterCore
 from pdserve.suspicion import PROGRESS_TOKENS, alone_in_step, is_alone
 from tests.unit.router.build import core_with, hello, request
@@ -31,6 +32,19 @@ def _again(asked: Request, deaths: int, *, emitted: int = 0) -> Request:
         deaths=deaths,
         tokens=(*asked.tokens, *range(emitted)),
     )
+
+
+def _vouch(core: RouterCore, name: str) -> None:
+    """As a worker does for every request with deaths that it is sent."""
+    worker = core.state.fleet.get(WorkerId(name))
+    assert worker is not None
+    here = tuple(
+        Attained(entry.id, entry.request.attempt, entry.request.emitted_count)
+        for entry in core.state.entries.values()
+        if name in (entry.prefill, entry.decode) and entry.request.deaths
+    )
+    sequence = 0 if worker.next_sequence is None else worker.next_sequence
+    core.on_report(Report(worker.id, sequence, False, 0, 0, worker.free_blocks, attained=here), 0)
 
 
 # ── counting ─────────────────────────────────────────────────────────────────────────────────────
@@ -83,11 +97,55 @@ def test_beside_one_with_as_many_deaths_nobody_is_alone() -> None:
     core, _ = core_with(hello("p0", chunk_tokens=640), hello("d0"))
     for name, deaths, emitted in (("a", 1, 3), ("b", 1, 3), ("c", 0, 0)):
         core.on_submit(_again(request(name, 50), deaths, emitted=emitted), 0)
+    _vouch(core, "p0")
     assert _lost(core.on_worker_lost(WorkerId("p0"), 0)) == {
         "a": (True, False),
         "b": (True, False),
         "c": (True, False),
     }
+
+
+def test_of_a_further_death_nobody_is_suspected_whom_the_worker_may_not_have_had() -> None:
+    core, _ = core_with(hello("p0", chunk_tokens=640), hello("d0"))
+    core.on_submit(_again(request("a", 50), 1), 0)
+    core.on_submit(request("b", 50), 0)
+    assert _lost(core.on_worker_lost(WorkerId("p0"), 0)) == {"a": (False, False), "b": (True, True)}
+
+
+def test_who_was_preempted_has_to_be_vouched_for_anew() -> None:
+    core, (p0, _) = core_with(hello("p0"), hello("d0"))
+    asked = _again(request("a", 50), 1)
+    core.on_submit(asked, 0)
+    _vouch(core, "p0")
+    assert core.state.entries[asked.request].vouched_by == ("p0",)
+    p0.event(asked, Event.PREEMPTED)
+    entry = core.state.entries[asked.request]
+    assert entry.prefill == "p0", "it goes back there: nobody else is"
+    assert entry.vouched_by == ()
+
+
+@given(st.data())
+def test_nobody_is_refused_for_workers_that_die_together(data: st.DataObject) -> None:
+    """The router hears of them one after the other, and in between whoever was on one is sent to
+    another, which is gone and says nothing."""
+    names = [f"p{index}" for index in range(data.draw(st.integers(2, 5)))]
+    core, _ = core_with(*(hello(name, chunk_tokens=640) for name in names), hello("d0"))
+    asked = {name: request(name, 50) for name in "abc"[: data.draw(st.integers(1, 3))]}
+    suspicions = {name: Suspicion() for name in asked}
+    for each in asked.values():
+        core.on_submit(each, 0)
+    for worker in data.draw(st.permutations(names)):
+        for command in core.on_worker_lost(WorkerId(worker), 0):
+            if not isinstance(command.message, Lost):
+                continue
+            lost, name = command.message, str(command.message.request)
+            if lost.implicated:
+                suspicions[name].implicated(0)
+            assert not (lost.implicated and suspicions[name].is_guilty(alone=lost.alone))
+            asked[name] = _again(asked[name], suspicions[name].deaths)
+            core.on_submit(asked[name], 0)
+        core.state.check()
+    assert all(suspicion.deaths <= 1 for suspicion in suspicions.values())
 
 
 def test_of_suspects_without_a_token_one_is_prefilled_at_a_time() -> None:
@@ -148,6 +206,7 @@ class _Trial:
             core.on_submit(asked, 0)
         while not self.convicted and self.deaths < 6:
             self._until_the_guilty_runs(core)
+            _vouch(core, "p0")
             self.deaths += 1
             again = []
             for command in core.on_worker_lost(WorkerId("p0"), 0):

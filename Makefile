@@ -77,7 +77,7 @@ audit: setup-dev  ## known vulnerabilities of what is installed; asks a network 
 	@.venv-audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 faults: setup-dev  ## every fault under load, compared token by token; writes docs/faults.md
-	@FAULTS_REPORT=docs/faults.md $(PYTEST) --timeout=900 tests/faults
+	@FAULTS_REPORT=docs/faults.md FAULTS_CHAOS_S=304 $(PYTEST) --timeout=900 tests/faults
 
 FUZZ := tests/unit/wire/test_wire_fuzz.py $(addprefix tests/unit/kvstore/test_,server_fuzz.py ssd_log_fuzz.py)
 

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pdserve.clock import unix_ms
+from pdserve.clock import steady_unix_ms
 from pdserve.cluster.calls import Call, Piece
 from pdserve.cluster.delivery import BeamDelivery, Delivery
 from pdserve.cluster.link import RouterLink
@@ -362,7 +362,7 @@ async def _next_piece(running: _Running) -> Piece:
         DeadlineExceeded: the router should have said so itself, and did not.
     """
     call = running.call
-    left_s = (call.deadline_unix_ms - unix_ms()) / 1000 + DEADLINE_GRACE_S
+    left_s = (call.deadline_unix_ms - steady_unix_ms()) / 1000 + DEADLINE_GRACE_S
     try:
         async with asyncio.timeout(max(left_s, 0)):
             piece = await running.pieces.get()

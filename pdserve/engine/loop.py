@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
-from pdserve.clock import MS, US, Clock, S, monotonic, unix_ms
+from pdserve.clock import MS, US, Clock, S, monotonic, steady_unix_ms
 from pdserve.config import PoolConfig
 from pdserve.engine.blocks import BlockPool
 from pdserve.engine.mover import Mover
@@ -194,7 +194,7 @@ class EngineLoop:
         self._attained_ns = clock()
         self._failed_steps = 0  # one after the other
         self._expired_ns = clock()
-        self._unix_zero_ms = unix_ms() - monotonic() // MS  # once: the wall clock may be set
+        self._unix_zero_ms = steady_unix_ms() - monotonic() // MS  # once: the wall clock may be set
 
     @property
     def pool(self) -> BlockPool:

@@ -92,7 +92,7 @@ class RouterCore:
                 into instants; None takes it from this host's clocks, once.
         """
         if unix_zero_ms is None:
-            unix_zero_ms = clock.unix_ms() - clock.monotonic() // MS
+            unix_zero_ms = clock.steady_unix_ms() - clock.monotonic() // MS
         costs = believed(settings.prefill_tokens_per_s) if costs is None else costs
         self._goal = GoalControl(settings)
         self.state = RouterState(

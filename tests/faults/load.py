@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ import httpx
 OUTPUT_TOKENS = 24
 BACK_S = 200.0
 """How long a client keeps trying to get the rest of a broken stream."""
+
+END_S = 600.0
+"""For the round under way when an endless load is to end."""
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 SCHEMA = {
@@ -116,22 +120,31 @@ class Progress:
 
 
 def run(
-    url: str, asks: Sequence[Ask], *, clients: int, strikes: Sequence[Strike] = ()
+    url: str,
+    asks: Sequence[Ask],
+    *,
+    clients: int,
+    strikes: Sequence[Strike] = (),
+    keeps_connections: bool = True,
 ) -> list[Answer]:
     """The answers, in the order of ``asks``; each client takes the next one that is open.
 
     Args:
         strikes: short, since nobody reads meanwhile.
+        keeps_connections: False: every request has a new one.
     """
-    return asyncio.run(_run(url, asks, clients, Progress(strikes)))
+    limits = httpx.Limits(max_keepalive_connections=None if keeps_connections else 0)
+    return asyncio.run(_run(url, asks, clients, limits, Progress(strikes)))
 
 
-async def _run(url: str, asks: Sequence[Ask], clients: int, progress: Progress) -> list[Answer]:
+async def _run(
+    url: str, asks: Sequence[Ask], clients: int, limits: httpx.Limits, progress: Progress
+) -> list[Answer]:
     answers = [Answer() for _ in asks]
     turns = iter(range(len(asks)))
 
     async def one_by_one() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
             for index in turns:
                 answers[index] = await answer_to(client, asks[index], progress)
 
@@ -210,3 +223,34 @@ def differences(
         elif answer.choices != expected.choices:
             found.append(f"{index} ({ask.kind}): {answer.choices} is not {expected.choices}")
     return found
+
+
+def told_of(answers: Sequence[Answer]) -> str:
+    """What a row of the table says of them besides."""
+    pause_s = max(answer.pause_s for answer in answers)
+    resumed_count = sum(answer.resumed_count > 0 for answer in answers)
+    resumed = f", {resumed_count} streams resumed" if resumed_count else ""
+    return f"pause {pause_s:.1f} s{resumed}"
+
+
+class Endless:
+    """The load again and again, in a thread, until it is told to stop."""
+
+    def __init__(self, url: str, asks: Sequence[Ask], *, clients: int) -> None:
+        self.answers: list[Answer] = []
+        self._url, self._asks, self._clients = url, asks, clients
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.answers += run(self._url, self._asks, clients=self._clients)
+
+    def __enter__(self) -> "Endless":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(END_S)
+        assert not self._thread.is_alive()

@@ -19,10 +19,12 @@ What a cluster does while something in it dies; written by `make faults`, do not
 one test of `tests/faults`: the load runs, the fault strikes in the middle of it, and every answer
 is compared with that of a run without the fault: text, token ids, log-probabilities and finish
 reasons, for greedy and seeded requests, penalties, `n` = 2, log-probabilities, stop strings and
-JSON schemas in turn. *Identical* counts answers that are equal in all of it. *Pause* is the longest
-that any client waited for its next event, from sending on; what else the machine did is in it,
-which the last column tells. After every fault the cluster must hold nothing: no queue entry, no
-block, no ticket. One row again: `FAULTS_REPORT=docs/faults.md python -m pytest "TEST"`.
+JSON schemas in turn. *Identical* counts answers that are equal in all of it, where answers are what
+the test is about. *Pause* is the longest that any client waited for its next event, from sending
+on; what else the machine did is in it, which the last column tells. After every fault the cluster
+must hold nothing: no queue entry, no block, no ticket. One row again:
+`FAULTS_REPORT=docs/faults.md python -m pytest "TEST"`; `FAULTS_REQUESTS_PER_CLIENT` (100) makes its
+load smaller, and the row says what it was.
 
 | | fault | load | identical | what else | seed | test | date, machine |
 |---|---|---|---|---|---|---|---|
@@ -40,7 +42,7 @@ class Row:
     what: str
     load: str
     identical: int
-    asked: int
+    asked: int  # 0: answers are not what the test is about
     note: str
     seed: int
     date: str = field(default_factory=lambda: f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}")
@@ -48,6 +50,11 @@ class Row:
     test: str = field(
         default_factory=lambda: os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
     )
+
+
+def enter(fault: str, what: str, load: str, note: str, *, seed: int, whole: int = 0) -> None:
+    """The row of a test that has passed; ``whole`` answers were asked for and were right."""
+    add(Row(fault, what, load, whole, whole, note, seed))
 
 
 def add(row: Row) -> None:
@@ -67,9 +74,13 @@ def _place(row: Row) -> tuple[int, str]:
     return int(row.fault[1:]), row.what
 
 
+def _identical(row: Row) -> str:
+    return f"{row.identical} of {row.asked}" if row.asked else "–"
+
+
 def text_of(rows: list[Row]) -> str:
     return HEAD + "".join(
-        f"| {row.fault} | {row.what} | {row.load} | {row.identical} of {row.asked} | {row.note} "
+        f"| {row.fault} | {row.what} | {row.load} | {_identical(row)} | {row.note} "
         f"| {row.seed} | `{row.test}` | {row.date}, {row.machine} |\n"
         for row in rows
     )

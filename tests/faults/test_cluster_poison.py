@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.faults import rows
 from tests.faults.poisoned import EXITS, HANGS, HUNG, RAISES, poisoned_cluster
 from tests.integration.harness import (
     Stream,
@@ -86,6 +87,14 @@ def test_a_poison_request_is_refused_by_its_id_and_nobody_else_is(
     calm = storm(poisoned, prompts, OUTPUT_TOKENS)
     assert [stream.tokens for stream in streams] == [stream.tokens for stream in calm]
     wait_until_equal("held at rest", lambda: held(poisoned), 0, timeout_s=60)
+    rows.enter(
+        "F14",
+        f"a request whose steps {'raise' if token == RAISES else 'end their process'}",
+        f"{STREAMS} others in mid-stream",
+        f"the request is refused by its id: 500 {error['code']}",
+        seed=token,
+        whole=STREAMS,
+    )
 
 
 def test_a_worker_whose_engine_hangs_is_left_and_replaced(
@@ -100,13 +109,21 @@ def test_a_worker_whose_engine_hangs_is_left_and_replaced(
     wait_for("the hang", hung.exists)
     begun_s = time.monotonic()
     wait_for("traffic to leave", lambda: len(set(before) & set(poisoned.pids("prefill"))) == 1)
-    print(f"left after {time.monotonic() - begun_s:.2f} s")
+    left_s = time.monotonic() - begun_s
     sender.join(POISON_S)
     assert [answer.status_code for answer in answers] == [200], "another worker computes it"
     (stuck,) = set(before) - set(poisoned.pids("prefill"))
     wait_for("a successor", lambda: _all_workers(poisoned))
     wait_for("the end of the one that hung", lambda: not _lives(stuck))
     wait_until_equal("held at rest", lambda: held(poisoned), 0, timeout_s=60)
+    rows.enter(
+        "F22",
+        "the engine's thread hangs in a process that answers",
+        "the request whose step hangs",
+        f"traffic has left after {left_s:.1f} s; the worker is replaced",
+        seed=HANGS,
+        whole=1,
+    )
 
 
 def test_a_stopped_worker_is_left_and_comes_back(poisoned: TestCluster) -> None:

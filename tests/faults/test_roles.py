@@ -1,56 +1,47 @@
 """Every role killed, stopped or told to leave, alone and in pairs, under load of every kind: F1 to
-F6, F10 of the router, F19, F24.
-
-One cluster for all: two of each role but the store, which is one per host. Its first run without a
-fault says what the answers are.
-"""
+F6, F10, F19, F24."""
 
 import functools
 import itertools
 import os
 import random
 import signal
-import threading
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.faults import load, rows
-from tests.integration.harness import (
-    TestCluster,
-    gone,
-    held,
-    processes,
-    replicas,
-    settings,
-    shared,
-    wait_for,
-    wait_until_equal,
+from pdserve.cluster.kv_master import master_report, masters_in
+from pdserve.cluster.kv_stores import stores_of
+from tests.faults import load
+from tests.faults.fortress import (
+    CLIENTS,
+    REPLACED_S,
+    ROLES,
+    SEED,
+    SILENCE_MS,
+    Calm,
+    Stops,
+    add_row,
+    wait_until_whole,
 )
+from tests.integration.harness import TestCluster, gone, wait_for, wait_until_equal
 
-CLIENTS = 8
-REQUESTS = CLIENTS * int(os.environ.get("FAULTS_REQUESTS_PER_CLIENT", "100"))
-SEED = 6
 STRIKES = (0.3, 0.5)  # of all events: when the first and when the second fault of a pair strikes
-REPLACED_S = 120.0
+STOPPED_S = 5.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-Victims = Callable[[TestCluster], list[int]]
+KILL, LEAVE, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 
-ROLES: dict[str, Victims] = {
-    "prefill": lambda cluster: cluster.pids("prefill"),
-    "decode": lambda cluster: cluster.pids("decode"),
-    "router": lambda cluster: [cluster.status()["router"]["pid"]],
-    "standby": lambda cluster: [
-        pid for pid in replicas("router") if pid != cluster.status()["router"]["pid"]
-    ],
-    "gateway": lambda _: replicas("gateway"),
-    "store": lambda _: processes("pdserve.kvstore.node"),
-}
-REPLICAS = {"prefill": 2, "decode": 2, "router": 2, "gateway": 2}
+
+@dataclass(frozen=True, slots=True)
+class Blow:
+    by: signal.Signals
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.by.name} of {self.role}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,111 +49,41 @@ class Fault:
     """What strikes, one after the other."""
 
     number: str  # in the table of faults
-    roles: tuple[str, ...]
-    by: signal.Signals = signal.SIGKILL
+    blows: tuple[Blow, ...]
 
     def __str__(self) -> str:
-        return f"{self.number}-{self.by.name}-{'-'.join(self.roles)}"
+        return "-".join([self.number, *(f"{blow.by.name}-{blow.role}" for blow in self.blows)])
+
+    @property
+    def has_whole_load(self) -> bool:
+        """As the peer had whose figures are beside ours."""
+        return self.number in KILLED and len(self.blows) == 1
 
     @property
     def what(self) -> str:
-        return f"{self.by.name} of {' and '.join(self.roles)}"
+        return " and ".join(map(str, self.blows))
 
 
 KILLED = {"F2": "prefill", "F3": "decode", "F4": "router", "F5": "gateway", "F6": "store"}
-PAIRS = list(itertools.combinations(KILLED.values(), 2))
-FAULTS = [
-    *(Fault(number, (role,)) for number, role in KILLED.items()),
-    Fault("F4", ("standby",)),
-    *(Fault("F19", (role,), signal.SIGTERM) for role in ("prefill", "decode", "router", "gateway")),
-    *(Fault("F24", pair) for pair in PAIRS),
+STOPPED_PAIRS = [
+    ("prefill", "decode"),
+    ("decode", "store"),
+    ("store", "router"),
+    ("router", "prefill"),
+    ("gateway", "router"),
 ]
-
-
-@pytest.fixture
-def fortress(small_model: Path, cluster_port: int) -> TestCluster:
-    pool = {"replicas": 2, "replicas_max": 2, "threads": 1, "pool_blocks": 512, "cpus": 0.1}
-    return shared(
-        settings(
-            small_model,
-            model={"dtype": "float32"},
-            prefill=pool | {"chunk_tokens": 128},
-            decode=pool,
-            router={
-                "replicas": 2,
-                "router_silence_ms": 5_000,
-                "first_quantum_ms": 1.0,
-                "prefill_tokens_per_s": 5_000_000,
-            },
-            gateway={"replicas": 2, "http_port": cluster_port},
-        )
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Calm:
-    asks: list[load.Ask]
-    answers: list[load.Answer]
-    events: int
-
-
-_calm: list[Calm] = []
-
-
-@pytest.fixture
-def calm(fortress: TestCluster) -> Calm:
-    """The load without a fault, once a run."""
-    if not _calm:
-        asks = load.mixed(REQUESTS, seed=SEED)
-        wait_until_whole(fortress)
-        answers = load.run(fortress.url, asks, clients=CLIENTS)
-        assert [answer.error for answer in answers if answer.error] == []
-        # There are fewer events than tokens: those that are ready at once come in one.
-        tokens = sum(len(c["tokens"]) for answer in answers for c in answer.choices.values())
-        _calm.append(Calm(asks, answers, tokens // 2))
-    return _calm[0]
-
-
-def wait_until_whole(cluster: TestCluster) -> None:
-    """Every role has its replicas, and nothing is held."""
-
-    def counts() -> dict[str, int]:
-        status = cluster.status()
-        found = {role: len(cluster.pids(role)) for role in ("prefill", "decode")}
-        return found | {
-            "router": 1 + status["router"]["standbys"],
-            "gateway": len(replicas("gateway")),
-        }
-
-    def is_whole() -> bool:
-        try:
-            return counts() == REPLICAS
-        except OSError:  # the gateway that was asked is no more
-            return False
-
-    wait_for("every role to be whole", is_whole, timeout_s=REPLACED_S)
-    wait_until_equal("held at rest", lambda: held(cluster), 0, timeout_s=REPLACED_S)
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if not gone(pid)]
-
-
-def add_row(fault: str, what: str, calm: Calm, answers: list[load.Answer]) -> None:
-    """After a load that was answered as it must be."""
-    resumed = sum(answer.resumed_count > 0 for answer in answers)
-    pause_s = max(answer.pause_s for answer in answers)
-    rows.add(
-        rows.Row(
-            fault=fault,
-            what=what,
-            load=f"{CLIENTS} clients, {len(calm.asks)} requests",
-            identical=len(answers) - len(load.differences(calm.asks, answers, calm.answers)),
-            asked=len(answers),
-            note=f"pause {pause_s:.1f} s" + (f", {resumed} streams resumed" if resumed else ""),
-            seed=SEED,
-        )
-    )
+FAULTS = [
+    *(Fault(number, (Blow(KILL, role),)) for number, role in KILLED.items()),
+    Fault("F4", (Blow(KILL, "standby"),)),
+    Fault("F6", (Blow(KILL, "master"),)),
+    *(Fault("F10", (Blow(STOP, role),)) for role in ROLES if role != "router"),
+    *(Fault("F19", (Blow(LEAVE, role),)) for role in ("prefill", "decode", "router", "gateway")),
+    *(
+        Fault("F24", (Blow(KILL, one), Blow(KILL, other)))
+        for one, other in itertools.combinations(KILLED.values(), 2)
+    ),
+    *(Fault("F24", (Blow(KILL, one), Blow(STOP, other))) for one, other in STOPPED_PAIRS),
+]
 
 
 def test_nobody_strikes(fortress: TestCluster, calm: Calm) -> None:
@@ -173,38 +94,66 @@ def test_nobody_strikes(fortress: TestCluster, calm: Calm) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_process_ends(fortress: TestCluster, calm: Calm, fault: Fault) -> None:
+def test_a_process_ends_or_stops(
+    fortress: TestCluster, calm: Calm, stops: Stops, fault: Fault
+) -> None:
+    calm = calm if fault.has_whole_load else calm.beginning()
     chance = random.Random(SEED)
-    wait_until_whole(fortress)
-    victims = [chance.choice(ROLES[role](fortress)) for role in fault.roles]
+    victims = [chance.choice(ROLES[blow.role](fortress)) for blow in fault.blows]
     strikes = [
-        (round(calm.events * share), functools.partial(os.kill, victim, fault.by))
-        for share, victim in zip(STRIKES, victims, strict=False)
+        (
+            round(calm.events * share),
+            functools.partial(stops.stop, victim, STOPPED_S)
+            if blow.by is STOP
+            else functools.partial(os.kill, victim, blow.by),
+        )
+        for share, blow, victim in zip(STRIKES, fault.blows, victims, strict=False)
     ]
     answers = load.run(fortress.url, calm.asks, clients=CLIENTS, strikes=strikes)
     assert load.differences(calm.asks, answers, calm.answers) == []
-    wait_until_equal("who still lives", lambda: alive(victims), [], timeout_s=REPLACED_S)
+    stops.wait()
+    ended = [
+        victim for blow, victim in zip(fault.blows, victims, strict=True) if blow.by is not STOP
+    ]
+    wait_until_equal(
+        "who still lives", lambda: [p for p in ended if not gone(p)], [], timeout_s=REPLACED_S
+    )
     wait_until_whole(fortress)
-    add_row(fault.number, fault.what, calm, answers)
+    add_row(fault.number, fault.what, calm, answers, note=_index(fortress, fault))
 
 
-def test_the_router_is_stopped_and_goes_on(fortress: TestCluster, calm: Calm) -> None:
+def _index(cluster: TestCluster, fault: Fault) -> str:
+    """Both masters die; their successors ask every store node what it holds."""
+    if all(blow.role != "master" for blow in fault.blows):
+        return ""
+    with stores_of(cluster.url, ()) as stores:
+        masters = masters_in(store.admin.report() for store in stores)
+        assert masters
+
+        def is_whole() -> bool:
+            report = master_report(masters)
+            return report is not None and report.is_whole and report.blocks > 0
+
+        wait_for("a whole index", is_whole, timeout_s=REPLACED_S)
+        for pid in ROLES["master"](cluster):
+            os.kill(pid, KILL)
+        begun_s = time.monotonic()
+        wait_for("a whole index again", is_whole, timeout_s=REPLACED_S)
+        took_s = time.monotonic() - begun_s
+    wait_until_whole(cluster)
+    return f"both killed: index whole after {took_s:.1f} s"
+
+
+def test_the_router_is_stopped_and_goes_on(
+    fortress: TestCluster, some_calm: Calm, stops: Stops
+) -> None:
     """Twice as long as silence is borne: it comes back deposed, and nobody listens to it."""
-    wait_until_whole(fortress)
     before = fortress.status()["router"]
-    stopped_s = 2 * fortress.config.router.router_silence_ms / 1000
-    waking = threading.Timer(stopped_s, lambda: os.kill(before["pid"], signal.SIGCONT))
-
-    def strike() -> None:
-        os.kill(before["pid"], signal.SIGSTOP)
-        waking.start()
-
-    strikes = [(calm.events // 4, strike)]
-    answers = load.run(fortress.url, calm.asks, clients=CLIENTS, strikes=strikes)
-    waking.join()
-    assert load.differences(calm.asks, answers, calm.answers) == []
+    stopped_s = 2 * SILENCE_MS / 1000
+    strikes = [(some_calm.events // 4, lambda: stops.stop(before["pid"], stopped_s))]
+    answers = load.run(fortress.url, some_calm.asks, clients=CLIENTS, strikes=strikes)
+    stops.wait()
+    assert load.differences(some_calm.asks, answers, some_calm.answers) == []
     wait_until_whole(fortress)
-    after = fortress.status()["router"]
-    assert after["epoch"] > before["epoch"]
-    what = f"SIGSTOP of the router for {stopped_s:g} s"
-    add_row("F10", what, calm, answers)
+    assert fortress.status()["router"]["epoch"] > before["epoch"]
+    add_row("F10", f"SIGSTOP of router for {stopped_s:g} s", some_calm, answers)

@@ -67,10 +67,22 @@ def peer(node: Node, role: str, *, remote: bool = False) -> Iterator[Peer]:
         process.stdout.close()
 
 
-@pytest.mark.parametrize("remote", [False, True], ids=["shared memory", "TCP"])
+LOCAL, TCP = False, True
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("role", "committed_count"),
-    [("claims", 3), ("puts", 0), ("pushes", 0), ("has a ticket", 2)],
+    ("role", "committed_count", "remote"),
+    [
+        ("claims", 3, LOCAL),
+        pytest.param("claims", 3, TCP, marks=slow),
+        pytest.param("puts", 0, LOCAL, marks=slow),
+        ("puts", 0, TCP),
+        pytest.param("pushes", 0, LOCAL, marks=slow),
+        ("pushes", 0, TCP),
+        ("has a ticket", 2, LOCAL),
+        pytest.param("has a ticket", 2, TCP, marks=slow),
+    ],
 )
 def test_what_a_killed_client_held_is_free_at_once(
     node: Node, role: str, committed_count: int, remote: bool

@@ -1,11 +1,13 @@
 """What no single process is: a whole raylet (F7), Ray's control service and its Redis (F8), the
-store's Redis (F9), a flipped bit (F12), pools that grow and shrink (F20), two layouts side by side
-(F21). Each on a cluster of its own, under load of every kind.
+store's Redis (F9), a flipped bit (F12), a store without room (F13), every role
+replaced (F19), pools that grow and shrink (F20), two layouts side by side (F21). Each on a cluster
+of its own, under load of every kind.
 """
 
 import contextlib
 import dataclasses
 import os
+import resource
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from pdserve.cluster.kv_stores import stores_of
 from pdserve.cluster.worker_parts import FLIP_ENV
 from pdserve.config import ClusterConfig
 from tests.faults import load, rows
@@ -23,6 +26,7 @@ from tests.integration.harness import (
     TestCluster,
     end_ray,
     held,
+    processes,
     running,
     settings,
     wait_for,
@@ -31,10 +35,13 @@ from tests.integration.harness import (
 from tests.integration.test_store_metadata import RedisServer
 
 CLIENTS = 4
-REQUESTS = CLIENTS * int(os.environ.get("FAULTS_REQUESTS_PER_CLIENT", "100")) // 2
+REQUESTS = CLIENTS * int(os.environ.get("FAULTS_REQUESTS_PER_CLIENT", "100")) // 4
 SEED = 7
 BACK_S = 120.0
 REDIS_DOWN_S = 30.0
+ROOMLESS = 56  # requests
+ARENA_BYTES = 2 << 20  # about half of what they store
+DISK_FULL_BYTES = 64 << 10  # of any file of the store
 POOL = {"threads": 1, "pool_blocks": 512}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -43,29 +50,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def config_of(model: Path, **parts: object) -> ClusterConfig:
     given: dict[str, object] = {"model": {"dtype": "float32"}, "router": {"replicas": 2}}
     return settings(model, **(given | parts))
-
-
-class Endless:
-    """The load again and again, in a thread, until it is told to stop."""
-
-    def __init__(self, cluster: TestCluster, asks: list[load.Ask]) -> None:
-        self.answers: list[load.Answer] = []
-        self._cluster, self._asks = cluster, asks
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self.answers += load.run(self._cluster.url, self._asks, clients=CLIENTS)
-
-    def __enter__(self) -> "Endless":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(600)
-        assert not self._thread.is_alive()
 
 
 def calm_of(cluster: TestCluster, asks: list[load.Ask]) -> list[load.Answer]:
@@ -88,8 +72,6 @@ def check(
     assert rounds >= 1
     assert load.differences(asks * rounds, answers, calm * rounds) == []
     wait_until_equal("held at rest", lambda: held(cluster), 0, timeout_s=BACK_S)
-    pause_s = max(answer.pause_s for answer in answers)
-    resumed = sum(answer.resumed_count > 0 for answer in answers)
     rows.add(
         rows.Row(
             fault=fault,
@@ -97,7 +79,7 @@ def check(
             load=f"{CLIENTS} clients, {len(answers)} requests",
             identical=len(answers),
             asked=len(answers),
-            note=f"pause {pause_s:.1f} s" + (f", {resumed} streams resumed" if resumed else ""),
+            note=load.told_of(answers),
             seed=SEED,
         )
     )
@@ -150,7 +132,7 @@ def test_a_raylet_is_killed_with_all_its_workers(
         workers = cluster.status()["workers"]
         assert {worker["role"] for worker in workers} == {"prefill", "decode"}
         victim = min(hosts.worker_nodes, key=lambda node: node.node_id)
-        with Endless(cluster, asks) as endless:
+        with load.Endless(cluster.url, asks, clients=CLIENTS) as endless:
             wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
             hosts.remove_node(victim, allow_graceful=False)
             already = len(endless.answers)
@@ -205,7 +187,7 @@ def test_rays_control_service_is_killed_and_comes_back(
         config = config_of(small_model)
         with running(config, ray_address=hosts.address) as cluster:
             calm = calm_of(cluster, asks)
-            with Endless(cluster, asks) as endless:
+            with load.Endless(cluster.url, asks, clients=CLIENTS) as endless:
                 wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
                 hosts.head_node.kill_gcs_server()
                 time.sleep(REDIS_DOWN_S)  # how long it is down is the fault, not a wait
@@ -240,7 +222,7 @@ def test_the_stores_redis_hangs(small_model: Path, redis: RedisServer) -> None:
         waking = threading.Timer(REDIS_DOWN_S, lambda: redis.process.send_signal(signal.SIGCONT))
         redis.process.send_signal(signal.SIGSTOP)
         waking.start()
-        with Endless(cluster, asks) as endless:
+        with load.Endless(cluster.url, asks, clients=CLIENTS) as endless:
             waking.join()
         check(
             cluster,
@@ -273,16 +255,53 @@ def test_flipped_bits_are_found(small_model: Path) -> None:
         )
 
 
+def test_neither_memory_nor_disk_has_room(small_model: Path, tmp_path: Path) -> None:
+    """An arena that is always full, and a disk that lets no file grow. The first run is the one
+    with the fault: a second one would find what the first has stored, and write nothing."""
+    asks = load.mixed(ROOMLESS, seed=SEED)
+    store = {
+        "arena_bytes": ARENA_BYTES,
+        "ssd_directory": str(tmp_path / "ssd"),
+        "ssd_write": "write_through",
+    }
+    with running(config_of(small_model, store=store)) as cluster:
+        (node,) = processes("pdserve.kvstore.node")
+        before = resource.prlimit(node, resource.RLIMIT_FSIZE)
+        resource.prlimit(node, resource.RLIMIT_FSIZE, (DISK_FULL_BYTES, before[1]))
+        struck = load.run(cluster.url, asks, clients=CLIENTS)
+        with stores_of(cluster.url, ()) as stores:
+            (store_node,) = stores
+            stat = store_node.admin.report().stat
+        assert stat.ssd["pauses"] > 0, "the disk was full"
+        assert stat.evicted_count > 0, "and so was memory"
+        resource.prlimit(node, resource.RLIMIT_FSIZE, before)
+        calm = calm_of(cluster, asks)
+        assert processes("pdserve.kvstore.node") == [node]
+        check(
+            cluster,
+            struck,
+            calm,
+            asks,
+            fault="F13",
+            what="the store's disk is full, and its memory is",
+        )
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"store": {"key_salt": "b"}}, {"model": {"block_tokens": 32}}],
-    ids=["salt", "block size"],
+    ("fault", "change"),
+    [
+        ("F19", {"router": {"queue_age_max_ms": 59_000.0}}),
+        ("F21", {"store": {"key_salt": "b"}}),
+        ("F21", {"model": {"block_tokens": 32}}),
+    ],
+    ids=["same layout", "salt", "block size"],
 )
-def test_two_layouts_side_by_side_never_read_each_others_blocks(
-    small_model: Path, cluster_port: int, change: dict[str, dict[str, Any]]
+def test_another_version_takes_over_under_load(
+    small_model: Path, cluster_port: int, fault: str, change: dict[str, dict[str, Any]]
 ) -> None:
-    """`serve deploy` of another layout under load. Where only the salt differs, blocks of both have
-    the same size and lie in the same store, and nothing but their names keeps them apart."""
+    """`serve deploy`: every role is replaced, and two layouts never read each other's blocks. Where
+    only the salt differs, blocks of both have the same size and lie in the same store, and nothing
+    but their names keeps them apart."""
     asks = load.mixed(REQUESTS, seed=SEED)
     config = config_of(small_model, gateway={"replicas": 2, "http_port": cluster_port})
     (part, fields) = next(iter(change.items()))
@@ -292,7 +311,7 @@ def test_two_layouts_side_by_side_never_read_each_others_blocks(
     with deployed(config) as cluster:
         calm = calm_of(cluster, asks)
         before = {worker["pid"] for worker in cluster.status()["workers"]}
-        with Endless(cluster, asks) as endless:
+        with load.Endless(cluster.url, asks, clients=CLIENTS) as endless:
             wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
             cluster.deploy_other(other)
             wait_for(
@@ -308,8 +327,8 @@ def test_two_layouts_side_by_side_never_read_each_others_blocks(
             endless.answers,
             calm,
             asks,
-            fault="F21",
-            what=f"another {part}.{next(iter(fields))} deployed under load",
+            fault=fault,
+            what=f"every role replaced: another {part}.{next(iter(fields))} deployed",
         )
 
 
@@ -321,7 +340,7 @@ def test_a_pool_grows_from_one_to_three_and_back(small_model: Path) -> None:
     config = config_of(small_model, decode=POOL | {"replicas": 1, "replicas_max": 1})
     with deployed(config) as cluster:
         calm = calm_of(cluster, asks)
-        with Endless(cluster, asks) as endless:
+        with load.Endless(cluster.url, asks, clients=CLIENTS) as endless:
             for count in (3, 1):
                 cluster.deploy(decode_replicas=count)
                 wait_for(

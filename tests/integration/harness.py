@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -32,6 +33,8 @@ from pdserve.messages import Sampling
 from pdserve.settings import from_tree
 
 WAIT_S = 60.0
+RAY_STARTS_MAX = 3
+"""It gives itself 30 s, which is not always enough where others use both cores."""
 RAY_JOB_CONFIG_JSON_ENV_VAR = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -291,19 +294,29 @@ def ray_address_of_the_run() -> str:
         # Its ``Cluster`` notes its address in Ray's usual directory, wherever its own is.
         Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
-        directory = tempfile.mkdtemp(prefix="pd-", dir="/tmp")
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": len(os.sched_getaffinity(0)),
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-                "temp_dir": f"{directory}/r",
-            },
-        )
-        stack.callback(cluster.shutdown)
-        _ray.append((cluster.address, stack))
+        before = set(processes(""))
+        for attempt in range(RAY_STARTS_MAX):
+            directory = tempfile.mkdtemp(prefix="pd-", dir="/tmp")
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            cluster = Cluster()
+            stack.callback(cluster.shutdown)
+            try:
+                cluster.add_node(
+                    num_cpus=len(os.sched_getaffinity(0)),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    temp_dir=f"{directory}/r",
+                )
+            except Exception as error:  # Ray's own type for "timed out during startup"
+                print(f"Ray did not start, attempt {attempt + 1}: {error}")
+                stack.close()
+                for pid in set(processes("")) - before:  # Ray leaves what it had started
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            else:
+                _ray.append((cluster.address, stack))
+                break
+    assert _ray, f"Ray did not start in {RAY_STARTS_MAX} attempts"
     return _ray[0][0]
 
 

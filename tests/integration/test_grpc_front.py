@@ -10,7 +10,7 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from pdserve.clock import unix_ms
+from pdserve.clock import steady_unix_ms
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.rpc.server import serve_grpc
 from pdserve.config import GatewayConfig
@@ -111,6 +111,41 @@ def test_a_chat_streams_chunks_and_ends_with_usage(stub: Any, session: FakeSessi
     assert call.sampling == Sampling()
     assert call.stop == Stop(max_tokens=980)
     assert call.call == chunks[0].id
+
+
+def test_a_broken_stream_goes_on_behind_the_last_chunk(stub: Any, session: FakeSession) -> None:
+    """Pieces come in other sizes the second time; what was told counts by characters and tokens."""
+    session.script = said("Hel", "lo", " wor", "ld")
+    chunks = list(stub.Chat(chat(), metadata=(("pdserve-resumable", "1"),)))
+    session.script = said("H", "ello w", "orld")
+    for told, last in enumerate(chunks, 1):
+        again = chat(), (("pdserve-last-event-id", last.event_id),)
+        rest = list(stub.Chat(again[0], metadata=again[1]))
+        whole = [*chunks[:told], *rest]
+        assert "".join(chunk.text for chunk in whole) == "Hello world"
+        assert bytes(token for chunk in whole for token in chunk.token_ids) == b"Hello world"
+        assert {chunk.id for chunk in whole} == {chunks[0].id}
+        assert [chunk.finish_reason for chunk in whole].count(pb.FINISH_REASON_STOP) == 1
+        assert whole[-1].usage.completion_tokens == 11
+        assert session.cancelled[-1] == chunks[0].id, "should it still run here"
+    assert len({call.seed for call in session.calls}) == 1
+
+
+def test_an_event_id_of_another_request_is_refused_by_name(stub: Any, session: FakeSession) -> None:
+    assert [chunk.event_id for chunk in stub.Chat(chat())] == ["", ""], "nobody asked for ids"
+    (first, _) = stub.Chat(chat(), metadata=(("pdserve-resumable", "1"),))
+    last = (("pdserve-last-event-id", first.event_id),)
+    other = pb.ChatRequest(messages=[pb.ChatMessage(role="user", content="ho")])
+    for request, metadata, problem in (
+        (other, last, "belongs to another request"),
+        (chat(parameters=pb.Parameters(temperature=0.5)), last, "belongs to another request"),
+        (chat(parameters=pb.Parameters(n=2)), last, "belongs to another request"),
+        (chat(), (("pdserve-last-event-id", "1.2.3"),), "is no id of an event of ours"),
+        (chat(), (("pdserve-resumable", "perhaps"),), "must be 1, true, 0 or false"),
+    ):
+        error = failed(stub.Chat(request, metadata=metadata))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert problem in error.details()
 
 
 def test_every_parameter_arrives(stub: Any, session: FakeSession) -> None:
@@ -242,7 +277,7 @@ def test_a_lost_connection_closes_the_call(served: Served, session: FakeSession)
 
 
 def test_the_clients_deadline_is_the_requests_deadline(stub: Any, session: FakeSession) -> None:
-    before = unix_ms()
+    before = steady_unix_ms()
     list(stub.Chat(chat(), timeout=30))
     list(stub.Chat(chat()))
     own, default = (call.deadline_unix_ms - before for call in session.calls)

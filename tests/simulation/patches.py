@@ -49,6 +49,9 @@ class SimTime:
     def unix_ms(self) -> int:
         return self.time_ns() // MS
 
+    def steady_unix_ms(self) -> int:
+        return UNIX_ZERO_MS + self._loop.now_ns // MS
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"time.{name}: virtual time does not have it")
 
@@ -109,6 +112,7 @@ def virtual(
     instead = {
         id(real_time.monotonic_ns): sim_time.monotonic_ns,
         id(clock.unix_ms): sim_time.unix_ms,
+        id(clock.steady_unix_ms): sim_time.steady_unix_ms,
         id(real_time): sim_time,
         id(real_secrets): sim_secrets,
     }

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.clock import MS, US, S, monotonic, unix_ms, until_ns
+from pdserve.clock import MS, US, S, monotonic, steady_unix_ms, unix_ms, until_ns
 
 
 def test_units_fit_together() -> None:
@@ -30,6 +30,15 @@ def test_later_deadlines_stay_later(first: int, second: int, now_ns: int) -> Non
 def test_the_monotonic_clock_does_not_go_back() -> None:
     readings = [monotonic() for _ in range(100)]
     assert readings == sorted(readings)
+
+
+def test_steady_time_does_not_follow_a_wall_clock_that_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before_ms = steady_unix_ms()
+    set_ns = time.time_ns() - 3600 * S
+    monkeypatch.setattr(time, "time_ns", lambda: set_ns)
+    assert 0 <= steady_unix_ms() - before_ms < 60_000
 
 
 def test_wall_time_is_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:

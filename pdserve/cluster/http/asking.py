@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pdserve.clock import unix_ms
+from pdserve.clock import steady_unix_ms, unix_ms
 from pdserve.cluster import constraints
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.http.answers import Chat, Completion, Dialect
@@ -157,7 +157,8 @@ async def _asked(
     name = dialect.id_prefix + secrets.token_hex(12)
     ends_unix_ms = deadline_unix_ms(
         headers,
-        now_unix_ms=unix_ms(),
+        now_unix_ms=steady_unix_ms(),
+        wall_unix_ms=unix_ms(),
         longest_ms=round(config.request_timeout_s * 1000),
         stream=bool(body.stream),
     )

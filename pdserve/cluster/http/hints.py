@@ -32,13 +32,19 @@ MS_PER_S = 1000
 
 
 def deadline_unix_ms(
-    headers: Mapping[str, str], *, now_unix_ms: int, longest_ms: int, stream: bool
+    headers: Mapping[str, str],
+    *,
+    now_unix_ms: int,
+    wall_unix_ms: int,
+    longest_ms: int,
+    stream: bool,
 ) -> int:
-    """When the request must be over, as Unix time in milliseconds.
+    """When the request must be over, in the time of ``clock.steady_unix_ms``.
 
     Args:
         headers: names in lower case.
-        now_unix_ms: the wall clock.
+        now_unix_ms: ``clock.steady_unix_ms``.
+        wall_unix_ms: the wall clock as it is set, by which the client names its deadline.
         longest_ms: of a request that names no time itself; hints only shorten it.
         stream: the answer is told while it comes.
 
@@ -46,9 +52,9 @@ def deadline_unix_ms(
         InvalidField: ``x-request-timeout-ms`` or ``x-request-deadline`` is no such time.
     """
     named = [now_unix_ms + ms for ms in (_timeout_ms(headers),) if ms is not None]
-    deadline = _deadline_ms(headers, now_unix_ms)
+    deadline = _deadline_ms(headers, wall_unix_ms)
     if deadline is not None:
-        named.append(deadline)
+        named.append(now_unix_ms + deadline - wall_unix_ms)
     longest = [] if named else [now_unix_ms + longest_ms]
     hinted = [now_unix_ms + ms for ms in _hints_ms(headers, stream=stream)]
     return min([*named, *longest, *hinted])

@@ -66,8 +66,9 @@ class EventId:
         return f"1.{self.name}.{self.created:x}.{self.seed:x}.{self.digest}.{told}"
 
 
-def parse_event_id(text: str) -> EventId:
-    """
+def parse_event_id(text: str, *, field: str = HEADER) -> EventId:
+    """``field``: where it came from, for errors.
+
     Raises:
         InvalidField: it is none of ours.
     """
@@ -76,7 +77,7 @@ def parse_event_id(text: str) -> EventId:
     blank = [not part for part in match["told"].split("_")] if match else []
     if match is None or not all(p or b for p, b in zip(parts, blank, strict=True)):
         raise InvalidField(
-            HEADER, f"is {shown(text)}, which is no id of an event of ours; send the last one as is"
+            field, f"is {shown(text)}, which is no id of an event of ours; send the last one as is"
         )
     told = (Told(int(p[1], 16), int(p[2], 16), p[3] is not None) if p else None for p in parts)
     return EventId(
@@ -131,24 +132,41 @@ def resumable(
         raise InvalidField("n", f"makes {count} choices, a resumable stream has {CHOICES_MAX}")
     first = asked.calls[0]
     digest = digest_of(tree, [call.prompt for call in asked.calls], first.tenant, identity)
-    if last:
-        begin = parse_event_id(last)
-        if begin.digest != digest or len(begin.told) != count:
-            raise InvalidField(
-                HEADER,
-                "belongs to another request, API key or model; send the body, the key and the id "
-                "of one and the same stream, or leave the id out to begin anew",
-            )
-    else:
-        seed = secrets.randbits(_SEED_BITS) if first.seed is None else first.seed
-        name = asked.id.removeprefix(asked.dialect.id_prefix)
-        begin = EventId(name, int(time.time()), seed, digest, (None,) * count)
+    fresh = asked.id.removeprefix(asked.dialect.id_prefix)
+    begin = begin_of(last, digest, count, name=fresh, seed=first.seed)
     name = asked.dialect.id_prefix + begin.name
     calls = tuple(
         replace(call, call=name + call.call.removeprefix(asked.id), seed=begin.seed)
         for call in asked.calls
     )
     return replace(asked, id=name, calls=calls), Trail(begin)
+
+
+def begin_of(
+    last: str | None, digest: str, count: int, *, name: str, seed: int | None, field: str = HEADER
+) -> EventId:
+    """Behind which event a stream of ``count`` choices begins.
+
+    Args:
+        last: the last id that the client has; None or empty: it begins anew, with ``name`` (24
+            hexadecimal digits) and ``seed``, which is drawn where it is None.
+        digest: of what is asked for now.
+        field: where ``last`` came from, for errors.
+
+    Raises:
+        InvalidField: ``last`` is none of ours, or of another request.
+    """
+    if not last:
+        seed = secrets.randbits(_SEED_BITS) if seed is None else seed
+        return EventId(name, int(time.time()), seed, digest, (None,) * count)
+    begin = parse_event_id(last, field=field)
+    if begin.digest != digest or len(begin.told) != count:
+        raise InvalidField(
+            field,
+            "belongs to another request, API key or model; send the body, the key and the id "
+            "of one and the same stream, or leave the id out to begin anew",
+        )
+    return begin
 
 
 class Trail:
@@ -166,10 +184,9 @@ class Trail:
         self, dialect: Dialect, choice: Choice, piece: Piece
     ) -> list[tuple[str, dict[str, Any]]]:
         """What is to be said of ``piece``, each chunk with the id of its event."""
-        skip = self._skip[choice.index]
-        if skip is not None:
+        if self._skip[choice.index] is not None:
             choice.started = True
-        head, tail = cut(piece, self._seen[choice.index], skip)
+        head, tail = cut(piece, self._seen[choice.index], self._skip[choice.index])
         if head is not None:
             self._see(choice.index, head)
             dialect.chunks(choice, head)  # told before; the dialect is to know it all the same
@@ -185,6 +202,17 @@ class Trail:
             self._told[choice.index] = self._seen[choice.index] if last else before
             told.append((str(replace(self._id, told=tuple(self._told))), chunk))
         return told
+
+    def rest(self, piece: Piece) -> tuple[str, Piece] | None:
+        """What of ``piece`` was not told before, as one event, and its id; None: all of it was."""
+        index = piece.choice
+        head, tail = cut(piece, self._seen[index], self._skip[index])
+        for part in filter(None, (head, tail)):
+            self._see(index, part)
+        if tail is None:
+            return None
+        self._told[index] = self._seen[index]
+        return str(replace(self._id, told=tuple(self._told))), tail
 
     def _see(self, index: int, piece: Piece) -> None:
         seen = self._seen[index]

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from pdserve.clock import unix_ms
+from pdserve.clock import steady_unix_ms
 from pdserve.cluster import constraints
 from pdserve.cluster.calls import Call, Piece, Session
 from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model, shown
@@ -81,11 +81,14 @@ async def chat_call(
     )
 
 
-def chunk_of(call: Call, piece: Piece, tokenizer: Tokenizer) -> pb.GenerateChunk:
+def chunk_of(
+    call: Call, piece: Piece, tokenizer: Tokenizer, *, event_id: str = ""
+) -> pb.GenerateChunk:
     """``piece`` as a message; usage and timing are added by who knows them."""
     chunk = pb.GenerateChunk(
         id=call.call,
         choice=piece.choice,
+        event_id=event_id,
         text=piece.text,
         token_ids=[token.token for token in piece.tokens],
         finish_reason=_FINISH[piece.finish],
@@ -139,7 +142,7 @@ async def _call(
         prompt=prompt,
         prompt_field=prompt_field,
         default_max_tokens=default_max_tokens,
-        deadline_unix_ms=unix_ms() + round(timeout_s * 1000),
+        deadline_unix_ms=steady_unix_ms() + round(timeout_s * 1000),
         adapter=adapter,
         tenant=tenant,
     )

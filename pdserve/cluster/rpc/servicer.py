@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 from pdserve.cluster.calls import Call
+from pdserve.cluster.http.resuming import Trail
 from pdserve.cluster.rpc.aborting import aborting
 from pdserve.cluster.rpc.requests import chat_call, generate_call
-from pdserve.cluster.rpc.serving import Ask, Serving
+from pdserve.cluster.rpc.resuming import LAST_METADATA, resumable
+from pdserve.cluster.rpc.serving import Ask, Serving, text_metadata
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import InferenceServicer
 
@@ -27,7 +29,7 @@ class Servicer(InferenceServicer):
             request,
             context.time_remaining(),
         )
-        await self._serve("generate", ask, context, why=request.why)
+        await self._serve("generate", ask, context, request)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:  # noqa: N802
         ask = partial(
@@ -37,7 +39,7 @@ class Servicer(InferenceServicer):
             request,
             context.time_remaining(),
         )
-        await self._serve("chat", ask, context, why=request.why)
+        await self._serve("chat", ask, context, request)
 
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Any
@@ -56,9 +58,24 @@ class Servicer(InferenceServicer):
         ]
         return pb.ListModelsResponse(models=[base, *adapters])
 
-    async def _serve(self, operation: str, ask: Ask, context: Any, *, why: bool) -> None:
+    async def _serve(
+        self,
+        operation: str,
+        ask: Ask,
+        context: Any,
+        request: pb.GenerateRequest | pb.ChatRequest,
+    ) -> None:
         async def tell(_: Call, chunk: pb.GenerateChunk) -> None:
             await context.write(chunk)
 
+        def trail_of(call: Call) -> tuple[Call, Trail | None]:
+            session, metadata = self._serving.session, text_metadata(context)
+            call, trail = resumable(call, request, metadata, session.identity)
+            if LAST_METADATA in metadata:  # this gateway may not know yet that its client is gone
+                session.cancel(call.call, tenant=call.tenant)
+            return call, trail
+
         async with aborting(context):
-            await self._serving.run(operation, ask, context, tell, why=why)
+            await self._serving.run(
+                operation, ask, context, tell, why=request.why, trail_of=trail_of
+            )

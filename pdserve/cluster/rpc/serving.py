@@ -18,6 +18,7 @@ from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.answers import cached_tokens
 from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
+from pdserve.cluster.http.resuming import Trail
 from pdserve.cluster.rpc.access import secret_in
 from pdserve.cluster.rpc.requests import chunk_of, timing_of
 from pdserve.cluster.tracing import continued, is_tracing
@@ -30,6 +31,9 @@ US_PER_S = 1_000_000
 
 Ask = Callable[[str | None], Awaitable[Call]]
 """The call that a tenant asks for; None: whose it is, the request itself says."""
+
+TrailOf = Callable[[Call], tuple[Call, Trail | None]]
+"""The call as its ids say that it is, and the ids of its chunks if it has any."""
 
 Tell = Callable[[Call, pb.GenerateChunk], Awaitable[None]]
 
@@ -63,15 +67,21 @@ class Serving:
         *,
         why: bool = False,
         counts: bool = False,
+        trail_of: TrailOf | None = None,
     ) -> None:
-        """``tell`` gets the call's chunks in order. Raises PdserveError for what it failed with."""
+        """``tell`` gets the call's chunks in order. Raises PdserveError for what it failed with.
+
+        Args:
+            trail_of: for a service whose streams can be resumed.
+        """
         headers = dict(context.invocation_metadata()) if is_tracing() else {}
         with self._metrics.follow("grpc", operation) as meter, continued(headers):
             try:
                 call = await ask(self.tenant(context, counts=counts))
-                call = replace(call, retries=_retries(context))
+                call = replace(call, retries=retries_of(text_metadata(context)))
+                call, trail = (call, None) if trail_of is None else trail_of(call)
                 meter.calls = (call,)
-                async with aclosing(self._chunks(call, meter, why=why)) as chunks:
+                async with aclosing(self._chunks(call, meter, trail, why=why)) as chunks:
                     async for chunk in chunks:
                         await self._told(tell(call, chunk))
                 meter.status = grpc.StatusCode.OK.name
@@ -95,9 +105,10 @@ class Serving:
             raise Disconnected(f"nothing was read for {timeout_s:g} s; read faster") from None
 
     async def _chunks(
-        self, call: Call, meter: Meter, *, why: bool
+        self, call: Call, meter: Meter, trail: Trail | None, *, why: bool
     ) -> AsyncGenerator[pb.GenerateChunk]:
-        """The call's pieces as messages; the last one carries the usage."""
+        """The call's pieces as messages; the last one carries the usage. ``trail`` leaves out what
+        was told before."""
         open_count = call.n
         generated_tokens = 0
         timings: dict[int, Timing] = {}
@@ -105,8 +116,11 @@ class Serving:
             async for batch in gathered:
                 meter.note(batch)
                 for _, piece in batch:
-                    chunk = chunk_of(call, piece, self.session.tokenizer)
                     generated_tokens += len(piece.tokens)
+                    rest = ("", piece) if trail is None else trail.rest(piece)
+                    chunk = pb.GenerateChunk()  # told before; what it would have said counts
+                    if rest is not None:
+                        chunk = chunk_of(call, rest[1], self.session.tokenizer, event_id=rest[0])
                     if piece.timing is not None:
                         timings[piece.choice] = piece.timing
                     if piece.finish is not None:
@@ -118,13 +132,13 @@ class Serving:
                         chunk.usage.prompt_tokens = meter.prompt_tokens
                         chunk.usage.completion_tokens = generated_tokens
                         chunk.usage.cached_tokens = meter.cached_tokens
-                    yield chunk
+                    if rest is not None:
+                        yield chunk
 
 
-def _retries(context: Any) -> int:
-    """How often the client's channel says it has sent this before."""
-    said = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-    return retries_of(said)
+def text_metadata(context: Any) -> dict[str, str]:
+    """Of the call; names in lower case, as gRPC has them."""
+    return {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
 
 
 def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter, *, why: bool) -> None:

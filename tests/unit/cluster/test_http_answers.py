@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from pdserve.clock import unix_ms
+from pdserve.clock import steady_unix_ms
 from pdserve.cluster.calls import Call
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
@@ -57,7 +57,7 @@ def only_call(session: FakeSession) -> Call:
 def test_a_bare_chat_gets_the_defaults_and_the_rest_of_the_context(
     app: FastAPI, session: FakeSession
 ) -> None:
-    before = unix_ms()
+    before = steady_unix_ms()
     post(app, CHAT, ASK)
     call = only_call(session)
     assert bytes(call.prompt) == RENDERED
@@ -181,9 +181,9 @@ def test_the_deadline_is_the_clients_where_it_names_one(app: FastAPI, session: F
     """A library's timeout is that of one read: what is streamed may take longer."""
     headers = {"x_request_timeout_ms": "25000", "x_stainless_read_timeout": "5"}
     for stream, allowed_ms in ((True, 25_000), (False, 5000)):
-        before = unix_ms()
+        before = steady_unix_ms()
         post(app, CHAT, ASK | {"stream": stream}, **headers)
-        after = unix_ms()
+        after = steady_unix_ms()
         deadline = session.calls[-1].deadline_unix_ms
         assert before + allowed_ms <= deadline <= after + allowed_ms
 

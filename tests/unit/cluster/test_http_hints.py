@@ -23,9 +23,11 @@ LONGEST_MS = 600_000
 NO_TIME = ["", "-1", "+1", "1e3", "inf", "nan", "NOT_GIVEN", "None", ".", "1.", "\u0663", "9" * 30]
 
 
-def _left_ms(headers: dict[str, str], *, stream: bool = False) -> int:
-    deadline = deadline_unix_ms(headers, now_unix_ms=NOW, longest_ms=LONGEST_MS, stream=stream)
-    return deadline - NOW
+def _left_ms(headers: dict[str, str], *, stream: bool = False, steady_ms: int = NOW) -> int:
+    deadline = deadline_unix_ms(
+        headers, now_unix_ms=steady_ms, wall_unix_ms=NOW, longest_ms=LONGEST_MS, stream=stream
+    )
+    return deadline - steady_ms
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,13 @@ def _left_ms(headers: dict[str, str], *, stream: bool = False) -> int:
 def test_the_earliest_counts(headers: dict[str, str], whole_ms: int, streamed_ms: int) -> None:
     assert _left_ms(headers) == whole_ms
     assert _left_ms(headers, stream=True) == streamed_ms
+
+
+@pytest.mark.parametrize("jumped_ms", [-3_600_000, 3_600_000])
+def test_a_wall_clock_that_was_set_moves_no_deadline(jumped_ms: int) -> None:
+    """The client names an instant of the new time; ours is still counted in the old one."""
+    headers = {DEADLINE_HEADER: f"{NOW // 1000 + 3}"}
+    assert _left_ms(headers, steady_ms=NOW - jumped_ms) == 3000
 
 
 @pytest.mark.parametrize("text", NO_TIME)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pdserve.clock import MS, S, monotonic, unix_ms
+from pdserve.clock import MS, S, monotonic, steady_unix_ms
 from pdserve.engine.faults import FaultyRunner, StepFault, faults_of
 from pdserve.engine.loop import FAILED_STEPS_MAX
 from pdserve.engine.runner import ends_worker
@@ -143,7 +143,7 @@ def test_what_is_too_late_is_dropped_and_not_computed() -> None:
     rig = Rig(clock=lambda: now_ns)
     loop = rig.prefill()
     rig.decode()
-    soon_ms = unix_ms() - monotonic() // MS + 1000  # at a second by the loop's clock
+    soon_ms = steady_unix_ms() - monotonic() // MS + 1000  # at a second by the loop's clock
     rig.send(replace(request("r", range(9)), deadline_unix_ms=soon_ms))
     now_ns = 2 * S
     rig.run()

@@ -6,10 +6,11 @@
 
 One worker that has the cores to itself; or, with ``--mode disaggregated``, a prefill and a decode
 worker of one thread each, which share caches and memory, and two cores with all other processes:
-the simulator knows nothing of that. What work costs comes from ``pdserve profile`` (first, unless
-``--profile`` names one), with the same threads. Chats and long prompts arrive as in
-``peers/mixed_load.py``. The simulator is given the same arrivals, and what a lone small request
-takes beyond its prefill on the idle cluster: client, HTTP, text, messages.
+of that the simulator knows a single factor, ``contention``. What work costs comes from ``pdserve
+profile`` (first, unless ``--profile`` names one), with the same threads, and beside as many other
+workers. Chats and long prompts arrive as in ``peers/mixed_load.py``. The simulator is given the
+same arrivals, and what a lone small request takes beyond its prefill on the idle cluster: client,
+HTTP, text, messages.
 
 Means are over all requests of all seeds. *Error* is that of the simulated mean, by the real one.
 """
@@ -38,6 +39,7 @@ from pdserve.simulator.traces import Trace, TraceRequest
 ALONE_ROUNDS = 40
 FIRST_SEED = 1
 ERROR_PERCENT_MAX = 10
+NEIGHBOURS = {"aggregated": 0, "disaggregated": 1}
 ONE_THREAD = (("prefill.threads", "1"), ("decode.threads", "1"))
 
 Means = tuple[float, float]  # of the time to the first token and of that per further token, seconds
@@ -129,15 +131,17 @@ def _overhead_s(work: Work, form: Ours, profile: Profile) -> float:
 def _profiled(work: Work, form: Ours) -> Path:
     """What ``pdserve profile`` writes here, measured once."""
     file = work.directory / f"{form.mode}.profile.yaml"
+    neighbours = NEIGHBOURS[form.mode]
 
     def measured() -> str:
         command = [sys.executable, "-m", "pdserve.cluster.cli", "profile", f"--out={file}"]
+        command.append(f"--neighbours={neighbours}")
         settings = [*form.settings, ("model.dtype", "bfloat16"), ("router.mode", form.mode)]
         options = [f"--set={name}={value}" for name, value in settings]
         subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=sys.stderr)
         return file.read_text()
 
-    file.write_text(work.remembered(form, ["profile"], measured))
+    file.write_text(work.remembered(form, ["profile", neighbours], measured))
     return file
 
 

@@ -6,7 +6,8 @@
     gateway ◄───────────────── TokenBatch ─────────────────── decode ◄──Resume── router
 
 Only dataclasses, enums, tuples, dicts of plain values and optional fields: ``wire.codec`` turns
-them into msgpack and checks every type on the way back. KV data never travels in a message; keys,
+them into msgpack and checks every type on the way back. Those that are made for every request or
+report are frozen to the type checker alone (``values``). KV data never travels in a message; keys,
 tickets and addresses do.
 
 Token indices: ``tokens[:prompt_tokens]`` is the client's prompt; what follows was generated.
@@ -20,6 +21,7 @@ from enum import StrEnum
 from pdserve.errors import ErrorInfo
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
 from pdserve.lifecycle import Event, Phase
+from pdserve.values import value
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Beams:
     early_stopping: bool = False  # with the first ``width`` answers, though better ones may come
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Request:
     """One unit of scheduling, as the gateway submits it. A second attempt carries more tokens."""
 
@@ -142,7 +144,7 @@ class Request:
         return self.length - self.prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Route:
     """The router's one decision; it travels with the request."""
 
@@ -164,7 +166,7 @@ class Token:
     logprob: TokenLogprob | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Decision:
     """Why a request went where it did, at one dispatch or resumption. For people; nothing acts on
     it. Times in microseconds, as predicted when it was taken."""
@@ -181,7 +183,7 @@ class Decision:
     others: tuple[tuple[WorkerId, int], ...] = ()  # the next best workers, and their prices
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Timing:
     """Where a request's time went so far, and who spent it. Durations in microseconds.
 
@@ -300,7 +302,7 @@ class Lost:
 # ── router → worker ──────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Dispatch:
     request: Request
     route: Route
@@ -391,7 +393,7 @@ class Hello:
     place: tuple[str, ...] = ()  # of its host, coarse to fine: zone, rack; empty: nobody said
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Progress:
     """One thing that happened to one request at one worker."""
 
@@ -402,7 +404,7 @@ class Progress:
     total_tokens: int = 0  # prompt and generated, now
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChunkDone:
     """Prefill reached a chunk boundary: the moment at which preemption is possible."""
 
@@ -438,7 +440,7 @@ class Parked:
     handoff: Handoff
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Report:
     """A worker's load report. Sent when something changed, and at least every second.
 

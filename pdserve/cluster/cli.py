@@ -159,12 +159,15 @@ def compile_() -> None:
 def profile(
     model: Annotated[str | None, typer.Argument(help="As for serve.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the profile goes.")] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=0, help="Also beside so many other workers on this machine.")
+    ] = 0,
     assignments: Assignments = None,
 ) -> None:
     """Measure what prefills, steps and moves cost here; up to two minutes."""
     from pdserve.cluster.profile_command import profile as measure
 
-    measure(_config(model, {}, assignments or []), out=out)
+    measure(_config(model, {}, assignments or []), out=out, neighbours=neighbours)
 
 
 @app.command()

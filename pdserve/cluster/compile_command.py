@@ -29,6 +29,9 @@ INTERPRETED = {
 }  # fmt: skip
 
 OPTIMISATION = "2"
+BUILD_S_MAX = 3600
+"""A minute on a core of its own, a quarter of an hour on one that is shared by many."""
+
 MYPY_OPTIONS = ["--config-file=", "--ignore-missing-imports", "--disable-error-code=import-untyped"]
 
 
@@ -39,7 +42,7 @@ def compile_here() -> Path:
         the build's folder.
 
     Raises:
-        ConfigError: mypyc or a C compiler is missing, or failed.
+        ConfigError: mypyc or a C compiler is missing, failed, or took too long.
     """
     target = build_directory()
     if target.is_dir():
@@ -78,9 +81,20 @@ def _build(scratch: Path) -> Path:
         shutil.copytree(PACKAGE / folder, package / folder, ignore=_caches)
     command = [sys.executable, "-c", _PROGRAM, str(scratch), OPTIMISATION, *MYPY_OPTIONS]
     command += [str(Path(PACKAGE.name) / module) for module in modules()]
-    done = subprocess.run(
-        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=900, check=False
-    )
+    try:
+        done = subprocess.run(
+            command,
+            cwd=PACKAGE.parent,
+            capture_output=True,
+            text=True,
+            timeout=BUILD_S_MAX,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"the router was not compiled within {BUILD_S_MAX} s; try again when the machine has "
+            "less to do. Until then Python interprets it"
+        ) from None
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
         raise ConfigError(f"the router could not be compiled:\n{said}")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pdserve.cluster.bars import spinner
 from pdserve.cluster.compute_threads import set_threads
+from pdserve.cluster.contention import contention
 from pdserve.cluster.profiles import save_profile
 from pdserve.cluster.profiling import Bench, Measured, Taken, measure
 from pdserve.config import ClusterConfig
@@ -29,16 +30,18 @@ from pdserve.router.fitting import (
 )
 
 PERCENT_DIGITS = 2
+CONTENTION_DIGITS = 3
 
 DOUBTFUL_PERCENT = 15.0
 """A model that misses points it has not seen by more was mostly measured beside other work."""
 
 
-def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
+def profile(config: ClusterConfig, *, out: Path | None = None, neighbours: int = 0) -> Path:
     """Measures for at most two minutes, says what it does, and writes the profile.
 
     Args:
         out: None takes a name after the model, in the current directory.
+        neighbours: also measure how much so many other workers on this machine slow this one down.
 
     Returns:
         where the profile is.
@@ -74,6 +77,7 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
     try:
         with spinner("measuring", console):
             measured = measure(bench, say, alone=config.has_one_worker)
+            slowdown = contention(bench, config, neighbours, say) if neighbours else None
     finally:
         followers.close()
     block_tokens = runner.pool.block_tokens
@@ -88,8 +92,12 @@ def profile(config: ClusterConfig, *, out: Path | None = None) -> Path:
         }
         | about
     )
+    if slowdown is not None:
+        about |= {"neighbours": neighbours, "contention": round(slowdown, CONTENTION_DIGITS)}
     save_profile(costs, path, about=about)
     console.print(_table(costs, about))
+    if slowdown is not None:
+        console.print(f"beside {neighbours} at work everything takes {slowdown:.2f} times as long")
     if bad := doubtful(about):
         console.print(
             f"[bold]Doubtful:[/] {', '.join(bad)} misses points it has not seen by more than "

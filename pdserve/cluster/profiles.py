@@ -2,8 +2,9 @@
 
 A profile is YAML: the fields of ``router.costs.CostModel``, nothing left out, and ``about``, which
 is for people: machine, versions, date and errors of a measured one, formula and inputs of an
-analytic one. Programs take from it, where it is there, how large such a worker is: ``Size``. A name
-without a slash that is no file is looked for among the shipped ones.
+analytic one. Programs take from it, where it is there, how large such a worker is (``Size``) and
+how much those on one machine slow each other down (``contention``). A name without a slash that is
+no file is looked for among the shipped ones.
 
     python -m pdserve.cluster.profiles        writes the shipped ones anew, from ``router.analytic``
 """
@@ -39,6 +40,7 @@ class Size:
 class Profile:
     costs: CostModel
     size: Size
+    contention: float = 1.0  # how many times as long work takes beside its neighbours' work
 
 
 def load_profile(name_or_path: str | Path) -> CostModel:
@@ -62,11 +64,12 @@ def read_profile(name_or_path: str | Path) -> Profile:
     problems: list[str] = []
     about = tree.pop(ABOUT, None) if isinstance(tree, dict) else None
     size = _size(about or {}, problems)
+    contention = _contention(about or {}, problems)
     costs = _read(CostModel, tree, "", problems)
     if problems:
         raise ConfigError(f"the profile {path}: " + "; ".join(problems))
     assert isinstance(costs, CostModel)
-    return Profile(costs, size)
+    return Profile(costs, size, contention)
 
 
 def save_profile(
@@ -119,6 +122,15 @@ def _size(about: object, problems: list[str]) -> Size:
             except ValueError as error:
                 problems.append(f"{ABOUT}.{field.name} is {about[field.name]!r}, must be {error}")
     return Size(**said)
+
+
+def _contention(about: object, problems: list[str]) -> float:
+    said = about.get("contention", 1.0) if isinstance(about, Mapping) else 1.0
+    number = _number(said)
+    if math.isfinite(number) and number >= 1:
+        return number
+    problems.append(f"{ABOUT}.contention is {said!r}, must be a number, at least 1")
+    return 1.0
 
 
 def _read(cls: type, tree: object, where: str, problems: list[str]) -> object:

@@ -5,10 +5,10 @@
     host      park and restore of n blocks, by shared memory                         StoreClient
     handoff   a ticket's n blocks over TCP on this host's loopback                   StoreClient
 
-One model, one pool, one store node, no Ray, no loop: what a worker's loop adds, and how the workers
-of one machine disturb one another, is left to the correction that the router learns for each
-worker. A block's content takes no part in how long anything lasts, so one computed chunk is copied
-over the whole pool, and any H and c is there without being computed.
+One model, one pool, one store node, no Ray, no loop: what a worker's loop adds is left to the
+correction that the router learns for each worker; how the workers of one machine disturb one
+another is ``contention``'s to measure. A block's content takes no part in how long anything lasts,
+so one computed chunk is copied over the whole pool: any H and c is there without being computed.
 
 A point is the shortest of at least ``RUNS_MIN`` runs, more where they are short: whatever else the
 machine does makes a run longer, never shorter. Each kind of point has a budget of seconds; its
@@ -57,6 +57,9 @@ RUNS_MAX = 15
 RUNS_S = 0.3  # of runs of one point, where they are short
 MOVE_RUNS = 5
 WARM_STEPS = 3
+ROUND_TOKENS = 512  # of the prompt of a round
+ROUND_SEQUENCES = 8
+ROUND_STEPS = 16
 ARENA_BLOCKS = 3 * MOVED_BLOCKS[-1]  # what is moved, what is not yet evicted, and room
 ARENA_SHARE_MAX = 0.5  # of the shared memory that is free
 TICKET_WAIT_MS = 1000
@@ -179,6 +182,16 @@ class Bench:
         sequences, context_tokens = pair
         seconds = _shortest_s(partial(self._step, sequences, context_tokens))
         return StepPoint(sequences, sequences * context_tokens, seconds)
+
+    def round_s(self) -> float:
+        """Seconds of a bit of everything, as a busy worker does it: a prompt, then steps."""
+        room = self.room
+        tokens = min(ROUND_TOKENS, room.context_tokens, room.pool_tokens // ROUND_SEQUENCES)
+        begun_s = time.perf_counter()
+        self._prefill(tokens, 0)
+        for _ in range(ROUND_STEPS):
+            self._step(min(ROUND_SEQUENCES, room.running_max), tokens)
+        return time.perf_counter() - begun_s
 
     def _prefill(self, uncached_tokens: int, cached_tokens: int) -> None:
         from pdserve.model.runner import Run

@@ -4,35 +4,50 @@ Pricing a request at all workers takes microseconds for each of them, and whoeve
 that has its prefix would be priced again at every event, in front of all those behind it. So it
 stands aside until one of the workers it waits for is open, or it has waited as long as is worth it;
 then it is back in its line, where its key puts it.
+
+Many wait for the same workers, those of the host that has the prefix. They stand together, the
+least key first, so that whom an open worker calls is found by a look at each such *group*, however
+many there are in it.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from operator import attrgetter
+from dataclasses import dataclass, field
 
 from pdserve.ids import RequestId
+from pdserve.router.deadlines import Deadlines
 from pdserve.router.entry import Entry
 from pdserve.router.orders.base import Order
+from pdserve.router.orders.heap import KeyedHeap
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Those who wait for the same workers."""
+
+    awaited_bits: int  # bit set of slots
+    count: int = 0
+    ranked: KeyedHeap[float] = field(default_factory=KeyedHeap)  # whose keys were looked up
 
 
 @dataclass(slots=True, eq=False)
 class _Aside:
     entry: Entry
-    until_ns: int
-    awaited_bits: int  # bit set of slots
-    place: tuple[float, int] | None = None  # its key and order of arrival; None: not looked up
-
-
-_place_of = attrgetter("place")
+    serial: int  # of those who ever stood aside
+    group: _Group
 
 
 class Deferrals:
     def __init__(self) -> None:
         self._aside: dict[RequestId, _Aside] = {}
-        self._key_basis: object = None  # of all places
+        self._groups: dict[int, _Group] = {}  # by whom they wait for
+        self._fresh: dict[RequestId, _Aside] = {}  # whose keys have not been looked up
+        self._ends = Deadlines()
+        self._serial = 0
+        self._key_basis: object = None  # of all keys looked up
         self._next_ns: float = math.inf  # nobody has waited enough before
         self._awaited_bits = 0  # no other worker is waited for
+        self._some_group_left = False  # so that fewer may be
 
     def __len__(self) -> int:
         return len(self._aside)
@@ -50,13 +65,21 @@ class Deferrals:
 
     def add(self, entry: Entry, until_ns: int, awaited_bits: int) -> None:
         assert entry.id not in self._aside, f"{entry.id} stands aside already"
-        self._aside[entry.id] = _Aside(entry, until_ns, awaited_bits)
+        group = self._groups.get(awaited_bits)
+        if group is None:
+            group = self._groups[awaited_bits] = _Group(awaited_bits)
+            self._awaited_bits |= awaited_bits
+        group.count += 1
+        self._serial += 1
+        one = _Aside(entry, self._serial, group)
+        self._aside[entry.id] = self._fresh[entry.id] = one
+        self._ends.add(entry.id, until_ns)
         self._next_ns = min(self._next_ns, until_ns)
-        self._awaited_bits |= awaited_bits
 
     def remove(self, entry: Entry) -> None:
         """What was waited for because of it is forgotten with the next who goes back."""
-        del self._aside[entry.id]
+        self._take(entry.id)
+        self._ends.remove(entry.id)
 
     def take_due(self, open_bits: int, now_ns: int, order: Order) -> list[Entry]:
         """Those who go back to their line, and are here no more: who has waited enough, and of
@@ -64,31 +87,72 @@ class Deferrals:
         by one worker, which is open for one."""
         if now_ns < self._next_ns and not open_bits & self._awaited_bits:
             return []
-        aside = self._aside
-        due = [one for one in aside.values() if now_ns >= one.until_ns]
-        if not due:
+        due = [self._take(request) for request in self._ends.due(now_ns)]
+        if due:
+            due.sort(key=_serial_of)
+        else:
             self._rank(order, now_ns)
-            wanting = [one for one in aside.values() if open_bits & one.awaited_bits]
-            due = [min(wanting, key=_place_of)] if wanting else []
-        for one in due:
-            del aside[one.entry.id]
-        self._next_ns = min([one.until_ns for one in aside.values()], default=math.inf)
-        self._awaited_bits = 0
-        for one in aside.values():
-            self._awaited_bits |= one.awaited_bits
+            wanting = self._first_for(open_bits)
+            if wanting is not None:
+                due = [self._take(wanting.id)]
+                self._ends.remove(wanting.id)
+        next_ns = self._ends.next_ns()
+        self._next_ns = math.inf if next_ns is None else next_ns
+        if self._some_group_left:
+            self._some_group_left = False
+            self._awaited_bits = 0
+            for awaited_bits in self._groups:
+                self._awaited_bits |= awaited_bits
         return [one.entry for one in due]
+
+    def _take(self, request: RequestId) -> _Aside:
+        one = self._aside.pop(request)
+        group = one.group
+        if self._fresh.pop(request, None) is None:
+            group.ranked.remove(one.entry)
+        group.count -= 1
+        if not group.count:
+            del self._groups[group.awaited_bits]
+            self._some_group_left = True
+        return one
+
+    def _first_for(self, open_bits: int) -> Entry | None:
+        """The one with the least key of those who wait for any of these workers."""
+        first: tuple[float, int] | None = None
+        wanting: Entry | None = None
+        for awaited_bits, group in self._groups.items():
+            if open_bits & awaited_bits:
+                key_ns, number, _, entry = group.ranked.top
+                if first is None or (key_ns, number) < first:
+                    first, wanting = (key_ns, number), entry
+        return wanting
 
     def _rank(self, order: Order, now_ns: int) -> None:
         """Keys are the same as long as their basis is, so most are looked up once."""
         basis = order.key_basis
-        is_same = basis == self._key_basis
-        self._key_basis = basis
-        for one in self._aside.values():
-            if one.place is None or not is_same:
-                one.place = (order.key_ns(one.entry, now_ns), one.entry.order)
+        if basis != self._key_basis:
+            self._key_basis = basis
+            for group in self._groups.values():
+                group.ranked.rekey(lambda entry: order.key_ns(entry, now_ns))
+        for one in self._fresh.values():
+            one.group.ranked.push(one.entry, order.key_ns(one.entry, now_ns))
+        self._fresh.clear()
 
     def check(self, order: Order) -> None:
-        """Assert that places are what the line says now. Linear; for tests."""
-        for one in self._aside.values():
-            place = (order.key_ns(one.entry, 0), one.entry.order)
-            assert one.place in (None, place) or self._key_basis != order.key_basis
+        """Assert that groups are whole, and keys what the line says now. Linear; for tests."""
+        members = 0
+        for awaited_bits, group in self._groups.items():
+            assert group.awaited_bits == awaited_bits
+            assert awaited_bits & ~self._awaited_bits == 0
+            group.ranked.check()
+            fresh = sum(one.group is group for one in self._fresh.values())
+            assert group.count == len(group.ranked) + fresh > 0
+            members += group.count
+            if self._key_basis == order.key_basis:
+                for key_ns, _, _, entry in group.ranked.places():
+                    assert key_ns == order.key_ns(entry, 0), entry.id
+        assert members == len(self._aside)
+
+
+def _serial_of(one: _Aside) -> int:
+    return one.serial

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Decision, Handoff, Request
+from pdserve.router.prefix_index import Hits
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +33,8 @@ class Entry:
     passed_over: int = 0  # later ones were dispatched before it because it fitted nowhere
     deferred_ns: int | None = None  # since when it waits for a better worker than a free one
     preempting: bool = False  # a Preempt is on its way
+    hits: Hits | None = None  # while it waits: who has how much of it, by that version of the index
+    hits_version: int = -1
     watched: BlockKey | None = None  # while it waits: the next block that nobody has
     bound_to: WorkerId | None = None  # chosen on arrival, where placement is not late
     prefill: WorkerId | None = None

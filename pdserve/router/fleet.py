@@ -36,6 +36,9 @@ LEAD_NS = 10 * MS
 """How long before it is done with what it computes a worker is sent more: the way there, and the
 error of a prediction."""
 
+EXPLAINED_WORKERS_MAX = 16
+"""With more workers a choice does not tell the prices of the next best ones."""
+
 SLOTS_GROW = 16
 
 SETS_MAX = 1024
@@ -53,6 +56,8 @@ _ARRAYS = (
 )
 
 Floats = NDArray[np.float64]
+
+_NO_SLOTS: NDArray[np.intp] = np.empty(0, dtype=np.intp)
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +145,8 @@ class Fleet:
         self.prefill_count = 0  # of them
         self._changed: list[Worker] = []  # their elements are to be rewritten
         self._soonest_ns: float | None = None  # least of open_ns, as long as that is settled
+        self._soonest_slot = 0  # where that is
+        self._next_soonest_ns: float | None = None  # least of the others, once asked for
         self.heard_all_ns = 0  # since then everybody has been heard of, at least
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
@@ -187,6 +194,11 @@ class Fleet:
 
     def all(self) -> Sequence[Worker]:
         return self._ordered
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether there are others to choose from, and few enough to tell people of."""
+        return 1 < len(self._ordered) <= EXPLAINED_WORKERS_MAX
 
     def add(self, hello: Hello, now_ns: int) -> Worker:
         assert hello.worker not in self._workers, f"{hello.worker} is there already"
@@ -253,6 +265,7 @@ class Fleet:
         self.prefill_bits &= ~(1 << slot)
         if prefills:
             self.prefill_bits |= 1 << slot
+        self.index.version += 1  # of whom it is asked has changed
         if prefills != worker.prefills:
             self.index.forget(slot)  # it did not listen, or will not
         worker.prefills, worker.decodes = prefills, decodes
@@ -372,16 +385,39 @@ class Fleet:
         """When the first worker takes another prompt."""
         self.settle()
         if self._soonest_ns is None:
-            self._soonest_ns = _least(self.open_ns)
+            self._soonest_ns = math.inf
+            if len(self.open_ns):
+                self._soonest_slot = int(self.open_ns.argmin())  # faster than min()
+                self._soonest_ns = self.open_ns.item(self._soonest_slot)
+            self._next_soonest_ns = None
         return self._soonest_ns
+
+    def next_soonest_open_ns(self) -> float:
+        """When the second one does, counting equal ones. Found without looking for all that do:
+        where workers are busy, one is open or none."""
+        soonest_ns = self.soonest_open_ns()
+        if self._next_soonest_ns is None:
+            if soonest_ns == math.inf:
+                return math.inf
+            open_ns, slot = self.open_ns, self._soonest_slot
+            open_ns[slot] = math.inf
+            self._next_soonest_ns = open_ns.item(open_ns.argmin())
+            open_ns[slot] = soonest_ns
+        return self._next_soonest_ns
+
+    def open_slots(self, instant_ns: float) -> NDArray[np.intp]:
+        """Of those who take another prompt by then, ascending."""
+        if self.soonest_open_ns() > instant_ns:
+            return _NO_SLOTS
+        if self.next_soonest_open_ns() > instant_ns:
+            return np.array([self._soonest_slot])
+        return (self.open_ns <= instant_ns).nonzero()[0]
 
     def is_another_open_by(self, instant_ns: float, *, but: int) -> bool:
         """Whether a worker takes another prompt by then, the one at a slot left aside."""
         if self.soonest_open_ns() > instant_ns:
             return False
-        if self.open_ns.item(but) > instant_ns:
-            return True
-        return int(np.count_nonzero(self.open_ns <= instant_ns)) > 1
+        return self._soonest_slot != but or self.next_soonest_open_ns() <= instant_ns
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -427,11 +463,6 @@ def slots_of(bits: int) -> NDArray[np.intp]:
 def bits_of(mask: NDArray[np.bool_]) -> int:
     """A mask over the arrays as a bit set of slots."""
     return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
-
-
-def _least(values: Floats) -> float:
-    """``math.inf`` of none."""
-    return values.item(values.argmin()) if len(values) else math.inf  # faster than min()
 
 
 def _id_of(worker: Worker) -> WorkerId:

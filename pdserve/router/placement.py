@@ -19,7 +19,6 @@ little growth, not for the most it might generate: what does not fit in the end 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +36,13 @@ KEPT_TOKENS_MAX = 16
 """In ``auto`` mode a prefill worker may keep an answer of at most so many tokens."""
 
 
-EXPLAINED_WORKERS_MAX = 16
 OTHERS_MAX = 2
 
 EVERYWHERE = slice(None)
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Choice:
     prefill: Worker
     decode: Worker
     cached_tokens: int
@@ -152,7 +151,8 @@ def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floa
     else:
         # The widest group first; only what differs from it needs to be written one by one.
         widest = max(hits, key=_width)
-        works_ns = np.full(len(fleet.slow), float(_work_ns(fleet, entry, widest[0], block_tokens)))
+        works_ns = np.empty(len(fleet.slow))
+        works_ns.fill(_work_ns(fleet, entry, widest[0], block_tokens))  # faster than np.full
         for hit in hits:
             if hit is not widest:
                 works_ns[slots_of(hit[1])] = _work_ns(fleet, entry, hit[0], block_tokens)
@@ -195,32 +195,37 @@ def place(
 
     ``only``: the prefill worker to which it was bound.
     """
-    fleet.settle()
+    now = float(now_ns)
+    open_by_ns = now + lead_ns(fleet, entry)
+    if fleet.soonest_open_ns() > open_by_ns and only is None:
+        return None
     least_blocks = blocks_of(entry.total_tokens + 1, block_tokens) + entry.beam_blocks
     decode: Worker | None = None
     if not fleet.aggregated:
         decode = choose_decode(fleet, least_blocks, tpot_slo_ns=tpot_slo_ns)
     if decode is None and not fleet.shares:
         return None
-    own_ns = own_costs(fleet, entry, hits, block_tokens)
-    _rule_out(fleet, own_ns, decode, least_blocks)
-    now = float(now_ns)
-    if only is None:
-        is_open = fleet.open_ns <= now + lead_ns(fleet, entry)
-        open_slots = is_open.nonzero()[0]
-        if not len(open_slots):
+    slots = fleet.open_slots(open_by_ns) if only is None else np.array([only.slot])
+    others: tuple[tuple[WorkerId, int], ...] = ()
+    if len(hits) == 1 and not (fleet.shares or fleet.mixed or fleet.is_explained):
+        slot, price_ns = _first_done_alike(
+            fleet, float(_work_ns(fleet, entry, hits[0][0], block_tokens)), now, slots
+        )
+        if price_ns == math.inf:
             return None
-        slot = _first_done(fleet, own_ns, now, open_slots)
-        if own_ns.item(slot) == math.inf:
+    else:
+        own_ns = own_costs(fleet, entry, hits, block_tokens)
+        _rule_out(fleet, own_ns, decode, least_blocks)
+        slot = _first_done(fleet, own_ns, now, slots)
+        price_ns = own_ns.item(slot)
+        if price_ns == math.inf:
             return None
-        if len(hits) > 1 or fleet.shares:
+        if only is None and (len(hits) > 1 or fleet.shares):
+            is_open = fleet.open_ns <= open_by_ns
             deferred = _deferred(fleet, entry, own_ns, slot, is_open, now_ns)
             if deferred is not None:
                 return deferred
-    else:
-        slot = only.slot
-        if own_ns[slot] == np.inf:
-            return None
+        others = _others(fleet, own_ns, slot, now_ns)
     prefill = fleet.at(slot)
     reason = "bound on arrival" if only is not None else "first done"
     if fleet.shares and not fleet.hands_off[slot]:
@@ -243,10 +248,23 @@ def place(
         cached_tokens=cached_tokens,
         uncached_tokens=entry.total_tokens - cached_tokens,
         work_ns=round(work_ns * prefill.correction.factor),
-        price_ns=round(max(0.0, fleet.start_ns.item(slot) - now) + own_ns.item(slot)),
+        price_ns=round(max(0.0, fleet.start_ns.item(slot) - now) + price_ns),
         reason=reason,
-        others=_others(fleet, own_ns, slot, now_ns),
+        others=others,
     )
+
+
+def _first_done_alike(
+    fleet: Fleet, work_ns: float, now: float, slots: NDArray[np.intp]
+) -> tuple[int, float]:
+    """Where as much is cached everywhere: the slot where it would be done first, and its price
+    there. Only those asked for are priced."""
+    if len(slots) == 1:
+        slot = int(slots[0])
+        return slot, fleet.slow.item(slot) * work_ns
+    prices_ns: Floats = fleet.slow[slots] * work_ns
+    first = int((np.maximum(fleet.start_ns[slots], now) + prices_ns).argmin())
+    return int(slots[first]), prices_ns.item(first)
 
 
 def _first_done(fleet: Fleet, own_ns: Floats, now: float, slots: NDArray[np.intp]) -> int:
@@ -268,9 +286,9 @@ def _others(
     fleet: Fleet, own_ns: Floats, slot: int, now_ns: int
 ) -> tuple[tuple[WorkerId, int], ...]:
     """For people to read, so not where there are more workers than people look at."""
-    workers = fleet.all()
-    if not 1 < len(workers) <= EXPLAINED_WORKERS_MAX:
+    if not fleet.is_explained:
         return ()
+    workers = fleet.all()
     done_ns = _done_ns(fleet, own_ns, float(now_ns))
     rest = [w for w in workers if w.slot != slot and done_ns[w.slot] < np.inf]
     rest.sort(key=lambda worker: done_ns[worker.slot])

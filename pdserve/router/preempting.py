@@ -9,6 +9,7 @@ what others had computed when they did.
 """
 
 import math
+from dataclasses import replace
 from itertools import islice
 
 from pdserve.messages import Preempt
@@ -126,7 +127,7 @@ def _ahead(
         return choice if isinstance(choice, Again) else None
     # Who was at the front is computed by now, though no chunk has been reported yet.
     last.begun = last.begun or next(iter(worker.prompts)) == last.id
-    return Send(entry, choice._replace(ahead_of=last.id, reason="ahead of a longer one"), ())
+    return Send(entry, replace(choice, ahead_of=last.id, reason="ahead of a longer one"), ())
 
 
 def _may_give_way(state: RouterState, entry: Entry, worker: Worker) -> bool:

@@ -36,18 +36,21 @@ class PrefixIndex:
         self._locations: dict[int | StoreId, _Location] = {}
         self._in_pools: dict[BlockKey, int] = {}
         self._in_stores: dict[BlockKey, int] = {}
+        self.version = 0  # as long as it stays the same, so does every answer
 
     # ── locations ────────────────────────────────────────────────────────────────────────────────
 
     def join(self, slot: int, store: StoreId) -> None:
         """The worker at ``slot`` uses its own pool and that store."""
         assert slot not in self._locations, f"slot {slot} is taken"
+        self.version += 1
         self._locations[slot] = _Location(1 << slot, {})
         at_store = self._locations.setdefault(store, _Location(0, {}))
         self._read_by(at_store, at_store.readers | 1 << slot)
 
     def leave(self, slot: int, store: StoreId) -> None:
         self.forget(slot)
+        self.version += 1
         del self._locations[slot]
         at_store = self._locations[store]
         self._read_by(at_store, at_store.readers & ~(1 << slot))
@@ -71,6 +74,7 @@ class PrefixIndex:
         at = self._locations.get(location)
         if at is None:
             return
+        self.version += 1
         bits = self._bits_of(location)
         for key in removed:
             if key in at.keys:

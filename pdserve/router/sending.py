@@ -1,6 +1,6 @@
 """A request on its way out of its line: where it goes, and the message that says so."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pdserve.clock import MS
 from pdserve.errors import ErrorInfo, OutOfBlocks, PromptTooLong
@@ -17,7 +17,8 @@ from pdserve.router.suspicion import must_wait
 OUT_OF_BLOCKS_RETRY_MS = 1000
 
 
-class Send(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Send:
     """It goes to a worker."""
 
     entry: Entry
@@ -25,13 +26,15 @@ class Send(NamedTuple):
     passed: tuple[Entry, ...]  # better placed in the queue, but they fit nowhere yet
 
 
-class Refuse(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Refuse:
     """It fits into no decode worker, however empty."""
 
     entry: Entry
 
 
-class Again(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Again:
     """Somebody's work is another than believed, and the order with it."""
 
 
@@ -58,21 +61,21 @@ def placed(
 
 def take(state: RouterState, step: Send | Refuse | Again, now_ns: int) -> list[Command]:
     """Enter the step in the books; what has to be said because of it."""
-    match step:
-        case Again():
-            return []
-        case Refuse(entry):
-            return refuse_hopeless(state, entry, entry.total_tokens, now_ns)
-        case Send(entry, choice, passed):
-            for other in passed:
-                other.passed_over += 1
-            timing = state.dispatch(entry, choice, now_ns)
-            decode = choice.decode.hello
-            route = Route(choice.prefill.id, decode.worker, decode.address, decode.store)
-            # An earlier attempt may have left more in a store than has been reported yet.
-            cached_tokens = None if entry.request.attempt else choice.cached_tokens
-            dispatch = Dispatch(entry.request, route, timing, cached_tokens, choice.ahead_of)
-            return [ToWorker(choice.prefill.id, dispatch)]
+    if isinstance(step, Again):
+        return []
+    entry = step.entry
+    if isinstance(step, Refuse):
+        return refuse_hopeless(state, entry, entry.total_tokens, now_ns)
+    choice = step.choice
+    for other in step.passed:
+        other.passed_over += 1
+    timing = state.dispatch(entry, choice, now_ns)
+    decode = choice.decode
+    route = Route(choice.prefill.id, decode.id, decode.hello.address, decode.hello.store)
+    # An earlier attempt may have left more in a store than has been reported yet.
+    cached_tokens = None if entry.request.attempt else choice.cached_tokens
+    dispatch = Dispatch(entry.request, route, timing, cached_tokens, choice.ahead_of)
+    return [ToWorker(choice.prefill.id, dispatch)]
 
 
 def is_hopeless(state: RouterState, entry: Entry, tokens: int) -> bool:

@@ -107,7 +107,12 @@ class RouterState:
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
     def hits(self, entry: Entry) -> Hits:
-        return self.fleet.hits(entry.request.block_keys)
+        """Who has how much of it. Whoever waits is asked again and again, so it is remembered."""
+        hits, version = entry.hits, self.fleet.index.version
+        if hits is None or entry.hits_version != version:
+            hits = entry.hits = self.fleet.hits(entry.request.block_keys)
+            entry.hits_version = version
+        return hits
 
     def predict(self, entry: Entry, hits: Hits) -> None:
         """Its work, at the worker that has most of it cached; to be looked at again once somebody
@@ -204,6 +209,7 @@ class RouterState:
         self.dispatched_work_ns += entry.work_ns
         self._unqueue(entry)
         self.patience.remove(entry.id)
+        entry.hits = None
         entry.phase = advance(entry.phase, Event.DISPATCHED)
         entry.cached_tokens = choice.cached_tokens
         entry.uncached_tokens = choice.uncached_tokens
@@ -211,6 +217,7 @@ class RouterState:
         entry.queued_us += waited_us
         entry.dispatched_ns, entry.vouched_by = now_ns, ()
         entry.deferred_ns = None
+        unix_us = self.unix_us(now_ns)
         prefill, decode = choice.prefill, choice.decode
         entry.prefill = prefill.id
         prefill.take(entry.id, entry.uncomputed_tokens, choice.ahead_of)
@@ -222,7 +229,7 @@ class RouterState:
         self._decide(
             entry,
             Decision(
-                at_unix_us=self.unix_us(now_ns),
+                at_unix_us=unix_us,
                 reason=choice.reason,
                 waited_us=waited_us,
                 level=entry.level,
@@ -231,13 +238,13 @@ class RouterState:
                 prefill=prefill.id,
                 decode=decode.id,
                 price_us=choice.price_ns // 1000,
-                others=tuple([(worker, price_ns // 1000) for worker, price_ns in choice.others]),
+                others=_in_us(choice.others),
             ),
         )
         return Timing(
             queued_us=entry.queued_us,
             prefill_us=entry.prefill_us,
-            since_unix_us=self.unix_us(now_ns),
+            since_unix_us=unix_us,
             preempted_count=entry.preempted_count,
             level=entry.level,
             prefill=prefill.id,
@@ -443,6 +450,8 @@ class RouterState:
             order = self.lines.of(entry)
             if isinstance(order, SkipJoin) and entry.phase is Phase.PREFILLING:
                 order.check_level(entry)
+            if entry.hits is not None and entry.hits_version == self.fleet.index.version:
+                assert entry.hits == self.fleet.hits(entry.request.block_keys)
             assert (entry.handoff is not None) == (entry.phase is Phase.PARKED)
             assert entry.resumed is None or entry.phase is Phase.HANDING_OFF
             assert (entry.prefill is not None) == (entry.phase is Phase.PREFILLING)
@@ -460,3 +469,7 @@ class RouterState:
             for request, tokens in worker.prompts.items():
                 assert tokens == self.entries[request].uncomputed_tokens
         self.fleet.check()
+
+
+def _in_us(prices: tuple[tuple[WorkerId, int], ...]) -> tuple[tuple[WorkerId, int], ...]:
+    return tuple([(worker, price_ns // 1000) for worker, price_ns in prices]) if prices else ()

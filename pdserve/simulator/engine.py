@@ -4,6 +4,8 @@ The state always stands at the end of a step, never in the middle of one. What c
 counts at the end of the step under way, as in a live loop, so the state may stand in the future.
 """
 
+from collections.abc import Callable
+
 from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
 from pdserve.simulator.pace import Pace
@@ -16,12 +18,14 @@ class Engine:
     """Whoever changes batch or head calls ``advance`` before and ``plan`` after."""
 
     __slots__ = ("_costs", "_members", "_origin_ns", "_pace", "_passed", "_planned_ns", "_preempts",
-                 "_settings", "at_ns", "batch", "busy_ns", "chunk_tokens", "head", "planned",
-                 "slow", "tokens_computed")  # fmt: skip
+                 "_settings", "at_ns", "batch", "busy_ns", "chunk_tokens", "head", "on_turn",
+                 "planned", "slow", "tokens_computed", "works")  # fmt: skip
 
     def __init__(self, settings: SimulationSettings, block_tokens: int, *, slow: float) -> None:
         """``slow``: how many times as long as it should everything takes."""
         self.slow = slow
+        self.works = False  # as of the last plan
+        self.on_turn: Callable[[int], None] | None = None  # called when ``works`` has changed
         self.head: Attempt | None = None  # the prompt under way
         self.batch = Batch(block_tokens)
         self.at_ns = 0  # where the state stands
@@ -88,7 +92,12 @@ class Engine:
         ``batch_blocks``: what the streams may grow into.
         """
         head, batch = self.head, self.batch
-        if head is None and not batch.count:
+        works = head is not None or batch.count > 0
+        if works != self.works:
+            self.works = works
+            if self.on_turn is not None:
+                self.on_turn(self.at_ns)
+        if not works:
             self.planned = 0
             return None
         members = (head, batch.changes, self.slow)

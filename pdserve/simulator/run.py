@@ -42,6 +42,7 @@ from pdserve.messages import (
 from pdserve.router.core import Command, RouterCore, ToWorker
 from pdserve.simulator.attempt import Attempt, Job, Keys, Outcome
 from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.neighbours import Neighbours
 from pdserve.simulator.pools import Pools
 from pdserve.simulator.result import Result, Sample, columns
 from pdserve.simulator.settings import (
@@ -111,6 +112,8 @@ class Simulation:
         self._busy_ns = 0  # of prefill workers that died
         self._came_count = 0
         self._stores = [self._store() for _ in range(settings.hosts)]
+        crowded = range(settings.hosts if settings.contention > 1 else 0)
+        self._neighbours = {host: Neighbours(settings.contention, self.at) for host in crowded}
         self._samples: list[Sample] = []
         self._sample_ns = max(S // 10, trace.span_ns * 2 // SAMPLES_MAX)
         self._log: list[str] = []
@@ -377,6 +380,8 @@ class Simulation:
         )
         worker = Worker(hello, settings, self, self._stores[host], slow=slow)
         self._workers[hello.worker] = self._places[role, index] = worker
+        if self._neighbours:
+            self._neighbours[host].add(worker, self.now_ns)
         self._carry_out(self._core.on_hello(hello, self.now_ns))
 
     def _block_count(self, role: Role) -> int:
@@ -398,17 +403,32 @@ class Simulation:
         worker = self._places[failure.role, failure.index]
         if isinstance(failure, Slowdown):
             if worker.alive:
-                worker.become_slow(failure.factor, now_ns)
+                self._become_slow(worker, failure.factor, now_ns)
             return
         if not worker.alive:
             return
-        worker.die(now_ns)
-        del self._workers[worker.hello.worker]
+        self._die(worker, now_ns)
         if failure.role is Role.PREFILL:
             self._busy_ns += worker.engine.busy_ns
         if failure.back_after_ns is not None:
             self.at(now_ns + failure.back_after_ns, self._come_back, failure)
         self._carry_out(self._core.on_worker_lost(worker.hello.worker, now_ns))
+
+    def _die(self, worker: Worker, now_ns: int) -> None:
+        worker.die(now_ns)
+        del self._workers[worker.hello.worker]
+        if self._neighbours:
+            self._neighbours[self._host_of(worker)].remove(worker, now_ns)
+
+    def _become_slow(self, worker: Worker, slow: float, now_ns: int) -> None:
+        if self._neighbours:
+            self._neighbours[self._host_of(worker)].become_slow(worker, slow, now_ns)
+        else:
+            worker.become_slow(slow, now_ns)
+
+    @staticmethod
+    def _host_of(worker: Worker) -> int:
+        return int(worker.hello.address.host[1:])
 
     def _come_back(self, _: int, death: Death) -> None:
         if not self._over:
@@ -426,8 +446,7 @@ class Simulation:
 
     def _retire(self, worker: Worker) -> None:
         """It has nothing left."""
-        worker.die(self.now_ns)
-        del self._workers[worker.hello.worker]
+        self._die(worker, self.now_ns)
         if worker.hello.role is Role.PREFILL:
             self._busy_ns += worker.engine.busy_ns
         self._carry_out(self._core.on_worker_lost(worker.hello.worker, self.now_ns))

@@ -99,6 +99,9 @@ class SimulationSettings:
     store_tokens: int | None = 0
     """KV that a host's store keeps for the workers there; None: no limit, 0: no store."""
 
+    contention: float = 1.0
+    """How many times as long everything takes at a worker while all others of its host work."""
+
     overlap: float = 0.0
     """Part of a chunk's time that hides behind the streams of the same step: 0 adds them up."""
 
@@ -138,6 +141,7 @@ class SimulationSettings:
         assert self.chunk_tokens > 0
         assert self.mixed_chunk_tokens is None or self.mixed_chunk_tokens > 0
         assert 0 <= self.overlap <= 1
+        assert self.contention >= 1
         assert self.chunk_reports_max >= 0
         for failure in self.failures:
             assert 0 <= failure.index < self.workers_of(failure.role), f"no such worker: {failure}"

@@ -38,12 +38,21 @@ class KeyedHeap(Places, Generic[Key]):
         while heap and not self._is_live(heap[0]):
             heapq.heappop(heap)
         if len(heap) > 2 * len(self._live) + DEAD_PLACES_MAX:
-            self._heap = [place for place in heap if self._is_live(place)]
+            self._heap = self.places()
             heapq.heapify(self._heap)
+
+    @property
+    def top(self) -> Place:
+        """The first place; there must be one."""
+        return self._heap[0]
+
+    def places(self) -> list[Place]:
+        """Live ones, in no order."""
+        return [place for place in self._heap if self._is_live(place)]
 
     def rekey(self, key: Callable[[Entry], Key]) -> None:
         """Everybody's key anew. Linear."""
-        entries = [place[3] for place in self._heap if self._is_live(place)]
+        entries = [place[3] for place in self.places()]
         self._heap = []
         self._live = {}
         for entry in entries:
@@ -62,7 +71,7 @@ class KeyedHeap(Places, Generic[Key]):
 
     def check(self) -> None:
         """Assert the invariants. Linear; for tests."""
-        live = [place for place in self._heap if self._is_live(place)]
+        live = self.places()
         assert len(live) == len(self._live)
         assert len(self._heap) - len(live) <= len(live) + DEAD_PLACES_MAX
         assert not self._heap or self._is_live(self._heap[0])

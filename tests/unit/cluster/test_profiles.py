@@ -146,3 +146,19 @@ def changed(directory: Path, place: tuple[str, ...], value: object) -> Path:
     path = directory / "changed.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def test_contention_is_read_where_it_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    save_profile(believed(1500), path, about={"contention": 1.4})
+    assert read_profile(path).contention == 1.4
+    save_profile(believed(1500), path)
+    assert read_profile(path).contention == 1
+
+
+@pytest.mark.parametrize("said", [0.9, -1, "much", True, float("inf")])
+def test_a_contention_that_is_none_is_named(tmp_path: Path, said: object) -> None:
+    path = tmp_path / "x.yaml"
+    save_profile(believed(1500), path, about={"contention": said})
+    with pytest.raises(ConfigError, match=r"about.contention is .*, must be a number, at least 1"):
+        read_profile(path)

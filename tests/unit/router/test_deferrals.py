@@ -1,12 +1,15 @@
 """Who stands aside, and who goes back when."""
 
 import math
+from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdserve.ids import RequestId
 from pdserve.router.deferrals import Deferrals
+from pdserve.router.entry import Entry
 from pdserve.router.orders.static import StaticOrder
 from tests.unit.router.entries import entry
 
@@ -79,3 +82,67 @@ def test_keys_are_looked_up_again_once_their_basis_is_another() -> None:
     order.key_basis = "another"
     assert deferrals.take_due(0b1, 0, order) == [entries["r3"]]
     deferrals.check(order)
+
+
+@dataclass
+class _Modelled:
+    entry: Entry
+    until_ns: int
+    awaited_bits: int
+
+
+class BesideAModel(RuleBasedStateMachine):
+    """Whoever looks at all of them takes the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deferrals, self.order = Deferrals(), _order()
+        self.model: dict[str, _Modelled] = {}
+        self.now_ns = self.count = 0
+
+    @rule(work=st.integers(1, 4), wait_ns=st.integers(1, 30), bits=st.integers(1, 15))
+    def add(self, work: int, wait_ns: int, bits: int) -> None:
+        self.count += 1
+        one = entry(f"r{self.count}", work, order=self.count)
+        self.deferrals.add(one, self.now_ns + wait_ns, bits)
+        self.model[one.id] = _Modelled(one, self.now_ns + wait_ns, bits)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), again=st.booleans())
+    def remove(self, data: st.DataObject, again: bool) -> None:
+        """Perhaps to come again, with another end."""
+        gone = self.model.pop(data.draw(st.sampled_from(sorted(self.model))))
+        self.deferrals.remove(gone.entry)
+        if again:
+            gone = _Modelled(gone.entry, gone.until_ns + 1, gone.awaited_bits)
+            self.deferrals.add(gone.entry, gone.until_ns, gone.awaited_bits)
+            self.model[gone.entry.id] = gone
+
+    @rule(work=st.integers(1, 4))
+    def other_keys(self, work: int) -> None:
+        for one in self.model.values():
+            one.entry.work_ns = (one.entry.work_ns * 7 + work) % 5
+        self.order.key_basis = object()
+
+    @rule(passed_ns=st.integers(0, 10), open_bits=st.integers(0, 15))
+    def look(self, passed_ns: int, open_bits: int) -> None:
+        self.now_ns += passed_ns
+        due = [one for one in self.model.values() if one.until_ns <= self.now_ns]
+        if not due:
+            wanting = [one for one in self.model.values() if one.awaited_bits & open_bits]
+            wanting.sort(key=lambda one: (one.entry.work_ns, one.entry.order))
+            due = wanting[:1]
+        taken = self.deferrals.take_due(open_bits, self.now_ns, self.order)
+        assert taken == [one.entry for one in due]
+        for one in due:
+            del self.model[one.entry.id]
+
+    @invariant()
+    def is_whole(self) -> None:
+        self.deferrals.check(self.order)
+        assert [one.id for one in self.deferrals] == list(self.model)
+        soonest_ns = min((one.until_ns for one in self.model.values()), default=math.inf)
+        assert self.deferrals.next_ns <= soonest_ns
+
+
+TestBesideAModel = BesideAModel.TestCase

@@ -1,5 +1,7 @@
 """Who has which prefix, beside a model that keeps a set of keys for every location."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -193,3 +195,24 @@ class IndexMachine(RuleBasedStateMachine):
 
 IndexMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestIndex = IndexMachine.TestCase
+
+
+def test_as_long_as_its_version_is_the_same_so_are_its_answers() -> None:
+    """Whoever remembers an answer goes by that."""
+    index = PrefixIndex()
+    changes: list[Callable[[], None]] = [
+        lambda: index.join(0, STORE),
+        lambda: index.update(0, DOCUMENT[:2], ()),
+        lambda: index.update(STORE, DOCUMENT[2:4], ()),
+        lambda: index.update(0, (), DOCUMENT[:1]),
+        lambda: index.join(1, STORE),
+        lambda: index.forget(STORE),
+        lambda: index.leave(0, STORE),
+    ]
+    seen = [index.version]
+    for change in changes:
+        change()
+        seen.append(index.version)
+    assert len(set(seen)) == len(seen)
+    index.hits(DOCUMENT, BOTH)
+    assert index.version == seen[-1]

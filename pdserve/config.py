@@ -327,6 +327,9 @@ class GatewayConfig(Checked):
     n_max: int = 16
     """Choices per call."""
 
+    pooling: Literal["last", "mean"] = "last"
+    """Which hidden states make an embedding: the ``last`` token's, or the ``mean`` of all."""
+
     api_keys: str | None = None
     """A file that ``pdserve keys`` writes: whoever asks must send one of its keys. None: everybody
     who reaches the gateway may use it."""
@@ -362,14 +365,9 @@ class GatewayConfig(Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
-            "replicas",
-            "request_timeout_s",
-            "body_bytes_max",
-            "streams_max",
-            "write_timeout_s",
-            "n_max",
+            *("replicas", "request_timeout_s", "body_bytes_max", "streams_max", "write_timeout_s"),
+            *("n_max", "responses_keep_s", "responses_max", "responses_bytes_max"),
         )
-        yield from self._positive("responses_keep_s", "responses_max", "responses_bytes_max")
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "tls_certificate and tls_key belong together; set both or none"
         if self.tls_client_authority is not None and self.tls_certificate is None:

@@ -21,6 +21,7 @@ from enum import StrEnum
 from pdserve.errors import ErrorInfo
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
 from pdserve.lifecycle import Event, Phase
+from pdserve.prompt_tasks import Pooling, Scoring
 from pdserve.values import value
 
 
@@ -128,6 +129,7 @@ class Request:
     beams: Beams | None = None  # with them the request answers for all choices of its call
     retries: int = 0  # so often the client says it has asked before
     deaths: int = 0  # workers that died computing it, since it last got any further
+    task: Pooling | Scoring | None = None  # with one it ends with its prompt: nothing is generated
 
     @property
     def length(self) -> int:

@@ -2,7 +2,8 @@
 
 A *call* is what a client sent: ``n`` choices over one prompt. The session turns it into requests,
 one per choice (a beam search is one request for all), follows them through losses and new attempts,
-and yields *pieces* in order per choice. The fronts know neither attempts nor workers.
+and yields *pieces* in order per choice. What is asked of the prompt itself is a request before
+those. The fronts know neither attempts nor workers.
 """
 
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -11,6 +12,7 @@ from typing import Protocol
 
 from pdserve.ids import BlockKey
 from pdserve.messages import Beams, FinishReason, Sampling, ServiceClass, Stop, Timing, Token
+from pdserve.prompt_tasks import PromptScore, PromptTask
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.grammar import Grammars
 from pdserve.text.tokenizer import Tokenizer
@@ -35,6 +37,9 @@ class Call:
     best_of: int | None = None  # draw so many, give the ``n`` likeliest; None: draw ``n``
     retries: int = 0  # so often the client says it has asked before
     pin_ms: int | None = None  # how long the store keeps the prompt softly; None: as any
+    task: PromptTask | None = None
+    """What is asked of the prompt. ``Pooling`` is all that is wanted then; scores come before the
+    choices, and alone where ``stop.max_tokens`` is 0."""
 
     @property
     def request_count(self) -> int:
@@ -52,6 +57,8 @@ class Piece:
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     timing: Timing | None = None  # with the first and with the last piece
+    scores: tuple[PromptScore, ...] = ()  # of the prompt's next tokens, from its second one on
+    vector: bytes = b""  # float32, little-endian: the prompt, pooled
 
 
 class Session(Protocol):

@@ -62,6 +62,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     regex: str | None = None
 
@@ -78,6 +79,15 @@ class SamplingParams:
         elif self.regex is not None:
             said["constraint"] = pb.Constraint(regex=self.regex)
         return pb.Parameters(**said)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one token in one place; ``rank`` counts from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 @dataclass(slots=True)
@@ -99,6 +109,9 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt, by id: its own and the best in its place, where that was asked
+    for. The first has none."""
 
 
 class LLM:
@@ -146,7 +159,8 @@ class LLM:
             PdserveError: the first that was refused or failed; the others are given up.
         """
         given = [prompts] if _is_one(prompts) else list(prompts)
-        parameters = (sampling or SamplingParams()).message()
+        wanted = sampling or SamplingParams()
+        parameters = wanted.message()
 
         def start(prompt: Prompt) -> Iterator[pb.GenerateChunk]:
             request = pb.GenerateRequest(parameters=parameters)
@@ -156,7 +170,7 @@ class LLM:
                 request.token_ids.ids.extend(prompt)
             return self._call(self._stub.Generate, request)
 
-        return self._all(given, start)
+        return self._all(given, start, scored=wanted.prompt_logprobs is not None)
 
     def chat(
         self,
@@ -166,14 +180,15 @@ class LLM:
         """Answer each conversation; ``generate``'s errors."""
         one = bool(conversations) and isinstance(conversations[0], Mapping)
         given: list[Any] = [conversations] if one else list(conversations)
-        parameters = (sampling or SamplingParams()).message()
+        wanted = sampling or SamplingParams()
+        parameters = wanted.message()
 
         def start(messages: Sequence[Message]) -> Iterator[pb.GenerateChunk]:
             told = [pb.ChatMessage(**message) for message in messages]
             request = pb.ChatRequest(messages=told, parameters=parameters)
             return self._call(self._stub.Chat, request)
 
-        return self._all(given, start)
+        return self._all(given, start, scored=wanted.prompt_logprobs is not None)
 
     def close(self) -> None:
         """End the cluster, if it is ours. Idempotent."""
@@ -199,14 +214,18 @@ class LLM:
         return chunks
 
     def _all(
-        self, given: Iterable[Any], start: Callable[[Any], Iterator[pb.GenerateChunk]]
+        self,
+        given: Iterable[Any],
+        start: Callable[[Any], Iterator[pb.GenerateChunk]],
+        *,
+        scored: bool,
     ) -> list[RequestOutput]:
         calls: list[Any] = []
 
         def gather(prompt: Any) -> RequestOutput:
             call = start(prompt)
             calls.append(call)
-            return _gathered(prompt, call)
+            return _gathered(prompt, call, scored=scored)
 
         with ThreadPoolExecutor(IN_FLIGHT_MAX, thread_name_prefix="llm") as pool:
             asked = [pool.submit(gather, prompt) for prompt in given]
@@ -223,11 +242,13 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
 
-def _gathered(prompt: Any, chunks: Iterator[pb.GenerateChunk]) -> RequestOutput:
+def _gathered(prompt: Any, chunks: Iterator[pb.GenerateChunk], *, scored: bool) -> RequestOutput:
     outputs: dict[int, CompletionOutput] = {}
-    answer = RequestOutput(prompt, [])
+    scores: list[dict[int, Logprob] | None] = [None]
+    answer = RequestOutput(prompt, [], prompt_logprobs=scores if scored else None)
     try:
         for chunk in chunks:
+            scores += map(_scores, chunk.prompt_logprobs)
             output = outputs.setdefault(chunk.choice, CompletionOutput(chunk.choice))
             output.text += chunk.text
             output.token_ids += chunk.token_ids
@@ -242,3 +263,12 @@ def _gathered(prompt: Any, chunks: Iterator[pb.GenerateChunk]) -> RequestOutput:
         raise PdserveError(str(error.details())) from error
     answer.outputs = [outputs[index] for index in sorted(outputs)]
     return answer
+
+
+def _scores(told: pb.PromptLogprob) -> dict[int, Logprob]:
+    """By token: its own first."""
+    own = Logprob(told.logprob, told.rank, told.token)
+    best = {
+        top.token_id: Logprob(top.logprob, rank, top.token) for rank, top in enumerate(told.top, 1)
+    }
+    return {told.token_id: own} | best | {told.token_id: own}

@@ -20,6 +20,7 @@ from pdserve.errors import (
     UnusableValue,
 )
 from pdserve.messages import Beams, Constraint, Sampling, ServiceClass, Stop
+from pdserve.prompt_tasks import Scoring
 
 DEFAULT_TENANT = "default"
 
@@ -28,6 +29,7 @@ STOP_STRING_CHARACTERS_MAX = 1024
 STOP_TOKENS_MAX = 256
 LOGIT_BIAS_MAX = 1024
 LOGPROBS_MAX = 20
+SCORES_MAX = 1 << 19  # of prompts' tokens, with the best in their places, in one answer
 PIN_MS_MAX = 24 * 3600 * 1000
 TENANT_CHARACTERS_MAX = 256
 MODEL_CHARACTERS_MAX = 256
@@ -80,6 +82,9 @@ class Parameters:
     skip_special_tokens: bool | None = None
     logprobs: int | None = None  # how many of the best; None: no logprobs at all
     logprobs_field: str = "logprobs"  # what the client calls that number
+    prompt_logprobs: int | None = None  # the same, of the prompt's tokens
+    prompt_logprobs_field: str = "prompt_logprobs"
+    repeats_prompt: bool = False  # so that an answer may have no token of its own
     user: str | None = None
     service_tier: str | None = None
     prompt_cache_retention: str | None = None
@@ -160,6 +165,7 @@ def call_of(
         beams=beams,
         best_of=best_of,
         pin_ms=pin_ms_of(parameters),
+        task=scoring_of(parameters, limits, prompt_tokens=len(prompt)),
     )
 
 
@@ -298,6 +304,41 @@ def sampling_of(parameters: Parameters, limits: Limits) -> Sampling:
     )
 
 
+def scoring_of(parameters: Parameters, limits: Limits, *, prompt_tokens: int) -> Scoring | None:
+    """Whether the prompt's own tokens are to be scored, and with how many of the best."""
+    if parameters.prompt_logprobs is None:
+        return None
+    name = parameters.prompt_logprobs_field
+    most = min(LOGPROBS_MAX, limits.vocab_size)
+    task = Scoring(_whole(name, parameters.prompt_logprobs, 0, 0, most))
+    check_scores(name, prompt_tokens, task)
+    return task
+
+
+def check_scores(name: str, prompt_tokens: int, task: Scoring) -> None:
+    """Raises ConflictingFields where an answer with all of them would be too large."""
+    count = prompt_tokens * (1 + task.top)
+    if count > SCORES_MAX:
+        raise ConflictingFields(
+            name,
+            f"is {task.top}, which makes {count} log-probabilities of {prompt_tokens} prompt "
+            f"tokens, at most {SCORES_MAX} pass; ask for fewer, or for fewer tokens at once",
+        )
+
+
+def truncated(tokens: tuple[int, ...], count: int | None, limits: Limits) -> tuple[int, ...]:
+    """The last ``count`` tokens, vLLM's ``truncate_prompt_tokens``; -1: as many as the context
+    has room for, with one token more."""
+    most = limits.context_tokens - 1
+    if count is None:
+        return tokens
+    if count != -1 and not 1 <= count <= most:
+        raise InvalidField(
+            "truncate_prompt_tokens", f"is {shown(count)}, must be -1 or from 1 to {most}"
+        )
+    return tokens[-(most if count == -1 else count) :]
+
+
 def stop_of(
     parameters: Parameters,
     limits: Limits,
@@ -323,7 +364,7 @@ def stop_of(
             name,
             getattr(parameters, name),
             default_max_tokens or room_tokens,
-            1,
+            0 if parameters.repeats_prompt else 1,
             limits.context_tokens,
         ),
     )

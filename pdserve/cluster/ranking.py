@@ -33,6 +33,9 @@ async def _best(session: Session, call: Call, best_of: int) -> AsyncGenerator[Pi
     iterator = cast("AsyncGenerator[Piece]", session.generate(drawn))
     async with aclosing(iterator):
         async for piece in iterator:
+            if piece.scores:  # of the prompt, and so of all choices
+                yield piece
+                continue
             choices[piece.choice].append(piece)
     choices.sort(key=_mean_logprob, reverse=True)  # stable: equals stay in order
     for rank, pieces in enumerate(choices[: call.n]):

@@ -9,6 +9,9 @@ workers.
 
 A lost worker, a router that came back, a broken hand-off: all end in the same place, `_again`,
 which submits the prompt and what was delivered as the next attempt. Recovery is admission.
+
+What is asked of the prompt itself goes first, as a request of its own (``prompt_tasks``). One that
+scores the prompt leaves its blocks cached, so that the choices after it compute its end alone.
 """
 
 import asyncio
@@ -25,6 +28,7 @@ from pdserve.cluster.delivery import BeamDelivery, Delivery
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.poison import Suspicion
+from pdserve.cluster.prompt_delivery import PromptDelivery
 from pdserve.errors import (
     CapacityError,
     DeadlineExceeded,
@@ -44,9 +48,14 @@ from pdserve.messages import (
     Lost,
     Refused,
     Request,
+    Sampling,
+    Stop,
     Submit,
+    Timing,
     TokenBatch,
+    TokenDelta,
 )
+from pdserve.prompt_tasks import Pooling, PromptDelta
 from pdserve.text.chat import ChatTemplate, chat_template_of
 from pdserve.text.detokenizer import Detokenizer
 from pdserve.text.grammar import Grammars
@@ -55,6 +64,8 @@ from pdserve.wire.connection import Connection
 from pdserve.wire.listener import Listener
 
 log = logging.getLogger(__name__)
+
+AnyDelivery = Delivery | BeamDelivery | PromptDelivery
 
 DEADLINE_GRACE_S = 1.0
 """The router answers an expired request itself; this long after, the session stops waiting."""
@@ -83,8 +94,9 @@ class _Running:
     call: Call
     seed: int
     pieces: asyncio.Queue[Piece | PdserveError] = field(default_factory=asyncio.Queue)
-    requests: dict[RequestId, Delivery | BeamDelivery] = field(default_factory=dict)
+    requests: dict[RequestId, AnyDelivery] = field(default_factory=dict)
     suspicions: dict[RequestId, Suspicion] = field(default_factory=dict)  # who was in a death
+    task: PromptDelivery | None = None  # what is asked of the prompt, which the choices wait for
     started_count: int = 0
     is_pinned: bool = False  # the stores will be told to keep its prompt
 
@@ -158,15 +170,18 @@ class GatewaySession:
         running = _Running(call, secrets.randbits(63) if call.seed is None else call.seed)
         self._calls[call.call] = running
         try:
-            self._begin(running, 1)
+            if call.task is None:
+                self._begin_choices(running)
+            else:
+                self._begin_task(running)
             open_count = call.n
             while open_count:
                 piece = await _next_piece(running)
                 self._pin_once(running)
-                if running.started_count < call.request_count:
+                if not piece.scores and 0 < running.started_count < call.request_count:
                     self._begin(running, call.request_count)
                 open_count -= piece.finish is not None
-                yield piece
+                yield _with_task(piece, running.task)
         finally:
             self._forget(running)
 
@@ -182,7 +197,8 @@ class GatewaySession:
         running = self._calls.get(call)
         if running is None or tenant not in (None, running.call.tenant):
             return False
-        waiting = range(running.started_count, running.call.request_count)
+        started = running.started_count
+        waiting = range(started, running.call.request_count) if started else range(running.call.n)
         open_choices = [choice for d in running.requests.values() for choice in d.open_choices]
         self._forget(running)
         running.started_count = running.call.request_count
@@ -191,7 +207,8 @@ class GatewaySession:
         return True
 
     def _check(self, call: Call) -> None:
-        if len(call.prompt) >= self.context_tokens:
+        # One token must have room, but not where nothing is generated.
+        if len(call.prompt) > self.context_tokens - (not isinstance(call.task, Pooling)):
             raise PromptTooLong(len(call.prompt), self.context_tokens, field=call.prompt_field)
         if len(self._by_request) + call.n > self._served.streams_max:
             raise QueueFull(
@@ -202,32 +219,43 @@ class GatewaySession:
         if call.call in self._calls:
             raise CapacityError(f"a call {call.call} is running already", retry_after_ms=1000)
 
+    def _begin_task(self, running: _Running) -> None:
+        """Submits what is asked of the prompt."""
+        call = running.call
+        assert call.task is not None
+        if len(call.prompt) == 1 and not isinstance(call.task, Pooling):
+            self._begin_choices(running)  # the first token has no score
+            return
+        request = replace(
+            self._request(running, 0),
+            task=call.task,
+            sampling=Sampling(),
+            stop=Stop(max_tokens=1),
+            beams=None,
+        )
+        if call.task.reads_all:  # cached blocks are of no use to it, and the router should know
+            request = replace(request, block_keys=())
+        running.task = running.requests[request.request] = PromptDelivery(request)
+        self._by_request[request.request] = running
+        self._post(Submit(request))
+
+    def _begin_choices(self, running: _Running) -> None:
+        """The first one; where none has any token, all of them end here."""
+        call = running.call
+        if call.stop.max_tokens:
+            self._begin(running, 1)
+            return
+        running.started_count = call.request_count
+        timing = running.task.timing if running.task else None
+        for choice in range(call.n):
+            end = Piece(choice, "", (), FinishReason.LENGTH, timing=timing)
+            running.pieces.put_nowait(end)
+
     def _begin(self, running: _Running, count: int) -> None:
         """Submits requests until ``count`` of the call have begun."""
         call = running.call
-        adapter = "" if call.adapter is None else self._served.adapters[call.adapter]
-        room_tokens = self.context_tokens - len(call.prompt)
-        stop = replace(call.stop, max_tokens=min(call.stop.max_tokens, room_tokens))
         for choice in range(running.started_count, count):
-            request = Request(
-                request=new_request_id(),
-                attempt=0,
-                choice=choice,
-                model=call.adapter or self.model_name,
-                tokens=call.prompt,
-                prompt_tokens=len(call.prompt),
-                block_keys=self._keys(call.prompt, call.tenant, adapter),
-                tenant=call.tenant,
-                service_class=call.service_class,
-                sampling=call.sampling,
-                stop=stop,
-                seed=running.seed,
-                deadline_unix_ms=call.deadline_unix_ms,
-                reply_to=self._address(),
-                adapter=adapter,
-                beams=call.beams,
-                retries=call.retries,
-            )
+            request = self._request(running, choice)
             detokenizer = Detokenizer(
                 self.tokenizer,
                 prompt=call.prompt,
@@ -240,6 +268,30 @@ class GatewaySession:
             self._by_request[request.request] = running
             self._post(Submit(request))
         running.started_count = count
+
+    def _request(self, running: _Running, choice: int) -> Request:
+        call = running.call
+        adapter = "" if call.adapter is None else self._served.adapters[call.adapter]
+        room_tokens = self.context_tokens - len(call.prompt)
+        return Request(
+            request=new_request_id(),
+            attempt=0,
+            choice=choice,
+            model=call.adapter or self.model_name,
+            tokens=call.prompt,
+            prompt_tokens=len(call.prompt),
+            block_keys=self._keys(call.prompt, call.tenant, adapter),
+            tenant=call.tenant,
+            service_class=call.service_class,
+            sampling=call.sampling,
+            stop=replace(call.stop, max_tokens=min(call.stop.max_tokens, room_tokens)),
+            seed=running.seed,
+            deadline_unix_ms=call.deadline_unix_ms,
+            reply_to=self._address(),
+            adapter=adapter,
+            beams=call.beams,
+            retries=call.retries,
+        )
 
     def _forget(self, running: _Running) -> None:
         if self._calls.get(running.call.call) is running:  # not one that goes on under its name
@@ -272,7 +324,7 @@ class GatewaySession:
             case _:
                 log.warning("the router sent a %s, which no gateway expects", type(message))
 
-    def _is_poison(self, running: _Running, delivery: Delivery | BeamDelivery, lost: Lost) -> bool:
+    def _is_poison(self, running: _Running, delivery: AnyDelivery, lost: Lost) -> bool:
         """Whether workers die of it; then its client is told, and nobody computes it again."""
         suspicion = running.suspicions.setdefault(lost.request, Suspicion())
         suspicion.implicated(len(delivery.tokens_so_far()))
@@ -296,7 +348,7 @@ class GatewaySession:
         if delivery and not delivery.finished and delivery.request.attempt == attempt:
             self._again(delivery)
 
-    def _again(self, delivery: Delivery | BeamDelivery) -> None:
+    def _again(self, delivery: AnyDelivery) -> None:
         request, tokens = delivery.request, delivery.tokens_so_far()
         keys = self._keys(tokens, request.tenant, request.adapter)
         self._post(Submit(delivery.next_attempt(keys)))
@@ -310,25 +362,32 @@ class GatewaySession:
                 match frame.message:
                     case TokenBatch(_, deltas):
                         for delta in deltas:
-                            running, delivery = self._find(delta.request)
-                            if running and delivery:
-                                try:
-                                    for piece in delivery.on_delta(delta):
-                                        running.pieces.put_nowait(piece)
-                                except PdserveError as error:
-                                    self._end(running, delivery, error)
-                                if delivery.finished:
-                                    self._by_request.pop(delta.request, None)
+                            self._on_delta(delta)
+                    case PromptDelta() as known:
+                        self._on_delta(known)
                     case other:
                         log.warning("a worker sent a %s, which no gateway expects", type(other))
 
-    def _find(self, request: RequestId) -> tuple[_Running | None, Delivery | BeamDelivery | None]:
+    def _on_delta(self, delta: TokenDelta | PromptDelta) -> None:
+        running, delivery = self._find(delta.request)
+        if running is None or delivery is None:
+            return
+        try:
+            for piece in _pieces(delivery, delta):
+                running.pieces.put_nowait(piece)
+        except PdserveError as error:
+            self._end(running, delivery, error)
+        else:
+            if delivery.finished:
+                self._by_request.pop(delta.request, None)
+                if delivery is running.task and not isinstance(running.call.task, Pooling):
+                    self._begin_choices(running)
+
+    def _find(self, request: RequestId) -> tuple[_Running | None, AnyDelivery | None]:
         running = self._by_request.get(request)
         return running, running.requests.get(request) if running else None
 
-    def _end(
-        self, running: _Running, delivery: Delivery | BeamDelivery, error: PdserveError
-    ) -> None:
+    def _end(self, running: _Running, delivery: AnyDelivery, error: PdserveError) -> None:
         delivery.finished = True
         self._by_request.pop(delivery.request.request, None)
         running.pieces.put_nowait(error)
@@ -352,6 +411,34 @@ class GatewaySession:
     def _post(self, message: object) -> None:
         assert self._link is not None, "start() comes first"
         self._link.post(message)
+
+
+def _pieces(delivery: AnyDelivery, delta: TokenDelta | PromptDelta) -> list[Piece]:
+    if isinstance(delta, TokenDelta):
+        return delivery.on_delta(delta)
+    return delivery.on_prompt(delta) if isinstance(delivery, PromptDelivery) else []
+
+
+def _with_task(piece: Piece, task: PromptDelivery | None) -> Piece:
+    """``piece`` of a choice, with what its prompt took before it began: the blocks that it found
+    cached then were computed for it."""
+    spent = task.timing if task else None
+    if spent is None or piece.timing is None or piece.timing is spent:
+        return piece
+    return replace(piece, timing=together(spent, piece.timing))
+
+
+def together(first: Timing, then: Timing) -> Timing:
+    """Two requests of one call, one after the other."""
+    return replace(
+        then,
+        queued_us=first.queued_us + then.queued_us,
+        prefill_us=first.prefill_us + then.prefill_us,
+        step_us=first.step_us + then.step_us,
+        cached_tokens=first.cached_tokens,
+        preempted_count=first.preempted_count + then.preempted_count,
+        decisions=first.decisions + then.decisions,
+    )
 
 
 async def _next_piece(running: _Running) -> Piece:

@@ -200,6 +200,17 @@ def _logprobs(text: str) -> Effect:
     return Effect(note=f"no effect here; up to {LOGPROBS_MAX} are always allowed")
 
 
+def _pooling(text: str) -> Effect:
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = None
+    kind = said.get("pooling_type") if isinstance(said, dict) and len(said) == 1 else None
+    if not isinstance(kind, str) or kind.upper() not in ("LAST", "MEAN"):
+        raise ConfigError('is another than {"pooling_type": "LAST"} or {"pooling_type": "MEAN"}')
+    return Effect(_set(gateway__pooling=kind.lower()))
+
+
 def _speculation(text: str) -> Effect:
     try:
         config = json.loads(text)
@@ -379,6 +390,8 @@ _ALL = (
     ),
     Flag("--enable-auto-tool-choice", _idle("calls are always told apart"), takes=0),
     Flag("--speculative-config", _speculation),
+    Flag("--pooler-config", _pooling),
+    Flag("--override-pooler-config", _pooling),
     Flag("--tokenizer", _refuse("put the tokeniser's files beside the model's")),
     Flag("--chat-template", _refuse("put chat_template.jinja beside the model's files")),
 )

@@ -45,6 +45,7 @@ from pdserve.messages import (
     TokenDelta,
 )
 from pdserve.messages import WorkerFailed as Failed
+from pdserve.prompt_tasks import PromptDelta
 from pdserve.wire.connection import Connection
 from pdserve.wire.listener import Listener
 from pdserve.wire.postbox import Postbox
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from pdserve.cluster.worker_parts import WorkerParts
     from pdserve.engine.outputs import Load, Output, ToDecode
     from pdserve.engine.thread import EngineThread
-    from pdserve.kvstore.answers import StoreStat
     from pdserve.kvstore.client import StoreClient
 
 log = logging.getLogger(__name__)
@@ -188,8 +188,7 @@ class WorkerShell:
         while self._is_needed(idle_ns) and monotonic() < deadline_ns:
             await asyncio.sleep(0.02)
         if monotonic() >= deadline_ns:
-            why = (self._load and _fullness(self._load), self._unbound, self._tickets_own)
-            log.warning("%s leaves undrained: load, unbound, tickets are %s", self.worker, why)
+            log.warning("%s leaves undrained, with %s", self.worker, self._load)
         await self._postbox.flush()
         if self._link is not None:
             self._report()
@@ -322,7 +321,7 @@ class WorkerShell:
             self._loop.call_soon_threadsafe(self._postbox.post, sealed.address, sealed.message)
 
     def _send(self, outputs: Sequence["Output"], load: "Load") -> None:
-        from pdserve.engine.outputs import ToDecode, ToGateway, ToRouter
+        from pdserve.engine.outputs import OfPrompt, ToDecode, ToGateway, ToRouter
 
         deltas: dict[Address, list[TokenDelta]] = defaultdict(list)
         progress: list[Progress] = []
@@ -331,6 +330,8 @@ class WorkerShell:
             match output:
                 case ToGateway(address, delta):
                     deltas[address].append(delta)
+                case OfPrompt(address, known):
+                    self._tell_of_prompt(address, known)
                 case ToDecode(address, handoff):
                     self._postbox.post(address, handoff)
                 case ToRouter(Progress() as event):
@@ -388,6 +389,12 @@ class WorkerShell:
         self._report_sequence += 1
         self._to_router(report, now=bool(vouched))
 
+    def _tell_of_prompt(self, address: Address, known: PromptDelta) -> None:
+        try:
+            self._postbox.post(address, known)
+        except CapacityError:  # as with tokens: it does not read
+            self._submit(Cancel(known.request))
+
     def _to_router(self, message: object, *, now: bool = False) -> None:
         assert self._link is not None
         try:
@@ -402,6 +409,10 @@ class WorkerShell:
                 request = message.request
                 error = ErrorInfo("worker_lost", f"decode at {address.host} did not take it")
                 self._to_router(Failed(request.request, request.attempt, error))
+            elif isinstance(message, PromptDelta):
+                self._submit(Cancel(message.request))
+                error = ErrorInfo("worker_lost", f"the gateway at {address.host} did not take it")
+                self._to_router(Failed(message.request, message.attempt, error))
             elif isinstance(message, TokenBatch):
                 self._cancel_all(message.deltas)
                 error = ErrorInfo("worker_lost", f"the gateway at {address.host} did not take it")
@@ -442,7 +453,7 @@ class WorkerShell:
                 return
             after = changes.sequence
             self._tickets_own = (asked_ns, stat.tickets_own)
-            counters = store_counters(stat)
+            counters = stat.counters()
             stirred = counters != self._store_stat
             self._store_stat = counters
             if self._tells_of_store() and (changes.added or changes.removed or stirred):
@@ -481,17 +492,3 @@ def in_batches(deltas: Sequence[TokenDelta]) -> Iterator[tuple[TokenDelta, ...]]
 
 def _fullness(load: "Load") -> tuple[int, int, int]:
     return load.running, load.waiting, load.free_blocks
-
-
-def store_counters(stat: "StoreStat") -> dict[str, int]:
-    """What an operator wants to see of a host's store, under names of their own."""
-    return {
-        "store_slots": stat.slots_total,
-        "store_free": stat.slots_available,
-        "store_committed": stat.slots_committed,
-        "store_reserved": stat.slots_reserved,
-        "store_pinned": stat.slots_pinned,
-        "store_tickets": stat.tickets,
-        "store_evicted": stat.evicted_count,
-        **{f"store_ssd_{name}": count for name, count in stat.ssd.items()},
-    }

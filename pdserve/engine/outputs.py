@@ -20,6 +20,7 @@ from pdserve.messages import (
     TokenDelta,
     WorkerFailed,
 )
+from pdserve.prompt_tasks import PromptDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,19 @@ class ToGateway:
 
 
 @dataclass(frozen=True, slots=True)
+class OfPrompt:
+    """To a gateway, before the ``ToGateway`` that ends the request."""
+
+    address: Address
+    message: PromptDelta
+
+
+@dataclass(frozen=True, slots=True)
 class ToRouter:
     message: Progress | ChunkDone | WorkerFailed | Parked
 
 
-Output = ToDecode | ToGateway | ToRouter
+Output = ToDecode | ToGateway | OfPrompt | ToRouter
 
 
 @dataclass(frozen=True, slots=True)

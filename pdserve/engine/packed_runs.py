@@ -1,6 +1,9 @@
 """A step's runs as bytes, for the other ranks of a split model: nothing but whole numbers.
 
-count of runs · for each: tokens, start, blocks, wants_logits, draft_count · all tokens · all blocks
+count of runs · for each: tokens, start, blocks, wants_logits, draft_count, reads_logits · all
+tokens · all blocks
+
+What is read of a run's logits is the first rank's to look at; others compute their part of them.
 """
 
 from collections.abc import Sequence
@@ -8,10 +11,11 @@ from itertools import chain
 
 import numpy as np
 
-from pdserve.model.runner import Run
+from pdserve.model.runner import Reader, Run
 
-_FIELDS = 5
+_FIELDS = 6
 _NUMBER = np.dtype("<i8")
+_LOOKS_AWAY = Reader(logits=lambda _: None)
 
 
 def packed(runs: Sequence[Run]) -> bytes:
@@ -20,6 +24,7 @@ def packed(runs: Sequence[Run]) -> bytes:
         numbers += (
             *(len(run.tokens), run.start, len(run.blocks)),
             *(int(run.wants_logits), run.draft_count),
+            int(run.reader is not None and run.reader.logits is not None),
         )
     numbers += chain.from_iterable(run.tokens for run in runs)
     numbers += chain.from_iterable(run.blocks for run in runs)
@@ -33,7 +38,7 @@ def unpacked(data: bytes) -> list[Run]:
     fields = [numbers[at : at + _FIELDS] for at in range(1, ends, _FIELDS)]
     token, block = ends, ends + sum(length for length, *_ in fields)
     runs = []
-    for length, start, block_count, wants_logits, draft_count in fields:
+    for length, start, block_count, wants_logits, draft_count, reads_logits in fields:
         runs.append(
             Run(
                 numbers[token : token + length],
@@ -41,6 +46,7 @@ def unpacked(data: bytes) -> list[Run]:
                 numbers[block : block + block_count],
                 bool(wants_logits),
                 draft_count,
+                reader=_LOOKS_AWAY if reads_logits else None,
             )
         )
         token, block = token + length, block + block_count

@@ -133,7 +133,7 @@ class Sequence:
         if request.beams is None:
             for token in self.tokens[request.prompt_tokens :]:
                 self.ending = self.ending or self._rules.push(token)
-        if self.ending is None and not self._rules.tokens_left:
+        if request.task is None and self.ending is None and not self._rules.tokens_left:
             self.ending = Ending(FinishReason.LENGTH)
 
     @property

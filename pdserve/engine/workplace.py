@@ -6,7 +6,7 @@ from pdserve.engine.device import Device
 from pdserve.engine.masks import Masks
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Put
-from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
+from pdserve.engine.outputs import OfPrompt, Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.runner import Runner
 from pdserve.engine.sayings import delta, error_delta, failed, hypothesis_deltas
 from pdserve.engine.sequence import Ending, Sequence
@@ -25,6 +25,7 @@ from pdserve.messages import (
     Token,
     WorkerFailed,
 )
+from pdserve.prompt_tasks import PromptDelta
 from pdserve.text.grammar import Grammars, Guide
 from pdserve.text.tokenizer import Tokenizer
 
@@ -157,6 +158,9 @@ class Workplace:
     def say_tokens(self, sequence: Sequence, tokens: tuple[Token, ...], *, timed: bool) -> None:
         message = delta(sequence, tokens, timed=timed)
         self._outputs.append(ToGateway(sequence.request.reply_to, message))
+
+    def say_of_prompt(self, sequence: Sequence, message: PromptDelta) -> None:
+        self._outputs.append(OfPrompt(sequence.request.reply_to, message))
 
     def say_hypothesis(
         self, sequence: Sequence, index: int, tokens: tuple[Token, ...], ending: Ending

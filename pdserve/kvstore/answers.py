@@ -73,3 +73,16 @@ class StoreStat:
     condemned_count: int
     ssd: Mapping[str, int] = field(default_factory=dict)
     """Of the tier below: ``blocks`` that are there now, and totals; empty where there is none."""
+
+    def counters(self) -> dict[str, int]:
+        """What an operator wants to see beside a worker's own figures."""
+        return {
+            "store_slots": self.slots_total,
+            "store_free": self.slots_available,
+            "store_committed": self.slots_committed,
+            "store_reserved": self.slots_reserved,
+            "store_pinned": self.slots_pinned,
+            "store_tickets": self.tickets,
+            "store_evicted": self.evicted_count,
+            **{f"store_ssd_{name}": count for name, count in self.ssd.items()},
+        }

@@ -31,6 +31,22 @@ from pdserve.model.weights import Weights
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
 
+READ_LOGITS_BYTES = 64 << 20
+"""Of logits that exist at once where those of many tokens are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Looks at what the model makes of each token of a run, within the step. Nothing of it is kept,
+    so what is looked at is as large as the reader makes it. On a GPU its operations are queued with
+    the step's own."""
+
+    hidden: Callable[[Tensor], None] | None = None
+    """Called with [n, C], the last layer's normalised hidden states of the run's tokens."""
+
+    logits: Callable[[Tensor], None] | None = None
+    """Called with [m, V], float32, of the next m tokens of the run, until all had their turn."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -50,9 +66,11 @@ class Run:
     adapter: str = ""
     """The digest of the adapter whose sequence this is; "": the base model's."""
 
+    reader: Reader | None = None
+
     @property
     def logits_count(self) -> int:
-        """Rows of logits that it gets."""
+        """Rows of logits that it gets from the step."""
         return 1 + self.draft_count if self.wants_logits else 0
 
 
@@ -145,7 +163,13 @@ class ModelRunner:
                 is_packed = order == list(range(len(runs)))
                 tokens_N = drawn_R if is_packed else drawn_R[self._on_device(np.array(order))]
             x_NC, residual_NC = self._through_layers(tokens_N, self._layout(packed), told)
-        return self._logits(x_NC, residual_NC, runs, order)
+        ends = np.empty(len(runs), dtype=np.int64)
+        ends[order] = np.cumsum([len(runs[index].tokens) for index in order])
+        for run, end in zip(runs, ends.tolist(), strict=True):
+            if run.reader is not None:
+                first = end - len(run.tokens)
+                self._read(x_NC[first:end], residual_NC[first:end], run.reader)
+        return self._logits(x_NC, residual_NC, runs, ends)
 
     def _through_layers(
         self, tokens_N: Tensor, batch: BatchLayout, told: LayersTold | None = None
@@ -155,12 +179,22 @@ class ModelRunner:
             embedded_NC *= self._embedding_scale
         return self._layers(embedded_NC, batch, self._ropes_LPD, self.pool.tensor, told)
 
+    def _read(self, x_NC: Tensor, residual_NC: Tensor, reader: Reader) -> None:
+        hidden_NC, _ = self.ops.add_rms_norm(
+            x_NC, residual_NC, self.weights.norm_C, self.architecture.norm_eps
+        )
+        if reader.hidden is not None:
+            reader.hidden(hidden_NC)
+        if reader.logits is not None:
+            # As many in each rank of a split model, whose heads work together.
+            rows = max(1, READ_LOGITS_BYTES // (4 * self.architecture.vocab_size))
+            for part_MC in torch.split(hidden_NC, rows):
+                reader.logits(self._head(part_MC).float())
+
     def _logits(
-        self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run], order: Sequence[int]
+        self, x_NC: Tensor, residual_NC: Tensor, runs: Sequence[Run], ends: IntArray
     ) -> Tensor:
-        """``order``: in which the rows of ``runs`` lie in the batch."""
-        ends = np.empty(len(runs), dtype=np.int64)
-        ends[order] = np.cumsum([len(runs[index].tokens) for index in order])
+        """``ends``: behind which row of the batch each of ``runs`` ends."""
         wanted = np.array(
             [
                 row

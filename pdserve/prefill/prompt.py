@@ -9,14 +9,15 @@
 finds the stage and knows that nobody wants it any more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pdserve.engine.outputs import ToDecode
-from pdserve.engine.sequence import Sequence
+from pdserve.engine.sequence import Sequence, stretch_us, unix_us
 from pdserve.errors import IllegalTransition
-from pdserve.ids import TicketId
+from pdserve.ids import BlockKey, TicketId, WorkerId
 from pdserve.messages import Address, Handoff, Token
+from pdserve.prefill.readings import Reading
 
 
 class Stage(StrEnum):
@@ -43,7 +44,8 @@ class Prompt:
     sequence: Sequence
     store: Address  # where its blocks go
     cached_tokens: int | None = None  # that its host has, as far as the router knows
-    stays: bool = False  # it is decoded here too: no ticket, nothing to hand over
+    stays: bool = False  # nothing to hand over, so no ticket: it is decoded here too, or not at all
+    reading: Reading | None = None  # nothing is generated: what its client wants is this
     stage: Stage = Stage.WAITING
     ticket: TicketId | None = None
     ticket_tries: int = 0  # left, to get slots at the store
@@ -60,6 +62,38 @@ class Prompt:
     @property
     def remaining_tokens(self) -> int:
         return len(self.sequence.tokens) - self.sequence.kv_count
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is begun, and will need more blocks here."""
+        begun = self.stage in (Stage.RESTORING, Stage.COMPUTING)
+        return begun and self.stays and self.reading is None
+
+    @property
+    def cacheable(self) -> tuple[BlockKey, ...]:
+        """Keys of the blocks that need not be computed. The last token always is: its logits are
+        what the first token is drawn from."""
+        if self.reading is not None and self.reading.reads_all:
+            return ()
+        sequence = self.sequence
+        return sequence.keys((len(sequence.tokens) - 1) // sequence.table.block_tokens)
+
+    def note_computed(self, worker: WorkerId) -> None:
+        """All of it is: what that took, and what of it was found."""
+        sequence, now_us = self.sequence, unix_us()
+        timing = sequence.timing
+        cached = timing.cached_tokens
+        if timing.preempted_count == 0:  # else what it finds cached is mostly its own work
+            cached = min(
+                len(sequence.tokens) - self.computed_tokens, sequence.request.prompt_tokens
+            )
+        sequence.timing = replace(
+            timing,
+            prefill_us=timing.prefill_us + stretch_us(timing, now_us),
+            since_unix_us=now_us,
+            cached_tokens=cached,
+            prefill=worker,
+        )
 
     def handoff(self) -> ToDecode:
         """What decode is to be told, once all blocks are sealed under the ticket."""

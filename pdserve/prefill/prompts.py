@@ -9,6 +9,7 @@ blocks and tail is committed and sealed, and decode is sent the hand-off.
 
 A prompt whose route ends where it begins *stays*: no ticket, no push, and after its first token the
 sequence goes on here with the blocks it has. What it computes is offered to the store all the same.
+One that is only read (``readings``) stays too, and ends with its last chunk.
 
 Between two steps every prompt stands at a chunk's border, so preemption needs no waiting: a
 preempted prompt leaves its full blocks in the store of this host and goes; whoever gets it next
@@ -29,16 +30,17 @@ from pdserve.engine.masks import looking_ahead
 from pdserve.engine.moves import Abort, Moved, OpenTicket, Push, PushLayers, Put, Restore
 from pdserve.engine.restoring import PrefillMeter
 from pdserve.engine.sayings import progress
-from pdserve.engine.sequence import Sequence, stretch_us, unix_us
+from pdserve.engine.sequence import Ending, Sequence
 from pdserve.engine.workplace import RETRY_AFTER_MS, Workplace
 from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
 from pdserve.ids import BlockKey, RequestId
 from pdserve.lifecycle import Event
-from pdserve.messages import Cancel, ChunkDone, Dispatch, Token
+from pdserve.messages import Cancel, ChunkDone, Dispatch, FinishReason, Token
 from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
 from pdserve.prefill.batch import ATTENTION_RATE, chunk_tokens, equal_work_tokens, shares_us
 from pdserve.prefill.prompt import Prompt, Stage
+from pdserve.prefill.readings import Reading, reading_of
 
 WAITING_MAX = 64
 """Prompts taken and not begun. The router binds late and keeps this at one or two."""
@@ -74,8 +76,7 @@ class Prompts:
 
     @property
     def growing(self) -> int:
-        begun = (Stage.RESTORING, Stage.COMPUTING)
-        return sum(prompt.stays and prompt.stage in begun for prompt in self._prompts.values())
+        return sum(prompt.grows for prompt in self._prompts.values())
 
     def attempt_of(self, request: RequestId) -> int | None:
         prompt = self._prompts.get(request)
@@ -115,8 +116,9 @@ class Prompts:
         prompt = Prompt(
             sequence,
             route.decode_store or self._workplace.local,
-            stays=self._workplace.stays(route),
+            stays=self._workplace.stays(route) or request.task is not None,
             cached_tokens=dispatch.cached_tokens,
+            reading=reading_of(request),
         )
         too_large = self._workplace.never_fits(self._workplace.blocks_for(request.length))
         if sequence.ending is not None:  # delivered by an earlier attempt, or not to be had here
@@ -143,12 +145,12 @@ class Prompts:
         for prompt in self._in_stage(Stage.WAITING)[:slots]:
             if not self._begin(prompt, growing):
                 return
-            growing += prompt.stays
+            growing += prompt.grows
             self._workplace.stirred = True
 
     def _begin(self, prompt: Prompt, growing: int) -> bool:
         sequence = prompt.sequence
-        keys = self._cacheable(sequence)
+        keys = prompt.cacheable
         held = self._pool.hold_published(keys)
         wanted = self._workplace.blocks_for(len(sequence.tokens)) - len(held)
         if not self._device.room(wanted + growing):
@@ -180,11 +182,6 @@ class Prompts:
         else:
             prompt.move_to(Stage.COMPUTING)
         return True
-
-    def _cacheable(self, sequence: Sequence) -> tuple[BlockKey, ...]:
-        """Keys of the blocks that need not be computed. The last token always is: its logits are
-        what the first token is drawn from."""
-        return sequence.keys((len(sequence.tokens) - 1) // self._block_tokens)
 
     def _open_ticket(self, prompt: Prompt) -> None:
         prompt.ticket_tries -= 1
@@ -295,7 +292,8 @@ class Prompts:
         chosen = self._choose_chunks(budget_tokens, beside_streams)
         if not chosen:
             return None
-        last = [prompt for prompt, chunk in chosen if prompt.remaining_tokens == chunk]
+        ends = [prompt for prompt, chunk in chosen if prompt.remaining_tokens == chunk]
+        last = [prompt for prompt in ends if prompt.reading is None]
         return Share(
             runs=[self._run(prompt, chunk) for prompt, chunk in chosen],
             rows=looking_ahead(
@@ -344,7 +342,9 @@ class Prompts:
             self._on_computed(prompt, chunk, share_us)
             if prompt.stays:
                 self._workplace.offer_blocks(prompt.sequence)
-            if prompt.remaining_tokens == 0:
+            if prompt.reading is not None:
+                self._on_read(prompt, prompt.reading)
+            elif prompt.remaining_tokens == 0:
                 self._on_first_token(prompt, next(first_tokens))
             self._push(prompt)
         return len(tokens)
@@ -354,7 +354,7 @@ class Prompts:
         begun: set[BlockKey] = set()  # blocks that this step computes for somebody
         for prompt in self._in_stage(Stage.COMPUTING):
             self._take_cached(prompt)
-            next_keys = self._cacheable(prompt.sequence)[prompt.sequence.full_blocks :]
+            next_keys = prompt.cacheable[prompt.sequence.full_blocks :]
             if next_keys and next_keys[0] in begun:
                 continue
             allowed = self._allowed(prompt, budget) if beside_streams else budget
@@ -380,7 +380,7 @@ class Prompts:
         """Swap own blocks that come next for those that somebody computed meanwhile."""
         sequence = prompt.sequence
         first = sequence.full_blocks
-        held = self._pool.hold_published(self._cacheable(sequence)[first:])
+        held = self._pool.hold_published(prompt.cacheable[first:])
         if not held:
             return
         self._pool.release(sequence.blocks[first : first + len(held)])
@@ -391,12 +391,14 @@ class Prompts:
     def _run(self, prompt: Prompt, chunk: int) -> Run:
         sequence = prompt.sequence
         start, end = sequence.kv_count, sequence.kv_count + chunk
+        is_last, reading = end == len(sequence.tokens), prompt.reading
         return Run(
             tokens=sequence.tokens[start:end],
             start=start,
             blocks=sequence.blocks[: self._workplace.blocks_for(end)],
-            wants_logits=end == len(sequence.tokens),
+            wants_logits=is_last and reading is None,
             adapter=sequence.request.adapter,
+            reader=reading.reader(last=is_last) if reading is not None else None,
         )
 
     def _on_computed(self, prompt: Prompt, chunk: int, share_us: int) -> None:
@@ -412,21 +414,20 @@ class Prompts:
             ChunkDone(request.request, request.attempt, sequence.kv_count, share_us)
         )
 
+    def _on_read(self, prompt: Prompt, reading: Reading) -> None:
+        """What a chunk has told; with the last one the request ends here."""
+        sequence, is_last = prompt.sequence, prompt.remaining_tokens == 0
+        for delta in reading.deltas(last=is_last):
+            self._workplace.say_of_prompt(sequence, delta)
+        if is_last:
+            prompt.note_computed(self._workplace.worker)
+            sequence.ending = Ending(FinishReason.STOP)
+            self._say_end(sequence, ())
+            self._let_go(prompt)
+
     def _on_first_token(self, prompt: Prompt, token: Token) -> None:
-        sequence, now_us = prompt.sequence, unix_us()
-        timing = sequence.timing
-        cached = timing.cached_tokens
-        if timing.preempted_count == 0:  # else what it finds cached is mostly its own work
-            cached = min(
-                len(sequence.tokens) - prompt.computed_tokens, sequence.request.prompt_tokens
-            )
-        sequence.timing = replace(
-            timing,
-            prefill_us=timing.prefill_us + stretch_us(timing, now_us),
-            since_unix_us=now_us,
-            cached_tokens=cached,
-            prefill=self._workplace.worker,
-        )
+        sequence = prompt.sequence
+        prompt.note_computed(self._workplace.worker)
         if sequence.request.beams is None:
             sequence.accept(token)
         else:  # which of the candidates come first is the search's to say

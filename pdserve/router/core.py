@@ -36,6 +36,7 @@ from pdserve.messages import (
     Request,
     WorkerFailed,
 )
+from pdserve.prompt_tasks import Scoring
 from pdserve.router import duties, parking, planner
 from pdserve.router.admission import Admission, candidates
 from pdserve.router.bindings import binding_of
@@ -389,8 +390,9 @@ class RouterCore:
         before = max(entry.computed_tokens, entry.cached_tokens)
         tokens = chunk.computed_tokens - before
         # The first chunk begins where the cached prefix really ended, which only the worker knows:
-        # what cannot have been one chunk is no measurement.
-        if 0 < tokens <= worker.hello.chunk_tokens and chunk.elapsed_us > 0:
+        # what cannot have been one chunk is no measurement. Scores take a time of their own.
+        is_plain = not isinstance(entry.request.task, Scoring)
+        if is_plain and 0 < tokens <= worker.hello.chunk_tokens and chunk.elapsed_us > 0:
             predicted_ns = self.state.fleet.costs.prefill_ns(tokens, before)
             measured_ns = chunk.elapsed_us * US
             worker.correction.observe(predicted_ns, measured_ns)

@@ -12,6 +12,9 @@ that worker; for no longer than it would gain, and never more than ``DEFER_MAX_N
 
 Where hosts say where they are, the hand-off has a length too: see ``pairing``.
 
+Of some requests nothing is decoded (``prompt_tasks``): they need no decode worker, and their route
+ends where it begins.
+
 A decode worker must have *room*, in sequences and in blocks, and is chosen by the step time it is
 predicted to have with one stream more. Blocks are counted for the tokens a request has now and a
 little growth, not for the most it might generate: what does not fit in the end is parked.
@@ -160,6 +163,8 @@ def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floa
         return fleet.slow * works_ns
     kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
     own_ns = (fleet.slow + fleet.streams) * works_ns
+    if entry.request.task is not None:
+        return own_ns
     own_ns += fleet.hands_off * fleet.costs.handoff.time_ns(kv_bytes)
     return own_ns
 
@@ -200,10 +205,13 @@ def place(
     if fleet.soonest_open_ns() > open_by_ns and only is None:
         return None
     least_blocks = blocks_of(entry.total_tokens + 1, block_tokens) + entry.beam_blocks
-    decode: Worker | None = None
-    if not fleet.aggregated:
-        decode = choose_decode(fleet, least_blocks, tpot_slo_ns=tpot_slo_ns)
-    if decode is None and not fleet.shares:
+    ends = entry.request.task is not None
+    decode = (
+        None
+        if ends or fleet.aggregated
+        else choose_decode(fleet, least_blocks, tpot_slo_ns=tpot_slo_ns)
+    )
+    if decode is None and not (fleet.shares or ends):
         return None
     slots = fleet.open_slots(open_by_ns) if only is None else np.array([only.slot])
     others: tuple[tuple[WorkerId, int], ...] = ()
@@ -215,7 +223,7 @@ def place(
             return None
     else:
         own_ns = own_costs(fleet, entry, hits, block_tokens)
-        _rule_out(fleet, own_ns, decode, least_blocks)
+        _rule_out(fleet, own_ns, decode, least_blocks, ends=ends)
         slot = _first_done(fleet, own_ns, now, slots)
         price_ns = own_ns.item(slot)
         if price_ns == math.inf:
@@ -228,8 +236,8 @@ def place(
         others = _others(fleet, own_ns, slot, now_ns)
     prefill = fleet.at(slot)
     reason = "bound on arrival" if only is not None else "first done"
-    if fleet.shares and not fleet.hands_off[slot]:
-        decode, reason = prefill, f"{reason}, decodes too"
+    if ends or (fleet.shares and not fleet.hands_off[slot]):
+        decode, reason = prefill, reason + (", ends there" if ends else ", decodes too")
     assert decode is not None
     shortest = decode
     decode = _paired(fleet, entry, prefill, shortest, least_blocks, tpot_slo_ns)
@@ -295,14 +303,16 @@ def _others(
     return tuple((w.id, int(done_ns[w.slot]) - now_ns) for w in rest[:OTHERS_MAX])
 
 
-def _rule_out(fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks: int) -> None:
-    """Price out the workers from which it could not go on."""
+def _rule_out(
+    fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks: int, *, ends: bool
+) -> None:
+    """Price out the workers from which it could not go on; ``ends``: nor need it."""
     if fleet.shares:
         # Who decodes it itself needs the room for it; who does not, needs somebody who has.
         own_ns[(fleet.hands_off == 0) & (fleet.room < least_blocks)] = np.inf
-        if decode is None:
+        if decode is None and not ends:
             own_ns[fleet.hands_off == 1] = np.inf
-    elif fleet.mixed:
+    elif fleet.mixed and not ends:
         assert decode is not None
         for worker in fleet.all():
             if worker.hello.namespace != decode.hello.namespace:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import msgpack
 
-from pdserve import messages
+from pdserve import messages, prompt_tasks
 from pdserve.errors import ErrorInfo, FrameError
 from pdserve.wire.frame import MESSAGE_BYTES_MAX, Buffer
 
@@ -305,9 +305,10 @@ def _fixed_tuple_decoder(decoders: list[_Decode], where: str) -> _Decode:
 
 MESSAGES = Codec(
     value
-    for value in vars(messages).values()
+    for module in (messages, prompt_tasks)
+    for value in vars(module).values()
     if isinstance(value, type)
     and dataclasses.is_dataclass(value)
-    and value.__module__ == messages.__name__
+    and value.__module__ == module.__name__
 )
-"""Of everything that ``pdserve.messages`` defines."""
+"""Of everything that ``pdserve.messages`` and ``pdserve.prompt_tasks`` define."""

@@ -19,7 +19,7 @@ FOLDERS = {
 }  # fmt: skip
 VOCABULARY = {
     *("checked", "clock", "compiled", "config", "errors", "ids", "lifecycle", "messages"),
-    *("router_config", "settings", "settings_schema", "suspicion", "values"),
+    *("prompt_tasks", "router_config", "settings", "settings_schema", "suspicion", "values"),
 }
 
 MAY_IMPORT: dict[str, set[str]] = {

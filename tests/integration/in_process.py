@@ -128,7 +128,8 @@ class InProcessCluster:
             streams_max=self.config.gateway.streams_max,
         )
         self.session = GatewaySession(served, load_tokenizer(self._model), host=host)
-        await self.session.start(sockets, find_router, tcp_host=None)
+        silence_s = self.config.router.router_silence_ms / 1000
+        await self.session.start(sockets, find_router, tcp_host=None, silence_s=silence_s)
 
         async def snapshot() -> dict[str, Any]:
             return asdict(self.router.snapshot())

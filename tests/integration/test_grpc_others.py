@@ -13,12 +13,13 @@ from pdserve.cluster.rpc.reflecting import V1
 from pdserve.cluster.rpc.server import SERVICES
 from pdserve.errors import QueueFull
 from pdserve.messages import FinishReason
+from pdserve.prompt_tasks import Pooling, Scoring
 from pdserve.proto.kserve import inference_pb2 as kserve
 from pdserve.proto.kserve.inference_pb2_grpc import GRPCInferenceServiceStub
 from pdserve.proto.vllm import engine_pb2 as vllm
 from pdserve.proto.vllm.engine_pb2_grpc import VllmEngineStub
 from tests.integration.grpc_server import WAIT_S, Served
-from tests.unit.cluster.fake_session import HANG, MODEL, FakeSession, piece, said, steps
+from tests.unit.cluster.fake_session import HANG, MODEL, VECTOR, FakeSession, piece, said, steps
 from tests.unit.cluster.test_kserve_requests import asked
 
 
@@ -159,6 +160,55 @@ def test_tokens_stream_and_the_last_message_has_them_all(engine: Any, session: F
     assert (call.sampling.top_p, call.stop.max_tokens) == (1, 998)
 
 
+def test_a_prompts_logprobs_come_with_the_first_message_of_a_choice(
+    engine: Any, session: FakeSession
+) -> None:
+    request = vllm.GenerateRequest(
+        tokenized=vllm.TokenizedInput(input_ids=[5, 6, 7]),
+        sampling_params=vllm.SamplingParams(n=2, prompt_logprobs=1),
+        stream=True,
+    )
+    messages = list(engine.Generate(request, timeout=WAIT_S))
+    told = [each.chunk for each in messages if each.HasField("chunk")]
+    with_prompt = [each.index for each in told if each.HasField("input_logprobs")]
+    assert sorted(with_prompt) == [0, 1]
+    complete = [each.complete for each in messages if each.HasField("complete")]
+    for each in (*complete, next(each for each in told if each.index == 1)):
+        scores = each.input_logprobs
+        assert list(scores.token_ids) == [5, 6, 7]
+        assert [score.HasField("value") for score in scores.token_logprobs] == [False, True, True]
+        assert [score.value for score in scores.token_logprobs] == [0.0, -0.25, -0.5]
+        assert [list(top.token_ids) for top in scores.top_logprobs] == [[], [6], [7]]
+    (call,) = session.calls
+    assert call.task == Scoring(1)
+
+
+def test_a_prompt_is_embedded(engine: Any, session: FakeSession) -> None:
+    request = vllm.EmbedRequest(
+        request_id="e-1", tokenized=vllm.TokenizedInput(input_ids=[5, 6, 7])
+    )
+    answer = engine.Embed(request, timeout=WAIT_S)
+    assert list(answer.embedding) == VECTOR.tolist()
+    assert (answer.prompt_tokens, answer.embedding_dim) == (3, len(VECTOR))
+    (call,) = session.calls
+    assert (call.call, call.prompt, call.task) == ("e-1", (5, 6, 7), Pooling())
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        vllm.EmbedRequest(),
+        vllm.EmbedRequest(tokenized=vllm.TokenizedInput(input_ids=[1 << 20])),
+        vllm.EmbedRequest(tokenized=vllm.TokenizedInput(input_ids=[1] * 1001)),
+        vllm.EmbedRequest(request_id="no name", tokenized=vllm.TokenizedInput(input_ids=[1])),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(engine: Any, request_: vllm.EmbedRequest) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        engine.Embed(request_, timeout=WAIT_S)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_without_streaming_each_choice_is_one_message(engine: Any, session: FakeSession) -> None:
     session.script = said("ab", finish=FinishReason.LENGTH)
     answers = [each.complete for each in engine.Generate(generate(n=3, max_tokens=2))]
@@ -173,7 +223,7 @@ def test_without_streaming_each_choice_is_one_message(engine: Any, session: Fake
         vllm.GenerateRequest(request_id="r"),
         vllm.GenerateRequest(text="a", kv_transfer_params_json="{}"),
         vllm.GenerateRequest(text="a", data_parallel_rank=1),
-        generate(prompt_logprobs=1),
+        generate(prompt_logprobs=-1),
         generate(truncate_prompt_tokens=5),
         generate(logprobs=-1),
         generate(structural_tag="{}"),

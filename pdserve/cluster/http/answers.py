@@ -12,6 +12,7 @@ from pdserve.cluster.calls import Piece
 from pdserve.cluster.http.speech import PLAIN, Manner, Speech
 from pdserve.cluster.why import US_PER_MS, decision_report, time_report
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
+from pdserve.prompt_tasks import PromptScore
 from pdserve.text.tokenizer import Tokenizer
 
 LOGPROB_MIN = -9999.0
@@ -27,7 +28,8 @@ class Choice:
     tokens: list[Token] = field(default_factory=list)
     token_count: int = 0
     started: bool = False
-    text_offset: int = 0  # where the next token's own text begins, for completions' logprobs
+    text_offset: int | None = None  # where the next token's own text begins, once that was asked
+    prompt_scores: list[PromptScore] = field(default_factory=list)  # from its second token on
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     timing: Timing | None = None
@@ -59,6 +61,93 @@ class Dialect(Protocol):
         """What a stream says of ``piece``; nothing while all its text is held back."""
         ...
 
+    def beside(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """What a whole answer has beside its choices."""
+        ...
+
+
+class Scored:
+    """vLLM's ``prompt_logprobs``: for each token of a prompt what could stand there, by id."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], top: int) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._top = top
+
+    def of(self, choice: Choice) -> list[dict[str, Any] | None]:
+        """The first token has none; each other's own entry comes first, then the best."""
+        # A choice that was cancelled may lack some.
+        scored = zip(self._prompt[1:], choice.prompt_scores, strict=False)
+        return [None, *(self._entries(token, score) for token, score in scored)]
+
+    def _entries(self, token: int, score: PromptScore) -> dict[str, Any]:
+        entries = {str(token): self._entry(token, score.logprob, score.rank)}
+        for rank, (other, value) in enumerate(score.top[: self._top], 1):
+            entries.setdefault(str(other), self._entry(other, value, rank))
+        return entries
+
+    def _entry(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {
+            "logprob": max(logprob, LOGPROB_MIN),
+            "rank": rank,
+            "decoded_token": self._tokenizer.token_text(token),
+        }
+
+
+class _Lists:
+    """OpenAI's older logprobs: four lists with an element per token."""
+
+    def __init__(self, tokenizer: Tokenizer, first: int) -> None:
+        """``first``: where in the text it begins."""
+        self.end = first
+        self._tokenizer = tokenizer
+        self._texts: list[str] = []
+        self._offsets: list[int] = []
+        self._logprobs: list[float | None] = []
+        self._tops: list[dict[str, float] | None] = []
+
+    def add(
+        self, token: int, logprob: float | None, best: Sequence[tuple[int, float]] = ()
+    ) -> None:
+        """``logprob``: None for a token that nothing comes before."""
+        text = self._tokenizer.token_text(token)
+        self._texts.append(text)
+        self._offsets.append(self.end)
+        self.end += len(text)
+        if logprob is None:
+            self._logprobs.append(None)
+            self._tops.append(None)
+            return
+        own = max(logprob, LOGPROB_MIN)
+        top: dict[str, float] = {}
+        for other, value in best:  # best first: it keeps a text that two tokens share
+            top.setdefault(self._tokenizer.token_text(other), max(value, LOGPROB_MIN))
+        top.setdefault(text, own)
+        self._logprobs.append(own)
+        self._tops.append(top)
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "tokens": self._texts,
+            "text_offset": self._offsets,
+            "token_logprobs": self._logprobs,
+            "top_logprobs": self._tops,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is repeated before its answers."""
+
+    text: str
+    tokens: Sequence[int]
+    top: int = 0  # of the best in place of each
+
+    def tell(self, lists: _Lists, choice: Choice) -> None:
+        lists.add(self.tokens[0], None)
+        for token, score in zip(self.tokens[1:], choice.prompt_scores, strict=False):
+            lists.add(token, score.logprob, score.top[: self.top])
+
 
 class Chat:
     operation = "chat"
@@ -74,9 +163,11 @@ class Chat:
         token_ids: bool = False,
         manner: Manner = PLAIN,
         calls_finish: bool = True,
+        scored: Scored | None = None,
     ) -> None:
         """
         Args:
+            scored: how the prompt's own scores are told; None: they are not.
             manner: how thoughts and calls are told apart from what is said.
             calls_finish: an answer that calls tools says that it ended for that; False where the
                 client chose the call itself.
@@ -86,6 +177,12 @@ class Chat:
         self._token_ids = token_ids
         self._manner = manner
         self._calls_finish = calls_finish
+        self._scored = scored
+
+    def beside(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        if self._scored is None:
+            return {}
+        return {"prompt_logprobs": self._scored.of(choices[0])}
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         text = "".join(choice.texts)
@@ -169,13 +266,19 @@ class Completion:
         *,
         logprobs: bool,
         token_ids: bool = False,
-        echoes: Sequence[str] = (),
+        echoes: Sequence[Echo] = (),
         n: int = 1,
+        scored: Sequence[Scored] = (),
     ) -> None:
-        """``echoes``: each prompt's text where it is to be repeated before its ``n`` choices."""
+        """
+        Args:
+            echoes: each prompt where it is to be repeated before its ``n`` choices.
+            scored: how each prompt's own scores are told where they are.
+        """
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._token_ids = token_ids
+        self._scored = scored
         self._echoes = echoes
         self._n = n
 
@@ -187,18 +290,28 @@ class Completion:
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
             **_ids(self._token_ids, choice.tokens),
+            **(
+                {"prompt_logprobs": self._scored[choice.index // self._n].of(choice)}
+                if self._scored
+                else {}
+            ),
         }
+
+    def beside(self, _: Sequence[Choice]) -> dict[str, Any]:
+        return {}
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         text = piece.text if choice.started else self._echo(choice) + piece.text
-        choice.started = True
+        # Of a stream that goes on elsewhere the echo was told; its tokens count all the same.
+        told, choice.started = choice.started, True
+        scores = self._scores(choice, piece.tokens, echoes=not told)
         if not (text or piece.finish or (piece.tokens and (self._logprobs or self._token_ids))):
             return []
         return [
             {
                 "index": choice.index,
                 "text": text,
-                "logprobs": self._scores(choice, piece.tokens),
+                "logprobs": scores,
                 "finish_reason": piece.finish,
                 "stop_reason": piece.stop_reason,
                 **_ids(self._token_ids, piece.tokens),
@@ -206,31 +319,24 @@ class Completion:
         ]
 
     def _echo(self, choice: Choice) -> str:
-        return self._echoes[choice.index // self._n] if self._echoes else ""
+        return self._echoes[choice.index // self._n].text if self._echoes else ""
 
-    def _scores(self, choice: Choice, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _scores(
+        self, choice: Choice, tokens: Sequence[Token], *, echoes: bool = True
+    ) -> dict[str, Any] | None:
+        """``echoes``: with those of the prompt, where it is repeated and was not yet."""
         if not self._logprobs:
             return None
-        texts, offsets, logprobs, tops = [], [], [], []
+        lists = _Lists(self._tokenizer, choice.text_offset or 0)
+        if choice.text_offset is None and self._echoes:
+            self._echoes[choice.index // self._n].tell(lists, choice)
+            if not echoes:
+                lists = _Lists(self._tokenizer, lists.end)
         for token in tokens:
-            text = self._tokenizer.token_text(token.token)
             logprob = token.logprob or TokenLogprob(LOGPROB_MIN)
-            own = max(logprob.logprob, LOGPROB_MIN)
-            top: dict[str, float] = {}
-            for other, value in logprob.top:  # best first: it keeps a text that two tokens share
-                top.setdefault(self._tokenizer.token_text(other), max(value, LOGPROB_MIN))
-            top.setdefault(text, own)
-            texts.append(text)
-            offsets.append(choice.text_offset)
-            logprobs.append(own)
-            tops.append(top)
-            choice.text_offset += len(text)
-        return {
-            "tokens": texts,
-            "text_offset": offsets,
-            "token_logprobs": logprobs,
-            "top_logprobs": tops,
-        }
+            lists.add(token.token, logprob.logprob, logprob.top)
+        choice.text_offset = lists.end
+        return lists.told()
 
 
 def _ids(wanted: bool, tokens: Sequence[Token]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pdserve.cluster.http.access import Access
 from pdserve.cluster.http.asking import chat_asked, completion_asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.console import add_console
+from pdserve.cluster.http.embeddings import Embeddings
 from pdserve.cluster.http.errors import error_response, internal_error
 from pdserve.cluster.http.generation import Generation
 from pdserve.cluster.http.metrics import FrontMetrics
@@ -132,6 +133,10 @@ def _add_generations(app: FastAPI, session: Session, config: GatewayConfig) -> N
     @app.post("/v1/completions")
     async def completions() -> Response:
         return Generation(session, config, metrics, operation="completion", ask=completion_asked)
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        return Embeddings(session, config, metrics)
 
 
 def _add_models(app: FastAPI, session: Session) -> None:

@@ -9,15 +9,24 @@ from typing import Any
 from pdserve.clock import steady_unix_ms, unix_ms
 from pdserve.cluster import constraints
 from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.http.answers import Chat, Completion, Dialect
+from pdserve.cluster.http.answers import Chat, Completion, Dialect, Echo, Scored
 from pdserve.cluster.http.hints import deadline_unix_ms, retries_of
 from pdserve.cluster.http.schemas import ChatBody, CompletionBody, checked, prompts_of
 from pdserve.cluster.http.speech import Manner
 from pdserve.cluster.http.tools import Tools, tools_of
-from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model, shown
+from pdserve.cluster.parameters import (
+    Limits,
+    Parameters,
+    call_of,
+    check_model,
+    check_scores,
+    shown,
+    truncated,
+)
 from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
+from pdserve.prompt_tasks import Scoring
 
 PROMPTS_MAX = 128
 """Prompts in one completion request; each is a call."""
@@ -67,12 +76,17 @@ async def chat_asked(
         tools=tools.tools if tools else None,
         arguments=body.chat_template_kwargs,
     )
+    prompt = truncated(prompt, body.truncate_prompt_tokens, limits_of(session, config))
+    scored = None
+    if body.prompt_logprobs is not None:
+        scored = Scored(session.tokenizer, prompt, body.prompt_logprobs)
     dialect = Chat(
         session.tokenizer,
         logprobs=bool(body.logprobs),
         token_ids=bool(body.return_token_ids),
         manner=_manner(config, tools, constrained=parameters.constraint is not None),
         calls_finish=not (tools and tools.named),
+        scored=scored,
     )
     return await _asked(
         session,
@@ -117,13 +131,19 @@ async def completion_asked(
             tokens = await text_prompt(session, item, field=field, add_special_tokens=special)
         else:
             tokens = token_prompt(session, item, field=field)
+        tokens = truncated(tokens, body.truncate_prompt_tokens, limits_of(session, config))
         prompts.append((field, tokens))
     dialect = Completion(
         session.tokenizer,
         logprobs=body.logprobs is not None,
         token_ids=bool(body.return_token_ids),
-        echoes=_echoes(session, given) if body.echo else (),
+        echoes=_echoes(session, body, given, prompts) if body.echo else (),
         n=body.n or 1,
+        scored=[
+            Scored(session.tokenizer, tokens, body.prompt_logprobs)
+            for _, tokens in prompts
+            if body.prompt_logprobs is not None
+        ],
     )
     return await _asked(
         session,
@@ -152,7 +172,7 @@ async def _asked(
     prompts: Sequence[tuple[str, tuple[int, ...]]],
     default_max_tokens: int | None = None,
 ) -> Asked:
-    limits = Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max)
+    limits = limits_of(session, config)
     include_usage, continuous_usage = body.usage_wanted()
     name = dialect.id_prefix + secrets.token_hex(12)
     ends_unix_ms = deadline_unix_ms(
@@ -178,6 +198,9 @@ async def _asked(
         )
         for index, (field, prompt) in enumerate(prompts)
     )
+    task = calls[0].task
+    if isinstance(task, Scoring):  # each is no more than it may be; together they may be
+        check_scores(parameters.prompt_logprobs_field, sum(len(p) for _, p in prompts), task)
     await constraints.check(session.grammars, parameters)
     return Asked(
         id=name,
@@ -207,5 +230,20 @@ def flag_of(headers: Mapping[str, str], name: str) -> bool:
     return wanted
 
 
-def _echoes(session: Session, prompts: Sequence[str | list[int]]) -> list[str]:
-    return [item if isinstance(item, str) else session.tokenizer.decode(item) for item in prompts]
+def limits_of(session: Session, config: GatewayConfig) -> Limits:
+    return Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max)
+
+
+def _echoes(
+    session: Session,
+    body: CompletionBody,
+    given: Sequence[str | list[int]],
+    prompts: Sequence[tuple[str, tuple[int, ...]]],
+) -> list[Echo]:
+    """As they were sent; of those that were truncated what is left."""
+    echoes = []
+    for item, (_, tokens) in zip(given, prompts, strict=True):
+        sent = isinstance(item, str) and body.truncate_prompt_tokens is None
+        text = str(item) if sent else session.tokenizer.decode(tokens)
+        echoes.append(Echo(text, tokens, body.logprobs or 0))
+    return echoes

@@ -47,6 +47,7 @@ from pdserve.cluster.http.streaming import (
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
+from pdserve.prompt_tasks import PromptScore
 
 Ask = Callable[
     [Session, GatewayConfig, Mapping[str, Any], Mapping[str, str], str | None], Awaitable[Asked]
@@ -129,7 +130,10 @@ class _Answer:
         self._session = session
         self._asked = asked
         self._meter = meter
-        self._choices = [Choice(index) for index in range(len(asked.calls) * asked.n)]
+        n, scores = asked.n, [list[PromptScore]() for _ in asked.calls]
+        self._choices = [
+            Choice(index, prompt_scores=scores[index // n]) for index in range(len(scores) * n)
+        ]
 
     async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._trail is not None:
@@ -210,6 +214,9 @@ class _Answer:
         self._meter.note(batch)
         for call, piece in batch:
             choice = self._choices[call * self._asked.n + piece.choice]
+            if piece.scores:  # all choices of the call have this list
+                choice.prompt_scores.extend(piece.scores)
+                continue
             choice.note(piece)
             yield choice, piece
 

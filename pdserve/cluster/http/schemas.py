@@ -82,6 +82,12 @@ class _Generation(Body):
     service_tier: str | None = None
     prompt_cache_retention: str | None = None
     priority: int | None = Field(None, description="Ignored; see service_tier.")
+    prompt_logprobs: int | None = Field(
+        None, description="How many of the best in place of each prompt token, with its own."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, description="Take the prompt's last so many tokens; -1: what the context holds."
+    )
     best_of: int | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
@@ -130,6 +136,7 @@ class _Generation(Body):
             use_beam_search=self.use_beam_search,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
+            prompt_logprobs=self._prompt_logprobs(),
             constraint=wanted.constraint if wanted else None,
             constraint_field=wanted.field if wanted else "",
             **self._own_parameters(),
@@ -137,6 +144,13 @@ class _Generation(Body):
 
     def _own_parameters(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _prompt_logprobs(self) -> int | None:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ConflictingFields(
+                "prompt_logprobs", "come with a whole answer only; set stream to false"
+            )
+        return self.prompt_logprobs
 
     def usage_wanted(self) -> tuple[bool, bool]:
         """Whether the stream ends with a usage chunk, and whether every chunk has one."""
@@ -184,11 +198,35 @@ class CompletionBody(_Generation):
     add_special_tokens: bool | None = None
 
     def _own_parameters(self) -> dict[str, Any]:
-        if self.echo and self.logprobs is not None:
+        if self.max_tokens == 0 and not self.echo:
             raise ConflictingFields(
-                "echo", "with logprobs is not supported: prompts are not scored"
+                "max_tokens", "is 0, which leaves nothing to answer; set echo to true, or ask for 1"
             )
-        return {"logprobs": self.logprobs}
+        return {"logprobs": self.logprobs, "repeats_prompt": bool(self.echo)}
+
+    def _prompt_logprobs(self) -> int | None:
+        """An echo with logprobs has those of the prompt too."""
+        own = super()._prompt_logprobs()
+        if self.echo and self.logprobs is not None:
+            return max(self.logprobs, own or 0)
+        return own
+
+
+class EmbeddingBody(Body):
+    input: Prompt
+    encoding_format: str | None = None
+    dimensions: int | None = Field(
+        None, description="Keep the first so many numbers, brought to length 1 again."
+    )
+    user: str | None = None
+    service_tier: str | None = None
+    priority: int | None = Field(None, description="Ignored; see service_tier.")
+    truncate_prompt_tokens: int | None = Field(
+        None, description="Take the last so many tokens of each input; -1: what fits."
+    )
+    add_special_tokens: bool | None = None
+    normalize: bool | None = Field(None, description="To length 1; true.")
+    use_activation: bool | None = Field(None, description="vLLM's newer name of normalize.")
 
 
 class TokenizeBody(Body):
@@ -221,11 +259,9 @@ UNSUPPORTED: Mapping[str, Sequence[Any]] = MappingProxyType(
         "audio": _NOTHING,
         "web_search_options": (),
         "suffix": _NOTHING,
-        "prompt_logprobs": (),
         "logprob_token_ids": _NOTHING,
         "allowed_token_ids": (),
         "bad_words": _NOTHING,
-        "truncate_prompt_tokens": (),
         "continue_final_message": _NOTHING,
         "chat_template": (),
         "chat_template_kwargs": _NOTHING,  # completions only: chats have the field
@@ -237,6 +273,8 @@ UNSUPPORTED: Mapping[str, Sequence[Any]] = MappingProxyType(
         "echo": _NOTHING,  # chats only: completions have the field
         "add_special_tokens": _NOTHING,  # likewise: a chat template writes them itself
         "cache_salt": _NOTHING,
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
         "kv_transfer_params": _NOTHING,
     }
 )
@@ -267,18 +305,18 @@ def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
         raise _first_problem(error) from None
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """The single prompts that a completion's ``prompt`` holds, in order."""
+def prompts_of(prompt: Any, *, name: str = "prompt") -> list[str | list[int]]:
+    """The single prompts that a completion's ``prompt``, or what ``name`` says, holds, in order."""
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise InvalidField(
-            "prompt", f"is {shown(prompt)}, must be text, token ids, or a list of either"
+            name, f"is {shown(prompt)}, must be text, token ids, or a list of either"
         )
     if _is_token(prompt[0]):
-        return [_tokens("prompt", prompt)]
+        return [_tokens(name, prompt)]
     return [
-        item if isinstance(item, str) else _tokens(f"prompt.{index}", item)
+        item if isinstance(item, str) else _tokens(f"{name}.{index}", item)
         for index, item in enumerate(prompt)
     ]
 

@@ -70,4 +70,5 @@ def whole(asked: Asked, choices: list[Choice], usage: dict[str, Any]) -> dict[st
         "model": asked.model,
         "choices": [asked.dialect.whole(choice) for choice in choices],
         "usage": usage,
+        **asked.dialect.beside(choices),
     }

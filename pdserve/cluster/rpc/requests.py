@@ -13,6 +13,7 @@ from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
 from pdserve.messages import Decision, FinishReason, ServiceClass, Timing, Token, TokenLogprob
+from pdserve.prompt_tasks import PromptScore
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.text.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ _OPTIONAL = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos"),
     *("include_stop_str_in_output", "skip_special_tokens", "logprobs", "user"),
     *("no_repeat_ngram_size", "best_of", "use_beam_search", "length_penalty", "early_stopping"),
+    "prompt_logprobs",
 )
 """Fields with presence that mean in ``Parameters`` what they mean in the message."""
 
@@ -82,9 +84,13 @@ async def chat_call(
 
 
 def chunk_of(
-    call: Call, piece: Piece, tokenizer: Tokenizer, *, event_id: str = ""
+    call: Call, piece: Piece, tokenizer: Tokenizer, *, event_id: str = "", first_score: int = 1
 ) -> pb.GenerateChunk:
-    """``piece`` as a message; usage and timing are added by who knows them."""
+    """``piece`` as a message; usage and timing are added by who knows them.
+
+    Args:
+        first_score: which of the prompt's tokens the first of the piece's scores is of.
+    """
     chunk = pb.GenerateChunk(
         id=call.call,
         choice=piece.choice,
@@ -92,6 +98,10 @@ def chunk_of(
         text=piece.text,
         token_ids=[token.token for token in piece.tokens],
         finish_reason=_FINISH[piece.finish],
+    )
+    chunk.prompt_logprobs.extend(
+        _prompt_logprob(call.prompt[index], score, tokenizer)
+        for index, score in enumerate(piece.scores, first_score)
     )
     if call.sampling.logprobs is not None:
         chunk.logprobs.extend(_logprob(token, tokenizer) for token in piece.tokens)
@@ -138,7 +148,7 @@ async def _call(
     call = call_of(
         parameters,
         Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max),
-        call=_id(request.id),
+        call=call_id(request.id),
         prompt=prompt,
         prompt_field=prompt_field,
         default_max_tokens=default_max_tokens,
@@ -150,7 +160,7 @@ async def _call(
     return call
 
 
-def _id(given: str) -> str:
+def call_id(given: str) -> str:
     if given and not _ID.fullmatch(given):
         raise InvalidField("id", f"is {shown(given)}, must be 1 to 64 of a-z, A-Z, 0-9, _, . and -")
     return given or f"gen-{secrets.token_hex(12)}"
@@ -199,6 +209,19 @@ def _decision(decision: Decision) -> pb.Decision:
         decode_worker=decision.decode,
         price_us=decision.price_us,
         others=[pb.Price(worker=worker, price_us=price) for worker, price in decision.others],
+    )
+
+
+def _prompt_logprob(token: int, score: PromptScore, tokenizer: Tokenizer) -> pb.PromptLogprob:
+    return pb.PromptLogprob(
+        token_id=token,
+        token=tokenizer.token_text(token),
+        logprob=score.logprob,
+        rank=score.rank,
+        top=[
+            pb.TopLogprob(token_id=other, token=tokenizer.token_text(other), logprob=value)
+            for other, value in score.top
+        ],
     )
 
 

@@ -37,6 +37,8 @@ def resumable(
     last = metadata.get(LAST_METADATA)
     if last is None and not flag_of(metadata, WANTED_METADATA):
         return call, None
+    if call.task is not None:
+        raise InvalidField("prompt_logprobs", "cannot come with a stream that can be resumed")
     if call.n > CHOICES_MAX:
         raise InvalidField("n", f"makes {call.n} choices, a resumable stream has {CHOICES_MAX}")
     said = {request.DESCRIPTOR.name: request.SerializeToString(deterministic=True).hex()}

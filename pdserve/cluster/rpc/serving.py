@@ -5,7 +5,7 @@ through ``batches``, which closes the session's iterator.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import grpc
 
 from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.cluster.embedding import Embedded, embedded
 from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.answers import cached_tokens
 from pdserve.cluster.http.hints import retries_of
@@ -28,6 +29,9 @@ from pdserve.messages import Timing
 from pdserve.proto.v1 import inference_pb2 as pb
 
 US_PER_S = 1_000_000
+
+SCORES_MAX = 512
+"""Of a prompt's tokens in one message."""
 
 Ask = Callable[[str | None], Awaitable[Call]]
 """The call that a tenant asks for; None: whose it is, the request itself says."""
@@ -92,6 +96,27 @@ class Serving:
                 meter.status = status_of(error).grpc
                 raise
 
+    async def embed(self, ask: Ask, context: Any) -> tuple[Call, Embedded]:
+        """The vector of a call that pools its prompt. Raises PdserveError."""
+        headers = dict(context.invocation_metadata()) if is_tracing() else {}
+        with self._metrics.follow("grpc", "embed") as meter, continued(headers):
+            try:
+                call = replace(
+                    await ask(self.tenant(context)), retries=retries_of(text_metadata(context))
+                )
+                meter.calls = (call,)
+                (found,) = await embedded(self.session, [call], meter)
+                meter.prompt_tokens = len(call.prompt)
+                meter.cached_tokens = found.timing.cached_tokens if found.timing else 0
+                meter.status = grpc.StatusCode.OK.name
+            except asyncio.CancelledError:
+                meter.status = DISCONNECTED
+                raise
+            except PdserveError as error:
+                meter.status = status_of(error).grpc
+                raise
+            return call, found
+
     async def _told(self, telling: Awaitable[None]) -> None:
         """
         Raises:
@@ -110,17 +135,25 @@ class Serving:
         """The call's pieces as messages; the last one carries the usage. ``trail`` leaves out what
         was told before."""
         open_count = call.n
-        generated_tokens = 0
+        generated_tokens = scored_tokens = 0
         timings: dict[int, Timing] = {}
         async with aclosing(batches(self.session, [call])) as gathered:
             async for batch in gathered:
                 meter.note(batch)
-                for _, piece in batch:
+                for piece in (part for _, each in batch for part in _in_parts(each)):
                     generated_tokens += len(piece.tokens)
                     rest = ("", piece) if trail is None else trail.rest(piece)
                     chunk = pb.GenerateChunk()  # told before; what it would have said counts
                     if rest is not None:
-                        chunk = chunk_of(call, rest[1], self.session.tokenizer, event_id=rest[0])
+                        event_id, untold = rest
+                        chunk = chunk_of(
+                            call,
+                            untold,
+                            self.session.tokenizer,
+                            event_id=event_id,
+                            first_score=1 + scored_tokens,
+                        )
+                    scored_tokens += len(piece.scores)
                     if piece.timing is not None:
                         timings[piece.choice] = piece.timing
                     if piece.finish is not None:
@@ -139,6 +172,14 @@ class Serving:
 def text_metadata(context: Any) -> dict[str, str]:
     """Of the call; names in lower case, as gRPC has them."""
     return {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+
+
+def _in_parts(piece: Piece) -> Iterator[Piece]:
+    """Clients take messages of 4 MiB."""
+    if not piece.scores:
+        yield piece
+    for first in range(0, len(piece.scores), SCORES_MAX):
+        yield replace(piece, scores=piece.scores[first : first + SCORES_MAX])
 
 
 def _add_timing(chunk: pb.GenerateChunk, timing: Timing | None, meter: Meter, *, why: bool) -> None:

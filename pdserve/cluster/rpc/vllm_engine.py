@@ -8,8 +8,9 @@ from pdserve.cluster.calls import Call
 from pdserve.cluster.rpc.aborting import aborting
 from pdserve.cluster.rpc.requests import generate_call
 from pdserve.cluster.rpc.serving import Serving
-from pdserve.cluster.rpc.vllm_requests import request_of
+from pdserve.cluster.rpc.vllm_requests import embed_call, request_of
 from pdserve.errors import InvalidField
+from pdserve.prompt_tasks import Scoring
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.vllm import engine_pb2 as vllm
 from pdserve.proto.vllm.engine_pb2_grpc import VllmEngineServicer
@@ -41,6 +42,22 @@ class VllmServicer(VllmEngineServicer):
             )
             answers = _Answers(context, streams=request.stream)
             await serving.run("vllm", ask, context, answers.tell)
+
+    async def Embed(  # noqa: N802
+        self, request: vllm.EmbedRequest, context: Any
+    ) -> vllm.EmbedResponse | None:
+        serving = self._serving
+        async with aborting(context):
+            ask = partial(
+                embed_call, serving.session, serving.config, request, context.time_remaining()
+            )
+            call, found = await serving.embed(ask, context)
+            return vllm.EmbedResponse(
+                embedding=found.vector.tolist(),
+                prompt_tokens=len(call.prompt),
+                embedding_dim=len(found.vector),
+            )
+        return None  # the call was aborted
 
     async def HealthCheck(self, _: Any, __: Any) -> vllm.HealthCheckResponse:  # noqa: N802
         return vllm.HealthCheckResponse(healthy=True)
@@ -82,8 +99,13 @@ class _Answers:
         self._context = context
         self._streams = streams
         self._complete: dict[int, vllm.GenerateComplete] = {}
+        self._prompt = vllm.InputLogProbs()
+        self._begun: set[int] = set()  # choices of which something was told
 
     async def tell(self, call: Call, chunk: pb.GenerateChunk) -> None:
+        if chunk.prompt_logprobs:
+            _add_prompt(self._prompt, chunk)
+            return
         whole = self._complete.setdefault(
             chunk.choice, vllm.GenerateComplete(prompt_tokens=len(call.prompt), index=chunk.choice)
         )
@@ -100,6 +122,9 @@ class _Answers:
             )
             if chunk.logprobs:
                 part.output_logprobs.CopyFrom(logprobs)
+            if isinstance(call.task, Scoring) and chunk.choice not in self._begun:
+                self._begun.add(chunk.choice)
+                part.input_logprobs.CopyFrom(self._whole_prompt(call))
             await self._context.write(vllm.GenerateResponse(chunk=part))
         if chunk.finish_reason in _FINISH:
             whole.finish_reason = _FINISH[chunk.finish_reason]
@@ -111,7 +136,31 @@ class _Answers:
                     whole.matched_token_id = chunk.stop_token_id
             if call.sampling.logprobs is None:
                 whole.ClearField("output_logprobs")
+            if isinstance(call.task, Scoring):
+                whole.input_logprobs.CopyFrom(self._whole_prompt(call))
             await self._context.write(vllm.GenerateResponse(complete=whole))
+
+    def _whole_prompt(self, call: Call) -> vllm.InputLogProbs:
+        """Its first token has neither a value nor others in its place."""
+        whole = vllm.InputLogProbs(
+            token_logprobs=[vllm.InputTokenLogProb()],
+            token_ids=call.prompt[:1],
+            top_logprobs=[vllm.TopLogProbs()],
+        )
+        whole.MergeFrom(self._prompt)
+        return whole
+
+
+def _add_prompt(known: vllm.InputLogProbs, chunk: pb.GenerateChunk) -> None:
+    for each in chunk.prompt_logprobs:
+        known.token_logprobs.append(vllm.InputTokenLogProb(value=each.logprob))
+        known.token_ids.append(each.token_id)
+        known.top_logprobs.append(
+            vllm.TopLogProbs(
+                values=[top.logprob for top in each.top],
+                token_ids=[top.token_id for top in each.top],
+            )
+        )
 
 
 def _logprobs(chunk: pb.GenerateChunk) -> vllm.OutputLogProbs:

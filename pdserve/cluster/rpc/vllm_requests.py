@@ -4,7 +4,15 @@ What only makes sense inside a vLLM deployment, another engine's hand-off above 
 would name blocks that are somebody else's.
 """
 
+from pdserve.clock import unix_ms
+from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.embedding import pooling_call
+from pdserve.cluster.parameters import Limits, Parameters, service_class_of, tenant_of
+from pdserve.cluster.prompts import token_prompt
+from pdserve.cluster.rpc.requests import call_id
+from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
+from pdserve.prompt_tasks import Pooling, PoolingKind
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.vllm import engine_pb2 as vllm
 
@@ -15,7 +23,7 @@ _SAME = (
 """Fields of ``SamplingParams`` without presence whose 0 says nothing, or what it says here too."""
 
 _ONE_IF_ZERO = ("top_p", "repetition_penalty", "n")
-_OPTIONAL = ("temperature", "logprobs", "seed")
+_OPTIONAL = ("temperature", "logprobs", "seed", "prompt_logprobs")
 _CONSTRAINTS = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}
 
 
@@ -36,8 +44,9 @@ def request_of(request: vllm.GenerateRequest, context_tokens: int) -> pb.Generat
         setattr(parameters, name, getattr(said, name))
     for name in _ONE_IF_ZERO:
         setattr(parameters, name, getattr(said, name) or 1)
-    if said.logprobs < 0:
-        raise InvalidField("logprobs", "must be 0 or more: those of all are too many")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(said, name) < 0:
+            raise InvalidField(name, "must be 0 or more: those of all are too many")
     for name in _OPTIONAL:
         if said.HasField(name):
             setattr(parameters, name, getattr(said, name))
@@ -47,11 +56,31 @@ def request_of(request: vllm.GenerateRequest, context_tokens: int) -> pb.Generat
     if any(token < 0 for token in said.logit_bias):
         raise InvalidField("logit_bias", "has a token id that is negative")
     parameters.logit_bias.update(said.logit_bias)
-    for name in ("prompt_logprobs", "truncate_prompt_tokens"):
-        if said.HasField(name):
-            raise InvalidField(name, "is not done by this service; leave it out")
+    if said.HasField("truncate_prompt_tokens"):
+        raise InvalidField("truncate_prompt_tokens", "is not done by this service; leave it out")
     _constrain(parameters, said)
     return ours
+
+
+async def embed_call(
+    session: Session,
+    config: GatewayConfig,
+    request: vllm.EmbedRequest,
+    timeout_s: float | None,
+    tenant: str | None,
+) -> Call:
+    limits = Limits(session.context_tokens, session.tokenizer.vocab_size, config.n_max)
+    timeout_s = config.request_timeout_s if timeout_s is None else timeout_s
+    return pooling_call(
+        call_id(request.request_id),
+        token_prompt(session, request.tokenized.input_ids, field="tokenized.input_ids"),
+        Pooling(PoolingKind(config.pooling)),
+        limits,
+        prompt_field="tokenized.input_ids",
+        tenant=tenant_of(None) if tenant is None else tenant,
+        service_class=service_class_of(Parameters()),
+        deadline_unix_ms=unix_ms() + round(timeout_s * 1000),
+    )
 
 
 def _set_prompt(ours: pb.GenerateRequest, request: vllm.GenerateRequest) -> None:

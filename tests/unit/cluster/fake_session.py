@@ -6,20 +6,32 @@ until somebody closes the iterator. Text is tokenised into its UTF-8 bytes.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from enum import Enum
 from typing import Any, Literal, cast
+
+import numpy as np
 
 from pdserve.cluster.calls import Call, Piece
 from pdserve.errors import PdserveError
 from pdserve.ids import BlockKey, WorkerId
 from pdserve.kvstore.keys import adapter_namespace, block_keys, namespace_digest
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob
+from pdserve.prompt_tasks import Pooling, PromptScore, Scoring
 from pdserve.text.chat import ChatTemplate
 from pdserve.text.grammar import Grammars
 from pdserve.text.tokenizer import Tokenizer
 
 MODEL = "fake-model"
+VECTOR = np.array([0.5, -0.5, 0.1, 0.7], dtype="<f4")
 ADAPTER = "fake-adapter"
 VOCAB_SIZE = 257
 EOS = 256
@@ -99,6 +111,7 @@ class FakeSession:
         self.template = cast(ChatTemplate, FakeTemplate())
         self.grammars = Grammars(self.tokenizer)
         self.script: Script = script or said("Hello", " world")
+        self.fails: PdserveError | None = None  # every call, whatever is asked
         self.calls: list[Call] = []
         self.cancelled: list[str] = []
         self.open: set[str] = set()
@@ -110,6 +123,12 @@ class FakeSession:
         self.open.add(call.call)
         self.opened.set()
         try:
+            if self.fails is not None:
+                raise self.fails
+            for piece_ in of_the_prompt(call):
+                yield piece_
+            if call.stop.max_tokens == 0 or isinstance(call.task, Pooling):
+                return
             for step in self.script(call):
                 if isinstance(step, PdserveError):
                     raise step
@@ -131,6 +150,20 @@ class FakeSession:
     def cancel(self, call: str, *, tenant: str | None = None) -> bool:
         self.cancelled.append(call)
         return call in self.open
+
+
+def of_the_prompt(call: Call) -> Iterator[Piece]:
+    """Each token's score is -0.25 times its index, and its rank 2."""
+    match call.task:
+        case Pooling():
+            yield Piece(0, "", (), FinishReason.STOP, timing=TIMING, vector=VECTOR.tobytes())
+        case Scoring(top=top):
+            for index, token in enumerate(call.prompt[1:], 1):
+                best = tuple((token - i, -0.25 * index - 0.5 * i) for i in range(top))
+                yield Piece(0, "", (), scores=(PromptScore(-0.25 * index, 2, best),))
+    if call.stop.max_tokens == 0:
+        for choice in range(call.n):
+            yield Piece(choice, "", (), FinishReason.LENGTH)
 
 
 def piece(

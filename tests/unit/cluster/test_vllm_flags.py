@@ -141,6 +141,8 @@ def test_our_own_flags_say_what_they_said(started: Started) -> None:
         ("-tp 2", {"prefill.tensor_parallel": 2, "decode.tensor_parallel": 2}),
         ("-tp 1 -pp 1 -dp 1 --cpu-offload-gb 0 --kv-cache-dtype auto --load-format auto", {}),
         ("--served-model-name a.b", {"model.served_name": "a.b"}),
+        ('--pooler-config {"pooling_type":"MEAN"}', {"gateway.pooling": "mean"}),
+        ('--override-pooler-config {"pooling_type":"LAST"}', {}),
         (
             '--speculative-config {"method":"ngram","num_speculative_tokens":6}',
             {"decode.speculation": "prompt_lookup", "decode.draft_tokens_max": 6},
@@ -197,6 +199,8 @@ def test_what_changes_nothing_is_said_in_one_line(words: list[str]) -> None:
         ("--max-num-seqs 0", "--max-num-seqs is '0', must be at least 1"),
         ("--max-num-seqs --port 1", "--max-num-seqs needs a value"),
         ("--enforce-eager=1", "--enforce-eager takes no value"),
+        ('--pooler-config {"pooling_type":"CLS"}', '--pooler-config is another than {"pooling_'),
+        ("--pooler-config mean", '--pooler-config is another than {"pooling_type": "LAST"}'),
         ("--speculative-config 4", "--speculative-config is '4', must be JSON such as"),
         ('--speculative-config {"method":"eagle"}', "has method eagle, can only be ngram"),
         ("--lora-modules a", "--lora-modules is 'a', must be name=path, or"),

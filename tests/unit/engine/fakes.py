@@ -35,6 +35,7 @@ BLOCK_BYTES = BLOCK_TOKENS * ENTRY_BYTES
 LAYER_COUNT = 2  # what the first half of a block's tokens leave is its first layer
 LAYER_BYTES = BLOCK_BYTES // LAYER_COUNT
 VOCABULARY = 26
+HIDDEN = 8
 EOS = 25  # the letter z
 ADAPTERS = ("aa", "bb")  # digests of those that a fake model has
 
@@ -123,7 +124,9 @@ class FakeRunner:
                 self._write(run, layer)
             if told is not None and told.is_due(layer + 1, LAYER_COUNT):
                 told.tell(layer + 1, None)
-        rows = [row for run in runs for row in self._logits(run)]
+        for run in runs:
+            self._read(run)
+        rows = [row for run in runs for row in self._logits(run, run.logits_count)]
         return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, VOCABULARY))
 
     def _write(self, run: Run, layer: int) -> None:
@@ -134,12 +137,23 @@ class FakeRunner:
                 written = entry(token, position, run.adapter)
                 self.pool.data[run.blocks[index]][start : start + ENTRY_BYTES] = written
 
-    def _logits(self, run: Run) -> list[NDArray[np.float32]]:
+    def _read(self, run: Run) -> None:
+        """A hidden state is the first of a row's logits; of those come three rows at once."""
+        if run.reader is None:
+            return
+        logits_NV = torch.from_numpy(np.stack(self._logits(run, len(run.tokens))))
+        if run.reader.hidden is not None:
+            run.reader.hidden(logits_NV[:, :HIDDEN])
+        if run.reader.logits is not None:
+            for part_MV in torch.split(logits_NV, 3):
+                run.reader.logits(part_MV)
+
+    def _logits(self, run: Run, wanted: int) -> list[NDArray[np.float32]]:
         kv = b"".join(bytes(self.pool.data[block]) for block in run.blocks)
         end = run.start + len(run.tokens)
         return [
             logits_of(kv[: (count + 1) * ENTRY_BYTES], habit=self.habit)
-            for count in range(end - run.logits_count, end)
+            for count in range(end - wanted, end)
         ]
 
 

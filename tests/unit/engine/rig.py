@@ -14,7 +14,7 @@ from pdserve.config import PoolConfig, StoreConfig
 from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move
-from pdserve.engine.outputs import Output, ToDecode, ToGateway, ToRouter
+from pdserve.engine.outputs import OfPrompt, Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.restorer import Remote
 from pdserve.ids import RequestId, WorkerId
 from pdserve.kvstore.keys import adapter_namespace, block_keys, namespace_digest
@@ -35,6 +35,7 @@ from pdserve.messages import (
     TokenDelta,
 )
 from pdserve.model.sampler import SamplerRow, sample
+from pdserve.prompt_tasks import PromptDelta
 from tests.unit.engine.fakes import (
     ADAPTERS,
     BLOCK_TOKENS,
@@ -192,6 +193,7 @@ class Rig:
         self.decodes: dict[str, EngineLoop] = {}
         self.runners: dict[str, FakeRunner] = {}
         self.deltas: dict[RequestId, list[TokenDelta]] = {}
+        self.known: dict[RequestId, list[PromptDelta]] = {}
         self.to_router: list[object] = []
         self.parked: list[Handoff] = []
         self.resume_on: str | None = None  # parked requests go there at once
@@ -267,6 +269,9 @@ class Rig:
                 case ToGateway(where, delta):
                     assert where == GATEWAY
                     self.deltas.setdefault(delta.request, []).append(delta)
+                case OfPrompt(where, known):
+                    assert where == GATEWAY
+                    self.known.setdefault(known.request, []).append(known)
                 case ToRouter(Parked(handoff)):
                     self.parked.append(handoff)
                 case ToRouter(message):

@@ -34,8 +34,8 @@ _LEGACY_SCORES = _object(
     {
         "tokens": _list(TEXT),
         "text_offset": _list(WHOLE),
-        "token_logprobs": _list(_NUMBER),
-        "top_logprobs": _list({"type": "object", "additionalProperties": _NUMBER}),
+        "token_logprobs": _list(nullable(_NUMBER)),
+        "top_logprobs": _list(nullable({"type": "object", "additionalProperties": _NUMBER})),
     }
 )
 _CALL = _object(
@@ -56,7 +56,7 @@ _USAGE = _object(
 )
 
 
-def _completion(kind: str, choice: Schema) -> Schema:
+def _completion(kind: str, choice: Schema, beside: dict[str, Schema] | None = None) -> Schema:
     return _object(
         {
             "id": TEXT,
@@ -66,7 +66,7 @@ def _completion(kind: str, choice: Schema) -> Schema:
             "choices": _list(choice),
             "usage": _USAGE,
         },
-        {"pdserve": OBJECT},
+        {"pdserve": OBJECT, **(beside or {})},
     )
 
 
@@ -79,6 +79,18 @@ _MESSAGE = _object(
     },
 )
 _IDS = {"token_ids": _list(WHOLE)}
+_PROMPT_SCORES = {
+    "prompt_logprobs": _list(
+        nullable(
+            {
+                "type": "object",
+                "additionalProperties": _object(
+                    {"logprob": _NUMBER, "rank": WHOLE, "decoded_token": TEXT}
+                ),
+            }
+        )
+    )
+}
 
 _MODEL = _object(
     {
@@ -199,12 +211,32 @@ ANSWERS: dict[str, Schema] = {
         _object(
             {"index": WHOLE, "message": _MESSAGE, "logprobs": nullable(_SCORES), **_ENDS}, _IDS
         ),
+        _PROMPT_SCORES,
     ),
     "Completion": _completion(
         "text_completion",
         _object(
-            {"index": WHOLE, "text": TEXT, "logprobs": nullable(_LEGACY_SCORES), **_ENDS}, _IDS
+            {"index": WHOLE, "text": TEXT, "logprobs": nullable(_LEGACY_SCORES), **_ENDS},
+            _IDS | _PROMPT_SCORES,
         ),
+    ),
+    "EmbeddingList": _object(
+        {
+            "id": TEXT,
+            "object": {"const": "list"},
+            "created": WHOLE,
+            "model": TEXT,
+            "data": _list(
+                _object(
+                    {
+                        "object": {"const": "embedding"},
+                        "index": WHOLE,
+                        "embedding": {"anyOf": [_list(_NUMBER), TEXT]},
+                    }
+                )
+            ),
+            "usage": _USAGE,
+        }
     ),
     "Model": _MODEL,
     "ModelList": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),

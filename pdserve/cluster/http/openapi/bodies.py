@@ -12,6 +12,7 @@ from typing import Any
 from pdserve.cluster import parameters
 from pdserve.cluster.constraints import CHOICES_MAX
 from pdserve.cluster.http.asking import PROMPTS_MAX
+from pdserve.cluster.http.embeddings import DIMENSIONS_MAX, ENCODINGS, INPUTS_MAX
 from pdserve.cluster.http.responses import asking as responses
 from pdserve.cluster.http.responses.items import ITEMS_MAX, TEXT_PARTS
 from pdserve.cluster.http.responses.items import ROLES as ITEM_ROLES
@@ -21,6 +22,7 @@ from pdserve.cluster.http.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     TokenizeBody,
 )
 from pdserve.cluster.http.tools import TOOLS_MAX
@@ -55,8 +57,14 @@ def bodies(facts: Facts) -> dict[str, Schema]:
         "tool_choice": _tool_choice(nested=True),
     }
     completion = fields | {
-        "prompt": _prompt(facts),
+        "prompt": _prompt(facts, most=PROMPTS_MAX),
         "logprobs": _whole(0, min(parameters.LOGPROBS_MAX, facts.vocab_size)),
+        "max_tokens": _whole(0, facts.context_tokens),
+    }
+    embedding = fields | {
+        "input": _prompt(facts, most=INPUTS_MAX),
+        "encoding_format": {"enum": list(ENCODINGS)},
+        "dimensions": _whole(1, DIMENSIONS_MAX),
     }
     tokenize = fields | {
         "prompt": TEXT,
@@ -66,6 +74,7 @@ def bodies(facts: Facts) -> dict[str, Schema]:
     return {
         "ChatCompletionRequest": _body(ChatBody, chat, ["messages"]),
         "CompletionRequest": _body(CompletionBody, completion, ["prompt"]),
+        "EmbeddingRequest": _body(EmbeddingBody, embedding, ["input"]),
         "TokenizeRequest": _body(TokenizeBody, tokenize, []),
         "DetokenizeRequest": _body(
             DetokenizeBody, {**fields, "tokens": _array(_token(facts))}, ["tokens"]
@@ -112,7 +121,7 @@ def _fields(facts: Facts) -> dict[str, Schema]:
         *("stream", "return_token_ids", "include_timing", "ignore_eos", "add_special_tokens"),
         *("include_stop_str_in_output", "skip_special_tokens", "use_beam_search", "echo"),
         *("add_generation_prompt", "parallel_tool_calls", "return_token_strs"),
-        *("return_block_keys", "background", "store"),
+        *("return_block_keys", "background", "store", "normalize", "use_activation"),
     )
     count = _whole(1, facts.context_tokens)
     stop = {"type": "string", "minLength": 1, "maxLength": p.STOP_STRING_CHARACTERS_MAX}
@@ -144,6 +153,10 @@ def _fields(facts: Facts) -> dict[str, Schema]:
         "stop": {"anyOf": [stop, _array(stop, most=p.STOP_STRINGS_MAX)]},
         "stop_token_ids": _array(_token(facts), most=p.STOP_TOKENS_MAX),
         "top_logprobs": _whole(0, min(p.LOGPROBS_MAX, facts.vocab_size)),
+        "prompt_logprobs": _whole(0, min(p.LOGPROBS_MAX, facts.vocab_size)),
+        "truncate_prompt_tokens": {
+            "anyOf": [{"const": -1}, _whole(1, facts.context_tokens - 1)],
+        },
         "user": {"type": "string", "maxLength": p.TENANT_CHARACTERS_MAX},
         "service_tier": {"enum": list(p.SERVICE_TIERS)},
         "prompt_cache_retention": {
@@ -262,9 +275,9 @@ def _item() -> Schema:
     return {"anyOf": items}
 
 
-def _prompt(facts: Facts) -> Schema:
+def _prompt(facts: Facts, *, most: int) -> Schema:
     tokens = _array(_token(facts), least=1)
-    several = _array({"anyOf": [TEXT, tokens]}, least=1, most=PROMPTS_MAX)
+    several = _array({"anyOf": [TEXT, tokens]}, least=1, most=most)
     return {"anyOf": [TEXT, tokens, several]}
 
 

@@ -130,6 +130,11 @@ _OPERATIONS: dict[str, dict[str, Schema]] = {
         "post": _generation("chat", "ChatCompletion", "ChatCompletionRequest")
     },
     "/v1/completions": {"post": _generation("complete", "Completion", "CompletionRequest")},
+    "/v1/embeddings": {
+        "post": _operation(
+            "embed", "EmbeddingList", body="EmbeddingRequest", parameters=_GENERATION[:1]
+        )
+    },
     "/v1/responses": {"post": _generation("create_response", "Response", "ResponseRequest")},
     "/v1/responses/input_tokens": {
         "post": _operation("count_input_tokens", "InputTokens", body="ResponseRequest")

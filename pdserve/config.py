@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pdserve.access_config import AccessConfig
 from pdserve.checked import Checked
 from pdserve.router_config import RouterConfig
 
@@ -334,6 +335,7 @@ class GatewayConfig(Checked):
     """A file that ``pdserve keys`` writes: whoever asks must send one of its keys. None: everybody
     who reaches the gateway may use it."""
 
+    access: AccessConfig = field(default_factory=AccessConfig)
     tls_certificate: str | None = None
     """HTTPS and gRPC over TLS, with this certificate and its key, both PEM files."""
 

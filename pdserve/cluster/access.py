@@ -5,22 +5,27 @@ for keys of 256 random bits. The file is looked at again while the gateway runs,
 be added, changed or taken away without a restart. One that cannot be read leaves the last good keys
 in force: a typing error must neither open the gateway nor shut everybody out.
 
+The same file may bound what each tenant has (``quotas``): the ``ledger`` counts, and this door is
+where a call is refused.
+
 A key says who its *tenant* is. What a request says of itself (``user``) counts only where there are
 no keys.
 """
 
 import hashlib
 import json
-import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from pdserve.clock import MS, Clock, S, monotonic
+from pdserve.clock import MS, Clock, S, monotonic, unix_ms
+from pdserve.cluster.audit import Audit
 from pdserve.cluster.parameters import TENANT_CHARACTERS_MAX, shown
+from pdserve.cluster.quotas import TOKENS_MAX, Ledger, Quota
 from pdserve.errors import ConfigError, Forbidden, RateLimited, Unauthorized
 
 KEYS_MAX = 100_000
@@ -31,13 +36,13 @@ LOOK_AGAIN_S = 1.0
 BURST_S = 10
 """So many seconds' worth of requests may come at once."""
 
-SAY_AGAIN_S = 1.0
-"""Refusals are logged so often at most; the next line says how many there were."""
+TOLD_MAX = 100
+"""Names that the audit log says of one change of the file."""
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-_audit = logging.getLogger("pdserve.audit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,15 @@ def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
 
-def read_keys(path: Path) -> list[Key]:
+@dataclass(frozen=True, slots=True)
+class KeyFile:
+    """What a file of keys holds."""
+
+    keys: tuple[Key, ...] = ()
+    quotas: Mapping[str, Quota] = field(default_factory=dict)  # by tenant
+
+
+def read_keys(path: Path) -> KeyFile:
     """
     Raises:
         ConfigError: naming the entry and the field that cannot be used.
@@ -74,27 +87,52 @@ def read_keys(path: Path) -> list[Key]:
         values = [getattr(key, what) for key in keys]
         if len(set(values)) != len(values):
             raise ConfigError(f"gateway.api_keys: {path}: two keys have the same {what}")
-    return keys
+    quotas = tree.get("quotas", {})
+    if not isinstance(quotas, Mapping) or len(quotas) > KEYS_MAX:
+        raise ConfigError(
+            f"gateway.api_keys: {path}: quotas must be an object with at most {KEYS_MAX} tenants"
+        )
+    where = f"gateway.api_keys: {path}: quotas"
+    return KeyFile(
+        tuple(keys),
+        {tenant: _quota(f"{where}.{shown(tenant)}", e) for tenant, e in quotas.items()},
+    )
 
 
-def write_keys(path: Path, keys: Sequence[Key]) -> None:
+def write_keys(path: Path, file: KeyFile) -> None:
     """Whole or not at all; only the owner may read it."""
-    entries = [
-        {
-            name: value
-            for name in Key.__dataclass_fields__
-            if (value := getattr(key, name)) is not None and value is not False
-        }
-        for key in keys
-    ]
+    tree: dict[str, Any] = {"keys": [_said(key) for key in file.keys]}
+    if file.quotas:
+        tree["quotas"] = {tenant: _said(quota) for tenant, quota in file.quotas.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({"keys": entries}, file, indent=1)
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            json.dump(tree, out, indent=1)
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _said(entry: Key | Quota) -> dict[str, Any]:
+    """Its fields that are set."""
+    values = {name: getattr(entry, name) for name in entry.__dataclass_fields__}
+    return {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }
+
+
+def _quota(where: str, entry: Any) -> Quota:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where} is {shown(entry)}, must be an object")
+    for name, value in entry.items():
+        if name not in Quota.__dataclass_fields__:
+            known = ", ".join(Quota.__dataclass_fields__)
+            raise ConfigError(f"{where} has {shown(name)}, which is none of {known}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= TOKENS_MAX):
+            raise ConfigError(f"{where}.{name} is {shown(value)}, must be 1 to {TOKENS_MAX}")
+    return Quota(**entry)
 
 
 def _key(where: str, entry: Any) -> Key:
@@ -124,10 +162,18 @@ def _key(where: str, entry: Any) -> Key:
 class Doorkeeper:
     """Lets requests in. One per gateway, for one event loop."""
 
-    def __init__(self, path: Path | None, *, clock: Clock = monotonic) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        audit: Audit | None = None,
+        clock: Clock = monotonic,
+        wall_ms: Callable[[], int] = unix_ms,
+    ) -> None:
         """
         Args:
             path: of the keys; None: everybody is let in.
+            audit: is told of refusals and of changed keys; None: the log is.
 
         Raises:
             ConfigError: the file cannot be used.
@@ -138,22 +184,33 @@ class Doorkeeper:
         self._state: tuple[int, ...] = ()  # of the file, when it was read
         self._looked_ns = clock()
         self._next_ns: dict[str, int] = {}  # by name: when one more request is due
-        self._refused_count = 0
-        self._said_ns = self._looked_ns - round(SAY_AGAIN_S * S)
+        self.audit = audit or Audit(clock=clock)
+        self.ledger = Ledger()
+        self._wall_ms = wall_ms
         if path is not None:
             self._state = _state(path)
-            self._keys = {key.sha256: key for key in read_keys(path)}
+            file = read_keys(path)
+            self._keys = {key.sha256: key for key in file.keys}
+            self.ledger.set_quotas(file.quotas)
 
     @property
     def asks_for_keys(self) -> bool:
         return self._path is not None
 
-    def admit(self, secret: str | None, *, admin: bool = False, counts: bool = True) -> Key | None:
+    def admit(
+        self,
+        secret: str | None,
+        *,
+        admin: bool = False,
+        counts: bool = True,
+        asked: Mapping[str, str] = NOTHING,
+    ) -> Key | None:
         """The key of who asks; None where no keys are needed.
 
         Args:
             admin: only for keys that say so.
             counts: against the key's rate.
+            asked: what the audit log says of it, where it is refused.
 
         Raises:
             Unauthorized, Forbidden, RateLimited.
@@ -164,19 +221,19 @@ class Doorkeeper:
         # A dictionary's timing tells of the digest, from which nobody gets to the key.
         key = None if secret is None else self._keys.get(digest_of(secret))
         if key is None:
-            self._log_refusal("no key" if secret is None else "an unknown key")
+            self.audit.refusal(why="no key" if secret is None else "an unknown key", **asked)
             raise Unauthorized(
                 "No API key was sent; send one as 'Authorization: Bearer KEY'"
                 if secret is None
                 else "Incorrect API key provided; ask the operator of this cluster for one"
             )
         if admin and not key.admin:
-            self._log_refusal(f"{key.name}, which is no admin's key")
+            self.audit.refusal(why="not an admin's key", key=key.name, **asked)
             raise Forbidden("This needs a key with admin rights")
         if counts and key.requests_per_min is not None:
             self._count(key, key.requests_per_min)
-        if admin:
-            _audit.info("admin key %s was used", key.name)
+        if counts and not admin:
+            self.ledger.check(key.tenant, self._wall_ms())
         return key
 
     def _count(self, key: Key, per_min: int) -> None:
@@ -201,21 +258,21 @@ class Doorkeeper:
             return
         self._state = state
         try:
-            keys = read_keys(path)
+            file = read_keys(path)
         except ConfigError as error:
-            _audit.error("the keys stay as they were: %s", error)
+            self.audit.keys(problem=str(error))
             return
-        self._keys = {key.sha256: key for key in keys}
-        names = {key.name for key in keys}
+        before, now = ({key.name: key for key in some} for some in (self._keys.values(), file.keys))
+        self.audit.keys(
+            count=len(file.keys),
+            added=sorted(now.keys() - before.keys())[:TOLD_MAX],
+            removed=sorted(before.keys() - now.keys())[:TOLD_MAX],
+            changed=sorted(n for n in now.keys() & before.keys() if now[n] != before[n])[:TOLD_MAX],
+        )
+        self._keys = {key.sha256: key for key in file.keys}
+        self.ledger.set_quotas(file.quotas)
+        names = now.keys()
         self._next_ns = {name: due for name, due in self._next_ns.items() if name in names}
-        _audit.info("%d keys read from %s", len(keys), path)
-
-    def _log_refusal(self, what: str) -> None:
-        self._refused_count += 1
-        now_ns = self._clock()
-        if now_ns - self._said_ns >= SAY_AGAIN_S * S:
-            _audit.warning("refused: %s (%d since the last line)", what, self._refused_count)
-            self._said_ns, self._refused_count = now_ns, 0
 
 
 def secret_of(headers: Mapping[str, str]) -> str | None:

@@ -30,6 +30,7 @@ from ray.serve.handle import DeploymentHandle
 from pdserve.cluster.autoscaling import METRIC, metric_of
 from pdserve.cluster.collecting import collect_rarely
 from pdserve.cluster.compute_threads import set_threads
+from pdserve.cluster.logs import start_logging
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.scaler import Scaler, plan_of
 from pdserve.cluster.session import GatewaySession, Served
@@ -148,6 +149,7 @@ class Router:
     leads answers."""
 
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits
+        start_logging()
         self._config = from_tree(tree)
         app = serve.get_replica_context().app_name
         self._service = RouterService(
@@ -246,6 +248,7 @@ class Worker:
     async def __init__(  # type: ignore[misc]  # Serve awaits
         self, role: str, tree: dict[str, Any], router: DeploymentHandle
     ) -> None:
+        start_logging()
         config = from_tree(tree)
         pool = config.prefill if role == Role.PREFILL else config.decode
         set_threads(pool, alone=config.has_one_worker)
@@ -294,6 +297,7 @@ class Gateway:
         from pdserve.cluster.front import Front
         from pdserve.cluster.tracing import start_tracing
 
+        start_logging()
         start_tracing()
         config = from_tree(tree)
         self._session = await _open_session(config, router)

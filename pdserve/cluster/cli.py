@@ -108,8 +108,8 @@ def status(
 
 @app.command()
 def top(url: Url = DEFAULT_URL, every_s: Annotated[float, typer.Option()] = 0.5) -> None:
-    """Show the same, live, until Ctrl-C."""
-    from pdserve.cluster.status_command import watch
+    """Show rates, KV stores, workers and queues, live, until Ctrl-C."""
+    from pdserve.cluster.top_command import watch
 
     watch(url, every_s=every_s)
 
@@ -117,10 +117,12 @@ def top(url: Url = DEFAULT_URL, every_s: Annotated[float, typer.Option()] = 0.5)
 @app.command()
 def role(
     worker: Annotated[str, typer.Argument(help="As `pdserve status` names it.")],
-    duty: Annotated[str, typer.Argument(metavar="ROLE", help="prefill, decode or both.")],
+    duty: Annotated[
+        str, typer.Argument(metavar="ROLE", help="prefill, decode, both, or none: drain it.")
+    ],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Give a running worker another role; what it has of the former one moves elsewhere."""
+    """Give a running worker another role, or none; what it has of the former one moves."""
     from pdserve.cluster.http_client import post_json
 
     said = post_json(url, "/cluster/role", {"worker": worker, "role": duty})

@@ -14,17 +14,21 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from pdserve.access_config import AccessConfig
 from pdserve.cluster.access import Doorkeeper
+from pdserve.cluster.audit import Audit, AuditFile
 from pdserve.cluster.certificates import certificate_of, grpc_credentials
 from pdserve.cluster.http.app import Assign, create_app
 from pdserve.cluster.http.slow_readers import SEND_BUFFER_BYTES, cutting
 from pdserve.cluster.pinning import Pinning
+from pdserve.cluster.quota_exchange import exchange_for_ever
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
 from pdserve.cluster.session import GatewaySession
 from pdserve.cluster.store_metrics import master_of, render, reports_of
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import ConfigError
 from pdserve.kvstore.security import credentials_of
+from pdserve.kvstore.shared_counts import SharedCounts
 from pdserve.wire.tls import CERT_REQUIRED
 
 STOP_S = 5.0
@@ -56,7 +60,9 @@ class Front:
         self._session = session
         self._config = config.gateway
         keys = config.gateway.api_keys
-        self._doorkeeper = Doorkeeper(None if keys is None else Path(keys))
+        self._doorkeeper = Doorkeeper(
+            None if keys is None else Path(keys), audit=_audit_of(config.gateway.access)
+        )
         self._tenants = config.store.tenant_shares
         self._store_credentials = credentials_of(config.store)
         self.app: FastAPI = create_app(
@@ -70,6 +76,9 @@ class Front:
             stores=self._store_figures,
         )
         session.pinning = self._pinning = Pinning(snapshot)
+        redis = config.gateway.access.quota_redis
+        self._counts = None if redis is None else SharedCounts(redis)
+        self._exchanging: asyncio.Task[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self.ports: dict[str, int] = {}
         self._grpc: GrpcServer | None = None
@@ -79,6 +88,10 @@ class Front:
     async def start(self) -> None:
         """Raises ConfigError where a port is taken by somebody else."""
         self._keeping = asyncio.create_task(self._pinning.run())
+        if self._counts is not None:
+            self._exchanging = asyncio.create_task(
+                exchange_for_ever(self._doorkeeper.ledger, self._counts)
+            )
         if self._config.http_port >= 0:
             await self._start_http()
         if self._config.grpc_port >= 0:
@@ -94,6 +107,9 @@ class Front:
     async def stop(self) -> None:
         if self._keeping is not None:
             self._keeping.cancel()
+        if self._exchanging is not None and self._counts is not None:
+            self._exchanging.cancel()
+            await self._counts.close()
         await self.app.state.responses.close()
         if self._grpc is not None:
             await self._grpc.stop()
@@ -142,6 +158,17 @@ class Front:
             ) from error
         listening.listen(2048)
         return listening
+
+
+def _audit_of(settings: AccessConfig) -> Audit:
+    if settings.audit_log is None:
+        return Audit()
+    file = AuditFile(
+        Path(settings.audit_log),
+        bytes_max=settings.audit_bytes_max,
+        files_max=settings.audit_files_max,
+    )
+    return Audit(file.write)
 
 
 def _tls(config: GatewayConfig) -> dict[str, Any]:

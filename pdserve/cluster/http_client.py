@@ -22,22 +22,11 @@ def get_json(url: str, path: str, *, timeout_s: float = 5.0) -> Any:
         ConfigError: nothing listens at ``url``.
         PdserveError: the server refused.
     """
-    connection = _connect(url, timeout_s)
-    try:
-        connection.request("GET", path, headers=_key())
-        response = connection.getresponse()
-        body = json.loads(response.read())
-    except OSError as error:
-        raise _nobody(url, error) from error
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise PdserveError(_message(body))
-    return body
+    return json.loads(get_text(url, path, timeout_s=timeout_s))
 
 
 def get_text(url: str, path: str, *, timeout_s: float = 5.0, bytes_max: int = 16 << 20) -> str:
-    """The first ``bytes_max`` of the answer's body; errors as of ``get_json``."""
+    """The answer's body, at most its first ``bytes_max``; errors as of ``get_json``."""
     connection = _connect(url, timeout_s)
     try:
         connection.request("GET", path, headers=_key())
@@ -48,7 +37,7 @@ def get_text(url: str, path: str, *, timeout_s: float = 5.0, bytes_max: int = 16
     finally:
         connection.close()
     if response.status != 200:
-        raise PdserveError(f"{path} answers {response.status}: {body[:500]}")
+        raise PdserveError(_refusal(body))
     return body
 
 
@@ -116,6 +105,14 @@ def _key() -> dict[str, str]:
 
 def _nobody(url: str, error: OSError) -> ConfigError:
     return ConfigError(f"nothing answers at {url} ({error}); is `pdserve serve` running there?")
+
+
+def _refusal(text: str) -> str:
+    """What an answer says that ought to be an error of ours, and may be a proxy's page."""
+    try:
+        return _message(json.loads(text))
+    except (ValueError, AttributeError):
+        return text[:500]
 
 
 def _message(body: dict[str, Any]) -> str:

@@ -37,6 +37,20 @@ def remove(name: str, file: File) -> None:
     remove_key(file, name)
 
 
+@app.command()
+def quota(
+    tenant: str,
+    file: File,
+    tokens_per_min: Annotated[int | None, typer.Option(help="Of a minute of the clock.")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(help="Of a day of UTC.")] = None,
+) -> None:
+    """Bound a tenant's tokens, prompt and answer together; without a bound, lift what it has."""
+    from pdserve.cluster.key_edits import set_quota
+    from pdserve.cluster.quotas import Quota
+
+    set_quota(file, tenant, Quota(tokens_per_min, tokens_per_day))
+
+
 @app.command(name="list")
 def list_(file: File) -> None:
     """Show whose keys there are."""
@@ -46,7 +60,14 @@ def list_(file: File) -> None:
     from pdserve.cluster.access import read_keys
 
     table = Table("name", "tenant", "admin", "requests per minute")
-    for key in read_keys(file):
+    found = read_keys(file)
+    for key in found.keys:
         rate = "" if key.requests_per_min is None else str(key.requests_per_min)
         table.add_row(key.name, key.tenant, "yes" if key.admin else "", rate)
     Console().print(table)
+    if found.quotas:
+        quotas = Table("tenant", "tokens per minute", "tokens per day")
+        for tenant, quota in sorted(found.quotas.items()):
+            bounds = (quota.tokens_per_min, quota.tokens_per_day)
+            quotas.add_row(tenant, *("" if bound is None else f"{bound:,}" for bound in bounds))
+        Console().print(quotas)

@@ -1,10 +1,9 @@
-"""``pdserve status`` and ``pdserve top``: what the router sees, as a table."""
+"""``pdserve status``: what the router sees, as a table; ``pdserve top`` shows it, too."""
 
-import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +28,7 @@ def render(snapshot: dict[str, Any]) -> Group:
             str(worker["running"]),
             str(worker["waiting"]),
             f"{worker['free_blocks']} of {worker['block_count']}",
-            "draining" if worker["draining"] else "up",
+            _state(worker),
         )
     levels = " ".join(str(count) for count in snapshot["queue_lengths"])
     queue = Text(
@@ -44,12 +43,7 @@ def render(snapshot: dict[str, Any]) -> Group:
     return Group(workers, Text(), queue, leads, Text(), counters)
 
 
-def watch(url: str, *, every_s: float) -> None:
-    """Redraws until Ctrl-C."""
-    try:
-        with Live(render(fetch(url)), auto_refresh=False) as live:
-            while True:
-                time.sleep(every_s)
-                live.update(render(fetch(url)), refresh=True)
-    except KeyboardInterrupt:
-        return
+def _state(worker: Mapping[str, Any]) -> str:
+    if worker["draining"]:
+        return "leaving"
+    return "drained" if worker["duty"] == "none" else "up"

@@ -2,7 +2,7 @@
 
 Every ``Timing`` carries the decisions that the router took for its request. A client that asks for
 them gets them in its answer; an operator who sets the logger ``pdserve.why`` to INFO gets one line
-of JSON per finished choice, and one who exports traces a span (``tracing``). That logger is at
+of JSON per finished choice, and one who exports traces its spans (``tracing``). That logger is at
 WARNING until somebody sets it, so a request costs two comparisons here.
 """
 
@@ -93,7 +93,7 @@ class WhyLog:
             **time_report(timing),
             "decisions": [decision_report(decision) for decision in timing.decisions],
         }
-        tell_choice(said, timing.decisions, self._began_unix_ns)
+        tell_choice(said, self._timings.get(choice), self._began_unix_ns)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", json.dumps(said, ensure_ascii=False))
 

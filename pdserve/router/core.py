@@ -233,7 +233,7 @@ class RouterCore:
         for progress in report.progress:
             commands += self._on_progress(worker, progress, now_ns)
         self.state.fleet.changed(worker)
-        if worker.draining and self._binding is not None:
+        if self._binding is not None and (worker.draining or not worker.prefills):
             self._bind_again(worker.id, now_ns)  # also what it has just handed back
         if report.store_added:
             self.state.blocks_came(report.store_added, now_ns)

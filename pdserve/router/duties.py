@@ -9,6 +9,10 @@ but what the store has lost.
 What was on its way to the worker arrives there first, and is called back then. A worker that does
 not heed a call, because the request was between two phases, is called again.
 
+One that *rests* (role ``none``) is drained by an operator: it gets no work, and what it has moves
+in the same way. It stays connected, and is put to work again by another switch; for the autoscaler
+it is not there, so that a pool that may grow replaces it.
+
 A role lasts as long as the connection: a router that begins anew knows each worker by its pool.
 """
 
@@ -29,7 +33,16 @@ CALL_AGAIN_NS = S
 class Duty(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
-    BOTH = "both"  # in ``auto`` mode: as it was when it came
+    BOTH = "both"  # in ``auto`` and ``aggregated`` mode: as it was when it came
+    NONE = "none"  # rests: drained, and kept
+
+
+def duty_of(worker: Worker) -> Duty:
+    if worker.prefills and worker.decodes:
+        return Duty.BOTH
+    if worker.prefills:
+        return Duty.PREFILL
+    return Duty.DECODE if worker.decodes else Duty.NONE
 
 
 def assign(state: RouterState, worker: Worker, duty: Duty, now_ns: int) -> None:
@@ -38,19 +51,19 @@ def assign(state: RouterState, worker: Worker, duty: Duty, now_ns: int) -> None:
         ConfigError: the mode knows no such duty, or nobody else would be left for the other.
     """
     mode = state.settings.mode
-    if mode == "aggregated":
-        raise ConfigError("router.mode is aggregated, where every worker does both")
-    if duty is Duty.BOTH and mode != "auto":
+    if mode == "aggregated" and duty not in (Duty.BOTH, Duty.NONE):
+        raise ConfigError("router.mode is aggregated, where every worker does both, or none")
+    if duty is Duty.BOTH and mode == "disaggregated":
         raise ConfigError(f"role is both, and router.mode {mode}; both needs router.mode auto")
-    prefills = duty is not Duty.DECODE
-    decodes = duty is not Duty.PREFILL
+    prefills = duty in (Duty.PREFILL, Duty.BOTH)
+    decodes = duty in (Duty.DECODE, Duty.BOTH)
     others = [w for w in state.fleet.all() if w is not worker and not w.draining]
     for does, what in ((prefills, "prefills"), (decodes, "decodes")):
         if not does and not any(getattr(other, what) for other in others):
             raise ConfigError(
                 f"{worker.id} is the only worker that {what}; start or switch another one first"
             )
-    role = worker.pool if duty is Duty.BOTH else Role(duty.value)
+    role = worker.pool if duty in (Duty.BOTH, Duty.NONE) else Role(duty.value)
     state.fleet.assign(worker, role, prefills=prefills, decodes=decodes)
     state.counters["role_switches"] += 1
     state.vacating[worker.id] = now_ns

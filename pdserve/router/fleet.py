@@ -104,6 +104,11 @@ class Worker:
         return [*self.prompts, *(r for r in self.streams if r not in self.prompts)]
 
     @property
+    def rests(self) -> bool:
+        """An operator has drained it: it is there, and does nothing."""
+        return not self.prefills and not self.decodes
+
+    @property
     def has_prefill_room(self) -> bool:
         """Late binding: it takes the next prompts once what it has fits into one chunk, so that
         they are there when that chunk is done."""
@@ -298,7 +303,7 @@ class Fleet:
                 self.changed(other)
 
     def _recount(self) -> None:
-        decoding = [worker.hello for worker in self._by_role[Role.DECODE]]
+        decoding = [worker.hello for worker in self._by_role[Role.DECODE] if worker.decodes]
         self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
         self.is_placed = any(worker.hello.place for worker in self._ordered)
         self.distances.clear()
@@ -449,7 +454,8 @@ class Fleet:
             looks_ahead = self._looks_ahead and self.room[slot] <= room
             assert looks_ahead or self.room[slot] == room, f"slot {slot}"
         assert self.prefill_count == self.prefill_bits.bit_count()
-        pools = [_pool_tokens(worker.hello) for worker in self._by_role[Role.DECODE]]
+        decoding = (worker for worker in self._by_role[Role.DECODE] if worker.decodes)
+        pools = [_pool_tokens(worker.hello) for worker in decoding]
         assert self.largest_tokens == max(pools, default=0)
 
 

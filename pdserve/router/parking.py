@@ -49,7 +49,7 @@ def swaps(state: RouterState, now_ns: int) -> list[Command]:
             capacity_tokens=worker.hello.block_count * worker.hello.block_tokens,
         )
         for worker in workers.values()
-        if not worker.draining
+        if worker.decodes and not worker.draining
     ]
     commands: list[Command] = []
     for swap in state.decode_order.swaps(running, parked, rooms, now_ns):

@@ -30,7 +30,7 @@ def observation_of(state: RouterState, now_ns: int) -> Observation:
 def _prefill(state: RouterState, waiting: list[Entry], now_ns: int) -> PrefillSignals:
     # Where roles are shared, a pool is still of those that mostly do its work.
     mine = state.fleet.all() if state.fleet.aggregated else state.fleet.of(Role.PREFILL)
-    workers = [worker for worker in mine if not worker.draining]
+    workers = [worker for worker in mine if not worker.draining and not worker.rests]
     oldest_ns = min((entry.queued_at_ns for entry in waiting), default=now_ns)
     running_ns = sum(max(0, w.free_at_ns - now_ns) for w in workers if w.prompts)
     return PrefillSignals(
@@ -47,7 +47,7 @@ def _prefill(state: RouterState, waiting: list[Entry], now_ns: int) -> PrefillSi
 
 def _decode(state: RouterState, waiting: list[Entry], parked: list[Entry]) -> DecodeSignals:
     workers = state.fleet.of(Role.DECODE)
-    staying = [worker for worker in workers if not worker.draining]
+    staying = [worker for worker in workers if not worker.draining and not worker.rests]
     room_blocks = max((worker.room_blocks for worker in staying), default=-1)
     is_full = any(_blocks(state, entry) > room_blocks for entry in (parked or waiting)[:1])
     # What waits for decode is demand of decode; what waits for prefill is none yet.
@@ -75,7 +75,7 @@ def _decode(state: RouterState, waiting: list[Entry], parked: list[Entry]) -> De
 def _lent(state: RouterState, role: Role) -> int:
     """Workers of the other pool that do this one's work, less those of this one that do not."""
     workers = [worker for worker in state.fleet.all() if not worker.draining]
-    return sum((w.hello.role is role) - (w.pool is role) for w in workers)
+    return sum((w.hello.role is role and not w.rests) - (w.pool is role) for w in workers)
 
 
 def _sequences(worker: Worker) -> int:

@@ -6,6 +6,7 @@ from pdserve.clock import MS, S
 from pdserve.ids import HostId, RequestId, StoreId, WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Address, Role
+from pdserve.router.duties import Duty, duty_of
 from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
 
@@ -15,6 +16,7 @@ class WorkerSnapshot:
     worker: WorkerId
     role: Role
     pool: Role  # whose replica it is; another one than its role after `pdserve role`
+    duty: Duty  # what it is sent: one of the two, both, or none
     pid: int
     host: HostId
     running: int
@@ -32,6 +34,7 @@ class WorkerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class RouterSnapshot:
+    mode: str  # as in ``router.mode``: which roles a worker may have
     workers: tuple[WorkerSnapshot, ...]
     queue_lengths: tuple[int, ...]  # level 0 first
     queued_work_ms: int  # predicted prefill time of all who wait
@@ -51,6 +54,7 @@ def snapshot_of(state: RouterState, now_ns: int) -> RouterSnapshot:
     for entry in state.entries.values():
         phases[str(entry.phase)] += 1
     return RouterSnapshot(
+        mode=state.settings.mode,
         workers=tuple(_worker(worker) for worker in state.fleet.all()),
         queue_lengths=state.lines.lengths(),
         queued_work_ms=state.queued_work_ns // MS,
@@ -76,6 +80,7 @@ def _worker(worker: Worker) -> WorkerSnapshot:
         worker=worker.id,
         role=worker.hello.role,
         pool=worker.pool,
+        duty=duty_of(worker),
         pid=worker.hello.pid,
         host=worker.hello.address.host,
         running=worker.running,

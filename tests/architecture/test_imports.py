@@ -19,7 +19,8 @@ FOLDERS = {
 }  # fmt: skip
 VOCABULARY = {
     *("checked", "clock", "compiled", "config", "errors", "ids", "lifecycle", "messages"),
-    *("prompt_tasks", "router_config", "settings", "settings_schema", "suspicion", "values"),
+    *("access_config", "prompt_tasks", "router_config", "settings", "settings_schema"),
+    *("suspicion", "values"),
 }
 
 MAY_IMPORT: dict[str, set[str]] = {

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from pdserve.cluster.access import Doorkeeper, Key, digest_of, write_keys
+from pdserve.cluster.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
 from pdserve.cluster.http import patience
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.patience import PatientHTTP
@@ -177,7 +177,7 @@ def test_a_request_id_that_cannot_be_repeated_is_replaced(client: httpx.Client) 
 
 def test_no_path_is_open_that_should_not_be(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    write_keys(path, [Key("a", "tenant", digest_of("secret"))])
+    write_keys(path, KeyFile((Key("a", "tenant", digest_of("secret")),)))
 
     async def snapshot() -> dict[str, Any]:
         return {}

@@ -15,7 +15,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from pdserve.cluster.access import Doorkeeper, Key, digest_of, write_keys
+from pdserve.cluster.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.errors import QueueFull, WorkerLost
@@ -259,7 +259,8 @@ def closed_from_here(app: FastAPI) -> None:
 
 def test_another_tenants_response_is_not_there(session: FakeSession, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    write_keys(path, [Key(name, f"tenant-{name}", digest_of(name)) for name in ("a", "b")])
+    keys = tuple(Key(name, f"tenant-{name}", digest_of(name)) for name in ("a", "b"))
+    write_keys(path, KeyFile(keys))
     app = create_app(session, config=GatewayConfig(), doorkeeper=Doorkeeper(path))
     with served(app) as url, connected(url, "a") as mine, connected(url, "b") as other:
         response = mine.responses.create(model=MODEL, input="x").id

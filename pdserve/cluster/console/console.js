@@ -1,6 +1,8 @@
 // Looks at the cluster every second and shows it. All text that comes from outside is set as text.
 
-import { buckets, count, events, life, parseMetrics, quantile, rate, time, total } from "./figures.js";
+import {
+  buckets, choices, count, events, life, parseMetrics, pools, quantile, rate, stores, time, total, whereabouts,
+} from "./figures.js";
 
 const EVERY_MS = 1000;
 const SAMPLES_MAX = 180;
@@ -34,6 +36,12 @@ async function look(path) {
   return answer;
 }
 
+/** Null where this gateway has no such page. */
+async function lookIfThere(path) {
+  const answer = await ask(path, { signal: AbortSignal.timeout(GIVE_UP_MS) });
+  return answer.ok ? answer : null;
+}
+
 // ── the flow ─────────────────────────────────────────────────────────────────────────────────────
 
 function bar(label, value, most, kind, said = count(value)) {
@@ -55,35 +63,120 @@ function showQueue(status) {
     ...lengths.map((length, level) => bar(`level ${level}`, length, most, "queue")));
 }
 
-function showPool(status, role) {
-  const workers = status.workers.filter((each) => each.role === role);
-  const cards = workers.map((each) => {
-    const used = each.block_count - each.free_blocks;
-    const state = each.draining ? "draining" : `${each.running} run, ${each.waiting} wait`;
-    return make("div", { className: "worker" },
-      make("p", {}, make("span", {}, each.worker), make("span", {}, state)),
-      bar("running", each.running, each.running_max, role),
-      bar("blocks", used, each.block_count, role, `${Math.round((100 * used) / each.block_count)} %`));
+/** Elements by name in `place`, made once and updated in place, so that the keyboard's focus stays. */
+function keyed(place, things, nameOf, create, none) {
+  const there = new Map([...place.children].map((child) => [child.dataset.name, child]));
+  const wanted = things.map((thing) => {
+    const element = there.get(nameOf(thing)) ?? create(thing);
+    element.dataset.name = nameOf(thing);
+    element.update(thing);
+    return element;
   });
-  $(role).replaceChildren(...(cards.length ? cards : [make("p", { className: "quiet" }, "no worker of this kind")]));
+  if (!wanted.length && none) wanted.push(none());
+  if (wanted.length !== place.children.length || wanted.some((each, index) => each !== place.children[index])) {
+    place.replaceChildren(...wanted);
+  }
 }
 
+function workerCard() {
+  const [name, state, bars, actions] = [make("span"), make("span"), make("div"), make("div", { className: "actions" })];
+  const card = make("div", { className: "worker" }, make("p", {}, name, state), bars, actions);
+  card.update = ({ worker, mode, role }) => {
+    const used = worker.block_count - worker.free_blocks;
+    name.textContent = worker.worker;
+    const does = worker.draining ? "leaves, " : worker.duty === "none" ? "drained, " : "";
+    state.textContent = `${does}${worker.running} run, ${worker.waiting} wait`;
+    bars.replaceChildren(
+      bar("running", worker.running, worker.running_max, role),
+      bar("blocks", used, worker.block_count, role, `${Math.round((100 * used) / worker.block_count)} %`));
+    const offered = choices(worker, mode);
+    const said = offered.map((each) => each.label).join();
+    if (card.dataset.offers !== said) {
+      const hadFocus = actions.contains(document.activeElement);
+      actions.replaceChildren(...offered.map((each) => make("button", {
+        type: "button", textContent: each.label, ariaLabel: `${worker.worker}: ${each.label}`,
+        onclick: () => confirmRole(worker.worker, each),
+      })));
+      card.dataset.offers = said;
+      if (hadFocus) actions.firstElementChild?.focus();
+    }
+  };
+  return card;
+}
+
+function showPool(status, role) {
+  const workers = status.workers.filter((each) => each.role === role);
+  keyed($(role), workers.map((worker) => ({ worker, mode: status.mode, role })), (each) => each.worker.worker, workerCard,
+    () => make("p", { className: "quiet" }, "no worker of this kind"));
+}
+
+function showPhases(status) {
+  const live = whereabouts(status.phases);
+  $("phases").textContent = `Live requests: ${live.length ? live.join(", ") : "none"}.`;
+}
+
+// ── what an operator does ────────────────────────────────────────────────────────────────────────
+
+let chosen = null;
+
+function confirmRole(worker, choice) {
+  chosen = { worker, role: choice.role };
+  $("confirm-title").textContent = `${worker}: ${choice.label}`;
+  $("confirm-text").textContent = choice.question;
+  $("confirm-wrong").textContent = "";
+  $("confirm").showModal();
+  $("confirm-no").focus();
+}
+
+$("confirm-no").addEventListener("click", () => $("confirm").close());
+$("do").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  $("confirm-yes").disabled = true;
+  try {
+    const answer = await ask("cluster/role", {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify(chosen),
+      signal: AbortSignal.timeout(GIVE_UP_MS),
+    });
+    if (!answer.ok) throw new Error((await answer.json()).error.message);
+    $("acted").textContent = `${chosen.worker}: ${chosen.role === "none" ? "drained" : chosen.role} from now on`;
+    $("confirm").close();
+  } catch (error) {
+    $("confirm-wrong").textContent = error.message;
+  }
+  $("confirm-yes").disabled = false;
+});
+
+// ── autoscaler ───────────────────────────────────────────────────────────────────────────────────
+
+const CHANGES_SHOWN = 10;
+
+function row(...values) {
+  return make("tr", {}, ...values.map((value) => make("td", {}, String(value))));
+}
+
+function showScaling(said) {
+  $("scaling").hidden = false;
+  $("wanted").caption.textContent =
+    said.dry_run ? "What it would want now, and why; it is in a dry run and changes nothing" : "What it wants now, and why";
+  $("wanted").tBodies[0].replaceChildren(...pools(said).map((each) =>
+    row(each.pool, each.workers, each.wanted, each.bounds, each.demand, each.why)));
+  $("changes").tBodies[0].replaceChildren(...said.changes.slice(-CHANGES_SHOWN).reverse().map((each) =>
+    row(time(said.now_ms - each.at_ms), each.pool, each.before, each.wanted, each.demand.toFixed(2), each.why)));
+  $("changes").hidden = !said.changes.length;
+}
+
+// ── the store ────────────────────────────────────────────────────────────────────────────────────
+
 function showStores(samples) {
-  const slots = samples.filter((each) => each.name === "pdserve_kv_slots");
-  const names = [...new Set(slots.map((each) => each.labels.store))];
-  const cards = names.map((name) => {
-    const of = (state) => slots.find((each) => each.labels.store === name && each.labels.state === state)?.value ?? 0;
-    const all = ["free", "reserved", "committed", "private", "quarantined"].reduce((sum, state) => sum + of(state), 0);
-    const found = (outcome) => samples.find((each) =>
-      each.name === "pdserve_kv_blocks" && each.labels.store === name && each.labels.outcome === outcome)?.value ?? 0;
-    const asked = found("asked");
-    return make("div", { className: "worker" },
-      make("p", {}, make("span", {}, name), make("span", {}, `${count(all)} slots`)),
-      bar("kept", of("committed"), all, "store"),
-      bar("in hand-off", of("reserved") + of("private"), all, "store"),
-      bar("found", found("found_memory"), asked, "store"),
-      bar("from disk", found("found_disk"), asked, "store"));
-  });
+  const cards = stores(samples).map((each) => make("div", { className: "worker" },
+    make("p", {}, make("span", {}, each.store), make("span", {}, `${count(each.slots)} slots`)),
+    bar("kept", each.kept, each.slots, "store"),
+    bar("in hand-off", each.inHandoff, each.slots, "store"),
+    bar("found", each.fromMemory, each.asked, "store"),
+    bar("from disk", each.fromDisk, each.asked, "store"),
+    make("p", { className: "quiet" }, `${each.handoffs} hand-offs, ${each.waiting} wait for room`)));
   $("stores").replaceChildren(...(cards.length ? cards : [make("p", { className: "quiet" }, "no figures")]));
 }
 
@@ -171,9 +264,13 @@ function say(text, wrong) {
 
 async function lookAtAll() {
   try {
-    const [status, metrics] = await Promise.all([look("cluster/status"), look("metrics")]);
+    const [status, metrics, requests, scaling] = await Promise.all(
+      [look("cluster/status"), look("metrics"), look("cluster/requests"), lookIfThere("cluster/autoscaling")]);
     const [cluster, samples] = [await status.json(), parseMetrics(await metrics.text())];
     showQueue(cluster);
+    showPhases(cluster);
+    showRequests((await requests.json()).requests);
+    if (scaling) showScaling(await scaling.json());
     for (const role of ["prefill", "decode"]) showPool(cluster, role);
     showStores(samples);
     showRates(samples, performance.now());
@@ -223,6 +320,31 @@ function showLife(report) {
       each.cached_tokens, time(each.price_ms)].map((value) => make("td", {}, String(value))))));
   $("decisions").hidden = !report.decisions?.length;
   $("life").hidden = false;
+}
+
+// ── the latest requests ──────────────────────────────────────────────────────────────────────────
+
+const REQUESTS_SHOWN = 12;
+
+function requestRow() {
+  let shown = null;
+  const button = make("button", { type: "button", onclick: () => { showLife(shown); $("life-title").focus(); } });
+  const cells = Array.from({ length: 8 }, () => make("td"));
+  cells[0].append(button);
+  const line = make("tr", {}, ...cells);
+  line.update = (each) => {
+    shown = each;
+    button.textContent = each.call;
+    button.disabled = each.queue_ms === undefined;
+    const said = [each.tenant, each.status, each.prompt_tokens, each.cached_tokens ?? "", each.generated_tokens,
+      time(each.first_token_ms), time(each.total_ms)];
+    said.forEach((value, index) => { cells[index + 1].textContent = String(value); });
+  };
+  return line;
+}
+
+function showRequests(requests) {
+  keyed($("requests").tBodies[0], requests.slice(0, REQUESTS_SHOWN), (each) => `${each.call} ${each.ended_unix_ms}`, requestRow);
 }
 
 async function stream(answer, tell) {

@@ -90,3 +90,73 @@ export function time(ms) {
   if (ms === null || ms === undefined) return "none";
   return ms >= 1000 ? `${(ms / 1000).toFixed(2)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
 }
+
+/** What an operator may make of a worker, as [{role, label, question}]; the router has the last say. */
+export function choices(worker, mode) {
+  const name = worker.worker;
+  const to = (role) => ({
+    role,
+    label: `${role} only`,
+    question: `${name} will ${role} from now on. What it has of its former work moves to other workers; no request is cancelled.`,
+  });
+  const drain = {
+    role: "none",
+    label: "drain",
+    question: `${name} will get no more work, and what it has moves to other workers; no request is cancelled. It stays until it is stopped or put back to work.`,
+  };
+  const home = mode === "disaggregated" ? worker.pool : "both";
+  const back = { role: home, label: "back to work", question: `${name} will ${home === "both" ? "prefill and decode" : home} again.` };
+  if (worker.draining) return [];
+  if (worker.duty === "none") return [back];
+  if (mode === "aggregated") return [drain];
+  const others = ["prefill", "decode"].filter((role) => role !== worker.duty).map(to);
+  if (mode === "auto" && worker.duty !== "both") others.push({ ...back, label: "both" });
+  return [...others, drain];
+}
+
+/** The autoscaler's pools, each with its latest decision: [{pool, workers, wanted, bounds, demand, why}]. */
+export function pools(said) {
+  return said.pools.map((pool) => {
+    const now = said.latest.find((each) => each.pool === pool.pool);
+    return {
+      pool: pool.pool,
+      workers: now?.workers ?? "",
+      wanted: now?.wanted ?? "",
+      bounds: pool.least === pool.most ? `${pool.most}, fixed` : `${pool.least} to ${pool.most}`,
+      demand: now ? now.demand.toFixed(2) : "",
+      why: now?.why ?? "it looks on before it decides",
+    };
+  });
+}
+
+/** Where live requests are, in the order of the flow; phases that nobody is in are left out. */
+export function whereabouts(phases) {
+  return Object.entries(phases).filter(([, number]) => number > 0)
+    .map(([phase, number]) => `${number} ${phase.replaceAll("_", " ")}`);
+}
+
+/** The KV stores' tiers and hand-offs, by store. */
+export function stores(samples) {
+  const by = (name, label) => {
+    const found = new Map();
+    for (const each of samples) {
+      if (each.name === name) found.set(`${each.labels.store} ${each.labels[label]}`, each.value);
+    }
+    return (store, value) => found.get(`${store} ${value}`) ?? 0;
+  };
+  const slots = by("pdserve_kv_slots", "state");
+  const blocks = by("pdserve_kv_blocks_total", "outcome");
+  const held = by("pdserve_kv_held", "kind");
+  const names = new Set(samples.filter((each) => each.name === "pdserve_kv_slots").map((each) => each.labels.store));
+  return [...names].map((store) => ({
+    store,
+    slots: ["free", "reserved", "committed", "private", "quarantined"].reduce((sum, state) => sum + slots(store, state), 0),
+    kept: slots(store, "committed"),
+    inHandoff: slots(store, "reserved") + slots(store, "private"),
+    asked: blocks(store, "asked"),
+    fromMemory: blocks(store, "found_memory"),
+    fromDisk: blocks(store, "found_disk"),
+    handoffs: held(store, "tickets"),
+    waiting: held(store, "tickets_queued"),
+  }));
+}

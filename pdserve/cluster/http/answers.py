@@ -4,7 +4,7 @@ A *dialect* is one of the two APIs. Both are told the same pieces; they differ i
 logprobs and roles go. ``Choice`` is what is remembered of one choice while its pieces arrive.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -382,6 +382,23 @@ def timing_report(timing: Timing, *, first_token_us: int, total_us: int) -> dict
         "first_token_ms": first_token_us / US_PER_MS,
         "total_ms": total_us / US_PER_MS,
     }
+
+
+def server_timing(report: Mapping[str, Any], *, ended: bool) -> str:
+    """A timing report as the header that browsers and proxies read (W3C Server Timing).
+
+    Args:
+        ended: False for a stream that begins: its whole length is not known yet.
+    """
+    parts = {
+        "queue": report["queue_ms"],
+        "prefill": report["prefill_ms"],
+        "handoff": report["handoff_ms"],
+        "first-token": report["first_token_ms"],
+    }
+    if ended:
+        parts["total"] = report["total_ms"]
+    return ", ".join(f"{name};dur={milliseconds:.3f}" for name, milliseconds in parts.items())
 
 
 def decisions_report(choices: Iterable[Choice]) -> dict[str, Any]:

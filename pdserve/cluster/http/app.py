@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
-from pdserve.cluster.http.access import Access
+from pdserve.cluster.http.access import Access, note_for_audit, tenant_in
 from pdserve.cluster.http.asking import chat_asked, completion_asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.console import add_console
@@ -36,7 +36,7 @@ from pdserve.cluster.http.schemas import (
     checked,
 )
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
-from pdserve.cluster.parameters import check_model, check_tokens, tenant_of
+from pdserve.cluster.parameters import check_model, check_tokens, shown, tenant_of
 from pdserve.cluster.prompts import chat_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, InvalidField, PdserveError
@@ -81,6 +81,7 @@ def create_app(
         VllmMetrics(session.model_name, session.context_tokens)
     )
     if doorkeeper is not None:
+        app.state.metrics.ledger = doorkeeper.ledger
         app.add_middleware(Access, doorkeeper=doorkeeper)
     app.add_middleware(RequestIds)  # the last one added is the first to see a request
     app.add_exception_handler(PdserveError, _tell_error)
@@ -202,7 +203,8 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
             else None,
         }
         if body.return_block_keys:
-            keys = session.block_keys(tokens, tenant_of(body.user), adapter)
+            tenant = tenant_in(request.scope) or tenant_of(body.user)
+            keys = session.block_keys(tokens, tenant, adapter)
             answer["block_keys"] = [key.hex() for key in keys]
         return JSONResponse(answer)
 
@@ -271,6 +273,7 @@ def _add_operations(app: FastAPI, snapshot: Snapshot | None, stores: StoreFigure
 
     if snapshot is not None:
         _add_answer(app, "/cluster/status", snapshot)
+        _add_answer(app, "/cluster/requests", _recent(app.state.metrics))
         add_console(app)
 
 
@@ -288,11 +291,20 @@ def _add_answer(app: FastAPI, path: str, ask: Snapshot) -> None:
             ) from None
 
 
+def _recent(metrics: FrontMetrics) -> Snapshot:
+    async def report() -> Mapping[str, Any]:
+        return metrics.recent.report()
+
+    return report
+
+
 def _add_role(app: FastAPI, assign: Assign, config: GatewayConfig) -> None:
     @app.post("/cluster/role")
     async def role(request: Request) -> Response:
         body = await read_object(request, config.body_bytes_max)
         values = [body.get(name) for name in ("worker", "role")]
+        texts = (value if isinstance(value, str) else shown(value) for value in values)
+        note_for_audit(request.scope, dict(zip(("worker", "role"), texts, strict=True)))
         for name, value in zip(("worker", "role"), values, strict=True):
             if not isinstance(value, str) or not value:
                 raise InvalidField(name, "is missing, or no text")

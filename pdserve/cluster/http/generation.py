@@ -30,7 +30,13 @@ from starlette.types import Receive, Scope, Send
 from pdserve.cluster.calls import Piece, Session
 from pdserve.cluster.gathering import Numbered, batches
 from pdserve.cluster.http.access import tenant_in
-from pdserve.cluster.http.answers import Choice, decisions_report, timing_report, usage
+from pdserve.cluster.http.answers import (
+    Choice,
+    decisions_report,
+    server_timing,
+    timing_report,
+    usage,
+)
 from pdserve.cluster.http.asking import Asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_body, error_response, error_status
@@ -151,7 +157,10 @@ class _Answer:
                 choice.keep(piece)
         body = whole(self._asked, self._choices, self._usage())
         timing = self._timing()
-        headers = {"x-pdserve-timing": json.dumps(timing)} if timing else {}
+        headers = {}
+        if timing:
+            headers["x-pdserve-timing"] = json.dumps(timing)
+            headers["server-timing"] = server_timing(timing, ended=True)
         if (said := self._said_of_itself(timing)) is not None:
             body["pdserve"] = said
         data = json.dumps(body, ensure_ascii=False, allow_nan=False)
@@ -165,9 +174,8 @@ class _Answer:
                 text = self._told(events, batch)
                 if not started:
                     started = True
-                    await send(
-                        {"type": "http.response.start", "status": 200, "headers": [*HEADERS]}
-                    )
+                    headers = [*HEADERS, *self._server_timing()]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if text:
                     await _write(send, text.encode())
         except PdserveError as error:
@@ -228,6 +236,13 @@ class _Answer:
         self._meter.prompt_tokens = used["prompt_tokens"]
         self._meter.cached_tokens = used["prompt_tokens_details"]["cached_tokens"]
         return used
+
+    def _server_timing(self) -> list[tuple[bytes, bytes]]:
+        """Of a stream that begins: where the time to its first token went."""
+        timing = self._timing()
+        if timing is None:
+            return []
+        return [(b"server-timing", server_timing(timing, ended=False).encode())]
 
     def _timing(self) -> dict[str, Any] | None:
         """Of the first choice."""

@@ -13,8 +13,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from pdserve.clock import unix_ms
 from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.http.recent import Ended, Recent
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
+from pdserve.cluster.quotas import Ledger
 from pdserve.messages import Timing
 
 SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -22,6 +25,8 @@ LONG_BUCKETS = (
     *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320, 640),
 )
+
+US_PER_S = 1_000_000
 
 DISCONNECTED = "disconnected"
 """The status of a call whose client went away."""
@@ -33,6 +38,10 @@ class FrontMetrics:
     def __init__(self, vllm: VllmMetrics | None = None) -> None:
         """``vllm``: tell everything in vLLM's words as well."""
         self._vllm = vllm
+        self.recent = Recent()
+        self.ledger: Ledger | None = None
+        """Of tenants' quotas, where there are any: it is told of every token."""
+
         self.registry = registry = CollectorRegistry()
         labels = ("front", "operation")
         self._requests = Counter(
@@ -92,6 +101,7 @@ class FrontMetrics:
             self._inter_token.labels(front, operation),
             self._generated_tokens,
             self._vllm,
+            self.ledger,
         )
         in_flight.inc()
         try:
@@ -104,6 +114,8 @@ class FrontMetrics:
             self._end_to_end.labels(front, operation).observe(meter.elapsed_s())
             self._prompt_tokens.inc(meter.prompt_tokens)
             self._cached_tokens.inc(meter.cached_tokens)
+            if meter.calls:
+                self.recent.add(meter.ended(front, operation))
 
     @property
     def in_flight(self) -> int:
@@ -138,7 +150,9 @@ class Meter:
         inter_token: Histogram,
         generated: Counter,
         vllm: VllmMetrics | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
+        self._ledger = ledger
         self.status = "internal"  # stays where a bug ends the call
         self.calls: Sequence[Call] = ()
         """What was asked for, as soon as that is known."""
@@ -156,10 +170,34 @@ class Meter:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._begun_s
 
+    def ended(self, front: str, operation: str) -> Ended:
+        """The call as the console shows it. A batch of prompts is told by its first one."""
+        call = self.calls[0]
+        first = self._told.get((0, 0))
+        return Ended(
+            call=call.call,
+            front=front,
+            operation=operation,
+            tenant=call.tenant,
+            status=self.status,
+            ended_unix_ms=unix_ms(),
+            prompt_tokens=sum(len(call.prompt) for call in self.calls),
+            generated_tokens=sum(told.token_count for told in self._told.values()),
+            first_token_us=round((self.first_token_s or 0.0) * US_PER_S),
+            total_us=round(self.elapsed_s() * US_PER_S),
+            timing=None if first is None else first.timing,
+        )
+
     def note(self, batch: Iterable[tuple[int, Piece]]) -> None:
         now_s = self.elapsed_s()
         for call, piece in batch:
             told = self._told.get((call, piece.choice))
+            if self._ledger is not None and self.calls:
+                asked = self.calls[call]
+                # Choices share the prompt: the first one to say something stands for it.
+                is_new = all((call, choice) not in self._told for choice in range(asked.n))
+                tokens = len(piece.tokens) + (len(asked.prompt) if is_new else 0)
+                self._ledger.spend(asked.tenant, tokens, unix_ms())
             if told is None:
                 told = self._told[call, piece.choice] = _Told(now_s, now_s)
             if piece.tokens:

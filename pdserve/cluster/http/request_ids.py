@@ -1,9 +1,13 @@
-"""``x-request-id``: what the client calls a request comes back with the answer, or one is drawn."""
+"""``x-request-id``: what the client calls a request comes back with the answer, or one is drawn.
+
+What is logged meanwhile says it, too (``cluster.logs``)."""
 
 import re
 import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pdserve.cluster.logs import request_id
 
 HEADER = b"x-request-id"
 
@@ -28,4 +32,8 @@ class RequestIds:
                 message["headers"] = [*message.get("headers", ()), (HEADER, request)]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        token = request_id.set(request.decode())
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            request_id.reset(token)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pdserve.cluster.calls import Call
@@ -116,7 +116,29 @@ class VllmMetrics:
         cluster = CollectorRegistry()
         cluster.register(_Cluster(self._model, snapshot))
         text = (generate_latest(self._registry) + generate_latest(cluster)).decode()
-        return (text + _as_ray_names(text)).encode()
+        return (text + _as_ray_names(text) + self._serve_counter()).encode()
+
+    def _serve_counter(self) -> str:
+        """Ray's dashboard joins each of its panels with this metric of Serve's, by ``WorkerId``,
+        for the names of deployment and replica. Calls do not go through Serve here, so it would
+        count none."""
+        families = self._success.collect()
+        ended = sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        )
+        family = CounterMetricFamily(
+            "ray_serve_deployment_request_counter",
+            "As Ray Serve's, of choices that ended",
+            labels=("model_name", "deployment", "replica", "WorkerId"),
+        )
+        who = str(os.getpid())
+        family.add_metric((self._model, "gateway", who, who), ended)
+        registry = CollectorRegistry()
+        registry.register(_Just(family))
+        return generate_latest(registry).decode()
 
     def _histogram(self, name: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(
@@ -127,6 +149,14 @@ class VllmMetrics:
     def _counter(self, name: str) -> Counter:
         family = Counter(f"vllm:{name}", _help(name), LABELS, registry=self._registry)
         return family.labels(self._model, ENGINE)
+
+
+class _Just(Collector):
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
 
 
 class _Cluster(Collector):
@@ -163,9 +193,9 @@ class _Cluster(Collector):
 
 
 def _as_ray_names(text: str) -> str:
-    """``vllm:x{…} 1`` as ``ray_vllm_x{…,ReplicaId="…"} 1``: Ray's exporter knows no colon, and
-    says which replica it was."""
-    replica = f',ReplicaId="{os.getpid()}"}}'
+    """``vllm:x{…} 1`` as ``ray_vllm_x{…,ReplicaId="…",WorkerId="…"} 1``: Ray's exporter knows no
+    colon, and says which replica it was, and in which of its worker processes."""
+    replica = f',ReplicaId="{os.getpid()}",WorkerId="{os.getpid()}"}}'
     lines = []
     for line in text.splitlines():
         renamed = line.replace("vllm:", "ray_vllm_", 1)

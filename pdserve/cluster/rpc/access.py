@@ -34,6 +34,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
             self._doorkeeper.admit(
                 secret_in(handler_call_details.invocation_metadata),
                 counts=handler_call_details.method in COUNTED,
+                asked={"method": "gRPC", "path": handler_call_details.method},
             )
         except PdserveError as error:
             return _refusing(handler, error)

@@ -159,7 +159,9 @@ def of_the_prompt(call: Call) -> Iterator[Piece]:
             yield Piece(0, "", (), FinishReason.STOP, timing=TIMING, vector=VECTOR.tobytes())
         case Scoring(top=top):
             for index, token in enumerate(call.prompt[1:], 1):
-                best = tuple((token - i, -0.25 * index - 0.5 * i) for i in range(top))
+                best = tuple(
+                    ((token - i) % VOCAB_SIZE, -0.25 * index - 0.5 * i) for i in range(top)
+                )
                 yield Piece(0, "", (), scores=(PromptScore(-0.25 * index, 2, best),))
     if call.stop.max_tokens == 0:
         for choice in range(call.n):

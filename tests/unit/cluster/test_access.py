@@ -53,7 +53,7 @@ def test_a_key_is_in_no_file(file: Path) -> None:
     assert len(secret) > 60
     assert file.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in file.parent.iterdir()] == ["keys.json"]
-    (key,) = read_keys(file)
+    (key,) = read_keys(file).keys
     assert (key.name, key.tenant, key.sha256, key.admin) == (
         "ann",
         "team",

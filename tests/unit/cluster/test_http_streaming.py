@@ -129,6 +129,16 @@ def test_pieces_that_are_ready_together_leave_in_one_write(
     assert len(reply.writes) == 2  # all pieces, then the end
 
 
+def test_a_stream_begins_with_where_the_time_to_its_first_token_went(app: FastAPI) -> None:
+    said = post(app, CHAT, ASK).headers["server-timing"]
+    parts = [part.partition(";dur=") for part in said.split(", ")]
+    assert [name for name, _, _ in parts] == ["queue", "prefill", "handoff", "first-token"]
+    assert [float(length) for _, _, length in parts[:3]] == [1.5, 20.0, 0.7]
+    whole = post(app, CHAT, ASK | {"stream": False}).headers["server-timing"]
+    assert whole.startswith("queue;dur=1.500, prefill;dur=20.000, handoff;dur=0.700, first-token;")
+    assert ", total;dur=" in whole
+
+
 def test_an_error_in_mid_stream_is_an_event(app: FastAPI, session: FakeSession) -> None:
     session.script = steps(piece("Hel"), WorkerLost("they keep dying"))
     reply = post(app, CHAT, ASK)

@@ -84,6 +84,16 @@ def samples() -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
+def test_ray_s_panels_can_be_joined_by_worker(samples: Any) -> None:
+    """Ray's dashboard multiplies each figure with Serve's counter of the same ``WorkerId``."""
+    ((partner, ended),) = samples["ray_serve_deployment_request_counter_total"]
+    assert ended == 2
+    assert (partner["deployment"], partner["model_name"]) == ("gateway", MODEL)
+    assert partner["replica"]
+    for name in RAY_DASHBOARD:
+        assert {labels["WorkerId"] for labels, _ in samples[name]} == {partner["WorkerId"]}
+
+
 def value(samples: Any, name: str, **labels: str) -> float:
     matching = [v for own, v in samples[name] if labels.items() <= own.items()]
     assert len(matching) == 1, (name, samples[name])

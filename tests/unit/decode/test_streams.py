@@ -67,7 +67,7 @@ def test_handoff_time_runs_from_the_first_token_to_the_takeover(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rig = Rig()
-    monkeypatch.setattr("pdserve.prefill.prompts.unix_us", lambda: 1000)
+    monkeypatch.setattr("pdserve.prefill.prompt.unix_us", lambda: 1000)
     (handoff,) = handoffs(rig, [request(max_tokens=3)])
     decode = rig.decode()
     instants = iter((1700, 1900))  # it arrives, its blocks have arrived

@@ -396,7 +396,7 @@ class FakeCluster:
             role: [
                 w
                 for w in state.fleet.of(role)
-                if not w.held and w.running + w.waiting == 0 and not w.draining
+                if not w.held and w.running + w.waiting == 0 and not w.draining and not w.rests
             ]
             for role in Role
         }
@@ -411,7 +411,7 @@ class FakeCluster:
         """Let everything come to its end; then nothing may be left of it."""
         for role in Role:
             there = self.core.state.fleet.of(role)
-            if all(self.workers[worker.id].draining for worker in there):
+            if all(self.workers[worker.id].draining or worker.rests for worker in there):
                 self.join(role)
         for _ in range(10_000):
             while self.lost:

@@ -113,3 +113,58 @@ def test_pools_are_told_apart_from_roles() -> None:
     seen = core.observation(0)
     assert (seen.prefill.workers, seen.prefill.lent) == (2, 1)
     assert (seen.decode.workers, seen.decode.lent) == (1, -1)
+
+
+def test_who_is_drained_gets_nothing_and_what_it_has_moves() -> None:
+    core, (p0, d0, _) = core_with(hello("p0"), hello("d0"), hello("d1"))
+    one = request("r1", 40)
+    core.on_submit(one, 0)
+    p0.event(one, Event.PREFILL_DONE)
+    d0.event(one, Event.ADOPTED)
+    assert told(core.assign(WorkerId("d0"), Duty.NONE, 0)) == ["d0 <- preempt r1"]
+    parked = core.on_parked(handoff(one, d0.hello), WorkerId("d0"), 0)
+    assert told(parked) == ["d1 <- resume r1, decode d1"]
+    core.on_submit(request("r2", 40), 0)
+    assert core.state.entries[request("r2", 40).request].decode == "d1"
+    core.state.check()
+    shown = {w.worker: w.duty for w in core.snapshot(0).workers}
+    assert shown == {"p0": Duty.PREFILL, "d0": Duty.NONE, "d1": Duty.DECODE}
+    seen = core.observation(0)
+    assert (seen.decode.workers, seen.decode.lent) == (1, -1), "as if it were not there"
+    with pytest.raises(ConfigError, match="d1 is the only worker that decodes"):
+        core.assign(WorkerId("d1"), Duty.NONE, 0)
+    core.assign(WorkerId("d0"), Duty.DECODE, 0)
+    core.assign(WorkerId("d1"), Duty.NONE, 0)
+    core.state.check()
+
+
+def test_in_aggregated_mode_a_worker_is_drained_and_comes_back() -> None:
+    config = replace(settings(), mode="aggregated")
+    core, _ = core_with(hello("d0"), hello("d1"), config=config)
+    one = request("r1", 600)
+    core.on_submit(one, 0)
+    first = core.state.entries[one.request].prefill
+    assert first is not None
+    other = WorkerId("d1" if first == "d0" else "d0")
+    assert f"{first} <- preempt r1" in told(core.assign(first, Duty.NONE, 0))
+    core.state.check()
+    worker = core.state.fleet.get(first)
+    assert worker is not None
+    assert worker.rests
+    with pytest.raises(ConfigError, match=f"{other} is the only worker that prefills"):
+        core.assign(other, Duty.NONE, 0)
+    core.assign(first, Duty.BOTH, 0)
+    assert not worker.rests
+    core.state.check()
+
+
+def test_a_prompt_that_was_bound_to_a_worker_and_called_back_is_bound_to_another() -> None:
+    config = replace(settings(), placement="round_robin")
+    core, (p0, _, _) = core_with(hello("p0"), hello("p1"), hello("d0"), config=config)
+    one = request("r1", 500)
+    core.on_submit(one, 0)
+    assert core.state.entries[one.request].prefill == "p0"
+    assert told(core.assign(WorkerId("p0"), Duty.NONE, 0)) == ["p0 <- preempt r1"]
+    said = told(p0.event(one, Event.PREEMPTED, computed_tokens=128))
+    assert any(line.startswith("p1 <- dispatch r1") for line in said), "it waits for ever at p0"
+    core.state.check()

@@ -84,7 +84,7 @@ def bodies(facts: Facts) -> dict[str, Schema]:
             "type": "object",
             "properties": {
                 "worker": TEXT | {"minLength": 1},
-                "role": {"enum": ["prefill", "decode", "both"]},
+                "role": {"enum": ["prefill", "decode", "both", "none"]},
             },
             "required": ["worker", "role"],
         },

@@ -196,6 +196,7 @@ _OPERATIONS: dict[str, dict[str, Schema]] = {
     "/load": {"get": _operation("load", "Load")},
     "/metrics": {"get": _operation("metrics", "", content="text/plain")},
     "/cluster/status": {"get": _operation("cluster_status", "Figures")},
+    "/cluster/requests": {"get": _operation("cluster_requests", "Figures")},
     "/cluster/recording": {"get": _operation("cluster_recording", "Figures")},
     "/cluster/autoscaling": {"get": _operation("autoscaling", "Figures")},
     "/cluster/autoscaling/observations": {"get": _operation("autoscaling_observations", "Figures")},

@@ -164,7 +164,8 @@ class _Creation(Response):
             )
             record = Record(_owner(scope), teller.response, asked.items, asked.messages)
             if asked.body.background:
-                await self._responses.start(record, teller, asked)
+                with continued(request.headers):
+                    await self._responses.start(record, teller, asked)
                 answer: Response = (
                     _Following(self._responses, record.response["id"], 0)
                     if asked.body.stream

@@ -78,6 +78,11 @@ class Session(Protocol):
         """
         ...
 
+    def bursts(self, call: Call) -> AsyncIterator[Sequence[Piece]]:
+        """``generate``, with as many pieces at once as are ready; never none. Between two bursts
+        the event loop has a turn, also where nothing is awaited with the first."""
+        ...
+
     def block_keys(
         self, tokens: Sequence[int], tenant: str, adapter: str | None
     ) -> tuple[BlockKey, ...]:

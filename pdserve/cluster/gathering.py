@@ -7,6 +7,9 @@
 One pump task per call. A consumer that is slow to write finds several pieces waiting and sends
 them in one write; one that is far too slow stops the pumps. Leaving the generator, in whatever
 way, cancels the pumps and so closes every call's iterator before it returns.
+
+One call alone, which is what most clients send, needs no pump: its iterator has what is ready, and
+a task less is woken for every token. Then what a slow client leaves waits in the session.
 """
 
 import asyncio
@@ -31,25 +34,22 @@ async def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[lis
         PdserveError: of a call that fails, after what was ready before; the others are then
             cancelled.
     """
+    if len(calls) == 1:
+        async with aclosing(_alone(session, calls[0])) as only:
+            async for batch in only:
+                yield batch
+        return
     ready: list[Numbered] = []
     room = asyncio.Semaphore(PENDING_PIECES_MAX)
     wake = asyncio.Event()
 
     async def pump(index: int, call: Call) -> None:
-        iterator = answered(session, call)
-        why = why_log(call)
-        try:
-            async with aclosing(iterator):
-                async for piece in iterator:
-                    if why is not None:
-                        why.note(piece)
+        async with aclosing(_logged(session, call)) as bursts:
+            async for pieces in bursts:
+                for piece in pieces:
                     await room.acquire()
                     ready.append((index, piece))
                     wake.set()
-        except PdserveError as error:
-            if why is not None:
-                why.failed(error)
-            raise
 
     pumps = [asyncio.create_task(pump(index, call)) for index, call in enumerate(calls)]
     for task in pumps:
@@ -73,11 +73,43 @@ async def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[lis
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
+async def _alone(session: Session, call: Call) -> AsyncGenerator[list[Numbered]]:
+    try:
+        async with aclosing(_logged(session, call)) as bursts:
+            async for pieces in bursts:
+                yield [(0, piece) for piece in pieces]
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise _given_up() from None
+
+
+async def _logged(session: Session, call: Call) -> AsyncGenerator[Sequence[Piece]]:
+    """What the call's client gets, as the log and traces are told of it too."""
+    why = why_log(call)
+    try:
+        async with aclosing(answered(session, call)) as bursts:
+            async for pieces in bursts:
+                if why is not None:
+                    for piece in pieces:
+                        why.note(piece)
+                yield pieces
+    except PdserveError as error:
+        if why is not None:
+            why.failed(error)
+        raise
+
+
+def _given_up() -> PdserveError:
+    return PdserveError("the call was given up inside the gateway; send it again")
+
+
 def _all_ended(pumps: Sequence["asyncio.Task[None]"]) -> bool:
     """Whether nothing more can come; raises the error of a pump that failed."""
     ended = [task for task in pumps if task.done()]
     for task in ended:
         if task.cancelled():  # not by us: we cancel only on the way out
-            raise PdserveError("the call was given up inside the gateway; send it again")
+            raise _given_up()
         task.result()
     return len(ended) == len(pumps)

@@ -14,18 +14,19 @@ from typing import cast
 from pdserve.cluster.calls import Call, Piece, Session
 
 
-def answered(session: Session, call: Call) -> AsyncGenerator[Piece]:
-    """The pieces that the client of ``call`` gets. Closing it closes the session's iterator.
+def answered(session: Session, call: Call) -> AsyncGenerator[Sequence[Piece]]:
+    """The pieces that the client of ``call`` gets, as many at once as are ready. Closing it closes
+    the session's iterator.
 
     Raises:
         PdserveError: as ``Session.generate`` does.
     """
     if call.best_of is None:
-        return cast("AsyncGenerator[Piece]", session.generate(call))
+        return cast("AsyncGenerator[Sequence[Piece]]", session.bursts(call))
     return _best(session, call, call.best_of)
 
 
-async def _best(session: Session, call: Call, best_of: int) -> AsyncGenerator[Piece]:
+async def _best(session: Session, call: Call, best_of: int) -> AsyncGenerator[Sequence[Piece]]:
     """The pieces of the ``n`` best choices, best first; with logprobs, asked for or not."""
     scored = replace(call.sampling, logprobs=call.sampling.logprobs or 0)
     choices: list[list[Piece]] = [[] for _ in range(best_of)]
@@ -34,13 +35,13 @@ async def _best(session: Session, call: Call, best_of: int) -> AsyncGenerator[Pi
     async with aclosing(iterator):
         async for piece in iterator:
             if piece.scores:  # of the prompt, and so of all choices
-                yield piece
+                yield [piece]
                 continue
             choices[piece.choice].append(piece)
     choices.sort(key=_mean_logprob, reverse=True)  # stable: equals stay in order
     for rank, pieces in enumerate(choices[: call.n]):
-        for piece in pieces:
-            yield replace(piece, choice=rank)
+        if pieces:
+            yield [replace(piece, choice=rank) for piece in pieces]
 
 
 def _mean_logprob(pieces: Sequence[Piece]) -> float:

@@ -18,7 +18,16 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,6 +78,9 @@ AnyDelivery = Delivery | BeamDelivery | PromptDelivery
 
 DEADLINE_GRACE_S = 1.0
 """The router answers an expired request itself; this long after, the session stops waiting."""
+
+BURST_MAX = 256
+"""Pieces at once: what a client that was slow gets in one write."""
 
 LOST_AGAIN_S = 0.25
 """Before the third attempt, and twice as long before each further one: what broke two in a row may
@@ -166,9 +178,16 @@ class GatewaySession:
     # ── the fronts' side ─────────────────────────────────────────────────────────────────────────
 
     async def generate(self, call: Call) -> AsyncIterator[Piece]:
+        async with aclosing(self.bursts(call)) as bursts:
+            async for pieces in bursts:
+                for piece in pieces:
+                    yield piece
+
+    async def bursts(self, call: Call) -> AsyncGenerator[Sequence[Piece]]:
         self._check(call)
         running = _Running(call, secrets.randbits(63) if call.seed is None else call.seed)
         self._calls[call.call] = running
+        expiry = _expire_in_time(running)
         try:
             if call.task is None:
                 self._begin_choices(running)
@@ -176,13 +195,20 @@ class GatewaySession:
                 self._begin_task(running)
             open_count = call.n
             while open_count:
-                piece = await _next_piece(running)
-                self._pin_once(running)
-                if not piece.scores and 0 < running.started_count < call.request_count:
-                    self._begin(running, call.request_count)
-                open_count -= piece.finish is not None
-                yield _with_task(piece, running.task)
+                pieces, error = await _ready(running)
+                if pieces:
+                    self._pin_once(running)
+                    has_begun = any(not piece.scores for piece in pieces)
+                    if has_begun and 0 < running.started_count < call.request_count:
+                        self._begin(running, call.request_count)
+                    open_count -= sum(piece.finish is not None for piece in pieces)
+                    yield [_with_task(piece, running.task) for piece in pieces]
+                    if len(pieces) == BURST_MAX:  # the next one may be there already
+                        await asyncio.sleep(0)
+                if error is not None and open_count:
+                    raise error
         finally:
+            expiry.cancel()
             self._forget(running)
 
     def _pin_once(self, running: _Running) -> None:
@@ -441,23 +467,29 @@ def together(first: Timing, then: Timing) -> Timing:
     )
 
 
-async def _next_piece(running: _Running) -> Piece:
-    """The next piece of the call.
+async def _ready(running: _Running) -> tuple[list[Piece], PdserveError | None]:
+    """What is ready, after waiting for the first of it: ``BURST_MAX`` pieces at most; and what the
+    call has failed with behind them, if it has."""
+    queue = running.pieces
+    pieces: list[Piece] = []
+    said = await queue.get()
+    while not isinstance(said, PdserveError):
+        pieces.append(said)
+        if queue.empty() or len(pieces) == BURST_MAX:
+            return pieces, None
+        said = queue.get_nowait()
+    return pieces, said
 
-    Raises:
-        PdserveError: the call has failed.
-        DeadlineExceeded: the router should have said so itself, and did not.
+
+def _expire_in_time(running: _Running) -> asyncio.TimerHandle:
+    """The call ends with an error if the router has not said so itself a while after its deadline.
+
+    One timer per call, and none per piece: this stands on every token's way.
     """
     call = running.call
+    error = DeadlineExceeded(
+        f"{call.call} was not finished within its deadline; ask for fewer tokens or allow more time"
+    )
     left_s = (call.deadline_unix_ms - steady_unix_ms()) / 1000 + DEADLINE_GRACE_S
-    try:
-        async with asyncio.timeout(max(left_s, 0)):
-            piece = await running.pieces.get()
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"{call.call} was not finished within its deadline; ask for fewer tokens or allow more "
-            "time"
-        ) from None
-    if isinstance(piece, PdserveError):
-        raise piece
-    return piece
+    loop = asyncio.get_running_loop()
+    return loop.call_later(max(left_s, 0), running.pieces.put_nowait, error)

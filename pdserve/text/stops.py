@@ -34,6 +34,8 @@ class StopStrings:
         stream is over and must not be pushed to.
         """
         assert not self._ended, "a stop string was hit: the stream is over"
+        if not self._strings:  # as of most streams, at every token
+            return text, None
         text = self._held + text
         hit = self._first_hit(text)
         if hit is not None:

@@ -65,6 +65,11 @@ class Dialect(Protocol):
         """What a whole answer has beside its choices."""
         ...
 
+    def is_text(self, choice: Choice, piece: Piece) -> bool:
+        """Whether ``chunks`` says ``piece.text`` and nothing else that depends on the piece, in one
+        chunk, and remembers nothing of it."""
+        ...
+
 
 class Scored:
     """vLLM's ``prompt_logprobs``: for each token of a prompt what could stand there, by id."""
@@ -177,6 +182,7 @@ class Chat:
         self._token_ids = token_ids
         self._manner = manner
         self._calls_finish = calls_finish
+        self._is_bare = manner.is_plain and not logprobs and not token_ids
         self._scored = scored
 
     def beside(self, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -221,6 +227,10 @@ class Chat:
                 | _ids(self._token_ids, piece.tokens)
             )
         return chunks
+
+    def is_text(self, choice: Choice, piece: Piece) -> bool:
+        ends = piece.finish is not None or piece.stop_reason is not None
+        return bool(self._is_bare and choice.started and piece.text and not ends)
 
     def _delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         """The fields of a delta that hold what is settled with ``piece``; none where nothing is."""
@@ -281,6 +291,7 @@ class Completion:
         self._scored = scored
         self._echoes = echoes
         self._n = n
+        self._is_bare = not logprobs and not token_ids
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return {
@@ -317,6 +328,10 @@ class Completion:
                 **_ids(self._token_ids, piece.tokens),
             }
         ]
+
+    def is_text(self, choice: Choice, piece: Piece) -> bool:
+        ends = piece.finish is not None or piece.stop_reason is not None
+        return bool(self._is_bare and choice.started and piece.text and not ends)
 
     def _echo(self, choice: Choice) -> str:
         return self._echoes[choice.index // self._n].text if self._echoes else ""

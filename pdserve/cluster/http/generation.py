@@ -189,7 +189,11 @@ class _Answer:
     def _told(self, events: Events, batch: list[Numbered]) -> str:
         """The events that a batch makes."""
         parts = []
+        is_bare = self._trail is None and not self._asked.continuous_usage
         for choice, piece in self._note(batch):
+            if is_bare and self._asked.dialect.is_text(choice, piece):
+                parts.append(events.text(choice, piece))
+                continue
             for event_id, chunk in self._chunks(choice, piece):
                 so_far = self._usage() if self._asked.continuous_usage else None
                 event = events.chunk(chunk, so_far)

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pdserve.clock import unix_ms
 from pdserve.cluster.calls import Call, Piece
 from pdserve.cluster.http.recent import Ended, Recent
+from pdserve.cluster.http.tallies import Tally, TallyCounter, TallyHistogram
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
 from pdserve.cluster.quotas import Ledger
 from pdserve.messages import Timing
@@ -66,13 +67,13 @@ class FrontMetrics:
             buckets=LONG_BUCKETS,
             registry=registry,
         )
-        self._inter_token = Histogram(
+        self._inter_token = TallyHistogram(
             "pdserve_inter_token_seconds",
             "Between two tokens of one choice",
             labels,
             buckets=SHORT_BUCKETS,
-            registry=registry,
         )
+        registry.register(self._inter_token)
         self._end_to_end = Histogram(
             "pdserve_request_seconds",
             "From a call's arrival to its end, failed ones included",
@@ -83,9 +84,10 @@ class FrontMetrics:
         self._prompt_tokens = Counter(
             "pdserve_prompt_tokens_total", "Prompt tokens of answered calls", registry=registry
         )
-        self._generated_tokens = Counter(
-            "pdserve_generated_tokens_total", "Tokens that were generated", registry=registry
+        self._generated_tokens = TallyCounter(
+            "pdserve_generated_tokens", "Tokens that were generated"
         )
+        registry.register(self._generated_tokens)
         self._cached_tokens = Counter(
             "pdserve_cached_prompt_tokens_total",
             "Prompt tokens that no worker had to compute",
@@ -147,8 +149,8 @@ class Meter:
     def __init__(
         self,
         ttft: Histogram,
-        inter_token: Histogram,
-        generated: Counter,
+        inter_token: Tally,
+        generated: TallyCounter,
         vllm: VllmMetrics | None = None,
         ledger: Ledger | None = None,
     ) -> None:
@@ -218,8 +220,7 @@ class Meter:
         if gap_s is None:
             told.first_s = now_s
         else:
-            for _ in range(count):
-                self._inter_token.observe(gap_s)
+            self._inter_token.observe(gap_s, count)
         told.last_s = now_s
         told.token_count += count
         self._generated.inc(count)

@@ -1,12 +1,15 @@
 """Server-sent events: one event per chunk, all events of a batch in one write.
 
-This runs once per token and stream, so the part of a chunk that never changes is encoded once.
+This runs once per token and stream, so the part of a chunk that never changes is encoded once: its
+head for all, and for those that say text alone everything around the text.
 """
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
+from pdserve.cluster.calls import Piece
 from pdserve.cluster.http.answers import Choice
 from pdserve.cluster.http.asking import Asked
 
@@ -17,6 +20,9 @@ HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would gather tokens for its clients
 )
+
+_MARK = "\ue000text\ue000"
+"""Stands where an event's text will; from the right it is the first of its kind."""
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -36,6 +42,8 @@ class Events:
         )
         self._head = f"data: {head[:-1]},"
         self._tail = '"usage":null}\n\n' if asked.include_usage else ""
+        self._dialect = asked.dialect
+        self._around: dict[int, tuple[str, str]] = {}  # a choice's text, in its events
 
     def chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None = None) -> str:
         """``usage`` for those who asked for it with every chunk."""
@@ -44,6 +52,18 @@ class Events:
         if self._tail:
             return f'{self._head}"choices":[{_encode(choice)}],{self._tail}'
         return f'{self._head}"choices":[{_encode(choice)}]}}\n\n'
+
+    def text(self, choice: Choice, piece: Piece) -> str:
+        """The event of a piece that says text alone (``Dialect.is_text``): the same bytes as
+        ``chunk`` makes, of which only the text is encoded anew."""
+        around = self._around.get(choice.index)
+        if around is None:
+            marked = replace(piece, text=_MARK)
+            (chunk,) = self._dialect.chunks(choice, marked)
+            before, found, after = self.chunk(chunk).rpartition(_encode(_MARK))
+            assert found, f"no text in the chunk {chunk}"
+            around = self._around[choice.index] = (before, after)
+        return around[0] + _encode(piece.text) + around[1]
 
     def last(self, usage: dict[str, Any] | None, timing: dict[str, Any] | None) -> str:
         """The chunk without choices that ends an answer, of what was asked for."""

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pdserve.cluster.calls import Call
+from pdserve.cluster.http.tallies import TallyCounter, TallyHistogram
 from pdserve.messages import Timing
 
 LABELS = ("model_name", "engine")
@@ -44,7 +45,10 @@ class VllmMetrics:
         self._model = model
         lengths = _one_two_five(context_tokens)
         self._ttft = self._histogram("time_to_first_token_seconds", TTFT_S)
-        self._inter_token = self._histogram("inter_token_latency_seconds", TOKEN_S)
+        name = "inter_token_latency_seconds"
+        gaps = TallyHistogram(f"vllm:{name}", _help(name), LABELS, buckets=TOKEN_S)
+        self._registry.register(gaps)
+        self._inter_token = gaps.labels(model, ENGINE)
         self._per_token = self._histogram("request_time_per_output_token_seconds", TOKEN_S)
         self._end_to_end = self._histogram("e2e_request_latency_seconds", REQUEST_S)
         self._queue = self._histogram("request_queue_time_seconds", REQUEST_S)
@@ -61,7 +65,9 @@ class VllmMetrics:
         self._cached = self._counter("prompt_tokens_cached")
         self._queries = self._counter("prefix_cache_queries")
         self._hits = self._counter("prefix_cache_hits")
-        self._generated = self._counter("generation_tokens")
+        name = "generation_tokens"
+        self._generated = TallyCounter(f"vllm:{name}", _help(name), LABELS, (model, ENGINE))
+        self._registry.register(self._generated)
         self._success = Counter(
             "vllm:request_success",
             "Choices that ended, by reason",
@@ -76,8 +82,7 @@ class VllmMetrics:
         """``gap_s``: for each of them, since the one before; None: they are the first."""
         self._generated.inc(count)
         if gap_s is not None:
-            for _ in range(count):
-                self._inter_token.observe(gap_s)
+            self._inter_token.observe(gap_s, count)
 
     def choice_ended(
         self,

@@ -7,6 +7,7 @@ until somebody closes the iterator. Text is tokenised into its UTF-8 bytes.
 import asyncio
 import threading
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Callable,
     Collection,
@@ -15,6 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import aclosing
 from enum import Enum
 from typing import Any, Literal, cast
 
@@ -60,6 +62,7 @@ Script = Callable[[Call], Iterable[Step]]
 
 
 BLOCK_TOKENS = 4
+BURST_MAX = 64
 NAMESPACE = namespace_digest(model=MODEL)
 
 
@@ -119,23 +122,39 @@ class FakeSession:
         self.closed = threading.Event()  # whenever no iterator is open any more
 
     async def generate(self, call: Call) -> AsyncIterator[Piece]:
+        async with aclosing(self.bursts(call)) as bursts:
+            async for pieces in bursts:
+                for each in pieces:
+                    yield each
+
+    async def bursts(self, call: Call) -> AsyncGenerator[Sequence[Piece]]:
+        """Ready at once is what the script says before it waits, fails or ends."""
         self.calls.append(call)
         self.open.add(call.call)
         self.opened.set()
+        ready: list[Piece] = []
         try:
             if self.fails is not None:
                 raise self.fails
             for piece_ in of_the_prompt(call):
-                yield piece_
+                yield [piece_]
             if call.stop.max_tokens == 0 or isinstance(call.task, Pooling):
                 return
             for step in self.script(call):
+                if isinstance(step, Piece):
+                    ready.append(step)
+                    if len(ready) < BURST_MAX:
+                        continue
+                if ready:
+                    yield ready
+                    ready = []
+                    await asyncio.sleep(0)  # as between any two of a real session's
                 if isinstance(step, PdserveError):
                     raise step
                 if isinstance(step, Wait):
                     await asyncio.Event().wait()
-                else:
-                    yield step
+            if ready:
+                yield ready
         finally:
             self.open.discard(call.call)
             if not self.open:

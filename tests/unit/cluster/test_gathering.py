@@ -1,7 +1,7 @@
 """Several calls as one stream: order, bounds, and that every way out closes every iterator."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -64,12 +64,13 @@ def test_closing_closes_every_iterator_before_it_returns() -> None:
     run(scenario())
 
 
-def test_cancelling_the_consumer_closes_every_iterator() -> None:
+@pytest.mark.parametrize("names", [["x"], ["x", "y"]])
+def test_cancelling_the_consumer_closes_every_iterator(names: list[str]) -> None:
     session = FakeSession(steps(piece("a"), HANG))
 
     async def scenario() -> None:
-        consumer = asyncio.create_task(texts(session, "x", "y"))
-        while session.open != {"x", "y"}:
+        consumer = asyncio.create_task(texts(session, *names))
+        while session.open != {*names}:
             await asyncio.sleep(0)
         consumer.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -106,15 +107,16 @@ def test_a_bug_in_the_session_is_raised_and_not_waited_for() -> None:
         run(_discard(FakeSession(broken)))
 
 
-def test_a_call_that_is_cancelled_from_inside_ends_with_an_error() -> None:
+@pytest.mark.parametrize("names", [["x"], ["x", "y"]])
+def test_a_call_that_is_cancelled_from_inside_ends_with_an_error(names: list[str]) -> None:
     class Cancelling(FakeSession):
-        async def generate(self, call: Call) -> AsyncIterator[Piece]:
-            yield piece("a", finish=FinishReason.STOP)
+        async def bursts(self, call: Call) -> AsyncGenerator[Sequence[Piece]]:
+            yield [piece("a", finish=FinishReason.STOP)]
             raise asyncio.CancelledError
 
     with pytest.raises(PdserveError, match="given up"):
-        run(_discard(Cancelling()))
+        run(_discard(Cancelling(), *names))
 
 
-async def _discard(session: FakeSession) -> None:
-    await texts(session, "x")
+async def _discard(session: FakeSession, *names: str) -> None:
+    await texts(session, *(names or ("x",)))

@@ -1,16 +1,24 @@
 """Streams: which events there are, in which order, and how many writes they take."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pdserve.cluster.calls import Piece
+from pdserve.cluster.http.answers import Chat, Choice, Completion
 from pdserve.cluster.http.app import create_app
+from pdserve.cluster.http.asking import Asked
+from pdserve.cluster.http.speech import Manner
+from pdserve.cluster.http.streaming import Events
 from pdserve.config import GatewayConfig
 from pdserve.errors import WorkerLost
 from pdserve.messages import FinishReason
+from pdserve.text.tokenizer import Tokenizer
 from tests.unit.cluster.asgi import post
-from tests.unit.cluster.fake_session import FakeSession, piece, said, steps
+from tests.unit.cluster.fake_session import FakeSession, FakeTokenizer, piece, said, steps
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 ASK = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -147,3 +155,38 @@ def test_an_error_in_mid_stream_is_an_event(app: FastAPI, session: FakeSession) 
     assert deltas(events[:-1])[-1] == {"content": "Hel"}
     assert events[-1]["error"]["message"] == "they keep dying"
     assert events[-1]["error"]["code"] == "worker_lost"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("include_usage", [True, False])
+@given(texts=st.lists(st.text(min_size=1), min_size=1, max_size=3), index=st.integers(0, 3))
+def test_the_short_way_to_an_event_gives_the_same_bytes(
+    texts: list[str], index: int, chat: bool, include_usage: bool
+) -> None:
+    dialect = (Chat if chat else Completion)(cast(Tokenizer, FakeTokenizer()), logprobs=False)
+    events = Events(
+        Asked("id-1", "m", (), 4, dialect, True, include_usage, False, False, False), created=7
+    )
+    choices = [Choice(each, started=True) for each in (0, index)]
+    for text in texts:
+        for choice in choices:
+            said_ = Piece(choice.index, text, ())
+            assert dialect.is_text(choice, said_)
+            (chunk,) = dialect.chunks(choice, said_)
+            assert events.text(choice, said_) == events.chunk(chunk)
+
+
+def test_only_text_goes_the_short_way() -> None:
+    tokenizer = cast(Tokenizer, FakeTokenizer())
+    plain = Piece(0, "a", ())
+    for make in (Chat, Completion):
+        dialect = make(tokenizer, logprobs=False)
+        started = Choice(0, started=True)
+        assert dialect.is_text(started, plain)
+        assert not dialect.is_text(Choice(0), plain)  # who speaks, or an echo, comes first
+        assert not dialect.is_text(started, Piece(0, "", ()))
+        assert not dialect.is_text(started, Piece(0, "a", (), FinishReason.LENGTH))
+        assert not make(tokenizer, logprobs=True).is_text(started, plain)
+        assert not make(tokenizer, logprobs=False, token_ids=True).is_text(started, plain)
+    thinking = Chat(tokenizer, logprobs=False, manner=Manner(reasoning="deepseek_r1"))
+    assert not thinking.is_text(Choice(0, started=True), plain)

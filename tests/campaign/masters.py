@@ -5,7 +5,6 @@ whoever leads must know exactly what the node has, however many leaders and node
 """
 
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from tests.campaign.processes import (
     START_S_MAX,
     Child,
     NodeProcess,
-    die_with_parent,
+    launched,
     stopped_by_itself,
     wake,
 )
@@ -70,17 +69,8 @@ class MasterProcess(Child):
     @staticmethod
     def start(plan: MasterPlan, *, stop_before_renewal: bool = False) -> "MasterProcess":
         plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log = plan.directory / f"{plan.name}.{time.monotonic_ns()}.log"
-        with log.open("wb") as errors:
-            process = subprocess.Popen(
-                plan.command(stop_before_renewal=stop_before_renewal),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call)
-            )
-        return MasterProcess(process, log, plan)
+        command = plan.command(stop_before_renewal=stop_before_renewal)
+        return MasterProcess(*launched(command, plan.directory, plan.name), plan)
 
 
 # ── at quiet moments ─────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,23 @@ class Child:
         return "" if at < 0 else text[max(0, at - 200) : at + 3000]
 
 
+def launched(
+    command: Sequence[str], directory: Path, name: str
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """What a ``Child`` is made of: the process, and the file of what it says."""
+    log = directory / f"{name}.{time.monotonic_ns()}.log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call)
+        )
+    return process, log
+
+
 @dataclass
 class NodeProcess(Child):
     """One incarnation. ``address`` is None until it serves."""
@@ -104,17 +122,8 @@ class NodeProcess(Child):
     @staticmethod
     def start(plan: NodePlan, *, stop_before_register: bool = False) -> "NodeProcess":
         plan.directory.mkdir(parents=True, exist_ok=True)
-        log = plan.directory / f"{plan.store_id}.{time.monotonic_ns()}.log"
-        with log.open("wb") as errors:
-            process = subprocess.Popen(
-                plan.command(stop_before_register=stop_before_register),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  (one system call)
-            )
-        return NodeProcess(process, log, plan)
+        command = plan.command(stop_before_register=stop_before_register)
+        return NodeProcess(*launched(command, plan.directory, plan.store_id), plan)
 
     def serves(self) -> bool:
         """Whether it does by now; does not wait."""

@@ -175,13 +175,7 @@ async def _asked(
     limits = limits_of(session, config)
     include_usage, continuous_usage = body.usage_wanted()
     name = dialect.id_prefix + secrets.token_hex(12)
-    ends_unix_ms = deadline_unix_ms(
-        headers,
-        now_unix_ms=steady_unix_ms(),
-        wall_unix_ms=unix_ms(),
-        longest_ms=round(config.request_timeout_s * 1000),
-        stream=bool(body.stream),
-    )
+    ends_unix_ms = ending_of(headers, config, stream=bool(body.stream))
     calls = tuple(
         call_of(
             parameters,
@@ -228,6 +222,17 @@ def flag_of(headers: Mapping[str, str], name: str) -> bool:
     if wanted is None:
         raise InvalidField(name, f"is {shown(text)}, must be 1, true, 0 or false")
     return wanted
+
+
+def ending_of(headers: Mapping[str, str], config: GatewayConfig, *, stream: bool) -> int:
+    """``deadline_unix_ms`` of a request that has come now."""
+    return deadline_unix_ms(
+        headers,
+        now_unix_ms=steady_unix_ms(),
+        wall_unix_ms=unix_ms(),
+        longest_ms=round(config.request_timeout_s * 1000),
+        stream=stream,
+    )
 
 
 def limits_of(session: Session, config: GatewayConfig) -> Limits:

@@ -14,15 +14,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pdserve.clock import steady_unix_ms, unix_ms
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.embedding import Embedded, Vector, embedded, pooling_call, shortened
 from pdserve.cluster.http.access import tenant_in
-from pdserve.cluster.http.asking import limits_of
+from pdserve.cluster.http.asking import ending_of, limits_of
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_response, error_status
 from pdserve.cluster.http.generation import until_gone
-from pdserve.cluster.http.hints import deadline_unix_ms, retries_of
+from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.http.schemas import EmbeddingBody, checked, prompts_of
 from pdserve.cluster.parameters import (
@@ -119,13 +118,7 @@ async def _wanted(
     limits = limits_of(session, config)
     name = f"embd-{secrets.token_hex(12)}"
     whose = tenant_of(body.user) if tenant is None else tenant
-    ends_unix_ms = deadline_unix_ms(
-        headers,
-        now_unix_ms=steady_unix_ms(),
-        wall_unix_ms=unix_ms(),
-        longest_ms=round(config.request_timeout_s * 1000),
-        stream=False,
-    )
+    ends_unix_ms = ending_of(headers, config, stream=False)
     service_class = service_class_of(Parameters(service_tier=body.service_tier))
     prompts = await _prompts(session, body)
     calls = [

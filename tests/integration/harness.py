@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 
+from pdserve.cluster.http_client import post_json
 from pdserve.cluster.local import APP, OBJECT_STORE_BYTES, LocalCluster, local_cluster
 from pdserve.config import ClusterConfig
 from pdserve.messages import Sampling
@@ -212,6 +213,11 @@ def storm_samplings(count: int) -> list[Sampling]:
         )
         for index in range(count)
     ]
+
+
+def assign_role(cluster: TestCluster, worker: str, role: str) -> None:
+    """Raises PdserveError where the router refuses."""
+    post_json(cluster.url, "/cluster/role", {"worker": worker, "role": role})
 
 
 def settings(source: Path | str, **parts: Any) -> ClusterConfig:

@@ -18,6 +18,7 @@ from pdserve.cluster.http_client import post_json
 from pdserve.errors import PdserveError
 from tests.integration.harness import (
     TestCluster,
+    assign_role,
     held,
     random_prompts,
     running,
@@ -121,34 +122,30 @@ def test_a_worker_takes_another_role_under_load_and_gives_it_back(cluster: TestC
     worker = cluster.workers("decode")[0]["worker"]
     try:
         struck = storm(
-            cluster, prompts, 160, at=40, strike=lambda: _assign(cluster, worker, "prefill")
+            cluster, prompts, 160, at=40, strike=lambda: assign_role(cluster, worker, "prefill")
         )
         assert [stream.error for stream in struck] == [None] * len(prompts)
         assert [stream.tokens for stream in struck] == [stream.tokens for stream in calm]
         assert len(cluster.workers("prefill")) == 2
         # Whoever prefills, the answers are the same.
         again = storm(
-            cluster, prompts, 160, at=40, strike=lambda: _assign(cluster, worker, "decode")
+            cluster, prompts, 160, at=40, strike=lambda: assign_role(cluster, worker, "decode")
         )
         assert [stream.tokens for stream in again] == [stream.tokens for stream in calm]
     finally:
-        _assign(cluster, worker, "decode")
+        assign_role(cluster, worker, "decode")
     assert len(cluster.workers("decode")) == 2
     after = cluster.status()["counters"]
     assert after.get("lost", 0) == before.get("lost", 0), "nobody began anew"
     wait_until_equal("held at rest", lambda: held(cluster), 0, timeout_s=60)
 
 
-def _assign(cluster: TestCluster, worker: str, role: str) -> None:
-    post_json(cluster.url, "/cluster/role", {"worker": worker, "role": role})
-
-
 def test_a_role_that_cannot_be_is_refused_with_the_reason(cluster: TestCluster) -> None:
     only = cluster.workers("prefill")[0]["worker"]
     with pytest.raises(PdserveError, match="is the only worker that prefills"):
-        _assign(cluster, only, "decode")
+        assign_role(cluster, only, "decode")
     with pytest.raises(PdserveError, match="must be one of prefill, decode, both"):
-        _assign(cluster, only, "router")
+        assign_role(cluster, only, "router")
     with pytest.raises(PdserveError, match="worker: is missing"):
         post_json(cluster.url, "/cluster/role", {"role": "decode"})
 

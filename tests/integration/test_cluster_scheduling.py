@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from pdserve.messages import Sampling
-from tests.integration.deployed import Deployed, deployed
 from tests.integration.harness import (
     Stream,
     TestCluster,
+    assign_role,
     running,
     settings,
     stream_tokens,
@@ -25,7 +25,7 @@ LONG_TOKENS = 1500
 SHORT_TOKENS = 32
 SHORT_COUNT = 8
 CHUNK_TOKENS = 128
-PARKED_TOKENS = 2500
+PARKED_TOKENS = 1600
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -123,23 +123,21 @@ async def _long_then_shorts(
     return (preempted or finished)[0], list(shorts), order
 
 
-def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_model: Path) -> None:
-    """Six streams that grow to 163 blocks each; a pool of 660 holds four of them to their end."""
-    config = settings(
-        small_model,
-        model={"dtype": "float32"},
-        decode={"replicas": 1, "replicas_max": 1, "threads": 1, "pool_blocks": 660},
-    )
+def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(
+    cluster: TestCluster, small_model: Path
+) -> None:
+    """Six streams that grow to 107 blocks each; a pool of 512 holds four of them to their end. The
+    other worker prefills until two have had to go."""
     prompts = [_prompt(seed, 100) for seed in range(6)]
     samplings = [Sampling(temperature=0.7 if index % 2 else 0.0) for index in range(6)]
     expected = tokens_alone(small_model, prompts, samplings, PARKED_TOKENS)
 
-    async def all_of_them(url: str) -> list[Stream]:
+    async def all_of_them() -> list[Stream]:
         async with httpx.AsyncClient(timeout=300) as client:
             return await asyncio.gather(
                 *(
                     stream_tokens(
-                        url,
+                        cluster.url,
                         prompt,
                         PARKED_TOKENS,
                         client=client,
@@ -150,24 +148,29 @@ def test_streams_that_do_not_fit_are_parked_and_resume_on_another_worker(small_m
                 )
             )
 
-    async def while_a_second_worker_comes(cluster: Deployed) -> list[Stream]:
-        streams = asyncio.create_task(all_of_them(cluster.url))
-        await asyncio.to_thread(cluster.deploy, decode_replicas=2)
+    def decode_of(worker: str, name: str) -> int:
+        (found,) = [one for one in cluster.status()["workers"] if one["worker"] == worker]
+        count: int = found["counters"].get(name, 0)
+        return count
+
+    async def while_the_other_comes_back() -> list[Stream]:
+        streams = asyncio.create_task(all_of_them())
         await asyncio.to_thread(
-            wait_for, "two parked streams", lambda: cluster.counter("decode", "parked") >= 2
+            wait_for, "two parked streams", lambda: decode_of(crowded, "parked") >= parked + 2
         )
+        await asyncio.to_thread(assign_role, cluster, other, "decode")
         return await streams
 
-    with deployed(config) as cluster:
-        first_pid = cluster.pids("decode")[0]
-        crowded = asyncio.run(while_a_second_worker_comes(cluster))
-        assert [stream.error for stream in crowded] == [None] * 6
-        resumed = {
-            worker["pid"]: worker["counters"].get("resumed", 0)
-            for worker in cluster.workers("decode")
-        }
-        assert sum(count for pid, count in resumed.items() if pid != first_pid) >= 2
-        assert [stream.tokens for stream in crowded] == expected
+    crowded, other = (one["worker"] for one in cluster.workers("decode"))
+    parked, resumed = decode_of(crowded, "parked"), decode_of(other, "resumed")
+    assign_role(cluster, other, "prefill")
+    try:
+        streams = asyncio.run(while_the_other_comes_back())
+    finally:
+        assign_role(cluster, other, "decode")
+    assert [stream.error for stream in streams] == [None] * 6
+    assert decode_of(other, "resumed") >= resumed + 2
+    assert [stream.tokens for stream in streams] == expected
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def _killed_master(blocks: int) -> _Found:
             ending.callback(client.close)
         reader = _Reader(real)
         ending.callback(reader.close)
-        leading = _wait_until_whole(clients, blocks + READ_BLOCKS)
+        leading, _ = _wait_until_whole(clients, blocks + READ_BLOCKS)
         reading = threading.Thread(target=reader.run)
         reading.start()
         try:
@@ -105,24 +105,30 @@ def _killed_master(blocks: int) -> _Found:
         finally:
             reader.stopped.set()
             reading.join()
-        report = standby.call(AskMaster(), MasterReport)
-        assert report.is_whole, report
-        assert report.blocks == blocks + READ_BLOCKS, report.blocks
+        _, report = _wait_until_whole([standby], blocks + READ_BLOCKS)
         return _Found(
             rebuilt_s, reader.failed, reader.longest_s * 1e3, report.index_bytes / report.locations
         )
 
 
-def _wait_until_whole(clients: list[MasterClient], blocks: int) -> int:
-    """Which of the masters leads, once it knows all."""
+def _wait_until_whole(clients: list[MasterClient], blocks: int) -> tuple[int, MasterReport]:
+    """Which of the masters leads, and what it says, once it knows all."""
     until_s = time.monotonic() + PATIENCE_S
     while True:
         for index, client in enumerate(clients):
-            report = client.call(AskMaster(), MasterReport)
-            if report.epoch and report.is_whole and report.blocks == blocks:
-                return index
+            report = _report(client)
+            if report and report.epoch and report.is_whole and report.blocks == blocks:
+                return index, report
         assert time.monotonic() < until_s, "the index never became whole"
         time.sleep(0.05)
+
+
+def _report(client: MasterClient) -> MasterReport | None:
+    """None where it does not answer just now: on a busy machine it may have to wait for a core."""
+    try:
+        return client.call(AskMaster(), MasterReport)
+    except StoreUnavailable:
+        return None
 
 
 def _is_located(client: MasterClient, key: BlockKey) -> bool:

@@ -15,11 +15,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ NAMESPACE = namespace_digest(model="bench")
 KIB, MIB = 1 << 10, 1 << 20
 RING = 48  # values that are read in turn, as the peers do
 MANY = 10
+LINES_SHOWN = 10  # of what a peer said before it ended
 LOOKED_UP = 128
 CALLS = 5  # in one turn
 SLOTS = 384
@@ -71,8 +73,9 @@ PEERS = {
 class Asked:
     """A running peer; its answers are µs per call."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", errors: IO[bytes]) -> None:
         self._process = process
+        self._errors = errors
         assert self._read() == "ready"
 
     def __call__(self, operation: str, size: int) -> float:
@@ -85,27 +88,31 @@ class Asked:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args!r} ended; run it by hand to see why")
+            self._errors.seek(0)
+            said = b"".join(self._errors.readlines()[-LINES_SHOWN:]).decode(errors="replace")
+            raise RuntimeError(f"{self._process.args!r} ended:\n{said}")
         return json.loads(line)
 
 
 @contextlib.contextmanager
 def running_peer(peer: Peer) -> Iterator[Asked]:
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed below)
     process = subprocess.Popen(
         [str(peer.python), str(SCRIPTS / peer.script), *peer.arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         text=True,
     )
     try:
-        yield Asked(process)
+        yield Asked(process, errors)
     finally:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
         process.wait()
         process.stdout.close()
+        errors.close()
 
 
 class Ours:

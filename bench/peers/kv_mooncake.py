@@ -22,8 +22,9 @@ SEGMENT_BYTES = 1 << 30
 BUFFER_BYTES = 256 << 20
 STAGING_BYTES = 16 << 20
 START_S_MAX = 20
-LEASE_MS = 100
-"""How long what was read may not be removed; nothing is read while it is removed here."""
+LEASE_MS = 500
+"""How long what was read may not be removed; nothing is read while it is removed here. A get that
+takes longer fails (-707), as many do in 100 ms on a machine that is busy with other things."""
 
 HOST = "127.0.0.1"
 

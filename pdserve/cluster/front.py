@@ -75,7 +75,7 @@ class Front:
             doorkeeper=self._doorkeeper,
             stores=self._store_figures,
         )
-        session.pinning = self._pinning = Pinning(snapshot)
+        session.pinning = self._pinning = Pinning(snapshot, self._store_credentials)
         redis = config.gateway.access.quota_redis
         self._counts = None if redis is None else SharedCounts(redis)
         self._exchanging: asyncio.Task[None] | None = None
@@ -118,7 +118,7 @@ class Front:
             await self._serving
 
     async def _store_figures(self, snapshot: Mapping[str, Any]) -> bytes:
-        reports = await reports_of(snapshot)
+        reports = await reports_of(snapshot, self._store_credentials)
         return render(reports, self._tenants, await master_of(reports, self._store_credentials))
 
     async def _start_http(self) -> None:

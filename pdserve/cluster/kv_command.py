@@ -15,6 +15,7 @@ from pdserve.cluster.kv_stores import Store, stores_of
 from pdserve.errors import ConfigError
 from pdserve.ids import BlockKey
 from pdserve.kvstore.admin import StoreReport
+from pdserve.kvstore.security import Credentials
 
 POLL_S = 0.1
 """Between two looks at a node that drains."""
@@ -24,20 +25,30 @@ TENANTS_SHOWN = 10
 console = Console(highlight=False, soft_wrap=True)
 
 
-def show_stat(url: str, nodes: Sequence[str], *, as_json: bool) -> None:
-    with stores_of(url, nodes) as stores:
+def show_stat(
+    url: str, nodes: Sequence[str], *, as_json: bool, credentials: Credentials | None = None
+) -> None:
+    """``credentials``, here and below: for stores on other hosts."""
+    with stores_of(url, nodes, credentials) as stores:
         reports = [(store, store.admin.report()) for store in stores]
     if as_json:
         print(json.dumps([_plain(store, report) for store, report in reports], indent=2))
         return
     for store, report in reports:
         console.print(_shown(store, report))
-    show_master(masters_in(report for _, report in reports))
+    show_master(masters_in(report for _, report in reports), credentials)
 
 
-def audit(url: str, nodes: Sequence[str], *, blocks_max: int | None, as_json: bool) -> int:
+def audit(
+    url: str,
+    nodes: Sequence[str],
+    *,
+    blocks_max: int | None,
+    as_json: bool,
+    credentials: Credentials | None = None,
+) -> int:
     """The exit status: 1 where anything is wrong."""
-    with stores_of(url, nodes) as stores:
+    with stores_of(url, nodes, credentials) as stores:
         reports = [(store, store.admin.audit(blocks_max)) for store in stores]
     if as_json:
         print(
@@ -66,11 +77,12 @@ def evict(
     prompt: str | None,
     everything: bool,
     pinned: bool,
+    credentials: Credentials | None = None,
 ) -> None:
     if everything == (tenant is not None or prompt is not None):
         raise ConfigError("say what to evict: --all, or --tenant, or --prompt (of a --tenant)")
     keys = None if prompt is None else keys_of(url, {"prompt": prompt, "user": tenant})
-    with stores_of(url, nodes) as stores:
+    with stores_of(url, nodes, credentials) as stores:
         for store in stores:
             if keys is None:
                 blocks = store.admin.evict_all(tenant=tenant, pinned=pinned)
@@ -79,9 +91,17 @@ def evict(
             console.print(f"{store.name} on {store.host}: evicted {blocks:,} blocks")
 
 
-def drain(url: str, nodes: Sequence[str], host: str, *, timeout_s: float, undo: bool) -> int:
+def drain(
+    url: str,
+    nodes: Sequence[str],
+    host: str,
+    *,
+    timeout_s: float,
+    undo: bool,
+    credentials: Credentials | None = None,
+) -> int:
     """The exit status: 1 where something is still under way at the end."""
-    with stores_of(url, nodes) as stores:
+    with stores_of(url, nodes, credentials) as stores:
         chosen = [store for store in stores if host in (store.host, store.name)]
         if not chosen:
             known = ", ".join(f"{store.host} ({store.name})" for store in stores)
@@ -94,7 +114,7 @@ def drain(url: str, nodes: Sequence[str], host: str, *, timeout_s: float, undo: 
             return 0
         until_s = time.monotonic() + timeout_s
         for store in chosen:
-            move_away(masters, store.admin.store_id, until_s)
+            move_away(masters, store.admin.store_id, until_s, credentials)
         statuses = [_wait_until_unused(store, until_s) for store in chosen]
     return max(statuses)
 

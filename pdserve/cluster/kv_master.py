@@ -1,7 +1,6 @@
 """The store's masters, as operators see them: for ``pdserve kv`` and for Prometheus.
 
-Where they are the store nodes say, which are what a command or a scrape asks anyway. Commands have
-no credentials, as towards the stores of other hosts; the gateway has those of its settings.
+Where they are the store nodes say, which are what a command or a scrape asks anyway.
 """
 
 import time
@@ -45,10 +44,10 @@ def master_report(
         client.close()
 
 
-def show_master(masters: Sequence[str]) -> None:
+def show_master(masters: Sequence[str], credentials: Credentials | None = None) -> None:
     if not masters:
         return
-    report = master_report(masters)
+    report = master_report(masters, credentials)
     if report is None:
         console.print(f"no master answers at {', '.join(masters)}; the stores go on without")
         return
@@ -78,11 +77,16 @@ def show_master(masters: Sequence[str]) -> None:
     console.print(table)
 
 
-def move_away(masters: Sequence[str], store_id: StoreId, until_s: float) -> None:
+def move_away(
+    masters: Sequence[str],
+    store_id: StoreId,
+    until_s: float,
+    credentials: Credentials | None = None,
+) -> None:
     """Have what only this node has copied to others, and say what became of it."""
     if not masters:
         return
-    client = MasterClient(masters, name=NAME)
+    client = MasterClient(masters, credentials, name=NAME)
     try:
         vacated = client.vacate(store_id, deadline_s=max(0.001, until_s - time.monotonic()))
     except StoreError as error:

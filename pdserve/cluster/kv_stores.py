@@ -13,6 +13,7 @@ from pdserve.cluster.http_client import get_json
 from pdserve.errors import ConfigError
 from pdserve.ids import HostId
 from pdserve.kvstore.admin_client import StoreAdmin
+from pdserve.kvstore.security import Credentials
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
 
@@ -30,12 +31,15 @@ class Store:
 
 
 @contextlib.contextmanager
-def stores_of(url: str, nodes: Sequence[str]) -> Iterator[list[Store]]:
-    """Connected to each; by name.
+def stores_of(
+    url: str, nodes: Sequence[str], credentials: Credentials | None = None
+) -> Iterator[list[Store]]:
+    """Connected to each; by name. ``credentials``: for those on other hosts.
 
     Raises:
         ConfigError: nothing answers at ``url``, or it knows of no store.
         StoreUnavailable: a store does not answer.
+        AccessDenied: it wants a token.
     """
     addresses = [address_of(node) for node in nodes]
     if not addresses:
@@ -46,7 +50,7 @@ def stores_of(url: str, nodes: Sequence[str]) -> Iterator[list[Store]]:
     with contextlib.ExitStack() as ending:
         stores = []
         for address in addresses:
-            admin = StoreAdmin(address, host=here)
+            admin = StoreAdmin(address, host=here, credentials=credentials)
             ending.callback(admin.close)
             stores.append(Store(address.host, admin))
         yield sorted(stores, key=lambda store: (store.host, store.name))

@@ -14,6 +14,7 @@ from pdserve.cluster.kv_stores import addresses_in
 from pdserve.errors import PdserveError
 from pdserve.ids import BlockKey
 from pdserve.kvstore.admin_client import StoreAdmin
+from pdserve.kvstore.security import Credentials
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
 
@@ -40,9 +41,15 @@ def lifetime_ms_of(text: str) -> int | None:
 
 
 class Pinning:
-    def __init__(self, snapshot: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
-        """``snapshot``: the router's, which has the stores."""
+    def __init__(
+        self,
+        snapshot: Callable[[], Awaitable[Mapping[str, Any]]],
+        credentials: Credentials | None = None,
+    ) -> None:
+        """``snapshot``: the router's, which has the stores. ``credentials``: for those on other
+        hosts."""
         self._snapshot = snapshot
+        self._credentials = credentials
         self._waiting: asyncio.Queue[tuple[tuple[BlockKey, ...], int]] = asyncio.Queue(WAITING_MAX)
 
     def keep(self, keys: Sequence[BlockKey], lifetime_ms: int) -> None:
@@ -59,14 +66,22 @@ class Pinning:
             try:
                 addresses = list(addresses_in(await self._snapshot()))
                 await asyncio.gather(
-                    *(asyncio.to_thread(_pin, each, keys, lifetime_ms) for each in addresses)
+                    *(
+                        asyncio.to_thread(_pin, each, keys, lifetime_ms, self._credentials)
+                        for each in addresses
+                    )
                 )
             except PdserveError as error:
                 log.warning("a prompt is not pinned everywhere: %s", error)
 
 
-def _pin(address: Address, keys: Sequence[BlockKey], lifetime_ms: int) -> None:
-    admin = StoreAdmin(address, host=local_host_id(), timeout_s=ANSWER_S)
+def _pin(
+    address: Address,
+    keys: Sequence[BlockKey],
+    lifetime_ms: int,
+    credentials: Credentials | None,
+) -> None:
+    admin = StoreAdmin(address, host=local_host_id(), timeout_s=ANSWER_S, credentials=credentials)
     try:
         admin.pin(keys, hard=False, lifetime_ms=lifetime_ms)
     finally:

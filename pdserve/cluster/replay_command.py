@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -24,6 +24,7 @@ from pdserve.kvstore.child import child_node
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.eviction import EvictionName
 from pdserve.kvstore.replay import TracedPrompt, hits_of, read_trace
+from pdserve.kvstore.security import Credentials
 from pdserve.wire.hosts import local_host_id
 
 CLAIM_MS_P99_MAX = 1.0
@@ -38,6 +39,7 @@ class Wish:
     eviction: str = "turns"
     speed: float = 10.0
     requests: int | None = None
+    credentials: Credentials = field(default_factory=Credentials)  # for a node on another host
 
 
 @dataclass(slots=True)
@@ -93,7 +95,13 @@ def play(trace: Path, wish: Wish) -> Played:
             )
         else:
             address = address_of(wish.node)
-        client = StoreClient(address, host=local_host_id(), owner="replay")
+        client = StoreClient(
+            address,
+            host=local_host_id(),
+            owner="replay",
+            ssl_context=wish.credentials.ssl_context(server_side=False),
+            token=wish.credentials.worker_token(),
+        )
         ending.callback(client.close)
         played = _play(client, prompts, wish.speed)
         if wish.node is None:

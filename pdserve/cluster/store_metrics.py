@@ -41,9 +41,11 @@ Reports = Mapping[str, StoreReport]
 """By store."""
 
 
-async def reports_of(snapshot: Mapping[str, Any]) -> Reports:
+async def reports_of(
+    snapshot: Mapping[str, Any], credentials: Credentials | None = None
+) -> Reports:
     """Of the stores of all workers in a router's snapshot that answer."""
-    asked = [asyncio.to_thread(_report, address) for address in addresses_in(snapshot)]
+    asked = [asyncio.to_thread(_report, address, credentials) for address in addresses_in(snapshot)]
     answers = await asyncio.gather(*asked)
     return {name: report for answer in answers if answer is not None for name, report in [answer]}
 
@@ -62,9 +64,11 @@ def render(reports: Reports, tenants: Collection[str], master: MasterReport | No
     return generate_latest(registry)
 
 
-def _report(address: Address) -> tuple[str, StoreReport] | None:
+def _report(address: Address, credentials: Credentials | None) -> tuple[str, StoreReport] | None:
     try:
-        admin = StoreAdmin(address, host=local_host_id(), timeout_s=ANSWER_S)
+        admin = StoreAdmin(
+            address, host=local_host_id(), timeout_s=ANSWER_S, credentials=credentials
+        )
     except PdserveError:
         return None
     try:

@@ -19,6 +19,7 @@ from pdserve.cluster.kv_command import keys_of
 from pdserve.cluster.kv_stores import stores_of
 from pdserve.cluster.pinning import lifetime_ms_of
 from pdserve.errors import ConfigError, PdserveError
+from pdserve.kvstore.security import Credentials
 
 HARD = "hard"
 WAYS = ("prompt", "messages", "tokens")
@@ -66,8 +67,18 @@ class Tally:
     failed: int = 0
 
 
-def warm(url: str, file: Path, *, pin: str | None, concurrency: int) -> int:
+def warm(
+    url: str,
+    file: Path,
+    *,
+    pin: str | None,
+    concurrency: int,
+    credentials: Credentials | None = None,
+) -> int:
     """The exit status: 1 where a prompt could not be computed or pinned.
+
+    Args:
+        credentials: for stores on other hosts.
 
     Raises:
         ConfigError: a line or an option does not fit; nothing has been computed then.
@@ -79,7 +90,7 @@ def warm(url: str, file: Path, *, pin: str | None, concurrency: int) -> int:
     tally = Tally()
     with (
         _progress() as progress,
-        stores_of(url, ()) as stores,
+        stores_of(url, (), credentials) as stores,
         ThreadPoolExecutor(concurrency) as pool,
     ):
         task = progress.add_task("computing", total=len(prompts))

@@ -7,9 +7,16 @@ it works the same from another host.
 from collections.abc import Sequence
 from typing import TypeVar
 
-from pdserve.errors import DeadlineExceeded, Disconnected, StoreUnavailable, WireError
+from pdserve.errors import (
+    DeadlineExceeded,
+    Disconnected,
+    PdserveError,
+    StoreUnavailable,
+    WireError,
+)
 from pdserve.ids import BlockKey, HostId, StoreId
 from pdserve.kvstore import admin, protocol
+from pdserve.kvstore.security import Credentials
 from pdserve.messages import Address
 from pdserve.wire.blocking import connect_blocking
 
@@ -21,18 +28,42 @@ T = TypeVar("T")
 
 
 class StoreAdmin:
-    def __init__(self, address: Address, *, host: HostId, timeout_s: float = ANSWER_S) -> None:
-        """``host``: of this process. Raises StoreUnavailable where nobody answers."""
+    def __init__(
+        self,
+        address: Address,
+        *,
+        host: HostId,
+        timeout_s: float = ANSWER_S,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """Connect to a node.
+
+        Args:
+            host: of this process.
+            credentials: the cluster's, for a node on another host that wants them.
+
+        Raises:
+            StoreUnavailable: nobody answers there, or not to this certificate.
+            AccessDenied: the node wants a token, and takes none of this key.
+            ConfigError: a file of the credentials is of no use.
+        """
+        credentials = credentials or Credentials()
         self._timeout_s = timeout_s
         try:
-            self._connection = connect_blocking(address, host=host, codec=protocol.PROTOCOL)
+            self._connection = connect_blocking(
+                address,
+                host=host,
+                codec=protocol.PROTOCOL,
+                ssl_context=credentials.ssl_context(server_side=False),
+            )
         except WireError as error:
             raise StoreUnavailable(f"the store node cannot be reached: {error}") from error
         try:
-            welcome = self._ask(
-                protocol.Greet("admin", shares_memory=False, pins=False), protocol.Welcome
+            greeting = protocol.Greet(
+                "admin", shares_memory=False, pins=False, token=credentials.worker_token()
             )
-        except StoreUnavailable:
+            welcome = self._ask(greeting, protocol.Welcome)
+        except PdserveError:
             self.close()
             raise
         self.store_id: StoreId = welcome.store_id

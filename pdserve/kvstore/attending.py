@@ -10,9 +10,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from pdserve.errors import FrameError, PdserveError
+from pdserve.errors import FrameError, PdserveError, StoreUnavailable
 from pdserve.kvstore import protocol
+from pdserve.kvstore.answers import WriteGrant
 from pdserve.kvstore.arena import Arena
+from pdserve.kvstore.arena_memory import ArenaMemory
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.tickets import OwnerId
 from pdserve.wire.connection import Connection
@@ -62,6 +64,23 @@ class NodeAttendant:
         if answer is not None:
             self._connection.answer_now(frame, answer, body, sent)
         return True
+
+
+def lent(
+    memory: ArenaMemory | None, core: StoreCore, owner: OwnerId, grant: WriteGrant
+) -> WriteGrant:
+    """``grant``, when its slots may be written; otherwise there is no such write.
+
+    Raises:
+        StoreUnavailable: there is no memory behind them, and who writes them would end.
+    """
+    if memory is not None:
+        try:
+            memory.secure(grant.slots)
+        except StoreUnavailable:
+            core.abandon(owner, grant.write)
+            raise
+    return grant
 
 
 def read_blocks(

@@ -23,7 +23,8 @@ from typing import get_args
 from pdserve.errors import ConfigError, PdserveError, StaleEpoch, StoreError, StoreUnavailable
 from pdserve.ids import StoreId, new_store_id
 from pdserve.kvstore.adoption import Beginning, begin
-from pdserve.kvstore.arena import Geometry, allocate, geometry_of
+from pdserve.kvstore.arena import Geometry, geometry_of
+from pdserve.kvstore.arena_memory import ArenaMemory
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.codecs import PayloadCodec, codec_of
 from pdserve.kvstore.core import StoreCore
@@ -107,11 +108,13 @@ async def run_node(
         if settings.mooncake:
             one_sided = OneSidedNode(engine_at(_reachable_host(settings)), arena)
             welcome = one_sided.welcome(welcome)
+        memory = ArenaMemory(path, geometry)
         server = StoreServer(
             core,
             arena,
             welcome,
             lending,
+            memory=memory,
             ssd=ssd,
             cluster_key=cluster_key,
             one_sided=one_sided,
@@ -143,7 +146,7 @@ async def run_node(
             keeping = asyncio.create_task(kept.run(join))
             ending.push_async_callback(_cancel, keeping)
         directory.keeps = False
-        warming = asyncio.create_task(_take_memory(path, stopped))
+        warming = asyncio.create_task(_take_memory(path, memory, stopped))
         ending.push_async_callback(_finish, warming)
         say_ready(
             json.dumps(
@@ -308,19 +311,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-async def _take_memory(path: Path, stopped: asyncio.Event) -> None:
+async def _take_memory(path: Path, memory: ArenaMemory, stopped: asyncio.Event) -> None:
     """Take the arena's memory, piece by piece, beside serving, and have it touched."""
-    size = path.stat().st_size
-    offset = 0
     try:
-        while offset < size and not stopped.is_set():
-            offset = await asyncio.to_thread(allocate, path, offset)
-    except OSError as error:
+        while not (memory.is_whole or stopped.is_set()):
+            await asyncio.to_thread(memory.take_piece)
+    except ConfigError:
         stopped.set()
-        raise ConfigError(
-            f"no memory for the arena beyond {offset} of {size} bytes: {error.strerror}; lower "
-            "store.arena_bytes"
-        ) from error
+        raise
     if not stopped.is_set():
         await _warm(path, stopped)
 

@@ -26,11 +26,13 @@ from pdserve.ids import BlockKey, SlotId, TicketId, new_ticket_id
 from pdserve.kvstore import admin, mastering, protocol
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote
 from pdserve.kvstore.arena import Arena, block_checksum
+from pdserve.kvstore.arena_memory import ArenaMemory
 from pdserve.kvstore.attending import (
     Body,
     NodeAttendant,
     Sent,
     fetch_blocks,
+    lent,
     read_blocks,
     send_late,
 )
@@ -64,19 +66,21 @@ class StoreServer:
         welcome: protocol.Welcome,
         lending: Lending,
         *,
+        memory: ArenaMemory | None = None,
         ssd: SsdTier | None = None,
         clock: Clock = monotonic,
         cluster_key: bytes | None = None,
         one_sided: OneSidedNode | None = None,
         connect: Connect | None = None,
     ) -> None:
-        """``cluster_key``: peers over TCP must show a token that it signed. ``connect``: to other
-        nodes, for what a master wants copied."""
+        """``memory``: of the arena; None: all of it is there. ``cluster_key``: peers over TCP must
+        show a token that it signed. ``connect``: to other nodes, for what a master wants copied."""
         self._one_sided = one_sided
         self._gate = Gate(cluster_key, clock)
         self._core = core
         self._ssd = ssd
         self._arena = arena
+        self._lent = partial(lent, memory, core)
         self._welcome = welcome
         self._lending = lending
         self._clock = clock
@@ -262,11 +266,11 @@ class StoreServer:
         match message:
             case protocol.Reserve(keys, first, tenant):
                 self._operations.refuse_if_draining()
-                return core.reserve(owner, keys, first, tenant=tenant)
+                return self._lent(owner, core.reserve(owner, keys, first, tenant=tenant))
             case protocol.ReservePush(ticket, keys, first):
-                return core.reserve_push(owner, ticket, keys, first)
+                return self._lent(owner, core.reserve_push(owner, ticket, keys, first))
             case protocol.ReserveTail(ticket):
-                return core.reserve_tail(owner, ticket)
+                return self._lent(owner, core.reserve_tail(owner, ticket))
             case protocol.Commit(write, checksums):
                 return self._commit(owner, write, checksums or ())
             case protocol.QuotePrefix(keys):

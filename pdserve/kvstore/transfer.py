@@ -101,6 +101,11 @@ class Transfer(Protocol):
         """
         ...
 
+    def copy(self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview) -> None:
+        """``receive`` of one block, to ``out``."""
+        wait = Wait.of(patience_s(len(out)))
+        self.receive(claim, [index], [key], lambda _: out, lambda _: None, wait)
+
     def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
         """A claimed block's bytes, read-only; raises what ``receive`` raises. Its ``obj`` is an
         array that nothing but users of the view refer to."""
@@ -214,22 +219,11 @@ class SharedMemory(Transfer):
         wait: Wait,
     ) -> None:
         for position, (index, key) in enumerate(zip(indices, keys, strict=True)):
-            self._receive_one(claim, index, key, place(position))
+            self.copy(claim, index, key, place(position))
             done(position)
             wait.check()
 
-    def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
-        slot = claim.slots[index]
-        header = self._header(claim, index, key)
-        payload = self._readable.view(slot)
-        if self._is_to_verify(slot, header):
-            checksum = _timed_checksum(self._phases, "memory", header.key, payload)
-            self._check(claim, index, header, checksum)
-        return payload
-
-    def _receive_one(
-        self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview
-    ) -> None:
+    def copy(self, claim: ClaimGrant, index: int, key: BlockKey | None, out: memoryview) -> None:
         slot, generation = claim.slots[index], claim.generations[index]
         header = self._header(claim, index, key)
         verifies = self._is_to_verify(slot, header)
@@ -248,6 +242,15 @@ class SharedMemory(Transfer):
             raise BlockMissing(f"block {index} of claim {claim.claim} changed while it was read")
         if verifies:
             self._check(claim, index, header, checksum)
+
+    def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
+        slot = claim.slots[index]
+        header = self._header(claim, index, key)
+        payload = self._readable.view(slot)
+        if self._is_to_verify(slot, header):
+            checksum = _timed_checksum(self._phases, "memory", header.key, payload)
+            self._check(claim, index, header, checksum)
+        return payload
 
     def _header(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> Header:
         header = self._readable.header(claim.slots[index])

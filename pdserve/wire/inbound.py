@@ -5,6 +5,7 @@ of its own size, into which the kernel then writes, so that a large body is neve
 body may also be received where somebody wants it: he is asked when the message before it is known.
 """
 
+import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from pdserve.wire.frame import (
 )
 
 _RECEIVE_BYTES = 64 << 10  # the start of a large body lands here too, and is copied
+
+_MAPPED_FROM_BYTES = 4 << 20
+"""A body of so much gets pages of its own, which take memory when bytes arrive in them: a header
+may announce 256 MiB, and nothing may follow."""
 
 POSTERS_MAX = 4096
 
@@ -116,7 +121,7 @@ class Inbound:
         self.place = None
         if self._header is not None and self._placed:
             left = len(self._part) - self._filled + sum(map(len, self._parts))
-            self._part, self._filled, self._parts = memoryview(bytearray(left)), 0, []
+            self._part, self._filled, self._parts = _room(left), 0, []
 
     def take(self) -> Arrived | None:
         """The next frame; None until more bytes are there. Raises FrameError."""
@@ -146,7 +151,7 @@ class Inbound:
             is_call = header.kind is Kind.MESSAGE and header.body_bytes > 0
             self._apart = is_call and self.place is not None
             size = header.message_bytes + (0 if self._apart else header.body_bytes)
-            self._part, self._filled = memoryview(bytearray(size)), 0
+            self._part, self._filled = _room(size), 0
             self._header, self._data = header, memoryview(b"")
         return True
 
@@ -173,9 +178,13 @@ class Inbound:
             self._message = self._codec.decode(self._data)
             places = None if self.place is None else self.place(self._message, size)
             self._placed = places is not None
-            self._parts = list(places or [memoryview(bytearray(size))])
+            self._parts = list(places or [_room(size)])
             assert sum(map(len, self._parts)) == size, "a body needs room for all of it"
         if not self._parts:
             return False
         self._part, self._filled = self._parts.pop(0), 0
         return True
+
+
+def _room(size: int) -> memoryview:
+    return memoryview(bytearray(size) if size < _MAPPED_FROM_BYTES else mmap.mmap(-1, size))

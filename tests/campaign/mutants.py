@@ -62,16 +62,17 @@ class _Anything(int):
 
 def _ignore_generations() -> None:
     for cls in (transfer.SharedMemory, transfer.Sockets):
-        _ignore_generations_of(cls)
+        for name in ("receive", "copy"):
+            _ignore_generations_of(cls, name)
 
 
-def _ignore_generations_of(cls: Any) -> None:
-    receive = cls.receive
+def _ignore_generations_of(cls: Any, name: str) -> None:
+    read = getattr(cls, name)
 
-    def receive_any(self: Any, claim: ClaimGrant, *arguments: Any) -> None:
-        receive(self, _of_any_generation(claim), *arguments)
+    def read_any(self: Any, claim: ClaimGrant, *arguments: Any) -> None:
+        read(self, _of_any_generation(claim), *arguments)
 
-    cls.receive = receive_any
+    setattr(cls, name, read_any)
 
 
 def _of_any_generation(claim: ClaimGrant) -> ClaimGrant:

@@ -4,9 +4,13 @@ What is documented for such a time holds: who is connected goes on, who is not g
 says so, and when it is over everything is as before.
 """
 
+import contextlib
+import dataclasses
+import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +20,12 @@ import pytest
 
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey
+from pdserve.kvstore.admin_client import StoreAdmin
 from pdserve.kvstore.capability import Operation, mint, own_keys
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
 from tests.integration.store_nodes import (
+    ELSEWHERE,
     PATIENCE_S,
     Node,
     content,
@@ -37,6 +43,39 @@ LIMITED = (
     f"resource.setrlimit(resource.RLIMIT_NOFILE, ({DESCRIPTORS_MAX}, {DESCRIPTORS_MAX})); "
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
+
+LATE = (
+    "import sys, time\n"
+    "from pathlib import Path\n"
+    "from pdserve.kvstore import arena_memory, node\n"
+    "take = arena_memory.ArenaMemory.take_piece\n"
+    "def take_late(memory):\n"
+    "    while not Path(sys.argv[1]).exists(): time.sleep(0.005)\n"
+    "    take(memory)\n"
+    "arena_memory.ArenaMemory.take_piece = take_late\n"
+    "sys.exit(node.main(sys.argv[5:]))\n"
+)
+"""A node that takes the memory of its arena once a file is there."""
+
+SHARED_BYTES = 4 << 20
+SLOTS = 600  # 2.4 MiB of it
+WRITER = (
+    "import json, sys\n"
+    "from pathlib import Path\n"
+    "from pdserve.errors import PdserveError\n"
+    "from pdserve.kvstore.client import StoreClient\n"
+    "from pdserve.messages import Address\n"
+    "from pdserve.wire.hosts import local_host_id\n"
+    "from tests.integration.store_nodes import ELSEWHERE, filler, keys_of\n"
+    "address = Address(**json.loads(sys.argv[1]))\n"
+    "host = local_host_id() if sys.argv[2] == 'local' else ELSEWHERE\n"
+    "client = StoreClient(address, host=host, owner='writer', warm=True)\n"
+    "try:\n"
+    "    print(client.put(keys_of('much', 500), 0, filler('much')))\n"
+    "except PdserveError as error:\n"
+    "    print(type(error).__name__, error)\n"
+)
+"""A process, since a write without memory behind it would end the one that writes."""
 
 SECRET = b"the cluster's own secret"
 PROBES = 1_000_000
@@ -101,6 +140,98 @@ def test_too_little_shared_memory_is_said_before_anything_starts(
         pytest.skip(f"nobody may mount here: {said}")
     assert "lower store.arena_bytes" in said
     assert "left" in said
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """Shared memory of its own, that a test may fill."""
+    place = tmp_path / "small"
+    place.mkdir()
+    size = f"size={SHARED_BYTES},mode=700"
+    mounted = subprocess.run(
+        ("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)), capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"nobody may mount here: {mounted.stderr.decode(errors='replace')}")
+    try:
+        yield place
+    finally:
+        subprocess.run(("umount", "--lazy", str(place)), check=True)
+
+
+def _fill(place: Path) -> Path:
+    """Take all that is left there."""
+    hog = place / "hog"
+    with hog.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return hog
+
+
+@pytest.mark.parametrize("way", ["local", "remote"])
+def test_a_node_whose_memory_others_took_ends_alone_and_says_so(
+    tmp_path: Path, shared: Path, way: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    go = tmp_path / "go"
+    by = (sys.executable, "-c", LATE, str(go))
+    with running_node(tmp_path, slot_count=SLOTS, shared=shared, by=by) as node:
+        client = node.client("reader")
+        assert client.put(keys_of("a", 3), 0, filler("a")) == 3
+        hog = _fill(shared)
+        said = _written_by_another(node, way)
+        assert said.startswith("StoreUnavailable"), said
+        assert "shared memory" in said
+        assert read(client, keys_of("a", 3)) == [content("a", index) for index in range(3)]
+        assert client.stat().writes == 0
+        go.touch()
+        assert node.process.wait(PATIENCE_S) == 2
+        assert "lower store.arena_bytes" in capfd.readouterr().err
+        with pytest.raises(StoreUnavailable):
+            client.stat()
+        client.close()
+    assert [each.name for each in shared.rglob("*") if each.is_file()] == ["hog"], "nothing is left"
+    hog.unlink()
+    with running_node(tmp_path, slot_count=SLOTS, shared=shared) as successor:
+        client = successor.client("reader")
+        assert client.put(keys_of("a", 3), 0, filler("a")) == 3
+        client.close()
+
+
+def _written_by_another(node: Node, way: str) -> str:
+    command = (sys.executable, "-c", WRITER, json.dumps(dataclasses.asdict(node.address)), way)
+    writer = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert writer.returncode == 0, f"it ended with {writer.returncode}: {writer.stderr}"
+    return writer.stdout
+
+
+def test_who_has_its_memory_is_not_concerned_when_there_is_no_more(
+    tmp_path: Path, shared: Path
+) -> None:
+    with running_node(tmp_path, slot_count=SLOTS, shared=shared) as node:
+        _wait_until_whole(shared)
+        hog = _fill(shared)
+        for way in ("local", "remote"):
+            client = node.client(way, remote=way == "remote")
+            for round_ in range(3):  # more than there are slots, so that blocks give way
+                name = f"{way} {round_}"
+                assert client.put(keys_of(name, 500), 0, filler(name)) == 500
+                blocks = read(client, keys_of(name, 500))
+                assert blocks == [content(name, index) for index in range(500)]
+            client.close()
+        keeper = StoreAdmin(node.address, host=ELSEWHERE)
+        assert keeper.audit().findings == ()
+        keeper.close()
+        hog.unlink()
+
+
+def _wait_until_whole(shared: Path) -> None:
+    (arena,) = shared.rglob("arena")
+    until_s = time.monotonic() + PATIENCE_S
+    while arena.stat().st_blocks * 512 < arena.stat().st_size:
+        assert time.monotonic() < until_s, "the arena never got its memory"
+        time.sleep(0.01)
 
 
 # ── tenants ──────────────────────────────────────────────────────────────────────────────────────

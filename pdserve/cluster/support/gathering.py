@@ -166,8 +166,9 @@ def _first_line(path: Path) -> str | None:
 
 def _stores(wish: Wish) -> str:
     from pdserve.cluster.kv_stores import stores_of
+    from pdserve.kvstore.security import credentials_of
 
-    with stores_of(wish.url, wish.nodes) as stores:
+    with stores_of(wish.url, wish.nodes, credentials_of(wish.config.store)) as stores:
         reports = [
             {"store": store.name, "host": store.host, **asdict(store.admin.report())}
             for store in stores

@@ -450,7 +450,8 @@ class ClusterConfig(Checked):
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     drain_timeout_s: float = 60.0
-    """How long a worker that leaves may take to finish or hand over what it runs."""
+    """How long a worker that leaves may take to finish or hand over what it runs, and a gateway to
+    finish it."""
 
     directory: str | None = None
     """Where sockets go on every host; None: ``pdserve-<uid>`` in the system's temporary directory.

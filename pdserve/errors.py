@@ -17,6 +17,7 @@
     │   ├── RateLimited        the key or the tenant asks too often
     │   └── OutOfBlocks
     ├── DeadlineExceeded       the client's own deadline passed
+    ├── GatewayLeaving         the gateway ends                  another one answers
     ├── WorkerLost             a worker died more often than we retry
     ├── PoisonRequest          workers die of this request         never retried
     ├── StepFailed             a forward pass raised               its requests are tried again
@@ -161,6 +162,14 @@ class DeadlineExceeded(PdserveError):
     kind = "deadline_exceeded"
 
 
+class GatewayLeaving(PdserveError):
+    kind = "gateway_leaving"
+
+    def __init__(self, message: str, *, retry_after_ms: int) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
 class WorkerLost(PdserveError):
     kind = "worker_lost"
 
@@ -275,6 +284,7 @@ STATUS: Mapping[type[PdserveError], Status] = MappingProxyType(
         CapacityError: _BUSY,
         RateLimited: _QUOTA,
         DeadlineExceeded: Status(504, "timeout_error", "DEADLINE_EXCEEDED"),
+        GatewayLeaving: _UNAVAILABLE,
         WorkerLost: _UNAVAILABLE,
         PoisonRequest: _INTERNAL,
         StepFailed: _UNAVAILABLE,

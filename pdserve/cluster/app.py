@@ -55,6 +55,9 @@ MODEL_KNOWN_S = 120.0
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
+LEAVE_S = 15.0
+"""After it has drained, for a process to end."""
+
 CALLS_MAX = 1000  # control calls at once to one replica
 
 
@@ -90,6 +93,7 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
         name="gateway",
         num_replicas=config.gateway.replicas,
         ray_actor_options=_front_options(config),
+        graceful_shutdown_timeout_s=config.drain_timeout_s + LEAVE_S,
         **{**common, "max_ongoing_requests": config.gateway.streams_max},
     )(serve.ingress()(Gateway)).bind(tree, router, *pools)
 
@@ -115,7 +119,7 @@ def _pool_options(pool: PoolConfig, config: ClusterConfig) -> dict[str, Any]:
         actor["num_gpus"] = pool.tensor_parallel
     options: dict[str, Any] = {
         "ray_actor_options": actor,
-        "graceful_shutdown_timeout_s": config.drain_timeout_s + 15.0,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s + LEAVE_S,
     }
     if pool.replicas_most == pool.replicas:
         return {**options, "num_replicas": pool.replicas}

@@ -6,37 +6,41 @@ them (``SO_REUSEPORT``).
 """
 
 import asyncio
-import socket
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from pdserve.access_config import AccessConfig
+from pdserve.clock import S, monotonic
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.audit import Audit, AuditFile
-from pdserve.cluster.certificates import certificate_of, grpc_credentials
+from pdserve.cluster.certificates import grpc_credentials
+from pdserve.cluster.draining import Seen, left_ns
 from pdserve.cluster.http.app import Assign, create_app
-from pdserve.cluster.http.slow_readers import SEND_BUFFER_BYTES, cutting
+from pdserve.cluster.http.server import HttpServer
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.quota_exchange import exchange_for_ever
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
 from pdserve.cluster.session import GatewaySession
 from pdserve.cluster.store_metrics import master_of, render, reports_of
-from pdserve.config import ClusterConfig, GatewayConfig
-from pdserve.errors import ConfigError
+from pdserve.config import ClusterConfig
+from pdserve.errors import GatewayLeaving
 from pdserve.kvstore.security import credentials_of
 from pdserve.kvstore.shared_counts import SharedCounts
-from pdserve.wire.tls import CERT_REQUIRED
 
-STOP_S = 5.0
-"""How long open connections may go on once the gateway leaves."""
+log = logging.getLogger(__name__)
 
-KEEP_ALIVE_S = 120
-"""Of idle connections: longer than clients and proxies keep them. Who closes one meets a request
-that is on its way, and clients do not send a POST twice of themselves."""
+LOOK_S = 0.05
+"""How often a gateway that leaves looks whether it may."""
+
+END_S = 2.0
+"""For calls that are cut off to be told so."""
+
+ELSEWHERE_MS = 1000
+"""When who is cut off should ask again; clients' libraries wait that long of themselves."""
 
 Snapshot = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -82,8 +86,8 @@ class Front:
         self._keeping: asyncio.Task[None] | None = None
         self.ports: dict[str, int] = {}
         self._grpc: GrpcServer | None = None
-        self._http: uvicorn.Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        self._http: HttpServer | None = None
+        self._drain_s = config.drain_timeout_s
 
     async def start(self) -> None:
         """Raises ConfigError where a port is taken by somebody else."""
@@ -93,7 +97,9 @@ class Front:
                 exchange_for_ever(self._doorkeeper.ledger, self._counts)
             )
         if self._config.http_port >= 0:
-            await self._start_http()
+            self._http = HttpServer(self.app, self._config)
+            await self._http.start()
+            self.ports["http"] = self._http.port
         if self._config.grpc_port >= 0:
             self._grpc = await serve_grpc(
                 self._session,
@@ -105,59 +111,57 @@ class Front:
             self.ports["grpc"] = self._grpc.port
 
     async def stop(self) -> None:
+        """Takes no new connection, finishes what it has for as long as ``draining`` allows, and
+        ends the rest with an error that says so."""
+        if not await self._drain():
+            log.warning("this gateway leaves with %d requests", self._session.in_flight)
+        gone = GatewayLeaving(
+            f"this gateway ends, and the request was not done within {self._drain_s:g} s or "
+            "without a router; send it again, to any other one",
+            retry_after_ms=ELSEWHERE_MS,
+        )
+        if self._http is not None:
+            self._http.refuse(gone)
+        self._session.end_all(gone)
+        if self._grpc is not None:
+            await self._grpc.stop(grace_s=END_S)
+        if self._http is not None:
+            await self._http.close()
+        await self.app.state.responses.close()
         if self._keeping is not None:
             self._keeping.cancel()
         if self._exchanging is not None and self._counts is not None:
             self._exchanging.cancel()
             await self._counts.close()
-        await self.app.state.responses.close()
-        if self._grpc is not None:
-            await self._grpc.stop()
-        if self._http is not None and self._serving is not None:
-            self._http.should_exit = True
-            await self._serving
+
+    async def _drain(self) -> bool:
+        """Whether everything was done in its time."""
+        http, grpc = self._http, self._grpc
+        partings = []
+        if http is not None:
+            partings.append(asyncio.create_task(http.drain()))
+        if grpc is not None:
+            partings.append(asyncio.create_task(grpc.drain(limit_s=self._drain_s + END_S)))
+        asked_ns = led_ns = busy_ns = monotonic()
+        while True:
+            now_ns = monotonic()
+            is_busy = (
+                self._session.in_flight > 0
+                or not all(parting.done() for parting in partings)
+                or (http is not None and http.is_busy)
+            )
+            led_ns = now_ns if self._session.has_router else led_ns
+            busy_ns = now_ns if is_busy else busy_ns
+            has_connections = http is not None and http.has_connections
+            seen = Seen(asked_ns, led_ns, busy_ns, is_busy, has_connections)
+            left = left_ns(seen, limit_ns=int(self._drain_s * S), now_ns=now_ns)
+            if not left:
+                return not is_busy
+            await asyncio.sleep(min(left / S, LOOK_S))
 
     async def _store_figures(self, snapshot: Mapping[str, Any]) -> bytes:
         reports = await reports_of(snapshot, self._store_credentials)
         return render(reports, self._tenants, await master_of(reports, self._store_credentials))
-
-    async def _start_http(self) -> None:
-        listening = self._bind(self._config.http_port)
-        self.ports["http"] = listening.getsockname()[1]
-        self._http = uvicorn.Server(
-            uvicorn.Config(
-                self.app,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                http=cutting(self._config.write_timeout_s),
-                timeout_graceful_shutdown=int(STOP_S),
-                timeout_keep_alive=KEEP_ALIVE_S,
-                **_tls(self._config),
-            )
-        )
-        # Off the main thread, as replicas are, uvicorn leaves signals to their owner.
-        self._serving = asyncio.create_task(self._http.serve([listening]))
-        while not self._http.started and not self._serving.done():
-            await asyncio.sleep(0.005)
-
-    def _bind(self, port: int) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        if self._config.replicas > 1:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            listening.bind((self._config.host, port))
-        except OSError as error:
-            listening.close()
-            raise ConfigError(
-                f"gateway.http_port is {port} on {self._config.host}: {error.strerror}; "
-                "set another, or 0 for a free one"
-            ) from error
-        listening.listen(2048)
-        return listening
 
 
 def _audit_of(settings: AccessConfig) -> Audit:
@@ -169,20 +173,3 @@ def _audit_of(settings: AccessConfig) -> Audit:
         files_max=settings.audit_files_max,
     )
     return Audit(file.write)
-
-
-def _tls(config: GatewayConfig) -> dict[str, Any]:
-    """What uvicorn wants to be told."""
-    if config.tls_certificate is None:
-        return {}
-    certificate_of(config)  # what is wrong with the files is said here, by name
-    wanted: dict[str, Any] = {
-        "ssl_certfile": config.tls_certificate,
-        "ssl_keyfile": config.tls_key,
-    }
-    if config.tls_client_authority is not None:
-        wanted |= {
-            "ssl_ca_certs": config.tls_client_authority,
-            "ssl_cert_reqs": CERT_REQUIRED,
-        }
-    return wanted

@@ -169,6 +169,12 @@ def _end_serve() -> None:
     import ray
     from ray import serve
 
+    # The application first, all of it at once. A shutdown begins with the gateways, which finish
+    # what they have while a router leads, then come the workers, whose parked work waits for takers
+    # as long, and only then the routers. Serve's call waits for its controller without a bound.
+    deleting = threading.Thread(target=_delete_app, daemon=True)
+    deleting.start()
+    deleting.join(SERVE_END_S_MAX)
     deadline = time.monotonic() + SERVE_END_S_MAX
     while time.monotonic() < deadline:
         try:
@@ -178,6 +184,13 @@ def _end_serve() -> None:
         with contextlib.suppress(Exception):  # the next look tells
             serve.shutdown()
         time.sleep(0.02)
+
+
+def _delete_app() -> None:
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # the shutdown that follows ends it too
+        serve.delete(APP)
 
 
 def _short_temp() -> str:

@@ -175,6 +175,14 @@ class GatewaySession:
     def in_flight(self) -> int:
         return len(self._by_request)
 
+    @property
+    def has_router(self) -> bool:
+        return self._link is not None and self._link.connected
+
+    def end_all(self, error: PdserveError) -> None:
+        for running in self._calls.values():
+            running.pieces.put_nowait(error)
+
     # ── the fronts' side ─────────────────────────────────────────────────────────────────────────
 
     async def generate(self, call: Call) -> AsyncIterator[Piece]:
@@ -189,10 +197,7 @@ class GatewaySession:
         self._calls[call.call] = running
         expiry = _expire_in_time(running)
         try:
-            if call.task is None:
-                self._begin_choices(running)
-            else:
-                self._begin_task(running)
+            (self._begin_choices if call.task is None else self._begin_task)(running)
             open_count = call.n
             while open_count:
                 pieces, error = await _ready(running)

@@ -326,7 +326,9 @@ class RouterCore:
             self.state.counters["shed_by_age"] += 1
         for worker in self.state.fleet.silent(self._silence_ns, now_ns):
             self.state.counters["workers_silent"] += 1
-            commands += self._forget_worker(worker, now_ns) + lose_storeless(self.state, now_ns)
+            # Silence is no death: it accuses nobody (``suspicion``).
+            commands += self._forget_worker(worker, now_ns, left=True)
+            commands += lose_storeless(self.state, now_ns)
         for gateway in [g for g, until_ns in self._gone_gateways.items() if until_ns <= now_ns]:
             del self._gone_gateways[gateway]
             for entry in list(self.state.entries.values()):

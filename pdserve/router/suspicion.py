@@ -20,6 +20,11 @@ sends whoever was on the first to the second, which is gone already. So a furthe
 where the worker had said that it has the request, which it says of one with deaths before it
 computes it (``cluster.worker_shell``). The first death counts in any case: nobody is refused for
 one.
+
+A worker that falls silent accuses nobody. Its process was stopped by somebody, or its host is
+starved or cut off: from afar it all looks alike, and requests do none of it. What they can do is
+make an engine hang, which its process notices by itself, says, and hangs up: that counts. Should
+one ever hold up a whole process, reports and all, it is tried ``attempts_max`` times, and no more.
 """
 
 from collections.abc import Iterable

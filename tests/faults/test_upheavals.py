@@ -303,7 +303,11 @@ def test_another_version_takes_over_under_load(
     only the salt differs, blocks of both have the same size and lie in the same store, and nothing
     but their names keeps them apart."""
     asks = load.mixed(REQUESTS, seed=SEED)
-    config = config_of(small_model, gateway={"replicas": 2, "http_port": cluster_port})
+    config = config_of(
+        small_model,
+        gateway={"replicas": 2, "http_port": cluster_port},
+        drain_timeout_s=BACK_S,  # longer than a worker takes to start beside all this
+    )
     (part, fields) = next(iter(change.items()))
     other = dataclasses.replace(
         config, **{part: dataclasses.replace(getattr(config, part), **fields)}

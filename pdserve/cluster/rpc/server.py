@@ -1,6 +1,8 @@
 """The gRPC port: our service, KServe's, vLLM's, ``grpc.health.v1`` and reflection on one
 ``grpc.aio`` server."""
 
+import contextlib
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -18,12 +20,10 @@ from pdserve.proto.kserve.inference_pb2_grpc import add_GRPCInferenceServiceServ
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from pdserve.proto.vllm.engine_pb2_grpc import add_VllmEngineServicer_to_server
+from pdserve.wire.listening import listeners_at, retire
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVICES = (SERVICE, kserve.SERVICE, vllm_engine.SERVICE)
-
-STOP_S = 5.0
-"""How long calls under way may go on once the server leaves."""
 
 PING_INTERVAL_MIN_MS = 10_000
 
@@ -32,14 +32,32 @@ class GrpcServer:
     """A server that is up."""
 
     def __init__(
-        self, server: grpc.aio.Server, port: int, servicer: health.aio.HealthServicer
+        self,
+        server: grpc.aio.Server,
+        port: int,
+        servicer: health.aio.HealthServicer,
+        *,
+        is_one_of_many: bool,
     ) -> None:
+        """``is_one_of_many``: others listen at this port too."""
         self.port = port
         self._server = server
         self._health = servicer
+        self._is_one_of_many = is_one_of_many
 
-    async def stop(self, *, grace_s: float = STOP_S) -> None:
-        """Says NOT_SERVING, takes nothing new, and cancels what still runs after ``grace_s``."""
+    async def drain(self, *, limit_s: float) -> None:
+        """Says NOT_SERVING and takes nothing new; returns when no call is under way any more, and
+        cancels those that are after ``limit_s``."""
+        await self._health.enter_graceful_shutdown()
+        if self._is_one_of_many:
+            with contextlib.ExitStack() as stack:
+                ours = [stack.enter_context(each) for each in listeners_at(self.port)]
+                await retire(ours)
+        await self._server.stop(limit_s)
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Takes nothing new, and cancels what still runs after ``grace_s``; also while it drains,
+        for which it ends sooner then."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
@@ -73,7 +91,7 @@ async def serve_grpc(
     await server.start()
     for name in ("", *SERVICES):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return GrpcServer(server, port, checks)
+    return GrpcServer(server, port, checks, is_one_of_many=config.replicas > 1)
 
 
 def _bind(

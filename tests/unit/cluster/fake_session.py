@@ -118,8 +118,19 @@ class FakeSession:
         self.calls: list[Call] = []
         self.cancelled: list[str] = []
         self.open: set[str] = set()
+        self.has_router = False
+        self._hanging: set[asyncio.Future[None]] = set()
         self.opened = threading.Event()
         self.closed = threading.Event()  # whenever no iterator is open any more
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.open)
+
+    def end_all(self, error: PdserveError) -> None:
+        """Every call that hangs fails."""
+        while self._hanging:
+            self._hanging.pop().set_exception(error)
 
     async def generate(self, call: Call) -> AsyncIterator[Piece]:
         async with aclosing(self.bursts(call)) as bursts:
@@ -152,13 +163,26 @@ class FakeSession:
                 if isinstance(step, PdserveError):
                     raise step
                 if isinstance(step, Wait):
-                    await asyncio.Event().wait()
+                    await self._hang()
             if ready:
                 yield ready
         finally:
             self.open.discard(call.call)
             if not self.open:
                 self.closed.set()
+
+    def go_on(self) -> None:
+        """Every call that hangs goes on with its script."""
+        while self._hanging:
+            self._hanging.pop().set_result(None)
+
+    async def _hang(self) -> None:
+        hanging = asyncio.get_running_loop().create_future()
+        self._hanging.add(hanging)
+        try:
+            await hanging
+        finally:
+            self._hanging.discard(hanging)
 
     def block_keys(
         self, tokens: Sequence[int], tenant: str, adapter: str | None

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.clock import MS
 from pdserve.cluster.poison import Suspicion
 from pdserve.errors import ErrorInfo, StepFailed
 from pdserve.ids import RequestId, WorkerId
@@ -14,7 +15,7 @@ from pdserve.lifecycle import Event
 from pdserve.messages import Attained, Lost, Report, Request, WorkerFailed
 from pdserve.router.core import Command, RouterCore
 from pdserve.suspicion import PROGRESS_TOKENS, alone_in_step, is_alone
-from tests.unit.router.build import core_with, hello, request
+from tests.unit.router.build import core_with, hello, request, settings
 
 
 def _lost(commands: list[Command]) -> dict[str, tuple[bool, bool]]:
@@ -91,6 +92,16 @@ def test_who_hangs_up_after_a_goodbye_died_of_nothing() -> None:
     core, _ = core_with(hello("p0"), hello("d0"))
     core.on_submit(request("a", 100), 0)
     assert _lost(core.on_worker_lost(WorkerId("p0"), 0, left=True)) == {"a": (False, False)}
+
+
+def test_silence_accuses_nobody() -> None:
+    """A process that somebody has stopped, a host that is starved or cut off: none of it is a
+    request's doing. Whose engine hangs says so itself, and hangs up."""
+    core, (_, d0) = core_with(hello("p0"), hello("d0"), config=settings(worker_silence_ms=3000))
+    core.on_submit(request("a", 100), 0)
+    d0.report(now_ns=1 * MS)
+    assert _lost(core.on_tick(3000 * MS)) == {"a": (False, False)}
+    assert not core.knows(WorkerId("p0"))
 
 
 def test_beside_one_with_as_many_deaths_nobody_is_alone() -> None:

@@ -137,6 +137,10 @@ class RouterConfig(Checked):
     worker_silence_ms: int = 3_000
     """A worker that says nothing for so long is taken for lost. It reports twice a second."""
 
+    stand_in: bool = True
+    """In ``disaggregated`` mode, when the last worker of a pool dies, those of the other do its
+    work too, until it has another one."""
+
     replicas: int = 1
     """Router processes, of which one leads. With a second one, another takes over within a moment
     of the first one's death; with one, requests wait until it has been started again."""

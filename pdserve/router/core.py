@@ -210,7 +210,8 @@ class RouterCore:
             held = [self.state.entries[request].request for request in known.held]
             commands = self._forget_worker(known, now_ns, left=True)
             commands += [ToWorker(known.id, Cancel(r.request, r.attempt)) for r in held]
-        self.state.fleet.add(hello, now_ns)
+        come = self.state.fleet.add(hello, now_ns)
+        duties.relieve(self.state, come, now_ns)
         self._some_disk = self._some_disk or hello.store_has_disk
         self._count_workers()
         commands += free_orphans(self.state)
@@ -468,6 +469,8 @@ class RouterCore:
         """``left``: it lives, and died of nothing."""
         commands = lose_with(self.state, worker, self._ended, now_ns, died=not left)
         self.state.fleet.remove(worker)
+        if not left:
+            duties.stand_in(self.state, worker)
         self._count_workers()
         if self._binding is not None:
             self._bind_again(worker.id, now_ns)

@@ -14,6 +14,10 @@ in the same way. It stays connected, and is put to work again by another switch;
 it is not there, so that a pool that may grow replaces it.
 
 A role lasts as long as the connection: a router that begins anew knows each worker by its pool.
+
+*Standing in.* In ``disaggregated`` mode, when the last worker of a pool dies, those of the other do
+its work too until one of that pool is there. A replacement takes seconds to start; a worker that
+has both parts takes none. Who leaves in order, as pools do that fall asleep, needs no stand-in.
 """
 
 from enum import StrEnum
@@ -67,6 +71,32 @@ def assign(state: RouterState, worker: Worker, duty: Duty, now_ns: int) -> None:
     state.fleet.assign(worker, role, prefills=prefills, decodes=decodes)
     state.counters["role_switches"] += 1
     state.vacating[worker.id] = now_ns
+
+
+def stand_in(state: RouterState, dead: Worker) -> None:
+    """Where nobody is left to do what it did, the others do both."""
+    if not state.settings.stand_in or state.settings.mode != "disaggregated":
+        return
+    working = [worker for worker in state.fleet.all() if not worker.draining and not worker.rests]
+    if (dead.prefills and not any(worker.prefills for worker in working)) or (
+        dead.decodes and not any(worker.decodes for worker in working)
+    ):
+        for worker in working:
+            role = worker.hello.role
+            state.fleet.assign(worker, role, prefills=True, decodes=True, stands_in=True)
+        state.counters["stand_ins"] += len(working)
+
+
+def relieve(state: RouterState, come: Worker, now_ns: int) -> None:
+    """Those who did the work of its pool as well go back to their own."""
+    if not state.fleet.stand_ins:
+        return
+    for worker in list(state.fleet.all()):
+        role = worker.hello.role
+        if worker.stands_in and role is not come.hello.role:
+            prefills = role is Role.PREFILL
+            state.fleet.assign(worker, role, prefills=prefills, decodes=not prefills)
+            state.vacating[worker.id] = now_ns
 
 
 def vacate(state: RouterState, now_ns: int) -> list[Command]:

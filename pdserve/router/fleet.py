@@ -69,6 +69,7 @@ class Worker:
     free_blocks: int
     prefills: bool  # may be sent prompts
     decodes: bool  # may be sent hand-offs
+    stands_in: bool = False  # does both, because nobody is left for what its pool does not do
     next_sequence: int | None = None  # of its reports; None before the first
     draining: bool = False
     running: int = 0  # by its last report, as are the next two
@@ -156,6 +157,7 @@ class Fleet:
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
         self.shares = settings.mode != "disaggregated"  # some workers do both
+        self.stand_ins = 0
         self.mixed = False  # more than one namespace
         self.is_placed = False  # somebody says where it is
         self.far_ratio = settings.far_ratio
@@ -170,7 +172,7 @@ class Fleet:
         self._ordered: list[Worker] = []
         self.largest: Hello | None = None  # the largest pool of those that decode
         self.largest_tokens = 0  # that fit into it
-        self.block_tokens = 1  # they agree within a cluster; 1 where nobody is there to say
+        self.block_tokens = 1  # they agree within a cluster; 1 until somebody has been there to say
         self.start_ns: Floats = np.empty(0)  # when it would begin with something new
         self.open_ns: Floats = np.empty(0)  # when it takes a prompt; infinite: it has no room
         self.slow: Floats = np.empty(0)  # than the cost model says; infinite: it takes no prompts
@@ -235,6 +237,7 @@ class Fleet:
         self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
         self.is_placed |= bool(hello.place)
         self.distances.clear()
+        self.block_tokens = hello.block_tokens
         self._recount_prefilling(worker)
         if hello.role is Role.DECODE:
             self._set_largest(max(self.largest or hello, hello, key=_pool_tokens))
@@ -250,6 +253,7 @@ class Fleet:
         heapq.heappush(self._free, slot)
         self.prefill_bits &= ~(1 << slot)
         self.prefill_count -= worker.prefills
+        self._count_stand_ins(-int(worker.stands_in))
         self._ordered.remove(worker)
         self._by_role[worker.hello.role].remove(worker)
         self.index.leave(slot, worker.hello.store_id)
@@ -260,9 +264,19 @@ class Fleet:
         self._recount_prefilling(worker)
         self._recount()
 
-    def assign(self, worker: Worker, role: Role, *, prefills: bool, decodes: bool) -> None:
+    def assign(
+        self,
+        worker: Worker,
+        role: Role,
+        *,
+        prefills: bool,
+        decodes: bool,
+        stands_in: bool = False,
+    ) -> None:
         """From now on it does this. What it has of its former work is the caller's to move."""
         slot = worker.slot
+        self._count_stand_ins(int(stands_in) - int(worker.stands_in))
+        worker.stands_in = stands_in
         self._by_role[worker.hello.role].remove(worker)
         worker.hello = replace(worker.hello, role=role)
         insort(self._by_role[role], worker, key=_id_of)
@@ -275,7 +289,7 @@ class Fleet:
             self.index.forget(slot)  # it did not listen, or will not
         worker.prefills, worker.decodes = prefills, decodes
         self._clear(slot)
-        self.hands_off[slot] = prefills and role is Role.PREFILL
+        self.hands_off[slot] = prefills and role is Role.PREFILL and not stands_in
         for other in self._ordered:  # when others are open depends on whether there are several
             self.changed(other)
         self._recount()
@@ -302,6 +316,10 @@ class Fleet:
             for other in self._ordered:
                 self.changed(other)
 
+    def _count_stand_ins(self, more: int) -> None:
+        self.stand_ins += more
+        self.shares = self._mode != "disaggregated" or self.stand_ins > 0
+
     def _recount(self) -> None:
         decoding = [worker.hello for worker in self._by_role[Role.DECODE] if worker.decodes]
         self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
@@ -312,7 +330,6 @@ class Fleet:
     def _set_largest(self, largest: Hello | None) -> None:
         self.largest = largest
         self.largest_tokens = 0 if largest is None else _pool_tokens(largest)
-        self.block_tokens = 1 if largest is None else largest.block_tokens
 
     def _free_slot(self) -> int:
         if self._free:
@@ -373,7 +390,7 @@ class Fleet:
             streams = len(worker.streams)
             self.room[slot] = self._room_blocks(worker)
             self.streams[slot] = streams
-            if worker.hello.role is not Role.PREFILL:
+            if worker.hello.role is not Role.PREFILL or worker.stands_in:
                 self.step_ns[slot] = self.costs.decode.step_ns(streams + 1, worker.context_tokens)
 
     def _opens_ns(self, worker: Worker) -> float:

@@ -121,7 +121,12 @@ class Simulation:
         self._event_count = 0
         self._ticking = False  # a tick is in the heap
         self._sampling = True
-        router = replace(settings.router, worker_silence_ms=FOR_EVER_MS)
+        router = replace(
+            settings.router,
+            worker_silence_ms=FOR_EVER_MS,
+            # A decode worker that takes no time would be a splendid one to prefill.
+            stand_in=settings.router.stand_in and settings.decode,
+        )
         self._core = RouterCore(
             router,
             costs=settings.predicted or settings.costs,
@@ -449,7 +454,7 @@ class Simulation:
         self._die(worker, self.now_ns)
         if worker.hello.role is Role.PREFILL:
             self._busy_ns += worker.engine.busy_ns
-        self._carry_out(self._core.on_worker_lost(worker.hello.worker, self.now_ns))
+        self._carry_out(self._core.on_worker_lost(worker.hello.worker, self.now_ns, left=True))
 
     # ── chance, and what comes of it all ─────────────────────────────────────────────────────────
 

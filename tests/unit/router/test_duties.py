@@ -9,6 +9,7 @@ from pdserve.errors import ConfigError
 from pdserve.ids import WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import Role
+from pdserve.router.commands import Command
 from pdserve.router.duties import Duty
 from tests.unit.router.build import core_with, handoff, hello, request, settings, told
 
@@ -168,3 +169,68 @@ def test_a_prompt_that_was_bound_to_a_worker_and_called_back_is_bound_to_another
     said = told(p0.event(one, Event.PREEMPTED, computed_tokens=128))
     assert any(line.startswith("p1 <- dispatch r1") for line in said), "it waits for ever at p0"
     core.state.check()
+
+
+# ── standing in ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _routes(commands: list[Command]) -> list[str]:
+    return [line.partition(", level")[0] for line in told(commands)]
+
+
+def test_a_prefill_worker_decodes_until_the_pool_that_died_has_a_worker_again() -> None:
+    core, (p0, d0) = core_with(hello("p0"), hello("d0"))
+    one = request("r1", 40)
+    core.on_submit(one, 0)
+    p0.event(one, Event.PREFILL_DONE)
+    d0.event(one, Event.ADOPTED)
+    core.on_worker_lost(d0.hello.worker, 0)
+    assert core.snapshot(0).workers[0].duty is Duty.BOTH
+    again = replace(one, attempt=1)
+    assert _routes(core.on_submit(again, 0)) == ["p0 <- dispatch r1, decode p0"]
+    p0.event(again, Event.PREFILL_DONE)
+    p0.event(again, Event.ADOPTED)
+    core.state.fleet.check()
+    assert told(core.on_hello(hello("d1"), 0)) == ["p0 <- preempt r1"]
+    parked = core.on_parked(handoff(again, p0.hello), WorkerId("p0"), 0)
+    assert told(parked) == ["d1 <- resume r1, decode d1"]
+    assert core.snapshot(0).workers[1].duty is Duty.PREFILL
+    assert _routes(core.on_submit(request("r2", 40), 0)) == ["p0 <- dispatch r2, decode d1"]
+    core.state.check()
+
+
+def test_decode_workers_prefill_until_the_pool_that_died_has_a_worker_again() -> None:
+    core, (p0, d0, _) = core_with(hello("p0"), hello("d0"), hello("d1"))
+    core.on_worker_lost(p0.hello.worker, 0)
+    asked = [request(f"r{index}", 500) for index in range(2)]
+    said = [_routes(core.on_submit(one, 0)) for one in asked]
+    assert said == [["d0 <- dispatch r0, decode d0"], ["d1 <- dispatch r1, decode d1"]]
+    back = told(core.on_hello(hello("p1"), 0))
+    assert back == ["d0 <- preempt r0", "d1 <- preempt r1"]
+    d0.event(asked[0], Event.PREEMPTED, computed_tokens=128)
+    assert core.state.entries[asked[0].request].prefill == "p1"
+    core.state.check()
+
+
+def test_one_more_of_those_who_are_left_helps_too_and_a_death_among_them_changes_nothing() -> None:
+    core, (p0, p1, d0) = core_with(hello("p0"), hello("p1"), hello("d0"))
+    core.on_worker_lost(d0.hello.worker, 0)
+    core.on_hello(hello("p2"), 0)
+    core.on_worker_lost(p0.hello.worker, 0)
+    core.on_worker_lost(p1.hello.worker, 0)
+    assert _routes(core.on_submit(request("r", 40), 0)) == ["p2 <- dispatch r, decode p2"]
+    core.on_hello(hello("d1"), 0)
+    assert not core.state.fleet.shares
+    core.state.check()
+
+
+@pytest.mark.parametrize(("left", "stand_in"), [(True, True), (False, False)])
+def test_nobody_stands_in_for_who_left_in_order_or_where_that_is_not_wanted(
+    left: bool, stand_in: bool
+) -> None:
+    core, (_, d0) = core_with(
+        hello("p0"), hello("d0"), config=replace(settings(), stand_in=stand_in)
+    )
+    core.on_worker_lost(d0.hello.worker, 0, left=left)
+    assert core.on_submit(request("r", 40), 0) == []
+    assert core.state.counters["stand_ins"] == 0

@@ -327,7 +327,7 @@ def test_a_ticket_waits_for_the_next_decode_worker_to_free_it() -> None:
     p0.event(asked, Event.PREFILL_DONE)
     d0.report(draining=True)
     core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
-    core.on_worker_lost(WorkerId("d0"), 0)
+    core.on_worker_lost(WorkerId("d0"), 0, left=True)
     assert core.on_cancel(asked.request, 0) == []
     assert core.on_hello(hello("p2"), 0) == []
     freed = ["d1 <- resume r, decode d0", "d1 <- cancel r/0"]
@@ -345,7 +345,7 @@ def test_a_parked_request_is_lost_with_the_last_worker_of_its_store() -> None:
     p0.event(asked, Event.PREFILL_DONE)
     d0.report(draining=True)
     core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
-    assert core.on_worker_lost(WorkerId("d0"), 0) == []
+    assert core.on_worker_lost(WorkerId("d0"), 0, left=True) == []
     assert told(core.on_worker_lost(WorkerId("p1"), 0)) == ["g0 <- lost r/0 with d0"]
 
 

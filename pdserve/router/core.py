@@ -281,9 +281,10 @@ class RouterCore:
         known = self.state.fleet.get(worker)
         if known is None:
             return []
-        commands = self._forget_worker(known, now_ns, left=left) + lose_storeless(
-            self.state, now_ns
-        )
+        commands = self._forget_worker(known, now_ns, left=left)
+        commands += lose_storeless(self.state, now_ns)
+        if not left:
+            self._stand_in(known)
         return commands + planner.plan(self.state, now_ns)
 
     def knows(self, worker: WorkerId) -> bool:
@@ -330,6 +331,7 @@ class RouterCore:
             # Silence is no death: it accuses nobody (``suspicion``).
             commands += self._forget_worker(worker, now_ns, left=True)
             commands += lose_storeless(self.state, now_ns)
+            self._stand_in(worker)
         for gateway in [g for g, until_ns in self._gone_gateways.items() if until_ns <= now_ns]:
             del self._gone_gateways[gateway]
             for entry in list(self.state.entries.values()):
@@ -469,13 +471,15 @@ class RouterCore:
         """``left``: it lives, and died of nothing."""
         commands = lose_with(self.state, worker, self._ended, now_ns, died=not left)
         self.state.fleet.remove(worker)
-        if not left:
-            duties.stand_in(self.state, worker)
         self._count_workers()
         if self._binding is not None:
             self._bind_again(worker.id, now_ns)
             self.state.lines.drop(worker.id)
         return commands
+
+    def _stand_in(self, missing: Worker) -> None:
+        duties.stand_in(self.state, missing)
+        self._count_workers()
 
     def _count_workers(self) -> None:
         for order in self.state.lines.all():

@@ -73,13 +73,13 @@ def assign(state: RouterState, worker: Worker, duty: Duty, now_ns: int) -> None:
     state.vacating[worker.id] = now_ns
 
 
-def stand_in(state: RouterState, dead: Worker) -> None:
+def stand_in(state: RouterState, missing: Worker) -> None:
     """Where nobody is left to do what it did, the others do both."""
     if not state.settings.stand_in or state.settings.mode != "disaggregated":
         return
     working = [worker for worker in state.fleet.all() if not worker.draining and not worker.rests]
-    if (dead.prefills and not any(worker.prefills for worker in working)) or (
-        dead.decodes and not any(worker.decodes for worker in working)
+    if (missing.prefills and not any(worker.prefills for worker in working)) or (
+        missing.decodes and not any(worker.decodes for worker in working)
     ):
         for worker in working:
             role = worker.hello.role

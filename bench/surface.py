@@ -17,6 +17,7 @@ one core is full.
 import argparse
 import asyncio
 import statistics
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from bench.surface_clients import BareClient, GrpcClient, HttpClient, Stream
 from bench.surface_fleet import US_PER_S, Pace
 from bench.surface_places import Place, Places, loop_factory, places
 from bench.surface_router import router_rows
+from bench.surface_stages import own_us, read, settled, stages_of
 
 Client = HttpClient | GrpcClient | BareClient
 
@@ -268,6 +270,34 @@ def added(name: str, samples: dict[str, list[float]], kind: str, limit: float) -
     return replace(made, reference="without a gateway", reference_value=bare)
 
 
+def stage_rows(options: Options) -> Iterator[Row]:
+    """Of processes of their own, because to note the stages takes time as well."""
+    with tempfile.TemporaryDirectory(prefix="pd-") as directory:
+        with (
+            places(stages=Path(directory)) as running,
+            asyncio.Runner(loop_factory=loop_factory()) as runner,
+        ):
+            requests = runner.run(_one_at_a_time(running, options.rounds(500)))
+        stages = stages_of(requests, read(Path(directory)))
+    for name, samples in stages.items():
+        yield row(f"stage: {name}", samples, "µs")
+    yield row("stages of the gateway's own, together", [own_us(stages)], "µs")
+
+
+async def _one_at_a_time(running: Places, rounds: int) -> list[tuple[int, int]]:
+    """When each was sent, and when its first token came, in nanoseconds."""
+    (gateway,) = running.gateways(1)
+    requests = []
+    async with HttpClient(gateway.said["http"]) as client:
+        for index in range(10 + rounds):
+            stream = await client.ask(Pace(PREFILL_US, 0), 1)
+            await stream.until_ended()
+            if index >= 10:
+                requests.append((round(stream.sent_s * 1e9), round(stream.token_s[0] * 1e9)))
+            await settled()
+    return requests
+
+
 GATEWAY_PARTS: Mapping[str, Callable[[Surface], Awaitable[list[Row]]]] = {
     "first": lambda surface: surface.first_token_rows("HTTP"),
     "tokens": lambda surface: surface.token_rows("HTTP"),
@@ -281,7 +311,7 @@ GATEWAY_PARTS: Mapping[str, Callable[[Surface], Awaitable[list[Row]]]] = {
 
 def measure(options: Options) -> Iterator[Row]:
     given = options.arguments
-    known = [*GATEWAY_PARTS, "router"]
+    known = [*GATEWAY_PARTS, "stages", "router"]
     wanted = set(given.only.split(",")) if given.only else {*known}
     if unknown := wanted - {*known}:
         raise SystemExit(f"--only knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
@@ -296,6 +326,8 @@ def measure(options: Options) -> Iterator[Row]:
             for name, part in GATEWAY_PARTS.items():
                 if name in wanted:
                     yield from runner.run(_all(part(surface)))
+    if "stages" in wanted:
+        yield from stage_rows(options)
     if "router" in wanted:
         yield from router_rows(options)
 
@@ -305,7 +337,7 @@ async def _all(rows: Awaitable[list[Row]]) -> list[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", help=f"some of {', '.join(GATEWAY_PARTS)}, router")
+    parser.add_argument("--only", help=f"some of {', '.join(GATEWAY_PARTS)}, stages, router")
     parser.add_argument("--profiles", type=Path, help="leave each process's profile here (pstats)")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.surface_fleet import BLOCK_TOKENS, REPORT_S, Fleet
+from bench.surface_stages import noting
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.ids import HostId
 from pdserve.messages import Address
@@ -35,6 +36,15 @@ SILENCE_S = 60.0
 """Who is silent for less is alive: on a machine that is busy otherwise nobody is to be replaced."""
 
 Serve = Callable[[Pipe], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a process leaves when it ends, and where; None: nothing."""
+
+    name: str  # of the process
+    profile: Path | None
+    stages: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +87,16 @@ class Places:
         decodes: int = 1,
         report_s: float = REPORT_S,
         profiles: Path | None = None,
+        stages: Path | None = None,
     ) -> None:
-        """``profiles``: where each process leaves its profile (``pstats``) when it ends."""
+        """
+        Args:
+            profiles: where each process leaves its profile (``pstats``) when it ends.
+            stages: where it leaves what it noted of each request (``surface_stages``).
+        """
         self._stack = contextlib.ExitStack()
         self._profiles = profiles
+        self._stages = stages
         self._gateways: list[Place] = []
         self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-")))
         try:
@@ -105,8 +121,12 @@ class Places:
         # Forked children would share this process's event loop and threads.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        profile = None if self._profiles is None else self._profiles / f"{name}.pstats"
-        process = context.Process(target=work, args=(theirs, profile, *arguments), daemon=True)
+        record = Record(
+            name,
+            profile=None if self._profiles is None else self._profiles / f"{name}.pstats",
+            stages=None if self._stages is None else self._stages / f"{name}.json",
+        )
+        process = context.Process(target=work, args=(theirs, record, *arguments), daemon=True)
         process.start()
         theirs.close()
         if not ours.poll(START_S):
@@ -133,12 +153,13 @@ def places(**settings: Any) -> Iterator[Places]:
 # ── what runs in the processes ───────────────────────────────────────────────────────────────────
 
 
-def _run(serve: Serve, pipe: Pipe, profile: Path | None) -> None:
+def _run(serve: Serve, pipe: Pipe, record: Record) -> None:
     """On the event loop that Ray's actors have, until the pipe is closed."""
     with contextlib.ExitStack() as stack:
-        if profile is not None:
+        stack.enter_context(noting(record.name, record.stages))
+        if (profile := record.profile) is not None:
             profiler = cProfile.Profile(time.thread_time)  # of this thread, whoever else is running
-            stack.callback(lambda: profiler.dump_stats(profile))
+            stack.callback(profiler.dump_stats, profile)
             stack.enter_context(profiler)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve(pipe))
@@ -160,7 +181,7 @@ async def _closed(pipe: Pipe) -> None:
     await closed.wait()
 
 
-def _router(pipe: Pipe, profile: Path | None, directory: Path) -> None:
+def _router(pipe: Pipe, record: Record, directory: Path) -> None:
     from pdserve.cluster.collecting import collect_rarely
     from pdserve.cluster.router_service import RouterService
 
@@ -178,11 +199,11 @@ def _router(pipe: Pipe, profile: Path | None, directory: Path) -> None:
         await _closed(pipe)
         await service.close()
 
-    _run(serve, pipe, profile)
+    _run(serve, pipe, record)
 
 
 def _fleet(
-    pipe: Pipe, profile: Path | None, router: Address, prefills: int, decodes: int, report_s: float
+    pipe: Pipe, record: Record, router: Address, prefills: int, decodes: int, report_s: float
 ) -> None:
     async def serve(pipe: Pipe) -> None:
         fleet = Fleet(HOST, report_s=report_s)
@@ -191,10 +212,10 @@ def _fleet(
         await _closed(pipe)
         await fleet.close()
 
-    _run(serve, pipe, profile)
+    _run(serve, pipe, record)
 
 
-def _gateway(pipe: Pipe, profile: Path | None, router: Address, directory: Path) -> None:
+def _gateway(pipe: Pipe, record: Record, router: Address, directory: Path) -> None:
     import pdserve.cluster.app  # noqa: F401  (a gateway's memory holds Ray as well)
     from pdserve.cluster.front import Front
     from pdserve.cluster.session import GatewaySession, Served
@@ -221,7 +242,7 @@ def _gateway(pipe: Pipe, profile: Path | None, router: Address, directory: Path)
         await front.stop()
         await session.close()
 
-    _run(serve, pipe, profile)
+    _run(serve, pipe, record)
 
 
 class _Register:

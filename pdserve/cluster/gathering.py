@@ -18,7 +18,7 @@ from contextlib import aclosing
 
 from pdserve.cluster.calls import Call, Piece, Session
 from pdserve.cluster.ranking import answered
-from pdserve.cluster.why import why_log
+from pdserve.cluster.why import WhyLog, why_log
 from pdserve.errors import PdserveError
 
 PENDING_PIECES_MAX = 256
@@ -27,18 +27,17 @@ PENDING_PIECES_MAX = 256
 Numbered = tuple[int, Piece]  # which call, and its piece
 
 
-async def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[list[Numbered]]:
+def batches(session: Session, calls: Sequence[Call]) -> AsyncGenerator[list[Numbered]]:
     """The pieces of all calls, in order per call, as many at once as are ready.
 
     Raises:
         PdserveError: of a call that fails, after what was ready before; the others are then
             cancelled.
     """
-    if len(calls) == 1:
-        async with aclosing(_alone(session, calls[0])) as only:
-            async for batch in only:
-                yield batch
-        return
+    return _alone(session, calls[0]) if len(calls) == 1 else _together(session, calls)
+
+
+async def _together(session: Session, calls: Sequence[Call]) -> AsyncGenerator[list[Numbered]]:
     ready: list[Numbered] = []
     room = asyncio.Semaphore(PENDING_PIECES_MAX)
     wake = asyncio.Event()
@@ -85,19 +84,24 @@ async def _alone(session: Session, call: Call) -> AsyncGenerator[list[Numbered]]
         raise _given_up() from None
 
 
-async def _logged(session: Session, call: Call) -> AsyncGenerator[Sequence[Piece]]:
+def _logged(session: Session, call: Call) -> AsyncGenerator[Sequence[Piece]]:
     """What the call's client gets, as the log and traces are told of it too."""
     why = why_log(call)
+    bursts = answered(session, call)
+    return bursts if why is None else _noted(why, bursts)
+
+
+async def _noted(
+    why: WhyLog, answer: AsyncGenerator[Sequence[Piece]]
+) -> AsyncGenerator[Sequence[Piece]]:
     try:
-        async with aclosing(answered(session, call)) as bursts:
+        async with aclosing(answer) as bursts:
             async for pieces in bursts:
-                if why is not None:
-                    for piece in pieces:
-                        why.note(piece)
+                for piece in pieces:
+                    why.note(piece)
                 yield pieces
     except PdserveError as error:
-        if why is not None:
-            why.failed(error)
+        why.failed(error)
         raise
 
 

@@ -21,7 +21,7 @@ from pdserve.clock import MS, S, monotonic
 from pdserve.cluster.candidate import Candidate
 from pdserve.cluster.recording import Recorder
 from pdserve.cluster.terms import Register
-from pdserve.errors import ConfigError, PdserveError, QueueFull, StoreUnavailable
+from pdserve.errors import ConfigError, PdserveError, QueueFull, StoreUnavailable, WireError
 from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.security import Credentials
 from pdserve.lifecycle import Event
@@ -47,6 +47,7 @@ from pdserve.router.scaling import Observation
 from pdserve.router.snapshot import RouterSnapshot
 from pdserve.router_config import RouterConfig
 from pdserve.wire.connection import Connection
+from pdserve.wire.hearing import hear_all
 from pdserve.wire.listener import Listener
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,14 @@ class _Peer:
         self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
 
     def post(self, message: object) -> None:
+        """Sends it now, or as soon as what was posted before it has left.
+
+        Raises:
+            QueueFull: ``OUTBOX_MAX`` frames wait already.
+            FrameError: it is too large for a frame.
+        """
+        if self._outbox.empty() and self._connection.send_now(message):
+            return
         try:
             self._outbox.put_nowait(message)
         except asyncio.QueueFull:
@@ -287,54 +296,58 @@ class RouterService:
         self.hello = hello
         left = False
         self._carry_out(self._core.on_hello(hello, monotonic()))
+
+        def hear(message: object) -> bool:
+            nonlocal left
+            left = isinstance(message, Goodbye)
+            return not left and self._hear_worker(hello.worker, message)
+
         try:
-            while True:
-                message = (await connection.receive()).message
-                if not self._core.knows(hello.worker):
-                    log.warning("%s was silent for too long; it has to come again", hello.worker)
-                    return
-                self._record(message)
-                match message:
-                    case Report() as report:
-                        commands = self._core.on_report(report, monotonic())
-                    case Parked(handoff):
-                        commands = self._core.on_parked(handoff, hello.worker, monotonic())
-                    case WorkerFailed() as failed:
-                        log.warning(
-                            "%s failed at %s: %s",
-                            failed.request,
-                            hello.worker,
-                            failed.error.message,
-                        )
-                        commands = self._core.on_failed(failed, hello.worker, monotonic())
-                    case Goodbye():
-                        left = True
-                        return
-                    case other:
-                        log.warning("%s sent a %s", hello.worker, type(other).__name__)
-                        commands = []
-                self._carry_out(commands)
+            await hear_all(connection, hear)
         finally:
             if self._workers.get(hello.worker) is peer:
                 del self._workers[hello.worker]
                 self._carry_out(self._core.on_worker_lost(hello.worker, monotonic(), left=left))
 
+    def _hear_worker(self, worker: WorkerId, message: object) -> bool:
+        """False: it has to come again."""
+        if not self._core.knows(worker):
+            log.warning("%s was silent for too long; it has to come again", worker)
+            return False
+        self._record(message)
+        match message:
+            case Report() as report:
+                commands = self._core.on_report(report, monotonic())
+            case Parked(handoff):
+                commands = self._core.on_parked(handoff, worker, monotonic())
+            case WorkerFailed() as failed:
+                problem = failed.error.message
+                log.warning("%s failed at %s: %s", failed.request, worker, problem)
+                commands = self._core.on_failed(failed, worker, monotonic())
+            case other:
+                log.warning("%s sent a %s", worker, type(other).__name__)
+                commands = []
+        self._carry_out(commands)
+        return True
+
     async def _serve_gateway(self, address: Address, peer: _Peer, connection: Connection) -> None:
         self._gateways[address] = peer
         self._carry_out(self._core.on_gateway_hello(address, monotonic()))
+
+        def hear(message: object) -> None:
+            self._record(message)
+            match message:
+                case Submit(request):
+                    commands = self._core.on_submit(request, monotonic())
+                case Cancel(request_id):
+                    commands = self._core.on_cancel(request_id, monotonic())
+                case other:
+                    log.warning("%s sent a %s", connection.peer, type(other).__name__)
+                    commands = []
+            self._carry_out(commands)
+
         try:
-            while True:
-                message = (await connection.receive()).message
-                self._record(message)
-                match message:
-                    case Submit(request):
-                        commands = self._core.on_submit(request, monotonic())
-                    case Cancel(request_id):
-                        commands = self._core.on_cancel(request_id, monotonic())
-                    case other:
-                        log.warning("%s sent a %s", connection.peer, type(other).__name__)
-                        commands = []
-                self._carry_out(commands)
+            await hear_all(connection, hear)
         finally:
             if self._gateways.get(address) is peer:
                 del self._gateways[address]
@@ -372,7 +385,7 @@ class RouterService:
     def _post(self, peer: _Peer, message: object) -> None:
         try:
             peer.post(message)
-        except QueueFull as error:
+        except (QueueFull, WireError) as error:
             log.warning("hanging up: %s", error)
             self._hang_up(peer)
 

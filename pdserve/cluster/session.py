@@ -70,6 +70,7 @@ from pdserve.text.detokenizer import Detokenizer
 from pdserve.text.grammar import Grammars
 from pdserve.text.tokenizer import Tokenizer
 from pdserve.wire.connection import Connection
+from pdserve.wire.hearing import hear_all
 from pdserve.wire.listener import Listener
 
 log = logging.getLogger(__name__)
@@ -304,6 +305,9 @@ class GatewaySession:
         call = running.call
         adapter = "" if call.adapter is None else self._served.adapters[call.adapter]
         room_tokens = self.context_tokens - len(call.prompt)
+        stop = call.stop
+        if stop.max_tokens > room_tokens:
+            stop = replace(stop, max_tokens=room_tokens)
         return Request(
             request=new_request_id(),
             attempt=0,
@@ -315,7 +319,7 @@ class GatewaySession:
             tenant=call.tenant,
             service_class=call.service_class,
             sampling=call.sampling,
-            stop=replace(call.stop, max_tokens=min(call.stop.max_tokens, room_tokens)),
+            stop=stop,
             seed=running.seed,
             deadline_unix_ms=call.deadline_unix_ms,
             reply_to=self._address(),
@@ -388,16 +392,17 @@ class GatewaySession:
 
     async def _listen(self, connection: Connection) -> None:
         with contextlib.suppress(PdserveError):
-            while True:
-                frame = await connection.receive()
-                match frame.message:
-                    case TokenBatch(_, deltas):
-                        for delta in deltas:
-                            self._on_delta(delta)
-                    case PromptDelta() as known:
-                        self._on_delta(known)
-                    case other:
-                        log.warning("a worker sent a %s, which no gateway expects", type(other))
+            await hear_all(connection, self._on_message)
+
+    def _on_message(self, message: object) -> None:
+        match message:
+            case TokenBatch(_, deltas):
+                for delta in deltas:
+                    self._on_delta(delta)
+            case PromptDelta() as known:
+                self._on_delta(known)
+            case other:
+                log.warning("a worker sent a %s, which no gateway expects", type(other))
 
     def _on_delta(self, delta: TokenDelta | PromptDelta) -> None:
         running, delivery = self._find(delta.request)
@@ -441,7 +446,7 @@ class GatewaySession:
 
     def _post(self, message: object) -> None:
         assert self._link is not None, "start() comes first"
-        self._link.post(message)
+        self._link.post_now(message)
 
 
 def _pieces(delivery: AnyDelivery, delta: TokenDelta | PromptDelta) -> list[Piece]:

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable
 
 from pdserve.wire.connection import Connection
+from pdserve.wire.hearing import hear_all
 
 LOOKS = 6
 """Silence is counted in looks of the listener's own loop, so many of them: a listener that was
@@ -35,12 +36,14 @@ async def listen(
             looks += 1
         connection.abort()
 
+    def listening(message: object) -> None:
+        nonlocal looks
+        looks = 0
+        hear(message)
+
     looking = asyncio.create_task(look())
     try:
-        while True:
-            frame = await connection.receive()
-            looks = 0
-            hear(frame.message)
+        await hear_all(connection, listening)
     finally:
         looking.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -58,8 +58,8 @@ class NodeAttendant:
             return None
 
     def take(self, frame: Frame) -> bool:
-        if isinstance(frame.message, protocol.PullBlocks):
-            return False  # takes its time, and nothing else may happen meanwhile
+        if not frame.call or isinstance(frame.message, protocol.PullBlocks):
+            return False  # no call; or it takes its time, and nothing else may happen meanwhile
         answer, body, sent = self._take(frame)
         if answer is not None:
             self._connection.answer_now(frame, answer, body, sent)

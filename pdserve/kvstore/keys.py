@@ -14,6 +14,7 @@ two workers (``MUST_MATCH``). An adapter's blocks have one of their own, made fr
 adapter's digest. ``salted`` makes it a secret: K is one exactly as far as the namespace is.
 """
 
+import functools
 import hashlib
 import hmac
 import sys
@@ -132,12 +133,7 @@ class KeyChain:
         assert len(namespace) == NAMESPACE_BYTES, f"a namespace digest of {len(namespace)} bytes"
         assert block_tokens > 0
         self._block_tokens = block_tokens
-        # Copied for each block: what is done to begin a keyed hash is a tenth of a block's time.
-        self._begun = hashlib.blake2b(
-            digest_size=BLOCK_KEY_BYTES,
-            key=hmac.digest(namespace, tenant.encode(), "sha256"),
-            person=_PERSON_BLOCK,
-        )
+        self._begun = _begun(namespace, tenant)
         self._keys = tuple(keys)
 
     def extend(self, tokens: Sequence[int]) -> tuple[BlockKey, ...]:
@@ -163,6 +159,17 @@ class KeyChain:
                 digest.update(packed[start : start + step])
                 key = digest.digest()
                 yield BlockKey(key)
+
+
+# To begin takes as long as three blocks, and most prompts are of the same few tenants.
+@functools.lru_cache(maxsize=1024)
+def _begun(namespace: bytes, tenant: str) -> "hashlib.blake2b":
+    """The keyed hash before its first byte. It is copied for each block."""
+    return hashlib.blake2b(
+        digest_size=BLOCK_KEY_BYTES,
+        key=hmac.digest(namespace, tenant.encode(), "sha256"),
+        person=_PERSON_BLOCK,
+    )
 
 
 def _packed(tokens: Sequence[int], first: int, end: int) -> "array[int] | memoryview":

@@ -77,7 +77,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids. Special tokens written out in ``text`` become themselves."""
-        ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens).ids
+        # The library's fast way keeps no offsets, a sixth of the work; it has none for one text.
+        (encoded,) = self.hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:

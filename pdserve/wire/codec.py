@@ -4,19 +4,19 @@ A message is a msgpack array: the type's name, then its fields in order. What is
 of fields without a name, because the field's type hint says what it is; only a union of several
 dataclasses carries names inside.
 
-Each dataclass is compiled once, from its type hints, into one closure per direction, because token
-streams pass here. Encoding trusts its caller (the type checker has been there); decoding trusts
-nobody: wrong types, unknown names, missing or extra fields are a ``FrameError`` that names the
-type and the field. Hints that may stand in a message: int (64 bits), float (an int is taken for
-one), str, bytes, bool, NewTypes of these, ``StrEnum``, ``tuple[T, ...]``, ``tuple[A, B]``,
-``Mapping[str, T]``, dataclasses, and unions of None, of plain types, or of dataclasses.
+Each dataclass is compiled once, from its type hints, into one function per direction, because token
+streams and all that a router hears pass here. Encoding trusts its caller (the type checker has been
+there); decoding trusts nobody: wrong types, unknown names, missing or extra fields are a
+``FrameError`` that names the type and the field. Hints that may stand in a message: int (64 bits),
+float (an int is taken for one), str, bytes, bool, NewTypes of these, ``StrEnum``,
+``tuple[T, ...]``, ``tuple[A, B]``, ``Mapping[str, T]``, dataclasses, and unions of None, of plain
+types, or of dataclasses.
 
 A length that a message claims and does not contain costs nothing: a first pass, which allocates
 nothing, finds it. So a message of n bytes never takes more than about 90 n bytes (empty mappings).
 """
 
 import dataclasses
-import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -93,11 +93,11 @@ class Codec:
         if cls in self._compiled:
             return self._compiled[cls]
         assert dataclasses.is_dataclass(cls), f"{cls.__name__} is not a dataclass"
-        names = [field.name for field in dataclasses.fields(cls)]
-        hints = typing.get_type_hints(cls)
-        fields = [self._hint(hints[name], f"{cls.__name__}.{name}") for name in names]
-        encode = _fields_encoder(names, [field[0] for field in fields])
-        decode = _fields_decoder(cls, [field[1] for field in fields])
+        known = typing.get_type_hints(cls)
+        hints = {field.name: known[field.name] for field in dataclasses.fields(cls)}
+        fields = [self._hint(hint, f"{cls.__name__}.{name}") for name, hint in hints.items()]
+        encode = _fields_encoder([*hints], [field[0] for field in fields])
+        decode = _fields_decoder(cls, [*hints.values()], [field[1] for field in fields])
         self._compiled[cls] = (encode, decode)
         return encode, decode
 
@@ -196,36 +196,54 @@ def _refuse(value: object, wanted: str, where: str) -> NoReturn:
 
 
 def _fields_encoder(names: list[str], encoders: list[_Encode | None]) -> _Encode:
-    if len(names) < 2:
-        # attrgetter of one name returns the value itself, of none it does not exist.
-        pairs = list(zip(names, encoders, strict=True))
-        return lambda value: [
-            getattr(value, name) if encode is None else encode(getattr(value, name))
-            for name, encode in pairs
-        ]
-    fields_of = operator.attrgetter(*names)
-    changed = [(index, encode) for index, encode in enumerate(encoders) if encode is not None]
-    if not changed:
-        return fields_of
-
-    def encode_fields(value: Any) -> list[Any]:
-        fields = list(fields_of(value))
-        for index, encode in changed:
-            fields[index] = encode(fields[index])
-        return fields
-
-    return encode_fields
+    """A function that is written out, field by field: it takes half as long as a loop over them."""
+    fields = [
+        f"value.{name}" if encode is None else f"encode_{index}(value.{name})"
+        for index, (name, encode) in enumerate(zip(names, encoders, strict=True))
+    ]
+    lines = ["def encode_fields(value):", f"    return [{', '.join(fields)}]"]
+    known = {f"encode_{index}": encode for index, encode in enumerate(encoders)}
+    return _written_out("encode_fields", lines, known)
 
 
-def _fields_decoder(cls: type, decoders: list[_Decode]) -> _Decode:
+def _fields_decoder(cls: type, hints: list[Any], decoders: list[_Decode]) -> _Decode:
+    """Likewise. A field is looked at by its decoder unless it is plainly what it must be."""
     count = len(decoders)
+    fields = [f"field_{index}" for index in range(count)]
+    lines = [
+        "def decode_fields(value):",
+        f"    if type(value) is not tuple or len(value) != {count}:",
+        f"        refuse(value, 'its {count} fields', '{cls.__name__}')",
+        *([f"    {', '.join(fields)}, = value"] if fields else []),
+    ]
+    for index, (field, hint) in enumerate(zip(fields, hints, strict=True)):
+        lines += [
+            f"    if {_doubt(field, hint)}:",
+            f"        {field} = decode_{index}({field})",
+        ]
+    lines.append(f"    return cls({', '.join(fields)})")
+    known = {f"decode_{index}": decode for index, decode in enumerate(decoders)}
+    return _written_out("decode_fields", lines, {"cls": cls, "refuse": _refuse, **known})
 
-    def decode_fields(value: Any) -> Any:
-        if type(value) is not tuple or len(value) != count:
-            _refuse(value, f"its {count} fields", cls.__name__)
-        return cls(*[decode(item) for decode, item in zip(decoders, value, strict=True)])
 
-    return decode_fields
+def _doubt(field: str, hint: Any) -> str:
+    """A condition that is false only for values that may stay as they are."""
+    hint = _without_newtypes(hint)
+    if hint in _PLAIN:
+        return f"type({field}) is not {hint.__name__}"
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return f"{field} != ()"
+    arguments = get_args(hint)
+    if get_origin(hint) in (types.UnionType, typing.Union) and types.NoneType in arguments:
+        return f"{field} is not None"
+    return "True"
+
+
+def _written_out(name: str, lines: list[str], known: dict[str, Any]) -> _Encode:
+    """The function of that name; nothing in ``lines`` comes from anywhere but our own classes."""
+    exec("\n".join(lines), known)  # noqa: S102  (as dataclasses make theirs)
+    function: _Encode = known[name]
+    return function
 
 
 def _plain_decoder(allowed: frozenset[type], where: str) -> _Decode:

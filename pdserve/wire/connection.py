@@ -9,8 +9,8 @@ Outbound, ``send`` returns when the kernel has the body (which may then be reuse
 earlier bytes to go before it hands over its own: at most one message is buffered here. A body goes
 from where it lies to the kernel without a copy, except through TLS.
 
-Who serves many small calls may ``attend`` to them instead: called in the turn of the event loop in
-which a frame arrives, it saves waking a task, and it may say where a body is to be received.
+Who serves many small frames may ``attend`` to them instead: called in the turn of the event loop in
+which one arrives, it saves waking a task, and it may say where a body is to be received.
 
 When the peer dies or breaks the protocol, every waiting call and ``receive`` end with a
 ``WireError``; what had arrived before is still received first.
@@ -395,8 +395,8 @@ class Connection(asyncio.BufferedProtocol):
             if future is not None and not future.done():
                 future.set_result(frame)
             return
-        attended = self._attendant is not None and call and self._is_attended()
-        if attended and self._attendant is not None and self._attendant.take(frame):
+        attendant = self._attendant
+        if attendant is not None and self._is_attended() and attendant.take(frame):
             return
         self._inbound.append(frame)
         self._inbound_bytes += len(frame.body)

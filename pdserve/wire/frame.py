@@ -18,11 +18,11 @@ import socket
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from pdserve.errors import FrameError
+from pdserve.values import value
 
 Buffer = bytes | bytearray | memoryview
 
@@ -39,6 +39,7 @@ _VECTOR_MAX = 512  # buffers in one sendmsg; the system's limit is 1024
 
 _HEADER = struct.Struct("<4sBBHQIQI")
 _CHECKSUM = struct.Struct("<I")
+_HEADER_AND_CHECKSUM = struct.Struct("<4sBBHQIQII")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
 
@@ -50,7 +51,10 @@ class Kind(IntEnum):
     RECEIPT = 5  # all posts up to this sequence number have arrived; no message, no body
 
 
-@dataclass(frozen=True, slots=True)
+_KINDS = {kind.value: kind for kind in Kind}
+
+
+@value
 class Header:
     kind: Kind
     call: int
@@ -59,7 +63,7 @@ class Header:
     message_checksum: int = 0  # of no bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Frame:
     """What arrived."""
 
@@ -71,27 +75,28 @@ class Frame:
 
 def pack_head(kind: Kind, call: int, message: bytes, body_bytes: int = 0) -> bytes:
     """A frame up to its body. Raises FrameError when a length is over its limit."""
-    header = Header(kind, call, len(message), body_bytes, zlib.crc32(message))
-    return pack_header(header) + message
+    return _packed(kind, call, len(message), body_bytes, zlib.crc32(message)) + message
 
 
 def pack_header(header: Header) -> bytes:
     """The header's bytes. Raises FrameError when a length is over its limit."""
-    _check_lengths(header.message_bytes, header.body_bytes)
-    data = _HEADER.pack(
-        *(MAGIC, VERSION, header.kind, 0, header.call),
-        *(header.message_bytes, header.body_bytes, header.message_checksum),
+    return _packed(
+        header.kind, header.call, header.message_bytes, header.body_bytes, header.message_checksum
     )
+
+
+def _packed(kind: Kind, call: int, message_bytes: int, body_bytes: int, of_message: int) -> bytes:
+    _check_lengths(message_bytes, body_bytes)
+    data = _HEADER.pack(MAGIC, VERSION, kind, 0, call, message_bytes, body_bytes, of_message)
     return data + _CHECKSUM.pack(zlib.crc32(data))
 
 
 def parse_header(data: Buffer) -> Header:
     """The header in ``HEADER_BYTES`` bytes. Raises FrameError when it is none of ours."""
     assert len(data) == HEADER_BYTES
-    magic, version, kind, zero, call, message_bytes, body_bytes, of_message = _HEADER.unpack_from(
-        data
+    magic, version, number, zero, call, message_bytes, body_bytes, of_message, checksum = (
+        _HEADER_AND_CHECKSUM.unpack(data)
     )
-    (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
     if magic != MAGIC:
         raise FrameError(f"a frame begins with {magic!r}, not {MAGIC!r}: not a pdserve peer")
     if version != VERSION:
@@ -100,10 +105,11 @@ def parse_header(data: Buffer) -> Header:
         )
     if checksum != zlib.crc32(memoryview(data)[: _HEADER.size]):
         raise FrameError("a frame's header fails its checksum")
-    if zero != 0 or kind not in Kind.__members__.values():
-        raise FrameError(f"a frame of the unknown kind {kind}, {zero}")
+    kind = _KINDS.get(number)
+    if zero != 0 or kind is None:
+        raise FrameError(f"a frame of the unknown kind {number}, {zero}")
     _check_lengths(message_bytes, body_bytes)
-    return Header(Kind(kind), call, message_bytes, body_bytes, of_message)
+    return Header(kind, call, message_bytes, body_bytes, of_message)
 
 
 def check_message(header: Header, message: Buffer) -> None:

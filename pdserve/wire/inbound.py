@@ -8,10 +8,10 @@ body may also be received where somebody wants it: he is asked when the message 
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pdserve.errors import FrameError
+from pdserve.values import value
 from pdserve.wire.codec import Codec
 from pdserve.wire.frame import (
     BODY_BYTES_MAX,
@@ -29,18 +29,20 @@ _MAPPED_FROM_BYTES = 4 << 20
 """A body of so much gets pages of its own, which take memory when bytes arrive in them: a header
 may announce 256 MiB, and nothing may follow."""
 
+_NOTHING = memoryview(b"")
+
 POSTERS_MAX = 4096
 
 Place = Callable[[Any, int], Sequence[memoryview] | None]
 """Where the body, of so many bytes, of a message is to be received; None: in its own buffer."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arrived:
     """One frame."""
 
     header: Header
-    data: memoryview  # the message's bytes
+    data: memoryview  # the message's bytes, until the next of them are received
     message: Any  # decoded; None if nobody had to know it yet
     body: memoryview
     placed: bool  # the body is in its place, ``body`` is empty
@@ -71,8 +73,8 @@ class Attendant(Protocol):
         ...
 
     def take(self, frame: Frame) -> bool:
-        """Serve a frame, by ``answer_now``; False leaves it to ``receive``. ``frame.placed`` says
-        that its body is in its place."""
+        """Serve a frame, a call by ``answer_now``; False leaves it to ``receive``. ``frame.placed``
+        says that its body is in its place."""
         ...
 
 
@@ -88,10 +90,10 @@ class Inbound:
         self._end = 0
         self._header: Header | None = None
         self._apart = False  # its body does not follow its message in one buffer
-        self._data = memoryview(b"")  # its message, when the body is awaited apart
+        self._data = _NOTHING  # its message, when the body is awaited apart
         self._message: Any = None
         self._placed = False
-        self._part = memoryview(b"")  # the buffer that is being filled
+        self._part = _NOTHING  # the buffer that is being filled
         self._filled = 0
         self._parts: list[memoryview] = []  # those that come after it
 
@@ -99,6 +101,9 @@ class Inbound:
         """Where the next bytes go; never empty."""
         if self._header is not None and self._start == self._end:
             return self._part[self._filled :]
+        if self._start == self._end:
+            self._start = self._end = 0
+            return self._view
         if self._start > 0:
             rest = bytes(self._view[self._start : self._end])
             self._view[: len(rest)] = rest
@@ -125,35 +130,40 @@ class Inbound:
 
     def take(self) -> Arrived | None:
         """The next frame; None until more bytes are there. Raises FrameError."""
-        if not (self._take_header() and self._take_payload()):
+        if self._header is None:
+            if self._end - self._start < HEADER_BYTES:
+                return None
+            header = parse_header(self._view[self._start : self._start + HEADER_BYTES])
+            self._start += HEADER_BYTES
+            end = self._start + header.message_bytes
+            if end <= self._end and not header.body_bytes:  # as most are: no need of a copy
+                data = self._view[self._start : end]
+                self._start = end
+                return Arrived(header, data, None, _NOTHING, placed=False)
+            self._begin(header)
+        if not self._take_payload():
             return None
         assert self._header is not None
         header, self._header = self._header, None
         if not self._apart:
             end = header.message_bytes
             return Arrived(header, self._part[:end], None, self._part[end:], placed=False)
-        body = memoryview(b"") if self._placed else self._part
+        body = _NOTHING if self._placed else self._part
         placed, self._placed = self._placed, False
         return Arrived(header, self._data, self._message, body, placed)
 
-    def _take_header(self) -> bool:
-        """Whether the header of the frame under way is known, and its first buffer allocated."""
-        if self._header is None:
-            if self._end - self._start < HEADER_BYTES:
-                return False
-            header = parse_header(self._view[self._start : self._start + HEADER_BYTES])
-            self._start += HEADER_BYTES
-            if header.body_bytes > self.body_bytes_max:
-                raise FrameError(
-                    f"a body of {header.body_bytes} bytes, at this point at most "
-                    f"{self.body_bytes_max} are allowed"
-                )
-            is_call = header.kind is Kind.MESSAGE and header.body_bytes > 0
-            self._apart = is_call and self.place is not None
-            size = header.message_bytes + (0 if self._apart else header.body_bytes)
-            self._part, self._filled = _room(size), 0
-            self._header, self._data = header, memoryview(b"")
-        return True
+    def _begin(self, header: Header) -> None:
+        """A frame that is received into buffers of its own: the first of them is allocated."""
+        if header.body_bytes > self.body_bytes_max:
+            raise FrameError(
+                f"a body of {header.body_bytes} bytes, at this point at most "
+                f"{self.body_bytes_max} are allowed"
+            )
+        is_call = header.kind is Kind.MESSAGE and header.body_bytes > 0
+        self._apart = is_call and self.place is not None
+        size = header.message_bytes + (0 if self._apart else header.body_bytes)
+        self._part, self._filled = _room(size), 0
+        self._header, self._data = header, _NOTHING
 
     def _take_payload(self) -> bool:
         """Whether message and body are complete."""

@@ -37,6 +37,9 @@ class Access:
             await self._app(scope, receive, send)
             return
         admin, looks = scope["path"].startswith(ADMIN_PATHS), scope["method"] in LOOKS
+        if not (admin or self._doorkeeper.asks_for_keys):
+            await self._app(scope, receive, send)
+            return
         headers, asked = Headers(scope=scope), _asked(scope)
         try:
             if admin and not looks:

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
@@ -127,17 +128,32 @@ def version() -> str:
 def _add_generations(app: FastAPI, session: Session, config: GatewayConfig) -> None:
     metrics: FrontMetrics = app.state.metrics
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions() -> Response:
+    def chat() -> Response:
         return Generation(session, config, metrics, operation="chat", ask=chat_asked)
 
-    @app.post("/v1/completions")
-    async def completions() -> Response:
+    def completion() -> Response:
         return Generation(session, config, metrics, operation="completion", ask=completion_asked)
 
-    @app.post("/v1/embeddings")
-    async def embeddings() -> Response:
+    def embedding() -> Response:
         return Embeddings(session, config, metrics)
+
+    for path, answer in (
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", completion),
+        ("/v1/embeddings", embedding),
+    ):
+        app.router.routes.append(Route(path, _Answering(answer), methods=["POST"]))
+
+
+class _Answering:
+    """An endpoint whose answers read their requests themselves, so that there is nothing for
+    FastAPI to find out about its parameters, which takes it a third of a millisecond."""
+
+    def __init__(self, answer: Callable[[], Response]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._answer()(scope, receive, send)
 
 
 def _add_models(app: FastAPI, session: Session) -> None:

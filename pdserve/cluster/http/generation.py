@@ -40,6 +40,7 @@ from pdserve.cluster.http.answers import (
 from pdserve.cluster.http.asking import Asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_body, error_response, error_status
+from pdserve.cluster.http.hints import headers_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.http.resuming import Trail, resumable
 from pdserve.cluster.http.streaming import (
@@ -88,13 +89,14 @@ class Generation(Response):
             try:
                 request = Request(scope, receive)
                 tree = await read_object(request, self._config.body_bytes_max)
+                headers = headers_of(scope)
                 asked = await self._ask(
-                    self._session, self._config, tree, request.headers, tenant_in(scope)
+                    self._session, self._config, tree, headers, tenant_in(scope)
                 )
-                asked, trail = resumable(asked, tree, request.headers, self._session.identity)
+                asked, trail = resumable(asked, tree, headers, self._session.identity)
                 meter.calls = asked.calls
                 answer = _Answer(self._session, asked, meter, trail)
-                with continued(request.headers):
+                with continued(headers):
                     stayed = await until_gone(receive, answer.tell(scope, receive, send))
                 meter.status = answer.status if stayed else DISCONNECTED
             except ClientDisconnect:
@@ -106,18 +108,32 @@ class Generation(Response):
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
     """Runs ``work`` until it ends (True, or its error) or the client is gone (False)."""
-    working = asyncio.create_task(work)
+    # In this task: one that is made for it costs two turns of the event loop before it begins.
+    working = asyncio.current_task()
+    assert working is not None, "work is done in a task"
+    is_over = has_gone = False
+
+    def leave(_: object) -> None:
+        nonlocal has_gone
+        if not is_over:
+            has_gone = True
+            working.cancel()
+
     watching = asyncio.create_task(_gone(receive))
+    watching.add_done_callback(leave)
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        stayed = working.done()
+        await work
+    except (Exception, asyncio.CancelledError):
+        # As in asyncio.timeout: who else has cancelled this task wants it to end.
+        if not has_gone or working.uncancel():
+            raise
+        return False
     finally:
-        working.cancel()
+        is_over = True
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-    if stayed:
-        working.result()
-    return stayed
+    if has_gone:  # it was told, and ended as if it had not been
+        working.uncancel()
+    return not has_gone
 
 
 async def _gone(receive: Receive) -> None:

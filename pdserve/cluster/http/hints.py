@@ -15,6 +15,8 @@ whole, whose first byte is its last, and say nothing about how long a stream may
 import math
 from collections.abc import Iterator, Mapping
 
+from starlette.types import Scope
+
 from pdserve.cluster.parameters import shown
 from pdserve.errors import InvalidField
 
@@ -29,6 +31,13 @@ TIMEOUT_MS_MAX = 24 * 3600 * 1000
 RETRIES_MAX = 1000
 
 MS_PER_S = 1000
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """The headers of an HTTP request, by their names in lower case; of one that was sent twice the
+    first. Starlette's own mapping goes through all of them for each question."""
+    pairs = reversed(scope["headers"])
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
 
 
 def deadline_unix_ms(

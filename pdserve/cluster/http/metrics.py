@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from pdserve.clock import unix_ms
 from pdserve.cluster.calls import Call, Piece
@@ -60,13 +60,13 @@ class FrontMetrics:
         self._in_flight = Gauge(
             "pdserve_requests_in_flight", "Client calls under way", labels, registry=registry
         )
-        self._ttft = Histogram(
+        self._ttft = TallyHistogram(
             "pdserve_ttft_seconds",
             "From a call's arrival to its first token",
             labels,
             buckets=LONG_BUCKETS,
-            registry=registry,
         )
+        registry.register(self._ttft)
         self._inter_token = TallyHistogram(
             "pdserve_inter_token_seconds",
             "Between two tokens of one choice",
@@ -74,25 +74,25 @@ class FrontMetrics:
             buckets=SHORT_BUCKETS,
         )
         registry.register(self._inter_token)
-        self._end_to_end = Histogram(
+        self._end_to_end = TallyHistogram(
             "pdserve_request_seconds",
             "From a call's arrival to its end, failed ones included",
             labels,
             buckets=LONG_BUCKETS,
-            registry=registry,
         )
-        self._prompt_tokens = Counter(
-            "pdserve_prompt_tokens_total", "Prompt tokens of answered calls", registry=registry
+        registry.register(self._end_to_end)
+        self._prompt_tokens = TallyCounter(
+            "pdserve_prompt_tokens", "Prompt tokens of answered calls"
         )
+        registry.register(self._prompt_tokens)
         self._generated_tokens = TallyCounter(
             "pdserve_generated_tokens", "Tokens that were generated"
         )
         registry.register(self._generated_tokens)
-        self._cached_tokens = Counter(
-            "pdserve_cached_prompt_tokens_total",
-            "Prompt tokens that no worker had to compute",
-            registry=registry,
+        self._cached_tokens = TallyCounter(
+            "pdserve_cached_prompt_tokens", "Prompt tokens that no worker had to compute"
         )
+        registry.register(self._cached_tokens)
 
     @contextmanager
     def follow(self, front: str, operation: str) -> Iterator["Meter"]:
@@ -148,7 +148,7 @@ class Meter:
 
     def __init__(
         self,
-        ttft: Histogram,
+        ttft: Tally,
         inter_token: Tally,
         generated: TallyCounter,
         vllm: VllmMetrics | None = None,

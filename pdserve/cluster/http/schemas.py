@@ -7,6 +7,7 @@ effect we do not have is refused by ``UNSUPPORTED`` where its value would change
 *constraint* that is silently dropped is a wrong answer; a mere hint is not.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -103,7 +104,7 @@ class _Generation(Body):
 
     def parameters(self, required: Wanted | None = None) -> Parameters:
         """``required``: what the answer must be already."""
-        wanted = constraint_of(dict(self))
+        wanted = constraint_of(vars(self))
         if required is not None and wanted is not None:
             raise ConflictingFields(
                 wanted.field, "comes beside a required call of a tool; an answer is one of them"
@@ -291,10 +292,12 @@ def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
     Raises:
         InvalidField: naming the path to the first value of a wrong type, or an unsupported field.
     """
-    for name, harmless in UNSUPPORTED.items():
-        if name in kind.model_fields or tree.get(name) is None:
+    unsupported = _unsupported_in(kind)
+    said = () if unsupported.keys().isdisjoint(tree) else unsupported.items()
+    for name, harmless in said:
+        value = tree.get(name)
+        if value is None:
             continue
-        value = tree[name]
         if not any(type(value) is type(one) and value == one for one in harmless):
             raise InvalidField(
                 name, f"is {shown(value)}, which this server does not support; leave it out"
@@ -303,6 +306,11 @@ def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise _first_problem(error) from None
+
+
+@functools.cache
+def _unsupported_in(kind: type[Body]) -> Mapping[str, Sequence[Any]]:
+    return {name: ok for name, ok in UNSUPPORTED.items() if name not in kind.model_fields}
 
 
 def prompts_of(prompt: Any, *, name: str = "prompt") -> list[str | list[int]]:

@@ -1,8 +1,9 @@
-"""A counter and a histogram for what happens at every token.
+"""A counter and a histogram for what happens at every token, and at every request.
 
 Prometheus' client takes a lock or two for each observation and looks at one bucket after the other.
 Everything that is told here comes from one event loop, and several tokens often share one value: so
-these count in plain numbers, and make a metric of them when they are asked.
+these count in plain numbers, and make a metric of them when they are asked. A request is observed
+by some twenty of them.
 """
 
 import time
@@ -41,7 +42,7 @@ class Tally:
 
 
 class TallyCounter(Collector):
-    """A counter with one set of labels, of given values."""
+    """A counter with one set of labels, of given values. Its ``name`` is without ``_total``."""
 
     def __init__(
         self, name: str, documentation: str, labels: Sequence[str] = (), values: Sequence[str] = ()

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pdserve.cluster.calls import Call
-from pdserve.cluster.http.tallies import TallyCounter, TallyHistogram
+from pdserve.cluster.http.tallies import Tally, TallyCounter, TallyHistogram
 from pdserve.messages import Timing
 
 LABELS = ("model_name", "engine")
@@ -45,10 +45,7 @@ class VllmMetrics:
         self._model = model
         lengths = _one_two_five(context_tokens)
         self._ttft = self._histogram("time_to_first_token_seconds", TTFT_S)
-        name = "inter_token_latency_seconds"
-        gaps = TallyHistogram(f"vllm:{name}", _help(name), LABELS, buckets=TOKEN_S)
-        self._registry.register(gaps)
-        self._inter_token = gaps.labels(model, ENGINE)
+        self._inter_token = self._histogram("inter_token_latency_seconds", TOKEN_S)
         self._per_token = self._histogram("request_time_per_output_token_seconds", TOKEN_S)
         self._end_to_end = self._histogram("e2e_request_latency_seconds", REQUEST_S)
         self._queue = self._histogram("request_queue_time_seconds", REQUEST_S)
@@ -65,9 +62,7 @@ class VllmMetrics:
         self._cached = self._counter("prompt_tokens_cached")
         self._queries = self._counter("prefix_cache_queries")
         self._hits = self._counter("prefix_cache_hits")
-        name = "generation_tokens"
-        self._generated = TallyCounter(f"vllm:{name}", _help(name), LABELS, (model, ENGINE))
-        self._registry.register(self._generated)
+        self._generated = self._counter("generation_tokens")
         self._success = Counter(
             "vllm:request_success",
             "Choices that ended, by reason",
@@ -145,15 +140,15 @@ class VllmMetrics:
         registry.register(_Just(family))
         return generate_latest(registry).decode()
 
-    def _histogram(self, name: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(
-            f"vllm:{name}", _help(name), LABELS, buckets=buckets, registry=self._registry
-        )
+    def _histogram(self, name: str, buckets: Sequence[float]) -> Tally:
+        family = TallyHistogram(f"vllm:{name}", _help(name), LABELS, buckets=buckets)
+        self._registry.register(family)
         return family.labels(self._model, ENGINE)
 
-    def _counter(self, name: str) -> Counter:
-        family = Counter(f"vllm:{name}", _help(name), LABELS, registry=self._registry)
-        return family.labels(self._model, ENGINE)
+    def _counter(self, name: str) -> TallyCounter:
+        counter = TallyCounter(f"vllm:{name}", _help(name), LABELS, (self._model, ENGINE))
+        self._registry.register(counter)
+        return counter
 
 
 class _Just(Collector):

@@ -24,19 +24,13 @@ predicted work at the workers there are, is reported and not held."""
 
 def fairness_rows(*, quick: bool) -> Iterator[Row]:
     each = (REQUESTS_QUICK if quick else REQUESTS) // len(SCENARIOS)
+    flooded = 20_000 if quick else 100_000
+    goals = ("mean", "balanced")
     with ProcessPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        found = dict(
-            zip(SCENARIOS, pool.map(_bounds, SCENARIOS, [each] * len(SCENARIOS)), strict=True)
-        )
-    for name, (due, broken, worst_s) in found.items():
-        bar = None if name in UNHEALTHY else at_most(0)
-        yield Row(
-            f"bound broken, {name}, {each} requests, {due} came to it, worst wait {worst_s:.0f} s",
-            broken, "times", bar="" if bar is None else bar.text("times"),
-            holds=None if bar is None else bar.holds(broken, None),
-        )  # fmt: skip
-    for goal in ("mean", "balanced"):
-        yield _isolation(goal, 20_000 if quick else 100_000)
+        bounds = pool.map(_bounds, SCENARIOS, [each] * len(SCENARIOS))
+        isolations = pool.map(_isolation, goals, [flooded] * len(goals))
+        yield from bounds  # each as soon as it is there
+        yield from isolations
 
 
 def _settings(**changes: object) -> SimulationSettings:
@@ -47,13 +41,18 @@ def _settings(**changes: object) -> SimulationSettings:
     return replace(settings, **changes)  # type: ignore[arg-type]
 
 
-def _bounds(name: str, count: int) -> tuple[int, int, float]:
-    """Claims that came due, claims served too late, the longest time to a first token."""
+def _bounds(name: str, count: int) -> Row:
+    """How many claims were served later than was stated."""
     scenario = SCENARIOS[name](count, 0, WORKERS)
     result = simulate(scenario.trace, scenario.in_settings(_settings()))
-    counters = result.counters
+    due, broken = (result.counters.get(f"bounds_{what}", 0) for what in ("due", "broken"))
     worst_s = float(np.nanmax(result.ttft_s))
-    return counters.get("bounds_due", 0), counters.get("bounds_broken", 0), worst_s
+    bar = None if name in UNHEALTHY else at_most(0)
+    return Row(
+        f"bound broken, {name}, {count} requests, {due} came to it, worst wait {worst_s:.0f} s",
+        broken, "times", bar="" if bar is None else bar.text("times"),
+        holds=None if bar is None else bar.holds(broken, None),
+    )  # fmt: skip
 
 
 def _isolation(goal: str, count: int) -> Row:

@@ -261,12 +261,16 @@ def _million(path: Path) -> Row:
     trace = scale_to_load(repeat(load_trace(path), requests), 0.8, workers=workers, work_s=work_s)
     settings = SimulationSettings(
         router=RouterConfig(waiting_max=UNLIMITED, queue_age_max_ms=None), prefill_workers=workers,
-        decode_workers=workers // 2, hosts=workers // 8, store_tokens=None,
+        decode_workers=workers // 2, hosts=workers // 8,
+        # As large as such workers and hosts have them. Without limits, what 83 passes over the
+        # trace leave behind would take 13 GiB.
+        cache_tokens=1_300_000, store_tokens=10_000_000,
     )  # fmt: skip
-    begun = time.perf_counter()
+    begun = time.process_time()  # it has one thread, and others may want the machine
     simulate(trace, settings)
-    minutes, bar = (time.perf_counter() - begun) / 60, at_most(5)
+    minutes, bar = (time.process_time() - begun) / 60, at_most(5)
     return Row(
-        f"simulated {requests} requests on {workers} workers", minutes, "min", bar=bar.text("min"),
+        f"simulated {requests} requests on {workers} workers, one core", minutes, "min",
+        bar=bar.text("min"),
         holds=bar.holds(minutes, None),
     )  # fmt: skip

@@ -7,10 +7,12 @@ process has begun. A wall clock that jumps by an hour moves no deadline.
 
 import time
 from collections.abc import Callable
+from typing import Final
 
-US = 1_000
-MS = 1_000_000
-S = 1_000_000_000
+# Final: compiled code (``pdserve compile``) has the number in the place of a look-up by name.
+US: Final = 1_000
+MS: Final = 1_000_000
+S: Final = 1_000_000_000
 
 Clock = Callable[[], int]
 

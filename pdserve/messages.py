@@ -416,7 +416,7 @@ class ChunkDone:
     elapsed_us: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attained:
     """How far a decoding request has come."""
 

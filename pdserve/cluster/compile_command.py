@@ -20,11 +20,12 @@ from pdserve.compiled import FOLDERS, PACKAGE, build_directory
 from pdserve.errors import ConfigError
 
 INTERPRETED = {
-    "router": {"analytic", "fitting", "scaling", "signals", "snapshot"},
+    # ``commands`` are ``values``, which mypyc would make slower.
+    "router": {"analytic", "commands", "fitting", "scaling", "signals", "snapshot"},
     # What a report shows, what other processes are sent, what traces become.
     "simulator": {
-        "adversaries", "charts", "page", "pace", "report", "reports", "result", "settings",
-        "surroundings", "synthetic", "traces", "transformations",
+        "adversaries", "charts", "page", "report", "result", "settings", "surroundings",
+        "synthetic", "traces", "transformations",
     },
 }  # fmt: skip
 

@@ -1,7 +1,5 @@
 """What the core wants done. The shell sends each message to the peer it names, in this order."""
 
-from dataclasses import dataclass
-
 from pdserve.ids import WorkerId
 from pdserve.messages import (
     Address,
@@ -14,18 +12,19 @@ from pdserve.messages import (
     Refused,
     Resume,
 )
+from pdserve.values import value
 
 WorkerMessage = Dispatch | Preempt | Cancel | Resume | FetchAhead | Goodbye
 """What the router says to a worker."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToWorker:
     worker: WorkerId
     message: WorkerMessage
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToGateway:
     gateway: Address
     message: Refused | Lost

@@ -54,13 +54,14 @@ from pdserve.router.endings import (
     lose_with,
 )
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker, slots_of
+from pdserve.router.fleet import Worker
 from pdserve.router.goals import GoalControl
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.orders.table import order_of
 from pdserve.router.scaling import Observation
 from pdserve.router.signals import observation_of
+from pdserve.router.slot_arrays import slots_of
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import RouterState
 from pdserve.router_config import RouterConfig

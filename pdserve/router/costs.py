@@ -13,12 +13,12 @@ tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from pdserve.clock import S
 
-SLOWEST = 2.0
-FASTEST = 0.5
+SLOWEST: Final = 2.0
+FASTEST: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

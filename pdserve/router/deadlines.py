@@ -1,10 +1,11 @@
 """When which request must be over. Removal is lazy; the heap stays within twice its use."""
 
 import heapq
+from typing import Final
 
 from pdserve.ids import RequestId
 
-DEAD_DEADLINES_MAX = 64
+DEAD_DEADLINES_MAX: Final = 64
 """Deadlines of requests that are over, kept beyond as many as there are live ones."""
 
 

@@ -9,16 +9,17 @@ tokens ignores it.
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Final
 
 from pdserve.clock import S
 from pdserve.ids import RequestId, WorkerId
 from pdserve.messages import Address, Lost
 from pdserve.router.commands import Command, ToGateway
 
-KEPT_NS = 60 * S
+KEPT_NS: Final = 60 * S
 """Longer than any connection may go without a receipt, a postbox's patience included."""
 
-ENDED_MAX = 16_384
+ENDED_MAX: Final = 16_384
 """Of all workers together; the oldest are forgotten first."""
 
 

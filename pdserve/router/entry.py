@@ -19,6 +19,7 @@ class Entry:
     queued_at_ns: int  # when the wait now running began
     phase: Phase = Phase.QUEUED
     level: int = 0
+    virtual_ns: int = 0  # its arrival, as its class counts it; written by the order
     work_ns: int = 0  # predicted prefill time of what is left, when it was last queued or reported
     uncached_tokens: int = 0  # of which that is the time
     computed_tokens: int = 0  # by chunk reports: KV exists for so many

@@ -16,8 +16,8 @@ import math
 from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import islice
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,37 +27,29 @@ from pdserve.ids import RequestId, WorkerId
 from pdserve.messages import Address, Hello, Report, Role
 from pdserve.router.costs import Correction, CostModel
 from pdserve.router.prefix_index import Hits, PrefixIndex
+from pdserve.router.slot_arrays import Floats, Largest, Openings
 from pdserve.router_config import RouterConfig
 
-HELD_MAX = 8
+HELD_MAX: Final = 8
 """Prompts at one prefill worker, however short."""
 
-LEAD_NS = 10 * MS
+LEAD_NS: Final = 10 * MS
 """How long before it is done with what it computes a worker is sent more: the way there, and the
 error of a prediction."""
 
-EXPLAINED_WORKERS_MAX = 16
+EXPLAINED_WORKERS_MAX: Final = 16
 """With more workers a choice does not tell the prices of the next best ones."""
 
 SLOTS_GROW = 16
 
-SETS_MAX = 1024
-"""Sets of slots whose members are remembered: the readers of one store come again and again."""
-
 _ARRAYS = (
     "start_ns",
-    "open_ns",
     "slow",
     "room",
     "step_ns",
-    "last_key_ns",
     "streams",
     "hands_off",
 )
-
-Floats = NDArray[np.float64]
-
-_NO_SLOTS: NDArray[np.intp] = np.empty(0, dtype=np.intp)
 
 
 @dataclass(slots=True, eq=False)
@@ -150,9 +142,8 @@ class Fleet:
         self.prefill_bits = 0  # bit set of the slots that may be sent prompts
         self.prefill_count = 0  # of them
         self._changed: list[Worker] = []  # their elements are to be rewritten
-        self._soonest_ns: float | None = None  # least of open_ns, as long as that is settled
-        self._soonest_slot = 0  # where that is
-        self._next_soonest_ns: float | None = None  # least of the others, once asked for
+        self._openings = Openings()
+        self._lasts = Largest()  # keys of last prompts in line that may yield
         self.heard_all_ns = 0  # since then everybody has been heard of, at least
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
@@ -174,11 +165,9 @@ class Fleet:
         self.largest_tokens = 0  # that fit into it
         self.block_tokens = 1  # they agree within a cluster; 1 until somebody has been there to say
         self.start_ns: Floats = np.empty(0)  # when it would begin with something new
-        self.open_ns: Floats = np.empty(0)  # when it takes a prompt; infinite: it has no room
         self.slow: Floats = np.empty(0)  # than the cost model says; infinite: it takes no prompts
         self.room: Floats = np.empty(0)  # blocks a new stream may take
         self.step_ns: Floats = np.empty(0)  # predicted with one stream more that is handed to it
-        self.last_key_ns: Floats = np.empty(0)  # of the last prompt in line, if it may yield
         self.streams: Floats = np.empty(0)  # that a prompt here would hold up
         self.hands_off: Floats = np.empty(0)  # 1 where prompts are handed to another worker
 
@@ -260,7 +249,6 @@ class Fleet:
         if worker.is_changed:
             self._changed.remove(worker)
         self._clear(slot)
-        self._soonest_ns = None
         self._recount_prefilling(worker)
         self._recount()
 
@@ -338,6 +326,8 @@ class Fleet:
         self._slots += [None] * max(SLOTS_GROW, first)
         for name in _ARRAYS:
             setattr(self, name, np.resize(getattr(self, name), len(self._slots)))
+        self._openings.grow(len(self._slots))
+        self._lasts.grow(len(self._slots))
         for slot in range(first, len(self._slots)):
             self._clear(slot)
         self._free = list(range(first + 1, len(self._slots)))
@@ -345,10 +335,11 @@ class Fleet:
 
     def _clear(self, slot: int) -> None:
         self.start_ns[slot] = 1.0
-        self.open_ns[slot] = self.slow[slot] = self.step_ns[slot] = math.inf
+        self.slow[slot] = self.step_ns[slot] = math.inf
         self.room[slot] = -1
-        self.last_key_ns[slot] = -math.inf
         self.streams[slot] = self.hands_off[slot] = 0.0
+        self._openings.enter(slot, math.inf)
+        self._lasts.enter(slot, -math.inf)
 
     # ── what changes ─────────────────────────────────────────────────────────────────────────────
 
@@ -378,13 +369,13 @@ class Fleet:
             worker = self._changed.pop()
             worker.is_changed = False
             self._rewrite(worker)
-            self._soonest_ns = None
 
     def _rewrite(self, worker: Worker) -> None:
         slot = worker.slot
         if worker.prefills:
-            self.start_ns[slot] = worker.free_at_ns
-            self.open_ns[slot] = self._opens_ns(worker) if worker.has_prefill_room else math.inf
+            self.start_ns[slot] = float(worker.free_at_ns)
+            opens_ns = self._opens_ns(worker) if worker.has_prefill_room else math.inf
+            self._openings.enter(slot, opens_ns)
             self.slow[slot] = math.inf if worker.draining else worker.correction.factor
         if worker.decodes:
             streams = len(worker.streams)
@@ -403,43 +394,51 @@ class Fleet:
         waiting_ns = sum(map(self.costs.prefill_ns, islice(worker.prompts.values(), 1, None)))
         return worker.free_at_ns - waiting_ns * worker.correction.factor - LEAD_NS
 
+    def rank_last(self, worker: Worker, key_ns: float) -> None:
+        """Enter the key of the last prompt in line there, if it may yield; else −inf."""
+        self._lasts.enter(worker.slot, key_ns)
+
+    def last_key_ns(self, slot: int) -> float:
+        key_ns: float = self._lasts.values.item(slot)
+        return key_ns
+
+    def last_keys_ns(self) -> Floats:
+        """A copy of all of them."""
+        return self._lasts.values.copy()
+
+    def last_of_all(self) -> int | None:
+        """The slot with the largest of those keys; None: nobody may yield."""
+        return self._lasts.slot()
+
+    @property
+    def open_ns(self) -> Floats:
+        """When each slot takes a prompt, as far as it is settled; infinite: it has no room."""
+        return self._openings.opens_ns
+
     def soonest_open_ns(self) -> float:
         """When the first worker takes another prompt."""
         self.settle()
-        if self._soonest_ns is None:
-            self._soonest_ns = math.inf
-            if len(self.open_ns):
-                self._soonest_slot = int(self.open_ns.argmin())  # faster than min()
-                self._soonest_ns = self.open_ns.item(self._soonest_slot)
-            self._next_soonest_ns = None
-        return self._soonest_ns
+        return self._openings.soonest_ns()
 
     def next_soonest_open_ns(self) -> float:
-        """When the second one does, counting equal ones. Found without looking for all that do:
-        where workers are busy, one is open or none."""
-        soonest_ns = self.soonest_open_ns()
-        if self._next_soonest_ns is None:
-            if soonest_ns == math.inf:
-                return math.inf
-            open_ns, slot = self.open_ns, self._soonest_slot
-            open_ns[slot] = math.inf
-            self._next_soonest_ns = open_ns.item(open_ns.argmin())
-            open_ns[slot] = soonest_ns
-        return self._next_soonest_ns
+        """When the second one does, counting equal ones."""
+        self.settle()
+        return self._openings.next_ns()
+
+    def only_open_slot(self, instant_ns: float) -> int | None:
+        """Of the one that takes another prompt by then; None: several do. One must."""
+        self.settle()
+        return self._openings.only_slot(instant_ns)
 
     def open_slots(self, instant_ns: float) -> NDArray[np.intp]:
         """Of those who take another prompt by then, ascending."""
-        if self.soonest_open_ns() > instant_ns:
-            return _NO_SLOTS
-        if self.next_soonest_open_ns() > instant_ns:
-            return np.array([self._soonest_slot])
+        self.settle()
         return (self.open_ns <= instant_ns).nonzero()[0]
 
     def is_another_open_by(self, instant_ns: float, *, but: int) -> bool:
         """Whether a worker takes another prompt by then, the one at a slot left aside."""
-        if self.soonest_open_ns() > instant_ns:
-            return False
-        return self._soonest_slot != but or self.next_soonest_open_ns() <= instant_ns
+        self.settle()
+        return self._openings.is_another(instant_ns, but=but)
 
     # ── predictions ──────────────────────────────────────────────────────────────────────────────
 
@@ -455,7 +454,7 @@ class Fleet:
     def open_bits(self, now_ns: int) -> int:
         """Bit set of the slots that take a prompt now."""
         self.settle()
-        return bits_of(self.open_ns <= now_ns)
+        return self._openings.bits(now_ns)
 
     def has_store(self, store: Address) -> bool:
         """Whether any worker still speaks for that store node's host."""
@@ -464,6 +463,8 @@ class Fleet:
     def check(self) -> None:
         """Assert that arrays and workers agree. Linear; for tests."""
         self.settle()
+        self._openings.check()
+        self._lasts.check()
         for slot, worker in enumerate(self._slots):
             closed = worker is None or not worker.has_prefill_room
             assert (self.open_ns[slot] == math.inf) == closed, f"slot {slot}"
@@ -474,18 +475,6 @@ class Fleet:
         decoding = (worker for worker in self._by_role[Role.DECODE] if worker.decodes)
         pools = [_pool_tokens(worker.hello) for worker in decoding]
         assert self.largest_tokens == max(pools, default=0)
-
-
-@lru_cache(maxsize=SETS_MAX)
-def slots_of(bits: int) -> NDArray[np.intp]:
-    """The members of a bit set, ascending. Not to be written to: it is remembered."""
-    packed = np.frombuffer(bits.to_bytes(-(-bits.bit_length() // 8), "little"), dtype=np.uint8)
-    return np.unpackbits(packed, bitorder="little").nonzero()[0]
-
-
-def bits_of(mask: NDArray[np.bool_]) -> int:
-    """A mask over the arrays as a bit set of slots."""
-    return int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little")
 
 
 def _id_of(worker: Worker) -> WorkerId:

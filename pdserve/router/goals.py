@@ -17,6 +17,9 @@ so that it falls, while those few wait without end. Between two shadows γ is pu
 met in between. Under *overload*, where first come, first served lets everybody wait for minutes, to
 be no slower is worth nothing, and γ becomes the smallest: then at least the short ones are served.
 
+As long as servers are free in all of them, all shadows do the same, whatever their γ: so they have
+their servers in common until somebody has to wait, and again once nobody waits and all are as busy.
+
 A shadow has neither preemption nor caches: it need not predict times, only their ratios. Its memory
 is an hour, because a 99th percentile is made by the worst minutes of it, and what a calm minute
 would have chosen says nothing of those.
@@ -26,7 +29,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +48,11 @@ MEMORY_NS = 3600 * S
 ARRIVALS_MIN = 2000
 """Twenty in the last percent. With fewer γ stays: one burst says how it went, not how bursts go."""
 
-WAITING_MAX = 4096
+WAITING_MAX: Final = 4096
 """Requests in one shadow; an arrival beyond is left out of all of them."""
+
+MEET_EVERY: Final = 64
+"""Arrivals after which shadows that parted are compared again, which is linear in workers."""
 
 OVERLOAD_RATIO = 2
 """Of the time after which who waits is rescued: if first come, first served lets everybody wait for
@@ -65,9 +71,15 @@ class Limits(NamedTuple):
 
 LIMITS = {"balanced": Limits(1.05, 1.25), "tail": Limits(1.0, 1.05)}
 
-BINS = 1024
+BINS: Final = 1024
 BIN_RATIO = 1.02
-_LOG_RATIO = math.log(BIN_RATIO)
+_LOG_RATIO: Final = math.log(BIN_RATIO)
+
+
+def bin_of(time_ns: int) -> int:
+    """Where a histogram counts it."""
+    place = int(math.log(time_ns / MS) / _LOG_RATIO) if time_ns > MS else 0
+    return min(place, BINS - 1)
 
 
 class Histogram:
@@ -79,9 +91,12 @@ class Histogram:
         self._total_s = 0.0
 
     def add(self, time_ns: int) -> None:
-        place = int(math.log(time_ns / MS) / _LOG_RATIO) if time_ns > MS else 0
-        self._fresh.append(min(place, BINS - 1))
-        self._total_s += time_ns / S
+        self.add_at(bin_of(time_ns), time_ns / S)
+
+    def add_at(self, place: int, time_s: float) -> None:
+        """``place``: ``bin_of`` that time."""
+        self._fresh.append(place)
+        self._total_s += time_s
 
     def fade(self, factor: float) -> None:
         self._counts *= factor
@@ -142,6 +157,25 @@ class Shadow:
             self._serve(now_ns, now_ns, work_ns)
         else:
             heapq.heappush(waiting, (now_ns - self._boosts_ns[level], now_ns, work_ns))
+
+    def is_free(self, now_ns: int) -> bool:
+        """Whether one more would be served at once, and nobody waits."""
+        return not self._waiting and self._free_ns[0] <= now_ns
+
+    def occupy(self, now_ns: int, work_ns: int) -> None:
+        """A free server, for so long; its time is the caller's to note."""
+        heapq.heapreplace(self._free_ns, now_ns + work_ns)
+
+    def busy_ns(self, now_ns: int) -> list[int] | None:
+        """When those servers are free that are not, ascending; None: somebody waits."""
+        return None if self._waiting else sorted([ns for ns in self._free_ns if ns > now_ns])
+
+    def share_servers(self, other: "Shadow") -> None:
+        self._free_ns = other._free_ns
+
+    def part(self) -> None:
+        """From now on it has servers of its own."""
+        self._free_ns = self._free_ns.copy()
 
     def _serve(self, begin_ns: int, arrival_ns: int, work_ns: int) -> None:
         done_ns = begin_ns + work_ns
@@ -208,21 +242,52 @@ class GoalControl:
             (gamma, Shadow(Ladder.of(settings, gamma).boosts_ns, 1))
             for gamma in (GAMMAS_PER_S if steers else ())
         ]
+        self._are_alike = False  # all shadows have the servers of the first
+        self._apart_count = 0  # arrivals since they parted
+        self._meet(0)
 
     def set_workers(self, count: int) -> None:
-        for shadow in self._all():
+        for shadow in [self._fcfs] if self._are_alike else self._all():
             shadow.set_workers(max(1, count))
 
     def arrived(self, now_ns: int, work_ns: int) -> None:
         if not self._shadows or len(self._fcfs) >= WAITING_MAX:
             return
         self._arrived_count += 1
+        if self._due_ns is None:
+            self._due_ns = now_ns + PERIOD_NS
+        if self._are_alike and self._fcfs.is_free(now_ns):
+            self._fcfs.occupy(now_ns, work_ns)
+            place, time_s = bin_of(work_ns), work_ns / S
+            self._fcfs.times.add_at(place, time_s)
+            for _, shadow in self._shadows:
+                shadow.times.add_at(place, time_s)
+            return
+        if self._are_alike:
+            self._part()
         level = self._ladder.level_of(work_ns)
         self._fcfs.arrive(now_ns, work_ns, level)
         for _, shadow in self._shadows:
             shadow.arrive(now_ns, work_ns, level)
-        if self._due_ns is None:
-            self._due_ns = now_ns + PERIOD_NS
+        self._apart_count += 1
+        if self._apart_count % MEET_EVERY == 0:
+            self._meet(now_ns)
+
+    def _part(self) -> None:
+        """Somebody has to wait: from here on it matters who is next."""
+        self._are_alike, self._apart_count = False, 0
+        for _, shadow in self._shadows:
+            shadow.part()
+
+    def _meet(self, now_ns: int) -> None:
+        """Let them share servers if nobody waits, and all are busy until the same instants; when
+        those were free that are, matters no more."""
+        busy_ns = self._fcfs.busy_ns(now_ns)
+        if busy_ns is None or any(s.busy_ns(now_ns) != busy_ns for _, s in self._shadows):
+            return
+        self._are_alike = True
+        for _, shadow in self._shadows:
+            shadow.share_servers(self._fcfs)
 
     def due_ns(self) -> int | None:
         """When ``tick`` has something to do; None: not before the next arrival."""

@@ -25,24 +25,24 @@ of sampled lengths, so that equal inputs give equal answers.
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pdserve.messages import Request
 
-LENGTH_TOKENS_MAX = 1 << 20
+LENGTH_TOKENS_MAX: Final = 1 << 20
 """Longer answers count as this long."""
 
-MEMORY_COUNT = 2048
+MEMORY_COUNT: Final = 2048
 """About so many of the last answers are remembered; older ones fade."""
 
-LEAN_COUNT = 32.0
-REFRESH_COUNT = 32
+LEAN_COUNT: Final = 32.0
+REFRESH_COUNT: Final = 32
 """A class's curves are computed anew after so many answers."""
 
-CLASSES_MAX = 256
+CLASSES_MAX: Final = 256
 """Classes with a histogram of their own; further ones are read from all together."""
 
 

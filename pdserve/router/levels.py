@@ -23,6 +23,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId
@@ -32,7 +33,7 @@ from pdserve.router_config import RouterConfig
 
 QUANTUM_RATIO = 2
 
-NEAR_PLACES = 64
+NEAR_PLACES: Final = 64
 """So far from the front of a level, no place that somebody left stays: whoever looks for the next
 ones looks there, again and again."""
 

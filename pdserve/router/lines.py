@@ -10,6 +10,7 @@ from pdserve.ids import WorkerId
 from pdserve.router.deferrals import Deferrals
 from pdserve.router.entry import Entry
 from pdserve.router.orders.base import Order
+from pdserve.router.orders.skip_join import SkipJoin
 
 
 class Lines:
@@ -53,3 +54,12 @@ class Lines:
         for entry in self.aside:
             counts[min(entry.level, len(counts) - 1)] += 1
         return tuple(counts)
+
+
+def first_of(order: Order, now_ns: int) -> Entry:
+    """The next one of those that wait; there must be one."""
+    if isinstance(order, SkipJoin):  # asked for at every event, and cheap here
+        first = order.head(now_ns)
+        assert first is not None
+        return first
+    return next(order.ranked(now_ns))

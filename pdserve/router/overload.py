@@ -18,15 +18,16 @@ back together; so returns are given out one after the other, as fast as the queu
 import math
 from collections import Counter, deque
 from collections.abc import Mapping
+from typing import Final
 
 from pdserve.clock import MS, S
 
-BACKLOG_MIN = 4
+BACKLOG_MIN: Final = 4
 """Fewer who wait say nothing about the pace: they may wait for a chunk's border."""
 
-PACE_NS_MIN = 2 * S
-PACE_NS_MAX = 8 * S
-PACE_EVERY_NS = S // 4
+PACE_NS_MIN: Final = 2 * S
+PACE_NS_MAX: Final = 8 * S
+PACE_EVERY_NS: Final = S // 4
 
 PACE_MIN = 1e-3
 """Of one worker: what does not move at all is not infinitely late."""

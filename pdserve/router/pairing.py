@@ -15,7 +15,8 @@ that a long answer, which nobody has promised, does not outweigh a way that is c
 import numpy as np
 
 from pdserve.ids import HostId
-from pdserve.router.fleet import Fleet, Floats, Worker
+from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.slot_arrays import Floats
 
 STEPS_MAX = 128
 

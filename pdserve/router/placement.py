@@ -22,29 +22,28 @@ little growth, not for the most it might generate: what does not fit in the end 
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId, WorkerId
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Fleet, Floats, Worker, bits_of, slots_of
+from pdserve.router.fleet import Fleet, Worker
 from pdserve.router.pairing import nearest
 from pdserve.router.prefix_index import Hits
+from pdserve.router.slot_arrays import Floats, bits_of, slots_of
 
-DEFER_MAX_NS = 1 * S
+DEFER_MAX_NS: Final = 1 * S
 
-KEPT_TOKENS_MAX = 16
+KEPT_TOKENS_MAX: Final = 16
 """In ``auto`` mode a prefill worker may keep an answer of at most so many tokens."""
 
 
-OTHERS_MAX = 2
-
-EVERYWHERE = slice(None)
+OTHERS_MAX: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take a microsecond longer to make
 class Choice:
     prefill: Worker
     decode: Worker
@@ -127,7 +126,7 @@ def _paired(
     tpot_slo_ns: float | None,
 ) -> Worker:
     """Who decodes what ``prefill`` computes, the way there counted too."""
-    if not fleet.is_placed or shortest is prefill:
+    if shortest is prefill:
         return shortest
     fits_ns = _steps_with_room_ns(fleet, least_blocks)
     if tpot_slo_ns is not None:
@@ -213,36 +212,37 @@ def place(
     )
     if decode is None and not (fleet.shares or ends):
         return None
-    slots = fleet.open_slots(open_by_ns) if only is None else np.array([only.slot])
+    one = fleet.only_open_slot(open_by_ns) if only is None else only.slot
     others: tuple[tuple[WorkerId, int], ...] = ()
     if len(hits) == 1 and not (fleet.shares or fleet.mixed or fleet.is_explained):
         slot, price_ns = _first_done_alike(
-            fleet, float(_work_ns(fleet, entry, hits[0][0], block_tokens)), now, slots
+            fleet, float(_work_ns(fleet, entry, hits[0][0], block_tokens)), now, one, open_by_ns
         )
         if price_ns == math.inf:
             return None
     else:
         own_ns = own_costs(fleet, entry, hits, block_tokens)
         _rule_out(fleet, own_ns, decode, least_blocks, ends=ends)
-        slot = _first_done(fleet, own_ns, now, slots)
+        done_ns = _done_ns(fleet, own_ns, now)
+        slot = _first_done(fleet, done_ns, open_by_ns) if one is None else one
         price_ns = own_ns.item(slot)
         if price_ns == math.inf:
             return None
         if only is None and (len(hits) > 1 or fleet.shares):
-            is_open = fleet.open_ns <= open_by_ns
-            deferred = _deferred(fleet, entry, own_ns, slot, is_open, now_ns)
+            deferred = _deferred(fleet, entry, own_ns, done_ns, slot, open_by_ns, now_ns)
             if deferred is not None:
                 return deferred
-        others = _others(fleet, own_ns, slot, now_ns)
+        others = _others(fleet, done_ns, slot, now_ns)
     prefill = fleet.at(slot)
     reason = "bound on arrival" if only is not None else "first done"
     if ends or (fleet.shares and not fleet.hands_off[slot]):
         decode, reason = prefill, reason + (", ends there" if ends else ", decodes too")
     assert decode is not None
-    shortest = decode
-    decode = _paired(fleet, entry, prefill, shortest, least_blocks, tpot_slo_ns)
-    reason += ", decodes near" * (decode is not shortest)
-    may_keep = decode is not prefill and fleet.room.item(slot) >= least_blocks
+    if fleet.is_placed:
+        shortest = decode
+        decode = _paired(fleet, entry, prefill, shortest, least_blocks, tpot_slo_ns)
+        reason += ", decodes near" * (decode is not shortest)
+    may_keep = fleet.shares and decode is not prefill and fleet.room.item(slot) >= least_blocks
     if may_keep and _keeps(fleet, entry, prefill, decode):
         decode, reason = prefill, f"{reason}, keeps a short answer"
     blocks = hits[0][0]
@@ -263,42 +263,38 @@ def place(
 
 
 def _first_done_alike(
-    fleet: Fleet, work_ns: float, now: float, slots: NDArray[np.intp]
+    fleet: Fleet, work_ns: float, now: float, one: int | None, open_by_ns: float
 ) -> tuple[int, float]:
     """Where as much is cached everywhere: the slot where it would be done first, and its price
-    there. Only those asked for are priced."""
-    if len(slots) == 1:
-        slot = int(slots[0])
-        return slot, fleet.slow.item(slot) * work_ns
+    there. Only those that are open are priced, and ``one`` alone if it is given."""
+    if one is not None:
+        return one, fleet.slow.item(one) * work_ns
+    slots = fleet.open_slots(open_by_ns)
     prices_ns: Floats = fleet.slow[slots] * work_ns
     first = int((np.maximum(fleet.start_ns[slots], now) + prices_ns).argmin())
     return int(slots[first]), prices_ns.item(first)
 
 
-def _first_done(fleet: Fleet, own_ns: Floats, now: float, slots: NDArray[np.intp]) -> int:
-    if len(slots) == 1:
-        return int(slots[0])
-    return int(slots[_done_ns(fleet, own_ns, now, slots).argmin()])
+def _first_done(fleet: Fleet, done_ns: Floats, open_by_ns: float) -> int:
+    """Of those that are open."""
+    slots = fleet.open_slots(open_by_ns)
+    return int(slots[done_ns[slots].argmin()])
 
 
-def _done_ns(
-    fleet: Fleet, own_ns: Floats, now: float, slots: NDArray[np.intp] | slice = EVERYWHERE
-) -> Floats:
+def _done_ns(fleet: Fleet, own_ns: Floats, now: float) -> Floats:
     """When the request would be done at each worker, once that is done with what it has."""
-    done_ns: Floats = np.maximum(fleet.start_ns[slots], now)
-    done_ns += own_ns[slots]
+    done_ns: Floats = np.maximum(fleet.start_ns, now)
+    done_ns += own_ns
     return done_ns
 
 
 def _others(
-    fleet: Fleet, own_ns: Floats, slot: int, now_ns: int
+    fleet: Fleet, done_ns: Floats, slot: int, now_ns: int
 ) -> tuple[tuple[WorkerId, int], ...]:
     """For people to read, so not where there are more workers than people look at."""
     if not fleet.is_explained:
         return ()
-    workers = fleet.all()
-    done_ns = _done_ns(fleet, own_ns, float(now_ns))
-    rest = [w for w in workers if w.slot != slot and done_ns[w.slot] < np.inf]
+    rest = [w for w in fleet.all() if w.slot != slot and done_ns[w.slot] < np.inf]
     rest.sort(key=lambda worker: done_ns[worker.slot])
     return tuple((w.id, int(done_ns[w.slot]) - now_ns) for w in rest[:OTHERS_MAX])
 
@@ -323,8 +319,9 @@ def _deferred(
     fleet: Fleet,
     entry: Entry,
     own_ns: Floats,
+    done_ns: Floats,
     slot: int,
-    is_open: NDArray[np.bool_],
+    open_by_ns: float,
     now_ns: int,
 ) -> Deferred | None:
     """That it had better wait for a worker that is not open, rather than take ``slot``; None: not.
@@ -333,7 +330,6 @@ def _deferred(
     shorter wait alone is a prediction, and being free is a fact. It waits for the best one, and for
     all that save at least half of what that one saves.
     """
-    done_ns = _done_ns(fleet, own_ns, float(now_ns))
     best = int(done_ns.argmin())
     gain_ns = int(done_ns.item(slot) - done_ns.item(best))
     saved_ns = own_ns.item(slot) - own_ns.item(best)
@@ -345,7 +341,7 @@ def _deferred(
     if until_ns <= now_ns:
         return None
     saves = own_ns <= own_ns.item(best) + saved_ns / 2
-    return Deferred(until_ns, bits_of(saves & ~is_open))
+    return Deferred(until_ns, bits_of(saves & (fleet.open_ns > open_by_ns)))
 
 
 def _keeps(fleet: Fleet, entry: Entry, prefill: Worker, decode: Worker) -> bool:

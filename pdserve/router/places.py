@@ -4,12 +4,12 @@ An entry has one live place, the last it was given. Whoever walks along the plac
 dead ones, and the lines that build on this drop them once they are more than the live ones.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
 
-DEAD_PLACES_MAX = 32
+DEAD_PLACES_MAX: Final = 32
 """Dead places a line keeps beyond as many as it has live ones."""
 
 Place = tuple[Any, int, int, Entry]

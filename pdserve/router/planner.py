@@ -13,12 +13,14 @@ may pass, but not more than ``PASSED_OVER_MAX`` times: then everything waits for
 import math
 from dataclasses import replace
 from itertools import islice
+from typing import Final
 
 from pdserve.messages import Resume
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.duties import vacate
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import Worker
+from pdserve.router.lines import first_of
 from pdserve.router.orders.base import Order
 from pdserve.router.parking import resume_order, swaps
 from pdserve.router.placement import Choice, Deferred, blocks_of, choose_resume, lead_ns
@@ -26,10 +28,10 @@ from pdserve.router.preempting import preempt
 from pdserve.router.sending import Again, Refuse, Send, is_hopeless, placed, refuse_hopeless, take
 from pdserve.router.state import RouterState
 
-CANDIDATES_MAX = 32
+CANDIDATES_MAX: Final = 32
 """How many waiting requests are looked at when those before them fit nowhere."""
 
-PASSED_OVER_MAX = 32
+PASSED_OVER_MAX: Final = 32
 """How often later requests may be dispatched before one that fits nowhere yet."""
 
 
@@ -89,7 +91,7 @@ def _dispatch_waiting(state: RouterState, now_ns: int) -> list[Command]:
             break
         opens_ns = state.fleet.soonest_open_ns()
         if opens_ns > now_ns:
-            opens_ns -= lead_ns(state.fleet, next(shared.ranked(now_ns)))
+            opens_ns -= lead_ns(state.fleet, first_of(shared, now_ns))
             if opens_ns > now_ns:
                 _look_again(state, opens_ns)
                 break

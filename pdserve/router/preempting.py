@@ -11,19 +11,22 @@ what others had computed when they did.
 import math
 from dataclasses import replace
 from itertools import islice
+from typing import Final
 
 from pdserve.messages import Preempt
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.entry import Entry
 from pdserve.router.fleet import HELD_MAX, LEAD_NS, Worker
+from pdserve.router.lines import first_of
 from pdserve.router.placement import Choice
 from pdserve.router.sending import Again, Send, placed, take
+from pdserve.router.slot_arrays import Floats
 from pdserve.router.state import RouterState
 
-YIELDING_MAX = 8
+YIELDING_MAX: Final = 8
 """Prefills called back at once."""
 
-LEFT_CHUNKS_MIN = 6
+LEFT_CHUNKS_MIN: Final = 6
 """With fewer chunks left a prefill is not called back any more. To go on elsewhere costs a way
 through the store, and one that is nearly done would be back among the first anyway."""
 
@@ -53,7 +56,7 @@ def _rank_last(state: RouterState, worker: Worker, now_ns: int) -> None:
             _may_give_way(state, entry, worker) or _may_yield(state, entry, worker)
         ):
             key_ns = state.lines.shared.key_ns(entry, now_ns)
-    state.fleet.last_key_ns[worker.slot] = key_ns
+    state.fleet.rank_last(worker, key_ns)
 
 
 def _make_way(state: RouterState, now_ns: int) -> list[Command]:
@@ -65,19 +68,19 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
     """
     shared, fleet = state.lines.shared, state.fleet
     commands: list[Command] = []
-    keys_ns = fleet.last_key_ns
-    while len(shared) and len(keys_ns) and not state.parked:
-        slot = int(keys_ns.argmax())
-        if keys_ns[slot] == -math.inf:
+    keys_ns: Floats | None = None  # without those that were tried
+    while len(shared) and not state.parked:
+        slot = fleet.last_of_all() if keys_ns is None else _largest(keys_ns)
+        if slot is None:
             break
         worker = fleet.at(slot)
         last = state.entries[next(reversed(worker.prompts))]
-        first = next(shared.ranked(now_ns))
+        first = first_of(shared, now_ns)
         if first.deferred_ns is not None or not _beats(state, first, last, worker, now_ns):
             break
         if fleet.is_another_open_by(_border_ns(worker, now_ns) - LEAD_NS, but=slot):
             break
-        keys_ns = keys_ns.copy()  # without those that were tried
+        keys_ns = fleet.last_keys_ns() if keys_ns is None else keys_ns
         keys_ns[slot] = -math.inf
         is_short = first.uncached_tokens <= worker.hello.chunk_tokens
         if is_short and _may_give_way(state, last, worker):
@@ -87,7 +90,7 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
             if step is not None:
                 commands += take(state, step, now_ns)
                 _rank_last(state, worker, now_ns)
-                keys_ns[slot] = fleet.last_key_ns[slot]
+                keys_ns[slot] = fleet.last_key_ns(slot)
                 continue
         if not _may_yield(state, last, worker):
             continue
@@ -99,9 +102,14 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
             break
         if told and not _beats(state, entry, last, worker, now_ns):
             break
-        fleet.last_key_ns[slot] = -math.inf
+        fleet.rank_last(worker, -math.inf)
         commands.append(_tell_to_yield(state, last, worker))
     return commands
+
+
+def _largest(keys_ns: Floats) -> int | None:
+    slot = int(keys_ns.argmax())
+    return None if keys_ns.item(slot) == -math.inf else slot
 
 
 def _border_ns(worker: Worker, now_ns: int) -> float:

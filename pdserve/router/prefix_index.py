@@ -76,13 +76,19 @@ class PrefixIndex:
             return
         self.version += 1
         bits = self._bits_of(location)
+        readers, known_bits = at.readers, bits.get
+        others = ~readers
         for key in removed:
             if key in at.keys:
                 del at.keys[key]
-                _put(bits, key, bits.get(key, 0) & ~at.readers)
-        readers, known_bits = at.readers, bits.get
+                known = known_bits(key, 0)
+                if known == readers:
+                    del bits[key]
+                else:
+                    _put(bits, key, known & others)
         for key in added:
-            bits[key] = known_bits(key, 0) | readers
+            known = known_bits(key, 0)
+            bits[key] = known | readers if known else readers  # most share one set of one location
         at.keys.update(dict.fromkeys(added))
         while len(at.keys) > self._location_keys_max:
             oldest = next(iter(at.keys))
@@ -103,7 +109,9 @@ class PrefixIndex:
         left = slots
         blocks = 0
         for key in keys:
-            here = (in_pools(key, 0) | in_stores(key, 0)) & left
+            here = in_stores(key, 0) & left
+            if here != left:  # else nobody else need be asked: past the first blocks it is so
+                here |= in_pools(key, 0) & left
             if here != left:
                 found.append((blocks, left & ~here))
                 left = here

@@ -17,7 +17,7 @@ from pdserve.router.suspicion import must_wait
 OUT_OF_BLOCKS_RETRY_MS = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """It goes to a worker."""
 

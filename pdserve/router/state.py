@@ -13,6 +13,7 @@ refused or cancelled leaves through ``leave``, from wherever it is.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from pdserve.clock import MS
 from pdserve.ids import BlockKey, RequestId, WorkerId
@@ -36,14 +37,16 @@ ORPHANS_MAX = 1024
 """Tickets remembered while no decode worker is there to free them; beyond, the oldest is left to
 its store."""
 
-RECOMPUTED_SHARE_MAX = 0.01
+RECOMPUTED_SHARE_MAX: Final = 0.01
 """Of all prompt tokens, how many may be computed again because prefills were called back."""
 
-RECOMPUTE_CREDIT_MAX = 16_384
+RECOMPUTE_CREDIT_MAX: Final = 16_384
 """Tokens that may be lost before any share is known, and after a long time without losses."""
 
-DECISIONS_MAX = 8
+DECISIONS_MAX: Final = 8
 """Of one request, the latest."""
+
+_PICKS: Final = [f"picks_level_{level}" for level in range(64)]  # more than any order has
 
 
 class RouterState:
@@ -225,31 +228,35 @@ class RouterState:
         self._bind(entry, decode)
         self._touch(prefill)
         self.counters["dispatches"] += 1
-        self.counters[f"picks_level_{entry.level}"] += 1
-        self._decide(
-            entry,
-            Decision(
-                at_unix_us=unix_us,
-                reason=choice.reason,
-                waited_us=waited_us,
-                level=entry.level,
-                work_us=choice.work_ns // 1000,
-                cached_tokens=choice.cached_tokens,
-                prefill=prefill.id,
-                decode=decode.id,
-                price_us=choice.price_ns // 1000,
-                others=_in_us(choice.others),
-            ),
+        self.counters[_PICKS[entry.level]] += 1
+        # By position: names would double what these two cost, and every dispatch makes them.
+        decision = Decision(
+            unix_us,
+            choice.reason,
+            waited_us,
+            entry.level,
+            choice.work_ns // 1000,
+            choice.cached_tokens,
+            prefill.id,
+            decode.id,
+            choice.price_ns // 1000,
+            _in_us(choice.others),
         )
+        self._decide(entry, decision)
+        step_us = handoff_us = cached_tokens = parked_count = 0  # for workers to fill in
         return Timing(
-            queued_us=entry.queued_us,
-            prefill_us=entry.prefill_us,
-            since_unix_us=unix_us,
-            preempted_count=entry.preempted_count,
-            level=entry.level,
-            prefill=prefill.id,
-            decode=decode.id,
-            decisions=entry.decisions,
+            entry.queued_us,
+            entry.prefill_us,
+            step_us,
+            handoff_us,
+            unix_us,
+            cached_tokens,
+            entry.preempted_count,
+            parked_count,
+            entry.level,
+            prefill.id,
+            decode.id,
+            entry.decisions,
         )
 
     def requeue(self, entry: Entry, now_ns: int) -> None:
@@ -376,8 +383,10 @@ class RouterState:
         """Its work waits, or waits no more."""
         self.queued_work_ns += sign * entry.work_ns
         self.bound_work_ns[entry.bound_to] += sign * entry.work_ns
-        count = self.tenants.entered if sign > 0 else self.tenants.left
-        count(entry.request.tenant, entry.work_ns)
+        if sign > 0:
+            self.tenants.entered(entry.request.tenant, entry.work_ns)
+        else:
+            self.tenants.left(entry.request.tenant, entry.work_ns)
 
     def _forget_order(self, entry: Entry) -> None:
         """Its prefill is over."""

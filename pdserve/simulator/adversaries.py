@@ -15,6 +15,9 @@ from pdserve.simulator.synthetic import always, either, exponential, merged, poi
 from pdserve.simulator.traces import Trace, TraceRequest
 
 PROMPT_TOKENS_PER_S = 10_000
+POISON_BLOCK_TOKENS = 512
+"""As in Mooncake's traces: with blocks of 16 half a million prompts would be 150 million keys."""
+
 VICTIM = "victim"
 FLOODER = "flooder"
 
@@ -74,8 +77,9 @@ def cache_poison(count: int, seed: int, workers: int) -> Scenario:
     requests: list[TraceRequest] = []
     for index, request in enumerate(poisson(count, rate, seed=seed, prompt=always(4000)).requests):
         first = 0 if index % 2 else 1000 * (index + 1)
-        requests.append(replace(request, blocks=tuple(range(first, first + 4000 // 16))))
-    return Scenario("cache poison", Trace(tuple(requests), 16, "cache poison"))
+        blocks = tuple(range(first, first + 4000 // POISON_BLOCK_TOKENS))
+        requests.append(replace(request, blocks=blocks))
+    return Scenario("cache poison", Trace(tuple(requests), POISON_BLOCK_TOKENS, "cache poison"))
 
 
 def size_lie(count: int, seed: int, workers: int) -> Scenario:

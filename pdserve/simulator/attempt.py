@@ -9,6 +9,7 @@ too: what resumes is another ``Attempt`` of the same number, made from its hand-
 """
 
 from enum import StrEnum
+from typing import Final
 
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, RequestId
@@ -27,6 +28,9 @@ class Stage(StrEnum):
     PARKING = "parking"  # its blocks are on their way out
     GONE = "gone"
 
+
+KEYS_MAX: Final = 1 << 20
+"""Blocks whose key objects are remembered, and as many from before."""
 
 _NEXT = {
     Stage.PROMPT: {Stage.COMPUTING, Stage.GONE},
@@ -129,16 +133,21 @@ class Attempt:
 
 
 class Keys:
-    """One key object per block, for all requests: hashed once, compared by identity."""
+    """One key object per block, for all requests: hashed once, compared by identity. Blocks that
+    nobody had for long get another object, which is equal: only time is lost by it."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_before", "_known")
 
     def __init__(self) -> None:
         self._known: dict[int, BlockKey] = {}
+        self._before: dict[int, BlockKey] = {}  # when there were ``KEYS_MAX`` of them
 
     def of(self, blocks: tuple[int, ...]) -> tuple[BlockKey, ...]:
-        known = self._known
+        known, before = self._known, self._before
         for block in blocks:
             if block not in known:
-                known[block] = BlockKey(block.to_bytes(16))
-        return tuple([known[block] for block in blocks])
+                known[block] = before.get(block) or BlockKey(block.to_bytes(16))
+        keys = tuple([known[block] for block in blocks])
+        if len(known) > KEYS_MAX:
+            self._known, self._before = {}, known
+        return keys

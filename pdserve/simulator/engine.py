@@ -5,13 +5,14 @@ counts at the end of the step under way, as in a live loop, so the state may sta
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
 from pdserve.simulator.pace import Pace
 from pdserve.simulator.settings import SimulationSettings
 
-_NEVER = 1 << 62
+_NEVER: Final = 1 << 62
 
 
 class Engine:

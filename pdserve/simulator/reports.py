@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Final
 
 from pdserve.clock import S
 from pdserve.errors import ErrorInfo, OutOfBlocks
@@ -24,12 +25,12 @@ from pdserve.simulator.batch import Batch
 from pdserve.simulator.caches import BlockCache
 from pdserve.simulator.traces import some_tokens
 
-REPORT_NS_MAX = S
+REPORT_NS_MAX: Final = S
 """A worker with streams reports at least so often, as live ones do."""
 
-RETRY_AFTER_MS = 100
+RETRY_AFTER_MS: Final = 100
 
-_NEVER = 1 << 62
+_NEVER: Final = 1 << 62
 _NO_COUNTERS: Mapping[str, int] = MappingProxyType({})
 
 

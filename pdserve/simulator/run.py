@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from pdserve.clock import MS, S
 from pdserve.errors import ErrorInfo, WorkerLost
@@ -58,10 +58,10 @@ from pdserve.simulator.worker import Worker
 
 __all__ = ["Result", "SimulationSettings", "simulate"]
 
-TICK_NS_MAX = 250 * MS
+TICK_NS_MAX: Final = 250 * MS
 """The router is ticked at least so often, as the live service does."""
 
-LOST_AGAIN_NS = 250 * MS
+LOST_AGAIN_NS: Final = 250 * MS
 """Before the third attempt, and twice as long before each further one, as a live gateway does."""
 
 AT_ONCE_MAX = 10_000
@@ -69,10 +69,10 @@ AT_ONCE_MAX = 10_000
 parties send each other to and fro."""
 
 SAMPLES_MAX = 512
-LOG_LINES_MAX = 4096
+LOG_LINES_MAX: Final = 4096
 """Lines of the decision log that wait to be hashed together."""
 
-FOR_EVER_MS = 10**11
+FOR_EVER_MS: Final = 10**11
 """Three years: when clients without a deadline give up, and silence means trouble."""
 
 _GATEWAY = Address(HostId("gateway"), "/gateway", "")
@@ -319,6 +319,7 @@ class Simulation:
         if job.outcome is Outcome.OPEN:
             job.outcome = Outcome.FINISHED
             job.end_ns = now_ns
+            job.keys = ()  # of a million, they would take more memory than all else
             del self._live[job.id]
 
     # ── commands ─────────────────────────────────────────────────────────────────────────────────

@@ -19,16 +19,17 @@ A claim does not take the entry from its level: if its turn comes there first, s
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from pdserve.clock import S
 from pdserve.ids import RequestId
 from pdserve.router.deadlines import Deadlines
 from pdserve.router.entry import Entry
 
-PIECE_MAX_NS = 4 * S
+PIECE_MAX_NS: Final = 4 * S
 """The longest piece of work for which a claim that has credit may have to wait."""
 
-DEAD_CLAIMS_MAX = 64
+DEAD_CLAIMS_MAX: Final = 64
 """Claims of requests that wait no more, kept beyond as many as there are live ones."""
 
 

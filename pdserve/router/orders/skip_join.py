@@ -93,6 +93,7 @@ class SkipJoin:
         else:
             entry.level = max(standing.floor_level, self.ladder.level_of(entry.work_ns))
         standing.served_us = 0
+        entry.virtual_ns = entry.arrived_ns + CLASS_DELAYS_NS[entry.request.service_class]
         self._rescued.pop(entry.id, None)
         self._waiting[entry.id] = entry
         self._enter(entry)
@@ -180,7 +181,7 @@ class SkipJoin:
 
     def _own_key_ns(self, entry: Entry, tag_ns: int = 0) -> int:
         """Among its tenant's. It falls as its work shrinks, and its level with it."""
-        return max(_virtual_ns(entry), tag_ns) - self.ladder.boosts_ns[entry.level]
+        return max(entry.virtual_ns, tag_ns) - self.ladder.boosts_ns[entry.level]
 
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
         if running.id in self._rescued:
@@ -223,7 +224,7 @@ class SkipJoin:
         for name, tenant in tenants.items():
             entry = tenant.head
             assert entry is not None
-            virtual_ns = max(_virtual_ns(entry), self._tags.tag_ns(name, now_ns))
+            virtual_ns = max(entry.virtual_ns, self._tags.tag_ns(name, now_ns))
             key = (virtual_ns - boosts_ns[entry.level], entry.order)
             if best_key is None or key < best_key:
                 best, best_key = entry, key
@@ -257,7 +258,7 @@ class SkipJoin:
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = self._empty_levels()
-        tenant.push(entry, _virtual_ns(entry))
+        tenant.push(entry, entry.virtual_ns)
         self._counted_ns[entry.id] = entry.work_ns
         self._work_ns[entry.level] += entry.work_ns
 
@@ -287,7 +288,7 @@ class SkipJoin:
         """A tenant's entries in its own order, with the keys that stand beside other tenants'."""
         tag_ns = self._tags.tag_ns(name, now_ns)
         for _, order, entry in self._tenants[name]:
-            yield self.ladder.key_ns(max(_virtual_ns(entry), tag_ns), entry.level), order, entry
+            yield self.ladder.key_ns(max(entry.virtual_ns, tag_ns), entry.level), order, entry
 
     def check(self) -> None:
         assert sum(self.lengths()) == len(self._waiting)
@@ -305,7 +306,3 @@ class SkipJoin:
         """Of one that waits or runs: the key is computed from it."""
         floor_level = self._standings[entry.id].floor_level
         assert entry.level == max(floor_level, self.ladder.level_of(entry.work_ns))
-
-
-def _virtual_ns(entry: Entry) -> int:
-    return entry.arrived_ns + CLASS_DELAYS_NS[entry.request.service_class]

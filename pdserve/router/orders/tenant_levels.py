@@ -9,12 +9,12 @@ import heapq
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from pdserve.router.entry import Entry
 from pdserve.router.levels import Level
 
-FRONT_MAX = 16
+FRONT_MAX: Final = 16
 
 Item = tuple[int, int, Any]
 """Key, order of arrival (no two are equal), who: an ``Entry``."""

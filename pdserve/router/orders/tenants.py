@@ -21,18 +21,19 @@ between two backlogged tenants is that of VTC (arXiv:2401.00588) plus the differ
 """
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from pdserve.clock import S
 from pdserve.router.entry import Entry
 
-TAGS_MAX = 64
+TAGS_MAX: Final = 64
 """With more tags than this, those in the past are forgotten: they have no effect."""
 
 
-AHEAD_MAX_NS = 2 * S
+AHEAD_MAX_NS: Final = 2 * S
 """By how much a tenant may be ahead of its share and still compete by key."""
 
-BEYOND_NS = 1 << 60
+BEYOND_NS: Final = 1 << 60
 """Later than any arrival."""
 
 
@@ -63,6 +64,8 @@ class FairTags:
 
     def _share(self, tenant: str, active: Collection[str], now_ns: int) -> float:
         """What is due to it beside those who wait and those who had more than their share."""
+        if len(active) == len(self._tags_ns) == 1 and tenant in active and tenant in self._tags_ns:
+            return 1.0  # it has always been alone
         others = {t for t, tag_ns in self._tags_ns.items() if tag_ns > now_ns}
         others.update(active)
         others.discard(tenant)

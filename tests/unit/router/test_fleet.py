@@ -4,7 +4,8 @@ from pdserve.clock import MS
 from pdserve.ids import WorkerId
 from pdserve.messages import Role
 from pdserve.router.core import RouterCore
-from pdserve.router.fleet import SLOTS_GROW, Fleet, slots_of
+from pdserve.router.fleet import SLOTS_GROW, Fleet
+from pdserve.router.slot_arrays import slots_of
 from pdserve.router_config import RouterConfig
 from tests.unit.router.build import core_with, hello, keys, request, settings, told
 from tests.unit.router.entries import COSTS

@@ -332,3 +332,61 @@ def test_what_the_shadows_hold_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         control.arrived(number, 10**6 * MS)
     assert WAITING_MAX > 50
     assert max(len(shadow) for shadow in control._all()) == 50
+
+
+# ── servers in common ────────────────────────────────────────────────────────────────────────────
+
+BURSTS = st.lists(
+    st.tuples(st.sampled_from([0, 1, 5, 400, 3000]), st.sampled_from([10, 200, 900, 5000])),
+    min_size=1,
+    max_size=60,
+)
+"""Milliseconds since the one before, and of work."""
+
+
+# Nobody waits in any of them, and they are busy until different instants.
+BUSY_APART = [(0, 5000), (0, 900), (0, 5000), (0, 200), (5500, 10)]
+
+
+@example([*BUSY_APART, (0, 5000), (0, 5000), (9000, 10)], 2, 2, 1)
+@given(BURSTS, st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 3]))
+def test_shadows_that_share_servers_are_what_each_would_be_alone(
+    bursts: list[tuple[int, int]], workers: int, later: int, every: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(goals, "MEET_EVERY", every)
+        control = GoalControl(CONFIG)
+        control.set_workers(workers)
+        alone = [
+            Shadow(FLAT, 1),
+            *(Shadow(Ladder.of(CONFIG, g).boosts_ns, 1) for g in GAMMAS_PER_S),
+        ]
+        for shadow in alone:
+            shadow.set_workers(workers)
+        now_ns = 0
+        for number, (gap_ms, work_ms) in enumerate(bursts):
+            now_ns += gap_ms * MS
+            if number == len(bursts) // 2:
+                control.set_workers(later)
+                for shadow in alone:
+                    shadow.set_workers(later)
+            control.arrived(now_ns, work_ms * MS)
+            for shadow in alone:
+                shadow.arrive(now_ns, work_ms * MS, LADDER.level_of(work_ms * MS))
+            assert [len(shadow) for shadow in control._all()] == [len(shadow) for shadow in alone]
+    for shadow, other in zip(control._all(), alone, strict=True):
+        assert shadow.times._fresh == other.times._fresh
+        assert shadow.times._total_s == other.times._total_s
+        assert shadow.busy_ns(now_ns) == other.busy_ns(now_ns)
+
+
+def test_shadows_share_servers_again_once_nobody_waits() -> None:
+    control = GoalControl(CONFIG)
+    assert control._are_alike
+    control.arrived(0, 1000 * MS)
+    control.arrived(0, 1000 * MS)  # one worker: somebody has to wait
+    assert not control._are_alike
+    for number in range(goals.MEET_EVERY):
+        control.arrived((10 + number) * S, 10 * MS)
+    assert control._are_alike
+    assert len({id(shadow._free_ns) for shadow in control._all()}) == 1

@@ -255,11 +255,19 @@ def test_a_worker_that_dies_costs_time_and_no_token(role: Role) -> None:
 
 def test_a_death_without_a_successor_leaves_deadlines_to_end_what_waits() -> None:
     death = Death(role=Role.PREFILL, index=0, at_ns=S // 10)
-    result = simulate(trace_of((0.0, 250, 1)), settings(failures=(death,), timeout_s=30.0))
+    alone = settings(router=replace(FCFS, stand_in=False), failures=(death,))
+    result = simulate(trace_of((0.0, 250, 1)), replace(alone, timeout_s=30.0))
     assert not result.finished.any()
     check_conservation(result)
-    forever = simulate(trace_of((0.0, 250, 1)), settings(failures=(death,)))
+    forever = simulate(trace_of((0.0, 250, 1)), alone)
     assert not forever.finished.any()
+
+
+def test_a_death_without_a_successor_is_stood_in_for_by_the_other_pool() -> None:
+    death = Death(role=Role.PREFILL, index=0, at_ns=S // 10)
+    result = simulate(trace_of((0.0, 250, 1)), settings(failures=(death,)))
+    assert result.ttft_s == pytest.approx([0.1 + 0.25])
+    check_conservation(result)
 
 
 def test_a_slow_worker_is_slow_from_then_on() -> None:

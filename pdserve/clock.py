@@ -1,13 +1,15 @@
 """Time, in integer nanoseconds. Instants are ``now_ns``, durations ``elapsed_ns``.
 
-``monotonic`` orders events inside one host and never goes back; no two hosts agree on it. What
-crosses hosts (a deadline) travels as ``steady_unix_ms``: wall time that nobody sets any more once a
-process has begun. A wall clock that jumps by an hour moves no deadline.
+``monotonic`` orders events inside one host and never goes back; no two hosts agree on it. A
+deadline is held as ``SteadyMs``: wall time that nobody sets any more once a process has begun. Two
+processes need not agree on that either: between their starts the clock may have been set, and hosts
+differ. So what is sent of it is the time that is left (``wire.codec``), and a wall clock that jumps
+by an hour moves no deadline.
 """
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 # Final: compiled code (``pdserve compile``) has the number in the place of a look-up by name.
 US: Final = 1_000
@@ -15,6 +17,9 @@ MS: Final = 1_000_000
 S: Final = 1_000_000_000
 
 Clock = Callable[[], int]
+
+SteadyMs = Annotated[int, "steady_unix_ms"]
+"""An instant by ``steady_unix_ms`` of the process that holds it; 0: never."""
 
 monotonic: Clock = time.monotonic_ns
 
@@ -29,7 +34,7 @@ def unix_ms() -> int:
 
 def steady_unix_ms() -> int:
     """The wall clock as it was set when this process began, and moved on by ``monotonic``: for
-    deadlines between processes."""
+    deadlines. Another process may read an hour more."""
     return (_UNIX_ZERO_NS + time.monotonic_ns()) // MS
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pdserve.clock import SteadyMs
 from pdserve.errors import ErrorInfo
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
 from pdserve.lifecycle import Event, Phase
@@ -123,7 +124,7 @@ class Request:
     sampling: Sampling
     stop: Stop
     seed: int  # token i of choice c draws Philox(seed, c, i)
-    deadline_unix_ms: int
+    deadline_unix_ms: SteadyMs  # on its way, the time that is left
     reply_to: Address
     adapter: str = ""  # its digest, if ``model`` is an adapter: whose KV and whose matrices
     beams: Beams | None = None  # with them the request answers for all choices of its call
@@ -242,8 +243,7 @@ class Standby:
 
 @dataclass(frozen=True, slots=True)
 class Consult:
-    """Standby → leader, as a call: a control question that came to the standby. The answer is a
-    ``Consulted``, with the text as its body."""
+    """Standby → leader, as a call: a control question. ``Consulted`` has its answer as the body."""
 
     question: str
     argument: str = ""

@@ -318,7 +318,7 @@ class WorkerShell:
     def _announce(self, sealed: "ToDecode") -> None:
         """On the mover's thread."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._postbox.post, sealed.address, sealed.message)
+            self._loop.call_soon_threadsafe(self._post, sealed.address, sealed.message)
 
     def _send(self, outputs: Sequence["Output"], load: "Load") -> None:
         from pdserve.engine.outputs import OfPrompt, ToDecode, ToGateway, ToRouter
@@ -331,9 +331,9 @@ class WorkerShell:
                 case ToGateway(address, delta):
                     deltas[address].append(delta)
                 case OfPrompt(address, known):
-                    self._tell_of_prompt(address, known)
+                    self._post(address, known)
                 case ToDecode(address, handoff):
-                    self._postbox.post(address, handoff)
+                    self._post(address, handoff)
                 case ToRouter(Progress() as event):
                     progress.append(event)
                 case ToRouter(ChunkDone() as chunk):
@@ -341,11 +341,8 @@ class WorkerShell:
                 case ToRouter(message):
                     self._to_router(message)
         for address, batch in deltas.items():
-            try:
-                for part in in_batches(batch):
-                    self._postbox.post(address, TokenBatch(self.worker, part))
-            except CapacityError:
-                self._cancel_all(batch)  # a gateway that does not read has no use for more
+            for part in in_batches(batch):
+                self._post(address, TokenBatch(self.worker, part))
         # Room that the router does not hear of is room that nobody uses: every change is told.
         changed = self._load is None or _fullness(load) != _fullness(self._load)
         self._load = load
@@ -389,11 +386,13 @@ class WorkerShell:
         self._report_sequence += 1
         self._to_router(report, now=bool(vouched))
 
-    def _tell_of_prompt(self, address: Address, known: PromptDelta) -> None:
+    def _post(self, address: Address, message: object) -> None:
+        """A peer that has left so much unread is, for this message, as good as gone: its requests
+        end here, and begin again where it reads. Silence would last until their deadlines."""
         try:
-            self._postbox.post(address, known)
-        except CapacityError:  # as with tokens: it does not read
-            self._submit(Cancel(known.request))
+            self._postbox.post(address, message)
+        except CapacityError:
+            self._undelivered(address, [message])
 
     def _to_router(self, message: object, *, now: bool = False) -> None:
         assert self._link is not None
@@ -403,7 +402,7 @@ class WorkerShell:
             log.exception("%s cannot tell the router", self.worker)
 
     def _undelivered(self, address: Address, messages: list[object]) -> None:
-        """A peer is gone for good: hand-offs go back to the router, streams end."""
+        """A peer takes nothing more: hand-offs go back to the router, streams end."""
         for message in messages:
             if isinstance(message, Handoff):
                 request = message.request

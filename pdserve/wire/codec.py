@@ -12,6 +12,9 @@ float (an int is taken for one), str, bytes, bool, NewTypes of these, ``StrEnum`
 ``tuple[T, ...]``, ``tuple[A, B]``, ``Mapping[str, T]``, dataclasses, and unions of None, of plain
 types, or of dataclasses.
 
+A ``SteadyMs`` is an instant by a clock that only its process has. It travels as what is left of it,
+hop by hop, as the timeouts of gRPC do; what a hop takes is added to it, and nothing else is.
+
 A length that a message claims and does not contain costs nothing: a first pass, which allocates
 nothing, finds it. So a message of n bytes never takes more than about 90 n bytes (empty mappings).
 """
@@ -21,11 +24,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import msgpack
 
 from pdserve import messages, prompt_tasks
+from pdserve.clock import SteadyMs, steady_unix_ms
 from pdserve.errors import ErrorInfo, FrameError
 from pdserve.wire.frame import MESSAGE_BYTES_MAX, Buffer
 
@@ -93,7 +97,7 @@ class Codec:
         if cls in self._compiled:
             return self._compiled[cls]
         assert dataclasses.is_dataclass(cls), f"{cls.__name__} is not a dataclass"
-        known = typing.get_type_hints(cls)
+        known = typing.get_type_hints(cls, include_extras=True)
         hints = {field.name: known[field.name] for field in dataclasses.fields(cls)}
         fields = [self._hint(hint, f"{cls.__name__}.{name}") for name, hint in hints.items()]
         encode = _fields_encoder([*hints], [field[0] for field in fields])
@@ -104,8 +108,8 @@ class Codec:
     def _hint(self, hint: Any, where: str) -> tuple[_Encode | None, _Decode]:
         """Encoder and decoder of one hint; no encoder where the value may stay as it is."""
         hint = _without_newtypes(hint)
-        if hint in _PLAIN:
-            return None, _plain_decoder(frozenset({hint}), where)
+        if get_origin(hint) is Annotated or hint in _PLAIN:
+            return _number_or_text(hint, where)
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             encode, decode = self._dataclass(hint)
@@ -258,6 +262,33 @@ def _plain_decoder(allowed: frozenset[type], where: str) -> _Decode:
         _refuse(value, wanted, where)
 
     return decode_plain
+
+
+def _number_or_text(hint: Any, where: str) -> tuple[_Encode | None, _Decode]:
+    if hint == SteadyMs:
+        return _left_ms, _instant_decoder(where)
+    if hint in _PLAIN:
+        return None, _plain_decoder(frozenset({hint}), where)
+    raise TypeError(f"{where}: {hint} cannot stand in a message")
+
+
+def _left_ms(until_ms: int) -> int:
+    """What is left until an instant, in milliseconds: -1 where it has passed, 0 where it never
+    comes."""
+    if until_ms == 0:
+        return 0
+    left_ms = until_ms - steady_unix_ms()
+    return left_ms if left_ms > 0 else -1
+
+
+def _instant_decoder(where: str) -> _Decode:
+    plain = _plain_decoder(frozenset({int}), where)
+
+    def decode_instant(value: Any) -> int:
+        left_ms: int = plain(value)
+        return 0 if left_ms == 0 else steady_unix_ms() + max(left_ms, -1)
+
+    return decode_instant
 
 
 def _enum_decoder(cls: type[StrEnum], where: str) -> _Decode:

@@ -33,7 +33,7 @@ BODY_BYTES_MAX = 256 << 20
 """128 blocks of 2 MiB: more than one chunk of the largest models we serve."""
 
 MAGIC = b"pdsv"
-VERSION = 2
+VERSION = 3
 
 _VECTOR_MAX = 512  # buffers in one sendmsg; the system's limit is 1024
 

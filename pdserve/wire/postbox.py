@@ -6,7 +6,8 @@ side knows this postbox by its number and drops what it has received already. So
 arrives once and in order, as long as the peer process lives; when nothing gets through for
 ``grace_s``, ``on_undelivered`` is given what is left.
 
-A slow peer fills its own outbox and then makes ``post`` refuse; it delays nobody else.
+A slow peer fills its own outbox, by letters or by bytes, and then makes ``post`` refuse; it delays
+nobody else.
 """
 
 import asyncio
@@ -31,6 +32,12 @@ BATCH_MAX = 256
 BATCH_BYTES_MAX = 256 << 10
 """… which ends with the message that passes so many bytes."""
 
+OUTBOX_MAX = 16_384
+"""Messages that may wait for one peer, …"""
+
+OUTBOX_BYTES_MAX = 64 << 20
+"""… and how many bytes of them. One message that is larger still finds an empty outbox."""
+
 BACKOFF_S = 0.01
 BACKOFF_S_MAX = 0.5
 
@@ -52,7 +59,8 @@ class Postbox:
         *,
         host: HostId,
         codec: Codec = MESSAGES,
-        outbox_max: int = 16_384,
+        outbox_max: int = OUTBOX_MAX,
+        outbox_bytes_max: int = OUTBOX_BYTES_MAX,
         grace_s: float = 10.0,
         on_undelivered: Undelivered | None = None,
         ssl_context: ssl.SSLContext | None = None,
@@ -60,6 +68,7 @@ class Postbox:
         self._host = host
         self._codec = codec
         self._outbox_max = outbox_max
+        self._outbox_bytes_max = outbox_bytes_max
         self._grace_s = grace_s
         self._on_undelivered = on_undelivered
         self._ssl_context = ssl_context
@@ -70,7 +79,7 @@ class Postbox:
         """Put a message into the outbox of ``address``. Never blocks.
 
         Raises:
-            CapacityError: ``outbox_max`` messages wait there already; this one was not taken.
+            CapacityError: too many messages or bytes wait there already; this one was not taken.
         """
         data = self._codec.encode(message)
         outbox = self._outboxes.get(address)
@@ -79,9 +88,11 @@ class Postbox:
             task = asyncio.get_running_loop().create_task(self._deliver(outbox))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        if len(outbox.letters) >= self._outbox_max:
+        count, size = len(outbox.letters), outbox.byte_count
+        if count >= self._outbox_max or (count and size + len(data) > self._outbox_bytes_max):
             raise CapacityError(
-                f"{self._outbox_max} messages wait for {address.unix_path or address.tcp} already",
+                f"{count} messages of {size} bytes wait for {address.unix_path or address.tcp} "
+                f"already, at most {self._outbox_max} of {self._outbox_bytes_max} may",
                 retry_after_ms=50,
             )
         outbox.put(message, data)
@@ -160,6 +171,7 @@ class _Outbox:
         # A number of its own per outbox: an outbox that was given up leaves a gap in no sequence.
         self.poster = secrets.randbits(63)
         self.letters: deque[_Letter] = deque()
+        self.byte_count = 0  # of them
         self.sent_count = 0
         self.receipt_count = 0
         self.stuck_since_s = time.monotonic()  # nothing has got through since then
@@ -171,6 +183,7 @@ class _Outbox:
         if not self.letters:
             self.stuck_since_s = time.monotonic()
         self.letters.append(_Letter(next(self._sequences), message, data))
+        self.byte_count += len(data)
         self.empty.clear()
         self.changed.set()
 
@@ -189,7 +202,7 @@ class _Outbox:
     def take_receipt(self, sequence: int) -> None:
         """Everything up to ``sequence`` has arrived."""
         while self.letters and self.letters[0].sequence <= sequence:
-            self.letters.popleft()
+            self.byte_count -= len(self.letters.popleft().data)
             self.sent_count = max(0, self.sent_count - 1)
             self.receipt_count += 1
             self.stuck_since_s = time.monotonic()

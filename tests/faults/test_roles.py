@@ -29,6 +29,7 @@ from tests.integration.harness import TestCluster, gone, wait_for, wait_until_eq
 
 STRIKES = (0.3, 0.5)  # of all events: when the first and when the second fault of a pair strikes
 STOPPED_S = 5.0
+STOPPED_LONG_S = 30.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -157,3 +158,16 @@ def test_the_router_is_stopped_and_goes_on(
     wait_until_whole(fortress)
     assert fortress.status()["router"]["epoch"] > before["epoch"]
     add_row("F10", f"SIGSTOP of router for {stopped_s:g} s", some_calm, answers)
+
+
+def test_a_gateway_is_stopped_for_long(
+    fortress: TestCluster, some_calm: Calm, stops: Stops
+) -> None:
+    """Its streams stand still, with no more kept of them than a bound says, and then go on."""
+    victim = random.Random(SEED).choice(ROLES["gateway"](fortress))
+    strikes = [(some_calm.events // 4, lambda: stops.stop(victim, STOPPED_LONG_S))]
+    answers = load.run(fortress.url, some_calm.asks, clients=CLIENTS, strikes=strikes)
+    stops.wait()
+    assert load.differences(some_calm.asks, answers, some_calm.answers) == []
+    wait_until_whole(fortress)
+    add_row("F10", f"SIGSTOP of gateway for {STOPPED_LONG_S:g} s", some_calm, answers)

@@ -1,6 +1,11 @@
 """The postbox: once and in order, across broken connections; bounded; and honest when it fails."""
 
 import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,13 +177,93 @@ def test_a_full_outbox_refuses_and_delays_nobody_else(
             listening(tmp_path / "quick", mailbox.serve) as quick,
         ):
             postbox = Postbox(host=HERE, outbox_max=10)
-            with pytest.raises(CapacityError, match="10 messages wait for"):
+            with pytest.raises(CapacityError, match=r"10 messages of \d+ bytes wait for"):
                 fill(postbox, slow.address)
             postbox.post(quick.address, cancel("quick"))
             await until(lambda: mailbox.messages)
             await postbox.close()
 
     within(scenario())
+
+
+def test_an_outbox_is_full_by_bytes_too_and_has_room_again_when_they_have_arrived(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox()
+        postbox = Postbox(host=HERE, outbox_bytes_max=10_000)
+        large = [cancel(f"{index}" + "r" * 4_000) for index in range(3)]
+        async with listening(tmp_path, mailbox.serve) as listener:
+            for message in large[:2]:  # in one turn of the event loop: none has arrived
+                postbox.post(listener.address, message)
+            with pytest.raises(CapacityError, match=r"at most \d+ of 10000 may"):
+                postbox.post(listener.address, large[2])
+            await until(lambda: not postbox._outboxes[listener.address].letters)
+            assert postbox._outboxes[listener.address].byte_count == 0
+            alone = cancel("r" * 20_000)  # more than may wait, but nothing waits
+            postbox.post(listener.address, alone)
+            await until(lambda: alone in mailbox.messages)
+            assert mailbox.messages == [*large[:2], alone]
+            await postbox.close()
+
+    within(scenario())
+
+
+READER = """
+import asyncio, sys
+from pathlib import Path
+from pdserve.wire.listener import Listener
+
+names = []
+
+async def serve(connection):
+    while True:
+        names.append((await connection.receive()).message.request)
+        if names[-1] == "last":
+            print(*names, flush=True)
+
+async def main():
+    listener = await Listener.open(Path(sys.argv[1]), "s", host="here", serve=serve, tcp_host=None)
+    print("listens", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+"""Another process that reads, and in the end says what it has read."""
+
+
+def test_a_peer_that_is_stopped_fills_its_outbox_and_misses_nothing_of_it(tmp_path: Path) -> None:
+    """As a gateway that hangs under load: what waits is bounded, and comes when it goes on."""
+    address = Address(HERE, str(tmp_path / "d" / "s"), "")
+
+    async def scenario(process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "listens\n"
+        postbox = Postbox(host=HERE, outbox_max=500)
+        postbox.post(address, cancel("first"))
+        await until(lambda: not postbox._outboxes[address].letters)
+        os.kill(process.pid, signal.SIGSTOP)
+        taken = ["first"]
+        with contextlib.suppress(CapacityError):
+            for index in range(10_000):
+                postbox.post(address, cancel(f"r{index}"))
+                taken.append(f"r{index}")
+                await asyncio.sleep(0)
+        assert len(taken) <= 1 + 500  # since then nobody has read
+        os.kill(process.pid, signal.SIGCONT)
+        await until(lambda: not postbox._outboxes[address].letters)
+        postbox.post(address, cancel("last"))
+        read = await asyncio.to_thread(process.stdout.readline)
+        assert read.split() == [*taken, "last"]
+        await postbox.close()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, str(tmp_path / "d")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            within(scenario(process), 120.0)
+        finally:
+            process.kill()
 
 
 def test_an_idle_outbox_whose_peer_went_is_forgotten_and_opened_again(tmp_path: Path) -> None:

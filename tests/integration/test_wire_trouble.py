@@ -24,7 +24,7 @@ from pdserve.wire.blocking import BlockingConnection, connect_blocking
 from pdserve.wire.codec import MESSAGES
 from pdserve.wire.connection import INBOUND_BYTES_MAX, Connection, connect
 from pdserve.wire.endpoint import may_talk
-from pdserve.wire.frame import BODY_BYTES_MAX, Header, Kind, pack_header
+from pdserve.wire.frame import BODY_BYTES_MAX, VERSION, Header, Kind, pack_header
 from tests.integration.wire_peers import (
     HERE,
     THERE,
@@ -244,7 +244,7 @@ def test_a_send_cancelled_within_a_body_ends_the_connection(tmp_path: Path) -> N
 
 def raw_header(message_bytes: int, body_bytes: int, message: bytes = b"") -> bytes:
     lengths = message_bytes, body_bytes, zlib.crc32(message)
-    data = struct.pack("<4sBBHQIQI", b"pdsv", 2, 1, 0, 0, *lengths)
+    data = struct.pack("<4sBBHQIQI", b"pdsv", VERSION, 1, 0, 0, *lengths)
     return data + struct.pack("<I", zlib.crc32(data))
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from pdserve.clock import MS, S
+from pdserve.clock import MS, US, S
+from pdserve.lifecycle import Phase
 from tests.simulation.store import StoreNode
-from tests.simulation.world import Place, World
+from tests.simulation.world import HOUR_MS, Place, World
 
-HOUR_MS = 3_600_000
 HANG_NS = 2 * S
 """Longer than a router may be silent, and shorter than until a leader looks who leads."""
 
@@ -33,6 +33,10 @@ def drawn(dice: random.Random, *, span_ns: int) -> list[Fault]:
         for kind in kinds
     ]
     return sorted(faults, key=lambda fault: (fault.at_ns, fault.kind))
+
+
+def with_one(faults: list[Fault], kind: str, at_ns: int) -> list[Fault]:
+    return sorted([*faults, Fault(at_ns, kind, S)], key=lambda fault: (fault.at_ns, fault.kind))
 
 
 def strike(world: World, fault: Fault) -> None:
@@ -93,10 +97,38 @@ def _kill_together(world: World, _: int) -> None:
             world.kill(place)
 
 
+def _kill_resuming(world: World, _: int, *, tries: int = 2_000) -> None:
+    """Of a request that another worker has parked, the one who is to take it up: it has been sent
+    the ticket, nobody has used that, and it outlives who was to. Where nothing is on such a way it
+    looks again a little later."""
+    if world.is_healed:
+        return
+    for leader in world.leaders():
+        entries = leader.what._core.state.entries
+        for request, writer in world.parked():
+            entry = entries.get(request)
+            if entry is None or entry.phase is not Phase.HANDING_OFF or entry.decode == writer:
+                continue
+            place = world.place_of(entry.decode)
+            if place is not None and place.process.alive:
+                world.kill(place)
+                return
+    if tries:
+        later_ns = world.loop.now_ns + world.dice.randrange(100 * US, 400 * US)
+        world.loop.at(later_ns, lambda: _kill_resuming(world, 0, tries=tries - 1), None)
+
+
 def _stop(world: World, span_ns: int) -> None:
     place = _some(world, "")
     if place is not None:
         _stop_one(world, place, span_ns)
+
+
+def _stop_gateway(world: World, span_ns: int) -> None:
+    """For long, while workers go on telling it: longer than anybody keeps all of that."""
+    place = _some(world, "gateway")
+    if place is not None:
+        _stop_one(world, place, 4 * span_ns)
 
 
 def _stop_leader(world: World, span_ns: int) -> None:
@@ -144,16 +176,23 @@ def _reset(world: World, _: int) -> None:
         world.network.reset_one(world.note)
 
 
-def _repeat(world: World, _: int) -> None:
+def _repeat(world: World, _: int, *, tries: int = 1_000) -> None:
     """A listener forgets what it has received, as of more posters than it remembers, just when all
-    connections break: what has no receipt comes twice."""
-    place = _some(world, "prefill", "decode", "gateway")
-    listener = None if place is None else place.what._listener
-    if place is not None and listener is not None:
+    connections break: what has no receipt comes twice. Where nothing is under way it looks again a
+    little later."""
+    if world.is_healed:
+        return
+    awaited = world.awaiting_receipts()
+    if awaited:
+        place = world.dice.choice(awaited)
+        listener = place.what._listener
         world.note(f"REPEAT to {place.process}")
         listener._received.clear()
         world.network.reset_all_of(place.process)
         listener._received.clear()
+    elif tries:
+        later_ns = world.loop.now_ns + world.dice.randrange(100 * US, 400 * US)
+        world.loop.at(later_ns, lambda: _repeat(world, 0, tries=tries - 1), None)
 
 
 def _corrupt(world: World, _: int) -> None:
@@ -213,10 +252,11 @@ def _slow_worker(world: World, span_ns: int) -> None:
 
 
 def _jump(world: World, _: int) -> None:
-    place = _some(world, "prefill", "decode", "store")
-    if place is not None:
-        place.process.clock_offset_ms = world.dice.choice((-HOUR_MS, HOUR_MS))
-        world.note(f"JUMP {place.process} by {place.process.clock_offset_ms // 60_000} minutes")
+    """A host's clock is set: whoever begins there from now on believes it."""
+    host = world.dice.choice(world.hosts)
+    by_ms = world.dice.choice((-HOUR_MS, HOUR_MS))
+    world.clocks[host].offset_ms += by_ms
+    world.note(f"JUMP {host} by {by_ms // 60_000} minutes")
 
 
 def _two_leaders(world: World, span_ns: int) -> None:
@@ -273,6 +313,7 @@ KINDS: dict[str, tuple[int, Callable[[World, int], None]]] = {
     "two leaders": (2, _two_leaders),
     "register": (1, _no_register),
     "kill gateway": (1, _kill("gateway")),
+    "stop gateway": (2, _stop_gateway),
     "kill store": (2, _kill("store")),
     "stop": (4, _stop),
     "partition": (4, _partition),
@@ -288,4 +329,5 @@ KINDS: dict[str, tuple[int, Callable[[World, int], None]]] = {
     "drain": (2, _drain),
     "power off": (2, _power_off),
     "kill together": (2, _kill_together),
+    "kill resuming": (1, _kill_resuming),
 }

@@ -13,10 +13,12 @@ loses them. A dead process's tasks are kept until the end, lest the collector of
 import asyncio
 import contextvars
 import heapq
+import inspect
 import itertools
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from pdserve.clock import S
@@ -25,15 +27,23 @@ CALLBACKS_MAX = 400_000
 """In one run; far above what the busiest needs. Reaching it means that two parts play ping-pong."""
 
 
+@dataclass
+class HostClock:
+    """The wall clock of a host."""
+
+    offset_ms: int = 0  # from the right time
+
+
 class SimProcess:
     """What can be killed, stopped and continued as a whole."""
 
-    def __init__(self, name: str, host: str) -> None:
+    def __init__(self, name: str, host: str, clock: HostClock | None = None) -> None:
         self.name = name
         self.host = host
         self.alive = True
         self.stopped = False
-        self.clock_offset_ms = 0  # of its wall clock
+        self.clock = clock or HostClock()
+        self.born_offset_ms = self.clock.offset_ms  # of the clock when it began
         self.kept: deque[events.Handle] = deque()  # while it is stopped
         self.on_death: list[Callable[[], None]] = []
         self.context = contextvars.copy_context()
@@ -140,6 +150,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         for task in self._tasks:
             if task.done() and not task.cancelled():
                 task.exception()  # it is known to whoever had to know
+            elif not task.done():
+                coroutine: Any = task.get_coro()
+                if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                    coroutine.close()  # of a process that died before its turn came
         self._tasks.clear()
 
     # ── what asyncio asks of a loop ──────────────────────────────────────────────────────────────

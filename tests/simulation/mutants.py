@@ -239,6 +239,23 @@ def _letters_not_repeated() -> contextlib.AbstractContextManager[None]:
     return instead(_Outbox, "unsent", unsent)
 
 
+def _refused_letters_are_dropped() -> contextlib.AbstractContextManager[None]:
+    from pdserve.cluster.worker_shell import WorkerShell
+    from pdserve.errors import CapacityError
+
+    def post(self: Any, address: Any, message: Any) -> None:
+        with contextlib.suppress(CapacityError):
+            self._postbox.post(address, message)
+
+    return instead(WorkerShell, "_post", post)
+
+
+def _deadlines_travel_as_instants() -> contextlib.AbstractContextManager[None]:
+    from pdserve.wire import codec
+
+    return instead(codec, "steady_unix_ms", lambda: 0)  # then all that is left is the instant
+
+
 def _cancel_stays_in_the_router() -> contextlib.AbstractContextManager[None]:
     from pdserve.decode.streams import Streams
 
@@ -343,6 +360,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("block keys leave out the tenant", _salt_left_out),
     Mutant("letters under way are not repeated on the next connection", _letters_not_repeated),
     Mutant("decode ignores cancellations", _cancel_stays_in_the_router),
+    Mutant("what a full outbox does not take is dropped", _refused_letters_are_dropped),
+    Mutant("deadlines travel as instants", _deadlines_travel_as_instants),
     Mutant("a death counts against whom the dead never had", _deaths_of_the_absent_count, TOGETHER),
 )
 

@@ -6,6 +6,9 @@ it; what was under way is lost. Duplicates and another order are what the layers
 end: they connect again and repeat what has no receipt, while other connections go on.
 
 A partition is of one direction between two hosts. Processes of one host always reach each other.
+
+A kernel takes ``SOCKET_BYTES`` for who does not read; then the writer has to wait, as over TCP, and
+where nothing is read for ``UNACKNOWLEDGED_NS`` a connection to another host ends.
 """
 
 import asyncio
@@ -20,6 +23,9 @@ from pdserve.clock import MS, US, S
 from tests.simulation.loop import SimProcess, VirtualLoop, current_process
 
 UNACKNOWLEDGED_NS = 11 * S
+SOCKET_BYTES = 2_000
+"""Far less than in earnest, as everything here is."""
+
 LOCAL_NS = (20 * US, 200 * US)
 REMOTE_NS = (100 * US, 2 * MS)
 
@@ -200,6 +206,8 @@ class End:
         self._closing = False
         self._paused = False
         self._buffered: list[bytes] = []  # arrived and not read
+        self._unread = 0  # bytes that were sent to this end, and are not read
+        self._read_count = 0  # how often it has read
         self._network = pair.network
 
     # ── a transport ──────────────────────────────────────────────────────────────────────────────
@@ -220,6 +228,23 @@ class End:
         for piece in (sent[:cut], sent[cut:]):
             if piece:
                 network.loop.at(peer.arrives_ns, partial(peer.arrive, piece), peer.process)
+        peer.expect(len(sent))
+
+    def expect(self, size: int) -> None:
+        """So many bytes are on their way to this end."""
+        was_full = self._unread > SOCKET_BYTES
+        self._unread += size
+        if self._unread <= SOCKET_BYTES or was_full:
+            return
+        self.peer.protocol.pause_writing()
+        if self.process.host != self.peer.process.host:
+            loop, read_count = self._network.loop, self._read_count
+            until_ns = loop.now_ns + UNACKNOWLEDGED_NS
+            loop.at(until_ns, lambda: self._reset_if_stuck(read_count), None)
+
+    def _reset_if_stuck(self, read_count: int) -> None:
+        if self._unread > SOCKET_BYTES and self._read_count == read_count:
+            self.pair.reset()
 
     def close(self) -> None:
         """What was written still arrives, then the peer sees the end."""
@@ -251,7 +276,15 @@ class End:
         return default
 
     def set_write_buffer_limits(self, high: Any = None, low: Any = None) -> None:
-        """Nothing waits here: what is written is on its way."""
+        """As ``Connection`` sets them: whoever has written too much waits for the kernel."""
+
+    def go_on(self) -> None:
+        if not self.lost and self.peer.expects_little:
+            self.protocol.resume_writing()
+
+    @property
+    def expects_little(self) -> bool:
+        return self._unread <= SOCKET_BYTES
 
     # ── what arrives ─────────────────────────────────────────────────────────────────────────────
 
@@ -264,6 +297,12 @@ class End:
             self._feed(data)
 
     def _feed(self, data: bytes) -> None:
+        was_full = self._unread > SOCKET_BYTES
+        self._unread -= len(data)
+        self._read_count += 1
+        if was_full and self._unread <= SOCKET_BYTES:
+            loop, writer = self._network.loop, self.peer
+            loop.at(loop.now_ns, writer.go_on, writer.process)
         while data:
             buffer = self.protocol.get_buffer(-1)
             count = min(len(buffer), len(data))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pdserve import clock
 from pdserve.clock import MS, S
-from tests.simulation.loop import VirtualLoop, current_process
+from tests.simulation.loop import SimProcess, VirtualLoop, current_process
 from tests.simulation.network import no_socket, peer_of
 
 UNIX_ZERO_MS = 1_700_000_000_000
@@ -50,7 +50,7 @@ class SimTime:
         return self.time_ns() // MS
 
     def steady_unix_ms(self) -> int:
-        return UNIX_ZERO_MS + self._loop.now_ns // MS
+        return steady_unix_ms(current_process(), self._loop.now_ns)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"time.{name}: virtual time does not have it")
@@ -58,7 +58,13 @@ class SimTime:
 
 def _offset_ms() -> int:
     process = current_process()
-    return 0 if process is None else process.clock_offset_ms
+    return 0 if process is None else process.clock.offset_ms
+
+
+def steady_unix_ms(process: SimProcess | None, now_ns: int) -> int:
+    """As ``pdserve.clock`` has it: by the clock of its host as that was set when it began."""
+    born_ms = 0 if process is None else process.born_offset_ms
+    return UNIX_ZERO_MS + born_ms + now_ns // MS
 
 
 class SimSecrets:

@@ -12,7 +12,8 @@
         lead in one epoch, and no link takes anything of an older one than it has heard of
     I8  nobody is refused as poison for the death of a worker that never had the request
 
-Every tenth seed has no faults: there nothing may go wrong at all.
+Every tenth seed has no faults: there nothing may go wrong at all. One in ten is pressed for time
+(``PRESSED``), and one for room (``CROWD``).
 """
 
 import logging
@@ -37,6 +38,7 @@ from tests.simulation.worker import SimParts, forget_nodes
 from tests.simulation.world import Shape, World
 
 LOAD_NS = 400 * MS
+CALLS = (6, 13)
 LINGER_NS = (0, 0, 0, 500 * MS, 3 * S, 8 * S, 16 * S)
 """How long faults may go on behind the load, while anybody waits for an answer."""
 
@@ -64,6 +66,13 @@ LONG_TOKENS, LONG_AFTER_NS = 40, 300 * MS
 LONG_BOUND_NS = 1_400 * MS
 """The long prompt takes 280 ms: 200 and 280 until its claim, a piece before it, its own time; and a
 third for predictions that are wrong in the beginning."""
+
+
+CROWD = (14, 22)
+CROWD_NS = 150 * MS
+CROWD_TOKENS = 20
+"""Calls of long answers at once, where a decode worker has room for two to the end: they are parked
+and resumed by turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +156,17 @@ class _Play:
     ) -> None:
         self.dice = dice = random.Random(f"{seed} plan")
         self.is_pressed = plan is None and seed % 10 == 5
+        self.is_crowded = plan is None and seed % 10 == 7
         self.is_calm = (plan is None and seed % 10 == 0) or self.is_pressed
         self.loop = loop
         self.asked: list[Asked] = []
         self.faults = [] if self.is_calm else faults.drawn(dice, span_ns=LOAD_NS)
         self.linger_ns = 0 if self.is_calm else dice.choice(LINGER_NS)
         shape = PRESSED if self.is_pressed else Shape.drawn(dice)
+        if self.is_crowded:
+            mode = dice.choice(("disaggregated", "auto"))
+            shape = replace(shape, mode=mode, prefills=1, decodes=2, slots=64, pool_blocks=14)
+            self.faults = faults.with_one(self.faults, "kill resuming", 10 * MS)
         if plan is not None:
             shape, self.faults, self.linger_ns = plan.shape, list(plan.faults), max(LINGER_NS)
         self.world = world_of(loop, network, scratch, shape, seed, parts, reigns, keep_log=keep_log)
@@ -173,9 +187,12 @@ class _Play:
             self._press()
             return
         zero_ns = loop.now_ns
-        for index in range(self.dice.randrange(6, 13)):
+        for index in range(self.dice.randrange(*(CROWD if self.is_crowded else CALLS))):
             asked = Asked.drawn(self.dice, f"call-{index}", timeout_ms=TIMEOUT_MS)
-            self._later(zero_ns + self.dice.randrange(LOAD_NS), partial(self._ask, asked))
+            within_ns = CROWD_NS if self.is_crowded else LOAD_NS
+            if self.is_crowded:
+                asked = replace(asked, n=1, max_tokens=CROWD_TOKENS)
+            self._later(zero_ns + self.dice.randrange(within_ns), partial(self._ask, asked))
         for fault in self.faults:
             self._later(zero_ns + fault.at_ns, partial(faults.strike, world, fault))
         self._await(lambda: False, LOAD_NS, "")

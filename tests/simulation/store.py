@@ -5,6 +5,7 @@ compared with every read; whatever is held ends with the process that holds it. 
 lies what is not in a real arena, for the checks: whose block it is.
 """
 
+import contextlib
 import itertools
 import random
 from collections import Counter
@@ -26,6 +27,9 @@ from tests.unit.engine.fakes import BLOCK_BYTES
 
 CHECK_EVERY = 16
 """Events of a node between two looks through all its books, which take as long as its arena is."""
+
+HEAR_NS = 100 * MS
+"""Between two tries of a kernel to tell a node beyond a partition that a connection has ended."""
 
 
 class StoreNode:
@@ -147,6 +151,7 @@ class SimStoreClient:
             raise StoreUnavailable("the store node cannot be reached: nobody answers")
         self._owner = node.core.connect(owner)
         self._closed = False
+        self._is_known = True  # to the node
         process.on_death.append(self._on_death)
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────
@@ -157,19 +162,33 @@ class SimStoreClient:
         loop.at(loop.now_ns + 200 * US, self._disconnect, self._node.process)
 
     def close(self) -> None:
+        self._closed = True
         self._disconnect()
 
     def _disconnect(self) -> None:
-        if not self._closed:
-            self._closed = True
-            if self._node.alive:
-                self._node.core.disconnect(self._owner)
-                self._node.settle()
+        """The node learns that the connection has ended, when the network lets it."""
+        self._closed = True
+        node = self._node
+        if not self._is_known or not node.alive:
+            return
+        if self._reach(node):
+            self._is_known = False
+            node.core.disconnect(self._owner)
+            node.settle()
+        else:
+            loop = node._loop
+            loop.at(loop.now_ns + HEAR_NS, self._disconnect, node.process)
 
     def _core(self) -> StoreCore:
-        if self._closed or not self._node.alive or not self._reach(self._node):
-            raise StoreUnavailable("the store node is gone")
-        return self._node.core
+        """
+        Raises:
+            StoreUnavailable: nobody answers. With that the connection ends, as it does in
+                production when a call has no answer in time.
+        """
+        if not self._closed and self._node.alive and self._reach(self._node):
+            return self._node.core
+        self.close()
+        raise StoreUnavailable("the store node is gone")
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────
 
@@ -211,9 +230,10 @@ class SimStoreClient:
             self.counters["blocks_restored"] += 1
 
     def release(self, claim: SimClaim) -> None:
-        if claim.grant.claim and not self._closed and self._node.alive:
-            self._node.core.release(self._owner, claim.grant.claim)
-            self._node.settle()
+        with contextlib.suppress(StoreUnavailable):
+            if claim.grant.claim:
+                self._core().release(self._owner, claim.grant.claim)
+                self._node.settle()
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────
 
@@ -335,13 +355,13 @@ class SimStoreClient:
         self._node.settle()
 
     def abort(self, ticket: TicketId) -> None:
-        if not self._closed and self._node.alive and self._reach(self._node):
-            self._node.core.abort(ticket)
+        with contextlib.suppress(StoreUnavailable):
+            self._core().abort(ticket)
             self._node.settle()
 
     def abort_attempts(self, request: RequestId, attempt: int | None) -> None:
-        if not self._closed and self._node.alive and self._reach(self._node):
-            self._node.core.abort_attempts(self._owner, request, attempt)
+        with contextlib.suppress(StoreUnavailable):
+            self._core().abort_attempts(self._owner, request, attempt)
             self._node.settle()
 
     # ── for the shell ────────────────────────────────────────────────────────────────────────────

@@ -56,7 +56,11 @@ def test_a_seed_is_one_run_in_another_process_too() -> None:
     assert said == {simulate(3).digest}
 
 
-QUICK = ("a gateway does not hear that a worker died", "a stream gives back one block too few")
+QUICK = (
+    "a gateway does not hear that a worker died",
+    "a stream gives back one block too few",
+    "deadlines travel as instants",
+)
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -11,7 +11,7 @@ What runs in a process is production code; this file starts it, and keeps what t
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,13 @@ from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, ModelConfig, PoolConfig, StoreConfig
 from pdserve.errors import Disconnected, StoreError, StoreUnavailable
-from pdserve.ids import HostId, WorkerId
+from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.kvstore.keys import block_keys
+from pdserve.kvstore.tickets import ANYBODY, TicketState
 from pdserve.messages import Address, Lost, Role
 from pdserve.router_config import RouterConfig
-from tests.simulation.loop import SimProcess, VirtualLoop
+from pdserve.wire.postbox import OUTBOX_MAX
+from tests.simulation.loop import HostClock, SimProcess, VirtualLoop
 from tests.simulation.network import Network
 from tests.simulation.register import Reigns, SimRegister
 from tests.simulation.store import Membership, SimStoreClient, StoreNode
@@ -47,6 +49,10 @@ RESTART_NS = (100 * MS, 1 * S)
 CONTEXT_TOKENS = 120
 POOL_BLOCKS = 32
 SLOTS = 64
+OUTBOX_FEW = 8
+"""Letters, so that a peer that hangs for a moment has left too many unread."""
+
+HOUR_MS = 3_600_000
 RESCUE_MS = 1_000.0
 ROUTER_SILENCE_MS = 1_500
 
@@ -67,6 +73,8 @@ class Shape:
     rescue_ratio: float = 20.0
     tokens_per_s: int = 3_000  # that the router believes in at first
     routers: int = 1  # of which one leads
+    outbox_max: int = OUTBOX_MAX  # letters that a worker keeps for one peer
+    clocks_ms: tuple[int, ...] = (0, 0, 0)  # by how much those of hosts are wrong
 
     @staticmethod
     def drawn(dice: random.Random) -> "Shape":
@@ -80,6 +88,8 @@ class Shape:
             slots=dice.choice((24, SLOTS)),
             pool_blocks=dice.choice((14, POOL_BLOCKS)),
             routers=dice.choice((1, 2, 2)),
+            outbox_max=dice.choice((OUTBOX_FEW, OUTBOX_MAX, OUTBOX_MAX)),
+            clocks_ms=tuple(dice.choice((0, 0, -HOUR_MS, HOUR_MS)) for _ in range(3)),
         )
 
     def config(self) -> ClusterConfig:
@@ -165,6 +175,8 @@ class World:
     def __post_init__(self) -> None:
         self.config = self.shape.config()
         self.hosts = [f"h{index}" for index in range(self.shape.hosts)]
+        offsets_ms = zip(self.hosts, self.shape.clocks_ms, strict=False)
+        self.clocks = {host: HostClock(offset_ms) for host, offset_ms in offsets_ms}
         self.register = SimRegister(self.network, self.hosts[0])
         self._digest = hashlib.sha256()
 
@@ -199,13 +211,14 @@ class World:
     # ── places ───────────────────────────────────────────────────────────────────────────────────
 
     def _place(self, name: str, host: str, start: Callable[[Place], None]) -> None:
-        place = Place(name, host, start, SimProcess(name, host))
+        place = Place(name, host, start, SimProcess(name, host, self.clocks[host]))
         self.places[name] = place
         start(place)
 
     def _fresh(self, place: Place) -> SimProcess:
         place.incarnation += 1
-        place.process = SimProcess(f"{place.name}.{place.incarnation}", place.host)
+        clock = self.clocks[place.host]
+        place.process = SimProcess(f"{place.name}.{place.incarnation}", place.host, clock)
         place.what = place.task = None
         return place.process
 
@@ -263,6 +276,7 @@ class World:
     def _start_worker(self, role: Role, place: Place) -> None:
         async def start() -> None:
             place.what = shell = WorkerShell(role, self.config, host=HostId(place.host))
+            shell._postbox._outbox_max = self.shape.outbox_max
             await shell.start(
                 self._directory(place),
                 lambda _bytes, _codec: self._find_store(place.host),
@@ -391,6 +405,46 @@ class World:
             for name, place in self.places.items()
             if name.startswith(prefix) and place.process.alive and place.what is not None
         ]
+
+    def place_of(self, worker: WorkerId) -> Place | None:
+        """Where it runs, or has run last."""
+        for place in self.places.values():
+            if isinstance(place.what, WorkerShell) and place.what.worker == worker:
+                return place
+        return None
+
+    def awaiting_receipts(self) -> list[Place]:
+        """Who has received letters of which their sender does not know it yet."""
+        speaking = (WorkerShell, GatewaySession)
+        places = [
+            p for p in self.places.values() if p.process.alive and isinstance(p.what, speaking)
+        ]
+        outboxes = [
+            (address, outbox)
+            for place in places
+            if isinstance(place.what, WorkerShell)
+            for address, outbox in place.what._postbox._outboxes.items()
+            if outbox.letters
+        ]
+        found = []
+        for place in places:
+            listener = place.what._listener
+            if listener is not None and any(
+                address == listener.address
+                and listener._received.last(outbox.poster) >= outbox.letters[0].sequence
+                for address, outbox in outboxes
+            ):
+                found.append(place)
+        return found
+
+    def parked(self) -> Iterator[tuple[RequestId, str]]:
+        """Requests whose blocks wait in a store for whoever takes them up, and who put them there:
+        by the stores' books, which no bug of a router changes."""
+        for place in self.alive("store"):
+            core = place.what.core
+            for ticket in core.tickets._tickets.values():
+                if ticket.reader == ANYBODY and ticket.state is TicketState.SEALED:
+                    yield ticket.request, core._owners[ticket.writer].name
 
     def gateways(self) -> list[Place]:
         return self.alive("gateway")

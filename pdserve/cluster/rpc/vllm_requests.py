@@ -4,7 +4,7 @@ What only makes sense inside a vLLM deployment, another engine's hand-off above 
 would name blocks that are somebody else's.
 """
 
-from pdserve.clock import unix_ms
+from pdserve.clock import steady_unix_ms
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.embedding import pooling_call
 from pdserve.cluster.parameters import Limits, Parameters, service_class_of, tenant_of
@@ -79,7 +79,7 @@ async def embed_call(
         prompt_field="tokenized.input_ids",
         tenant=tenant_of(None) if tenant is None else tenant,
         service_class=service_class_of(Parameters()),
-        deadline_unix_ms=unix_ms() + round(timeout_s * 1000),
+        deadline_unix_ms=steady_unix_ms() + round(timeout_s * 1000),
     )
 
 

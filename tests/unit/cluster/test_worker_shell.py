@@ -10,14 +10,16 @@ import pytest
 
 from pdserve.cluster.worker_shell import BATCH_TOKENS_MAX, WorkerShell, in_batches
 from pdserve.config import ClusterConfig
-from pdserve.engine.outputs import Load, ToRouter
-from pdserve.errors import RankLost
+from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
+from pdserve.errors import CapacityError, RankLost
 from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Attained,
+    Cancel,
     ChunkDone,
     Dispatch,
+    FinishReason,
     Goodbye,
     Progress,
     Report,
@@ -27,6 +29,7 @@ from pdserve.messages import (
     Timing,
     Token,
     TokenDelta,
+    WorkerFailed,
 )
 from pdserve.router_config import RouterConfig
 from tests.unit.router.build import address, hello, request
@@ -114,6 +117,46 @@ def test_a_request_with_deaths_is_vouched_for_before_the_engine_has_it() -> None
         assert (now, submitted) == ("now", message)
         assert isinstance(report, Report)
         assert report.attained == (Attained(RequestId("r"), 1, 0),)
+
+
+def refused(*outputs: Output) -> tuple[list[object], list[object]]:
+    """What engine and router hear when the peers have left too much unread."""
+    submitted: list[object] = []
+
+    def full(*_: object) -> None:
+        raise CapacityError("16384 messages wait already", retry_after_ms=50)
+
+    def scenario(shell: WorkerShell) -> None:
+        shell._engine = SimpleNamespace(submit=submitted.append)  # type: ignore[assignment]
+        shell._postbox = SimpleNamespace(post=full)  # type: ignore[assignment]
+        shell._send(outputs, CALM)
+
+    return submitted, list(reports_of(scenario))
+
+
+def test_tokens_that_find_no_room_end_their_streams_and_the_router_is_told() -> None:
+    """Or the gateway would wait for them until the deadline."""
+    delta = TokenDelta(RequestId("r"), 2, 5, (Token(1),))
+    submitted, (failed,) = refused(ToGateway(address("g"), delta))
+    assert submitted == [Cancel(RequestId("r"))]
+    assert isinstance(failed, WorkerFailed)
+    assert (failed.request, failed.attempt, failed.error.kind) == ("r", 2, "worker_lost")
+
+
+def test_an_end_that_finds_no_room_is_told_before_the_report_of_it() -> None:
+    """The router forgets whom that report names."""
+    delta = TokenDelta(RequestId("r"), 0, 0, (Token(1),), FinishReason.LENGTH)
+    ended = Progress(RequestId("r"), 0, Event.ENDED)
+    _, said = refused(ToGateway(address("g"), delta), ToRouter(ended))
+    assert [type(each) for each in said] == [WorkerFailed, Report]
+
+
+def test_a_hand_off_that_finds_no_room_goes_back_to_the_router() -> None:
+    handoff = handoff_of(request("r", 20), hello("p"))
+    submitted, (failed,) = refused(ToDecode(address("d"), handoff))
+    assert submitted == []
+    assert isinstance(failed, WorkerFailed)
+    assert (failed.request, failed.attempt) == ("r", 0)
 
 
 def test_a_lost_rank_is_ill_health_before_any_step_meets_it() -> None:

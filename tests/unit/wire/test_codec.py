@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, get_args, get_origin
+from unittest.mock import patch
 
 import msgpack
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve import messages
+from pdserve.clock import SteadyMs
 from pdserve.errors import ErrorInfo, FrameError
 from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.messages import Cancel, Report, Token, TokenBatch, TokenDelta, TokenLogprob
@@ -67,11 +69,18 @@ class Everything:
     numbers: Mapping[str, int] = field(default_factory=dict)
     shapes: tuple[Circle | Square, ...] = ()
     shape: Circle | Square | None = None
+    until: SteadyMs = 0
     circle: Circle | None = None
     circles: Mapping[str, Circle] = field(default_factory=dict)
 
 
 CODEC = Codec([Everything, Nothing])
+NOW_MS = 1_700_000_000_000
+
+
+def at(now_ms: int) -> Any:
+    """By the clock of the process that encodes, or of the one that decodes."""
+    return patch("pdserve.wire.codec.steady_unix_ms", lambda: now_ms)
 
 
 def wire_form(message: object) -> list[Any]:
@@ -91,6 +100,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911  (one return p
     plain = {int: st.integers(-(2**63), 2**64 - 1), float: st.floats(allow_nan=False)}
     if hint in plain:
         return plain[hint]
+    if hint == SteadyMs:
+        return st.just(0) | st.integers(NOW_MS - 1, 2**63)
     arguments = get_args(hint)
     if isinstance(hint, types.UnionType):
         return st.one_of(*map(values, arguments))
@@ -102,7 +113,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911  (one return p
         return st.dictionaries(st.text(), values(arguments[1]), max_size=3)
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
-        hints = typing.get_type_hints(hint)
+        hints = typing.get_type_hints(hint, include_extras=True)
         return st.builds(hint, **{name: values(part) for name, part in hints.items()})
     return st.from_type(hint)
 
@@ -112,16 +123,43 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911  (one return p
 @given(data=st.data())
 def test_every_message_comes_back_as_it_was(cls: type, data: st.DataObject) -> None:
     message = data.draw(values(cls))
-    assert MESSAGES.decode(MESSAGES.encode(message)) == message
+    with at(NOW_MS):
+        assert MESSAGES.decode(MESSAGES.encode(message)) == message
 
 
 @given(values(Everything))
 def test_every_kind_of_hint_comes_back_as_it_was(message: Everything) -> None:
-    back = CODEC.decode(CODEC.encode(message))
+    with at(NOW_MS):
+        back = CODEC.decode(CODEC.encode(message))
     assert back == message
     assert isinstance(back, Everything)
     assert type(back.colour) is Colour
     assert type(back.real) is float
+
+
+@given(st.integers(0, 2**50), st.integers(0, 2**50), st.integers(0, 2**50))
+def test_an_instant_keeps_its_distance_whatever_the_other_clock_says(
+    here_ms: int, there_ms: int, left_ms: int
+) -> None:
+    with at(here_ms):
+        data = CODEC.encode(Everything(until=here_ms + left_ms + 1))
+    with at(there_ms):
+        assert CODEC.decode(data) == Everything(until=there_ms + left_ms + 1)
+
+
+@given(st.integers(1, 2**50), st.integers(2, 2**50), st.data())
+def test_an_instant_that_has_passed_has_passed_there_too(
+    here_ms: int, there_ms: int, data: st.DataObject
+) -> None:
+    passed_ms = data.draw(st.integers(1, here_ms))
+    with at(here_ms):
+        sent = CODEC.encode(Everything(until=passed_ms))
+    with at(there_ms):
+        assert CODEC.decode(sent) == Everything(until=there_ms - 1)
+
+
+def test_an_instant_that_never_comes_never_comes_there_either() -> None:
+    assert CODEC.decode(CODEC.encode(Everything())) == Everything()
 
 
 def test_a_message_without_fields_comes_back() -> None:

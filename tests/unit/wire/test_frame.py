@@ -12,6 +12,7 @@ from pdserve.wire.frame import (
     BODY_BYTES_MAX,
     HEADER_BYTES,
     MESSAGE_BYTES_MAX,
+    VERSION,
     Header,
     Kind,
     body_views,
@@ -30,7 +31,7 @@ HEADERS = st.builds(
 
 
 def forged(
-    magic: bytes = b"pdsv", version: int = 2, kind: int = 1, message: int = 0, body: int = 0
+    magic: bytes = b"pdsv", version: int = VERSION, kind: int = 1, message: int = 0, body: int = 0
 ) -> bytes:
     data = struct.pack("<4sBBHQIQI", magic, version, kind, 0, 0, message, body, 0)
     return data + struct.pack("<I", zlib.crc32(data))
@@ -55,7 +56,7 @@ def test_any_flipped_bit_is_found(header: Header, bit: int) -> None:
     ("data", "problem"),
     [
         (forged(magic=b"HTTP"), "not a pdserve peer"),
-        (forged(version=1), "speaks version 1, this process 2"),
+        (forged(version=1), f"speaks version 1, this process {VERSION}"),
         (forged(kind=0), "unknown kind 0"),
         (forged(kind=6), "unknown kind 6"),
         (forged(message=MESSAGE_BYTES_MAX + 1), f"the limit is {MESSAGE_BYTES_MAX}"),

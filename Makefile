@@ -95,15 +95,10 @@ simulate-faults: setup-dev  ## the whole cluster in virtual time, 10,000 seeds o
 kernels: setup-dev  ## compile every Triton kernel for sm_80, sm_90, sm_100; needs no GPU
 	@env -u TRITON_INTERPRET $(BIN)/python -m pdserve.model.kernels.compile_all
 
-clients: setup-dev  ## LiteLLM, LangChain, Pydantic AI and tritonclient beside us, their tests, docs/compatibility.md
-	@# An environment each: together pip looks for versions that suit all of them, for very long.
-	@for client in "litellm litellm mcp" "langchain langchain-openai" "pydantic_ai pydantic-ai-slim[openai]" \
-		"tritonclient tritonclient[grpc]"; do \
-		set -- $$client; place=.venv-clients/$$1; shift; \
-		$(PYTHON) -m venv $$place && $$place/bin/pip install -q --upgrade "$$@" || exit 1; \
-	done
+clients: setup-dev  ## clients and load tools in their current releases against us; docs/clients.json
+	@tests/clients/environments.sh
 	@CLIENTS_REPORT=docs/clients.json $(PYTEST) -p handbook.client_record tests/clients \
-		$(addprefix tests/integration/test_,cluster_clients.py cluster_triton.py grpc_others.py)
+		$(addprefix tests/integration/test_,cluster_clients.py grpc_others.py)
 
 docs: setup-dev  ## the documentation site, in build/site; fails where a link leads nowhere
 	@$(BIN)/python -m handbook

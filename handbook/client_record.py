@@ -90,6 +90,10 @@ CLIENTS = {
     "pydantic_ai": "pydantic-ai-slim",
     "langchain": "langchain-openai",
     "litellm": "litellm",
+    "vllm_bench": "vllm",
+    "guidellm": "guidellm",
+    "aiperf": "aiperf",
+    "lm_eval": "lm-eval",
     "openai": "openai",
     "reflection": "grpcio-reflection",
     "triton": "tritonclient",
@@ -104,13 +108,18 @@ def client_of(words: str) -> str:
 
 
 def version_of(package: str) -> str:
-    """Where it is installed: beside us, or in an environment of `make clients`; else nothing."""
+    """In the environment of `make clients` whose name the package's begins with; else beside us;
+    nothing where it is in neither. What other clients bring of it has a version of theirs."""
     for found in _found(package):
         return found.version
     return ""
 
 
 def _found(package: str) -> Iterator[importlib.metadata.Distribution]:
-    own = sorted(ENVIRONMENTS.glob("*/lib/python*/site-packages"))
+    own = [
+        place
+        for place in sorted(ENVIRONMENTS.glob("*/lib/python*/site-packages"))
+        if package.replace("-", "_").startswith(place.relative_to(ENVIRONMENTS).parts[0])
+    ]
     yield from importlib.metadata.distributions(name=package, path=[str(path) for path in own])
     yield from importlib.metadata.distributions(name=package)

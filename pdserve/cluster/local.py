@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pdserve.cluster.own_ray import start_ray
 from pdserve.config import ClusterConfig, MiB
 from pdserve.errors import ConfigError
 from pdserve.settings import to_tree
@@ -61,7 +62,8 @@ def local_cluster(
     """Starts Ray (or joins the cluster at ``ray_address``) and the application; ends both.
 
     Raises:
-        ConfigError: the application does not start; the message carries the worker's own words.
+        ConfigError: Ray or the application does not start; the message carries the worker's own
+            words.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ray_address is None else "token")
     # Ray tells its driver of every worker that dies; here that is supervision's daily work.
@@ -78,15 +80,7 @@ def local_cluster(
         progress("starting Ray")
         handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
         if ray_address is None:
-            ray.init(
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                _temp_dir=str(own_directory / "r"),
-                _node_ip_address="127.0.0.1",
-            )
+            start_ray(own_directory, OBJECT_STORE_BYTES, progress=progress)
         else:
             ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
         _restore(handlers)

@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from pdserve.cluster.calls import Call
@@ -184,7 +189,27 @@ class _Cluster(Collector):
         yield self._gauge("kv_cache_usage_perc", (blocks - free) / blocks if blocks else 0.0)
         counters = self._snapshot.get("counters", {})
         preempted = counters.get("preemptions", 0) + counters.get("parks", 0)
-        yield self._gauge("num_preemptions_total", preempted)
+        yield self._counter("num_preemptions", preempted)
+        yield self._steps([worker.get("counters", {}) for worker in workers])
+
+    def _steps(self, workers: Sequence[Mapping[str, int]]) -> Metric:
+        """vLLM's tokens per step. Workers count steps and tokens, so it has the one bucket that
+        every histogram has; panels ask for steps and for the mean."""
+        steps = sum(counters.get("steps", 0) for counters in workers)
+        tokens = sum(
+            counters.get(name, 0)
+            for counters in workers
+            for name in ("tokens_generated", "prompt_tokens_computed")
+        )
+        name = "iteration_tokens_total"
+        family = HistogramMetricFamily(f"vllm:{name}", _help(name), labels=LABELS)
+        family.add_metric((self._model, ENGINE), [("+Inf", steps)], tokens)
+        return family
+
+    def _counter(self, name: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", _help(name), labels=LABELS)
+        family.add_metric((self._model, ENGINE), value)
+        return family
 
     def _gauge(self, name: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", _help(name), labels=LABELS)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
@@ -13,40 +13,50 @@ URL, MODEL = sys.argv[1:]
 
 
 class Place(BaseModel):
-    city: str
+    city: Literal["Paris"]
 
 
 @tool
-def add(a: int, b: int) -> int:
+def add(a: Literal[1], b: Literal[2]) -> int:
     """The sum."""
     return a + b
 
 
-def chat(**more: Any) -> Any:
-    return ChatOpenAI(base_url=URL, api_key="none", model=MODEL, max_retries=0, **more)
+def chat(max_tokens: int, **more: Any) -> Any:
+    return ChatOpenAI(
+        base_url=URL,
+        api_key="none",
+        model=MODEL,
+        max_retries=0,
+        temperature=0,
+        max_tokens=max_tokens,
+        **more,
+    )
 
 
-def looped(model: Any) -> str:
-    """What it says once it has the results of the calls it asked for."""
+def looped(**more: Any) -> list[Any]:
+    """What the tool was called with and gave, and whether the model then said something."""
     messages: list[Any] = [HumanMessage("1 + 2?")]
-    with_tools = model.bind_tools([add])
-    for _ in range(3):
-        answer = with_tools.invoke(messages)
-        messages.append(answer)
-        if not answer.tool_calls:
-            return str(answer.text)
-        messages += [add.invoke(call) for call in answer.tool_calls]
-    return "it never stopped"
+    asks = chat(100, **more).bind_tools([add], tool_choice="required", parallel_tool_calls=False)
+    answer = asks.invoke(messages)
+    results = [add.invoke(call) for call in answer.tool_calls]
+    last = chat(12, **more).bind_tools([add], tool_choice="none")
+    text = last.invoke([*messages, answer, *results]).text
+    return [[call["args"] for call in answer.tool_calls], results[0].content, bool(text)]
 
 
-typed = chat().with_structured_output(Place, method="json_schema")
+typed = chat(100).with_structured_output(Place, method="json_schema")
+parts = list(chat(12, stream_usage=True).stream("hi"))
 print(
     json.dumps(
         {
-            "looped": looped(chat()),
-            "streamed": "".join(str(part.text) for part in chat(stream_usage=True).stream("hi")),
+            "looped": looped(),
+            "looped by responses": looped(use_responses_api=True),
+            "streamed": "".join(str(part.text) for part in parts),
+            "counted": sum((part.usage_metadata or {}).get("output_tokens", 0) for part in parts)
+            > 0,
             "structured": typed.invoke("where?").city,
-            "response": looped(chat(use_responses_api=True)),
+            "response": str(chat(12, use_responses_api=True).invoke("hi").text),
         }
     )
 )

@@ -6,7 +6,8 @@ import sys
 import litellm
 
 URL, MODEL = sys.argv[1:]
-HERE = {"api_base": URL, "api_key": "none", "num_retries": 0}
+HERE = {"api_base": URL, "api_key": "none", "num_retries": 0, "temperature": 0}
+SHORT = HERE | {"max_tokens": 12}
 ASKED = [{"role": "user", "content": "hi"}]
 ADD = {
     "type": "function",
@@ -14,7 +15,9 @@ ADD = {
         "name": "add",
         "parameters": {
             "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "properties": {"a": {"const": 1}, "b": {"const": 2}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
         },
     },
 }
@@ -22,7 +25,7 @@ ADD = {
 
 def refused() -> bool:
     """Whether a prompt that is too long is told apart, which its fallbacks need."""
-    too_long = [{"role": "user", "content": "x " * 5000}]
+    too_long = [{"role": "user", "content": "x " * 20_000}]
     try:
         litellm.completion(model=f"hosted_vllm/{MODEL}", messages=too_long, **HERE)
     except litellm.ContextWindowExceededError:
@@ -30,22 +33,30 @@ def refused() -> bool:
     return False
 
 
-whole = litellm.completion(model=f"hosted_vllm/{MODEL}", messages=ASKED, **HERE)
+whole = litellm.completion(model=f"hosted_vllm/{MODEL}", messages=ASKED, **SHORT)
 parts = litellm.completion(
     model=f"hosted_vllm/{MODEL}",
     messages=ASKED,
     stream=True,
     stream_options={"include_usage": True},
-    **HERE,
+    **SHORT,
 )
 chunks = list(parts)
-called = litellm.completion(model=f"hosted_vllm/{MODEL}", messages=ASKED, tools=[ADD], **HERE)
-response = litellm.responses(model=f"openai/{MODEL}", input="hi", **HERE)
+called = litellm.completion(
+    model=f"hosted_vllm/{MODEL}",
+    messages=ASKED,
+    tools=[ADD],
+    tool_choice="required",
+    parallel_tool_calls=False,
+    max_tokens=100,
+    **HERE,
+)
+response = litellm.responses(model=f"openai/{MODEL}", input="hi", max_output_tokens=12, **HERE)
 print(
     json.dumps(
         {
             "whole": whole.choices[0].message.content,
-            "cached": whole.usage.prompt_tokens_details.cached_tokens,
+            "counted": whole.usage.total_tokens == chunks[-1].usage.total_tokens > 0,
             "streamed": "".join(c.choices[0].delta.content or "" for c in chunks if c.choices),
             "call": json.loads(called.choices[0].message.tool_calls[0].function.arguments),
             "too_long": refused(),

@@ -25,10 +25,20 @@ def whole_number(name: str, value: int) -> triton.InferInput:
     return tensor
 
 
+def real(name: str, value: float) -> triton.InferInput:
+    tensor = triton.InferInput(name, [1], "FP32")
+    tensor.set_data_from_numpy(np.array([value], dtype=np.float32))
+    return tensor
+
+
 def yes(name: str) -> triton.InferInput:
     tensor = triton.InferInput(name, [1], "BOOL")
     tensor.set_data_from_numpy(np.array([True]))
     return tensor
+
+
+def greedy(prompt: str) -> list[triton.InferInput]:
+    return [text(prompt), whole_number("max_tokens", 12), real("temperature", 0.0)]
 
 
 def said(result: Any) -> str:
@@ -51,12 +61,14 @@ with triton.InferenceServerClient(URL) as client:
         "ready": client.is_model_ready(MODEL),
         "inputs": any(tensor["name"] == "text_input" for tensor in about["inputs"]),
         "config": client.get_model_config(MODEL, as_json=True)["config"]["name"] == MODEL,
-        "whole": said(client.infer(MODEL, [text("hi"), whole_number("max_tokens", 5)])),
+        "whole": said(client.infer(MODEL, greedy("hi"))),
         "refused": refused(client),
     }
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
-    client.async_stream_infer(MODEL, [text("hi"), yes("stream")], enable_empty_final_response=True)
+    client.async_stream_infer(
+        MODEL, [*greedy("hi"), yes("stream")], enable_empty_final_response=True
+    )
     parts = []
     while True:
         result, error = answers.get(timeout=WAIT_S)

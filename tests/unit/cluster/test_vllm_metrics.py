@@ -18,10 +18,14 @@ SNAPSHOT: dict[str, Any] = {
     "queue_lengths": [2, 0, 1],
     "parked": 4,
     "workers": [
-        {"worker": "p", "role": "prefill", "running": 1, "waiting": 2, "free_blocks": 9},
+        {
+            **{"worker": "p", "role": "prefill", "running": 1, "waiting": 2, "free_blocks": 9},
+            "counters": {"steps": 2, "prompt_tokens_computed": 90, "tokens_generated": 1},
+        },
         {
             **{"worker": "d", "role": "decode", "running": 5, "waiting": 0},
             **{"free_blocks": 25, "block_count": 100},
+            "counters": {"steps": 5, "tokens_generated": 9},
         },
     ],
     "counters": {"preemptions": 6, "parks": 1},
@@ -45,8 +49,17 @@ DASHBOARD = (
     "vllm:request_prefill_time_seconds_sum",
     "vllm:request_decode_time_seconds_sum",
     "vllm:request_max_num_generation_tokens_sum",
+    "vllm:inter_token_latency_seconds_count",
+    "vllm:inter_token_latency_seconds_sum",
+    "vllm:request_time_per_output_token_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_count",
+    "vllm:request_time_per_output_token_seconds_sum",
+    "vllm:time_to_first_token_seconds_count",
+    "vllm:time_to_first_token_seconds_sum",
+    "vllm:iteration_tokens_total_count",
 )
-"""Of the panels of vLLM's own Grafana dashboard."""
+"""What the panels of vLLM's own dashboards ask for: its Grafana dashboard, and those of performance
+and of query statistics, as vLLM 0.33 has them."""
 
 RAY_DASHBOARD = (
     "ray_vllm_generation_tokens_total",
@@ -133,6 +146,8 @@ def test_the_cluster_s_figures_are_the_router_s(samples: Any) -> None:
     assert value(samples, "vllm:num_requests_swapped") == 4
     assert value(samples, "vllm:kv_cache_usage_perc") == 0.75
     assert value(samples, "vllm:num_preemptions_total") == 7
+    assert value(samples, "vllm:iteration_tokens_total_count") == 7
+    assert value(samples, "vllm:iteration_tokens_total_sum") == 100
 
 
 def test_our_own_names_are_there_too(samples: Any) -> None:

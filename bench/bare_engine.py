@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pdserve.model.runner import ModelRunner
     from pdserve.model.weights import Weights
 
-MATRICES_ROUNDS = 5
 CHUNK_TOKENS = 512  # a worker's default
 POOL_BLOCKS = 16 * 40  # 16 sequences of up to 640 tokens
 
@@ -147,7 +146,6 @@ def _weight_bytes(weights: "Weights") -> int:
 
 
 def _matrices_s(runner: "ModelRunner", rows: int) -> float:
-    """The least of a few times: a limit is what would be possible."""
     import torch
 
     from pdserve.model.ops import FeedForward
@@ -167,7 +165,7 @@ def _matrices_s(runner: "ModelRunner", rows: int) -> float:
             linear(ffn, layer.ffn.down)
         linear(hidden[:1], runner.weights.head)
 
-    return min(_timed_ms(once) for _ in range(MATRICES_ROUNDS)) / 1000
+    return _timed_ms(once) / 1000
 
 
 def _do(runner: "ModelRunner", work: Work) -> Done:

@@ -1,13 +1,10 @@
 """A worker's own loop with streams that only decode, stepped by whoever measures it.
 
 No store, no router, no thread: prompts come in as the router sends them, are computed here and stay
-here; tokens go nowhere. ``tokenizers`` is needed, as for any worker.
+here; tokens go nowhere.
 """
 
 import time
-
-import tokenizers
-from tokenizers.models import WordLevel
 
 from pdserve.config import PoolConfig, StoreConfig
 from pdserve.decode.streams import Streams
@@ -38,11 +35,22 @@ GREEDY = Sampling(temperature=0.0)
 NAMESPACE = namespace_digest(model="bench")
 
 
-def no_text() -> Tokenizer:
-    """For requests that nobody reads: no token ends one, and none has a meaning."""
-    hf = tokenizers.Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    hf.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(hf, eos_token_ids=(), bos_token_id=None, chat_template=None)
+class NoText(Tokenizer):
+    """For requests that nobody reads: no token ends one, and none has a meaning. It does without
+    the library ``tokenizers``, which a machine with torch alone lacks."""
+
+    def __init__(self) -> None:
+        self.vocab_size = 0
+        self.eos_token_ids = ()
+        self.bos_token_id = None
+        self.chat_template = None
+        self.special_ids = frozenset()
+
+    def token_bytes(self, token: int) -> bytes:  # noqa: ARG002
+        return b""
+
+    def without_first_space(self, data: bytes) -> bytes:
+        return data
 
 
 def request(name: str, tokens: tuple[int, ...], *, max_tokens: int) -> Request:
@@ -81,7 +89,7 @@ class LoopUnderTest:
             worker=WORKER,
             runner=runner,
             mover=Mover(runner.pool, _no_store, NOWHERE, threaded=False),
-            tokenizer=no_text(),
+            tokenizer=NoText(),
             namespace=NAMESPACE,
             store=StoreConfig(offload=False),
         )

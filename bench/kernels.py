@@ -2,10 +2,13 @@
 
     python -m bench.kernels [--json FILE] [--quick]
 
-The shapes are Llama-3-8B's, in bf16. A kernel that moves data is compared with a device-to-device
-copy of 512 MiB, prefill attention and linear layers of many rows with a square matrix product; both
-are measured in turn with it. What is moved is larger than the cache of any GPU, and so is not read
-from there the second time; the logits that are drawn from are not. Calls are recorded into a CUDA
+The shapes are Llama-3-8B's, in bf16, and for attention heads of 64 beside its 128. A kernel that
+moves data is compared with a device-to-device copy of 512 MiB, prefill attention and linear layers
+of many rows with a square matrix product; both are measured in turn with it. Prefill attention
+stands beside torch's ``scaled_dot_product_attention`` too, by its default backend, which has the
+keys and values in one piece and no blocks to look up: the row names the backend. What is moved is
+larger than the cache of any GPU, and so is not read from there the second time; the logits that are
+drawn from are not. Calls are recorded into a CUDA
 graph, so that what is timed is the GPU and not Python. Without a CUDA device every row says that it
 was skipped.
 """
@@ -17,7 +20,8 @@ from typing import Any
 
 import torch
 
-from bench.frame import Options, Row, interleave, row, run, skipped
+from bench.frame import Bar, Options, Row, at_least, interleave, row, run, skipped
+from pdserve.model import kv_codec
 from pdserve.model.fp8_weights import Fp8Weight, in_fp8
 from pdserve.model.kernels.attention import paged_attention
 from pdserve.model.kernels.blocks import gather_blocks, scatter_blocks
@@ -43,14 +47,16 @@ class Sizes:
     tokens: int = 8192  # of a prefill step
     sequences: int = 64  # of a decode step
     streams: int = 16  # of a small one
-    context: int = 4096
-    long_context: int = 65_536  # of one sequence alone
+    context: int = 8192
+    long_context: int = 131_072  # of one sequence alone
+    long_prompt: int = 16_384
     hidden: int = 4096
     ffn: int = 14_336
     vocabulary: int = 128_256
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
+    short_head_dim: int = 64
     block_tokens: int = 16
     moved_blocks: int = 8192  # of one layer
     copy_bytes: int = 1 << 30  # read and written, together
@@ -109,14 +115,41 @@ def rope(sizes: Sizes) -> Work:
     )
 
 
-def prefill(sizes: Sizes, *, deterministic: bool) -> Work:
-    amount = 4 * sizes.heads * sizes.head_dim * sizes.tokens * (sizes.tokens + 1) / 2
-    return Work(_attention(sizes, 1, sizes.tokens, sizes.tokens, deterministic), amount)
+def prefill(sizes: Sizes, tokens: int, *, deterministic: bool) -> Work:
+    call = _attention(sizes, 1, tokens, tokens, deterministic=deterministic)
+    return Work(call, _prefill_operations(sizes, tokens))
 
 
-def decode(sizes: Sizes, sequences: int, context: int) -> Work:
-    kv_bytes = 2 * sizes.kv_heads * sizes.head_dim * DTYPE.itemsize
-    return Work(_attention(sizes, sequences, 1, context, True), sequences * context * kv_bytes)
+def sdpa(sizes: Sizes, tokens: int) -> Work:
+    """What torch has for the same prompt, were its keys and values in one piece."""
+    q = sizes.randn(1, sizes.heads, tokens, sizes.head_dim)
+    k, v = (sizes.randn(1, sizes.kv_heads, tokens, sizes.head_dim) for _ in range(2))
+
+    def call() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+
+    return Work(call, _prefill_operations(sizes, tokens))
+
+
+def _prefill_operations(sizes: Sizes, tokens: int) -> float:
+    return 4 * sizes.heads * sizes.head_dim * tokens * (tokens + 1) / 2
+
+
+def decode(
+    sizes: Sizes,
+    sequences: int,
+    context: int,
+    *,
+    head_dim: int | None = None,
+    stored: torch.dtype = DTYPE,
+) -> Work:
+    """``stored``: what keys and values are kept as; other than ``DTYPE``, with scales."""
+    head_dim = head_dim or sizes.head_dim
+    call = _attention(sizes, sequences, 1, context, head_dim=head_dim, stored=stored)
+    token_bytes = head_dim * stored.itemsize + (0 if stored == DTYPE else torch.bfloat16.itemsize)
+    return Work(call, sequences * context * 2 * sizes.kv_heads * token_bytes)
 
 
 def gather(sizes: Sizes) -> Work:
@@ -174,63 +207,111 @@ def fp8_many_rows(sizes: Sizes, *, deterministic: bool) -> Work:
     )
 
 
-BYTES = ("GB/s", "device copy", copy)
-OPERATIONS = ("GFLOP/s", "dense matmul", matmul)
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Ours, what it is measured in turn with, and what was promised of the ratio."""
 
-MEASURES: dict[str, tuple[tuple[str, str, Callable[[Sizes], Work]], Callable[[Sizes], Work]]] = {
-    "add_rms_norm, 8,192 tokens": (BYTES, norm),
-    "silu_mul, 8,192 tokens": (BYTES, swiglu),
-    "rope_and_cache, 8,192 tokens": (BYTES, rope),
-    "gather_blocks, 8,192 blocks": (BYTES, gather),
-    "scatter_blocks, 8,192 blocks": (BYTES, scatter),
-    "decode attention, 64 × 4,096": (
-        BYTES,
-        lambda sizes: decode(sizes, sizes.sequences, sizes.context),
+    unit: str
+    reference: str
+    limit_of: Callable[[Sizes], Work]
+    work_of: Callable[[Sizes], Work]
+    bar: Bar | None = None
+
+
+def _moves(work_of: Callable[[Sizes], Work], bar: float | None = None) -> Measure:
+    promised = None if bar is None else at_least(bar, of="ratio")
+    return Measure("GB/s", "device copy", copy, work_of, promised)
+
+
+def _multiplies(work_of: Callable[[Sizes], Work], bar: float | None = None) -> Measure:
+    promised = None if bar is None else at_least(bar, of="ratio")
+    return Measure("GFLOP/s", "dense matmul", matmul, work_of, promised)
+
+
+def _many(sizes: Sizes, **how: Any) -> Work:
+    return decode(sizes, sizes.sequences, sizes.context, **how)
+
+
+def _long(sizes: Sizes, **how: Any) -> Work:
+    return decode(sizes, 1, sizes.long_context, **how)
+
+
+MEASURES: dict[str, Measure] = {
+    "add_rms_norm, 8,192 tokens": _moves(norm, 0.85),
+    "silu_mul, 8,192 tokens": _moves(swiglu, 0.85),
+    "rope_and_cache, 8,192 tokens": _moves(rope, 0.85),
+    "gather_blocks, 8,192 blocks": _moves(gather, 0.85),
+    "scatter_blocks, 8,192 blocks": _moves(scatter, 0.85),
+    "decode attention, 64 × 8,192": _moves(_many, 0.80),
+    "decode attention, 64 × 8,192, heads of 64": _moves(
+        lambda sizes: _many(sizes, head_dim=sizes.short_head_dim), 0.80
     ),
-    "decode attention, 1 × 65,536": (BYTES, lambda sizes: decode(sizes, 1, sizes.long_context)),
-    "drawn_tokens, 64 × 128,256": (BYTES, lambda sizes: sampled(sizes, top_k=0, top_p=1.0)),
-    "drawn_tokens, 64 × 128,256, top-p": (BYTES, lambda sizes: sampled(sizes, top_k=0, top_p=0.9)),
-    "drawn_tokens, 64 × 128,256, top-k and top-p": (
-        BYTES,
-        lambda sizes: sampled(sizes, top_k=50, top_p=0.9),
+    "decode attention, 64 × 8,192, int8": _moves(
+        lambda sizes: _many(sizes, stored=torch.int8), 0.80
     ),
-    "4-bit linear, 16 rows": (BYTES, lambda sizes: few_rows(sizes, bits=4)),
-    "8-bit linear, 16 rows": (BYTES, lambda sizes: few_rows(sizes, bits=8)),
-    "fp8 linear, 16 rows": (BYTES, fp8_few_rows),
-    "4-bit linear, 8,192 rows": (
-        OPERATIONS,
-        lambda sizes: many_rows(sizes, bits=4, deterministic=True),
+    "decode attention, 64 × 8,192, fp8": _moves(
+        lambda sizes: _many(sizes, stored=torch.float8_e4m3fn), 0.80
     ),
-    "4-bit linear, 8,192 rows, larger tiles": (
-        OPERATIONS,
-        lambda sizes: many_rows(sizes, bits=4, deterministic=False),
+    "decode attention, 1 × 131,072": _moves(_long, 0.70),
+    "decode attention, 1 × 131,072, heads of 64": _moves(
+        lambda sizes: _long(sizes, head_dim=sizes.short_head_dim), 0.70
     ),
-    "fp8 linear, 8,192 rows": (
-        OPERATIONS,
-        lambda sizes: fp8_many_rows(sizes, deterministic=True),
+    "drawn_tokens, 64 × 128,256": _moves(lambda sizes: sampled(sizes, top_k=0, top_p=1.0), 0.85),
+    "drawn_tokens, 64 × 128,256, top-p": _moves(
+        lambda sizes: sampled(sizes, top_k=0, top_p=0.9), 0.85
     ),
-    "fp8 linear, 8,192 rows, larger tiles": (
-        OPERATIONS,
-        lambda sizes: fp8_many_rows(sizes, deterministic=False),
+    "drawn_tokens, 64 × 128,256, top-k and top-p": _moves(
+        lambda sizes: sampled(sizes, top_k=50, top_p=0.9), 0.85
     ),
-    "prefill attention, 8,192": (OPERATIONS, lambda sizes: prefill(sizes, deterministic=True)),
-    "prefill attention, 8,192, larger tiles": (
-        OPERATIONS,
-        lambda sizes: prefill(sizes, deterministic=False),
+    "4-bit linear, 16 rows": _moves(lambda sizes: few_rows(sizes, bits=4)),
+    "8-bit linear, 16 rows": _moves(lambda sizes: few_rows(sizes, bits=8)),
+    "fp8 linear, 16 rows": _moves(fp8_few_rows),
+    "4-bit linear, 8,192 rows": _multiplies(
+        lambda sizes: many_rows(sizes, bits=4, deterministic=True)
+    ),
+    "4-bit linear, 8,192 rows, larger tiles": _multiplies(
+        lambda sizes: many_rows(sizes, bits=4, deterministic=False)
+    ),
+    "fp8 linear, 8,192 rows": _multiplies(lambda sizes: fp8_many_rows(sizes, deterministic=True)),
+    "fp8 linear, 8,192 rows, larger tiles": _multiplies(
+        lambda sizes: fp8_many_rows(sizes, deterministic=False)
+    ),
+    "prefill attention, 16,384": _multiplies(
+        lambda sizes: prefill(sizes, sizes.long_prompt, deterministic=True)
+    ),
+    "prefill attention, 16,384, larger tiles": _multiplies(
+        lambda sizes: prefill(sizes, sizes.long_prompt, deterministic=False), 0.55
+    ),
+    "prefill attention, 16,384, larger tiles, beside torch": Measure(
+        "GFLOP/s",
+        "sdpa",
+        lambda sizes: sdpa(sizes, sizes.long_prompt),
+        lambda sizes: prefill(sizes, sizes.long_prompt, deterministic=False),
+        at_least(1.0, of="ratio"),
     ),
 }
 
 
 def measure(options: Options) -> Iterator[Row]:
-    for name, ((unit, reference, limit_of), work_of) in MEASURES.items():
+    for name, made in MEASURES.items():
         if not torch.cuda.is_available():
-            yield skipped(name, unit, "needs a CUDA device")
+            yield skipped(name, made.unit, "needs a CUDA device")
             continue
-        ours, limit = _rate_of(work_of(Sizes())), _rate_of(limit_of(Sizes()))
+        ours, limit = _rate_of(made.work_of(Sizes())), _rate_of(made.limit_of(Sizes()))
         samples = interleave(options.rounds(ROUNDS), ours=ours, limit=limit)
+        reference = f"sdpa, {_sdpa_backend()}" if made.reference == "sdpa" else made.reference
         yield row(
-            name, samples["ours"], unit, reference=reference, reference_samples=samples["limit"]
-        )
+            name, samples["ours"], made.unit, reference=reference,
+            reference_samples=samples["limit"], bar=made.bar,
+        )  # fmt: skip
+
+
+def _sdpa_backend() -> str:
+    """What torch chooses for bf16 without being told: its order of preference says so."""
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
+    backends: Any = torch.nn.attention.SDPBackend  # torch has no types for it
+    names = {int(value): name for name, value in backends.__members__.items()}
+    return next((names[choice].lower() for choice in order if choice in names), "its default")
 
 
 def _rate_of(work: Work) -> Callable[[], float]:
@@ -257,8 +338,22 @@ def _event() -> Any:  # torch has no types for it
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _pool(sizes: Sizes, block_count: int) -> torch.Tensor:
-    return sizes.randn(block_count, 2, sizes.kv_heads, sizes.block_tokens, sizes.head_dim)
+def _pool(
+    sizes: Sizes, block_count: int, *, head_dim: int | None = None, stored: torch.dtype = DTYPE
+) -> torch.Tensor:
+    head_dim = head_dim or sizes.head_dim
+    shape = (block_count, 2, sizes.kv_heads, sizes.block_tokens, head_dim)
+    if stored == DTYPE:
+        return sizes.randn(*shape)
+    head_bytes = kv_codec.head_bytes(sizes.block_tokens, head_dim, stored)
+    # Bytes that are finite numbers in either type.
+    bytes_P2GE = torch.randint(
+        120, (*shape[:3], head_bytes), dtype=torch.uint8, device=sizes.device
+    )
+    codes = sizes.block_tokens * head_dim * stored.itemsize
+    pool = bytes_P2GE.view(stored)[..., :codes].view(shape)
+    kv_codec.scales_of(pool).fill_(0.01)
+    return pool
 
 
 def _moved(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,11 +374,19 @@ def _fp8(sizes: Sizes) -> Fp8Weight:
 
 
 def _attention(
-    sizes: Sizes, sequences: int, length: int, context: int, deterministic: bool
+    sizes: Sizes,
+    sequences: int,
+    length: int,
+    context: int,
+    *,
+    deterministic: bool = True,
+    head_dim: int | None = None,
+    stored: torch.dtype = DTYPE,
 ) -> Callable[[], object]:
-    q = sizes.randn(sequences * length, sizes.heads, sizes.head_dim)
+    head_dim = head_dim or sizes.head_dim
+    q = sizes.randn(sequences * length, sizes.heads, head_dim)
     blocks_each = math.ceil(context / sizes.block_tokens)
-    pool = _pool(sizes, sequences * blocks_each)
+    pool = _pool(sizes, sequences * blocks_each, head_dim=head_dim, stored=stored)
     tables = torch.randperm(sequences * blocks_each, device=sizes.device).int()
     tables = tables.view(sequences, blocks_each)
     starts = sizes.integers([length * run for run in range(sequences + 1)])
@@ -294,7 +397,7 @@ def _attention(
         tables,
         contexts,
         pool,
-        sizes.head_dim**-0.5,
+        head_dim**-0.5,
         longest_run=length,
         longest_context=context,
         deterministic=deterministic,

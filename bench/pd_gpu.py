@@ -28,17 +28,19 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from bench.decode_loop import NAMESPACE, NOWHERE, no_text, request
+from bench.decode_loop import NAMESPACE, NOWHERE, NoText, request
 from bench.frame import Options, Row, at_least, at_most, row, run, skipped
 from bench.kvstore_node import running_node
 from bench.random_model import BLOCK_TOKENS, DTYPE, LLAMA_3_8B, TINY, random_runner
-from pdserve.cluster.worker_parts import make_loop
 from pdserve.config import PoolConfig, StoreConfig
+from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.mover import Mover
 from pdserve.engine.moves import Move, Moved, Put, Restore
 from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.thread import EngineThread
+from pdserve.engine.workplace import Workplace
 from pdserve.ids import BlockId, WorkerId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.keys import block_keys
@@ -53,6 +55,7 @@ from pdserve.messages import (
 )
 from pdserve.model.architecture import Architecture
 from pdserve.model.pool import KvPool
+from pdserve.prefill.prompts import Prompts
 from pdserve.wire.codec import MESSAGES
 from pdserve.wire.hosts import local_host_id
 
@@ -255,15 +258,18 @@ def work(name: WorkerId, pipe: Connection, store: Address, sizes: Sizes) -> None
     block_count = 4 * sizes.prompt_blocks
     device = torch.device(sizes.device)
     runner = random_runner(sizes.architecture, device, block_count=block_count, running_max=8)
-    loop = make_loop(
+    workplace = Workplace(
         worker=name,
         runner=runner,
         mover=Mover(runner.pool, _Client(name), store, announce=lambda out: say(out.message)),
-        tokenizer=no_text(),
+        tokenizer=NoText(),
         namespace=NAMESPACE,
-        settings=PoolConfig(chunk_tokens=sizes.chunk, running_max=8),
         store=StoreConfig(offload=False),
     )
+    streams = Streams(workplace)
+    prompts = Prompts(workplace, keep=streams.keep)
+    settings = PoolConfig(chunk_tokens=sizes.chunk, running_max=8)
+    loop = EngineLoop(workplace, runner, settings, prompts=prompts, streams=streams)
     engine = EngineThread(loop, emit, name=name)
     # The mover connects on its own thread; a ticket may name only a reader that is there.
     present = _Client(name)(store)

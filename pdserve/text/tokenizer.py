@@ -19,11 +19,12 @@ a GGUF file.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from pdserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    import tokenizers  # engines that no text reaches run where it is not installed
 
 SPACE_MARK = "▁"
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
@@ -48,7 +49,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        hf: tokenizers.Tokenizer,
+        hf: "tokenizers.Tokenizer",
         *,
         eos_token_ids: tuple[int, ...],
         bos_token_id: int | None,
@@ -149,6 +150,8 @@ def _from_directory(directory: Path) -> Tokenizer:
             f"{directory} holds no tokenizer.json; write one with transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...), or serve the model's GGUF"
         )
+    import tokenizers
+
     try:
         hf = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
@@ -163,7 +166,7 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _eos_token_ids(
-    hf: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any]
+    hf: "tokenizers.Tokenizer", directory: Path, config: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """The tokenizer's own one first, then what generation stops at beside it."""
     stated = [_token_id(hf, config.get("eos_token"))]
@@ -173,7 +176,7 @@ def _eos_token_ids(
     return tuple(dict.fromkeys(token for token in stated if isinstance(token, int)))
 
 
-def _token_id(hf: tokenizers.Tokenizer, token: object) -> int | None:
+def _token_id(hf: "tokenizers.Tokenizer", token: object) -> int | None:
     """The id of a token as ``tokenizer_config.json`` names it: text, or a mapping with it."""
     content = token.get("content") if isinstance(token, dict) else token
     found: int | None = hf.token_to_id(content) if isinstance(content, str) else None
@@ -204,5 +207,5 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _decodes(hf: tokenizers.Tokenizer, pieces: list[str], text: str) -> bool:
+def _decodes(hf: "tokenizers.Tokenizer", pieces: list[str], text: str) -> bool:
     return bool(hf.decoder is not None and hf.decoder.decode(pieces) == text)

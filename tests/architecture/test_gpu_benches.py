@@ -1,4 +1,4 @@
-"""What ``bench.engine --device cuda`` imports: a machine with a GPU and torch has nothing else."""
+"""What the benchmarks for a GPU import: a machine that has one has torch, and little else."""
 
 import ast
 from pathlib import Path
@@ -9,8 +9,13 @@ from tests.architecture.imports import ROOT
 
 ABSENT = {
     "tokenizers",
-    "msgpack",
-    "xxhash",
+    "jinja2",
+    "llguidance",
+    "prometheus_client",
+    "pydantic",
+    "typer",
+    "rich",
+    "uvicorn",
     "ray",
     "redis",
     "gguf",
@@ -22,6 +27,8 @@ ABSENT = {
     "yaml",
 }
 ABOVE = {"pdserve.cluster", "pdserve.router", "pdserve.simulator"}
+STORE = {"msgpack", "xxhash"}
+"""What the store needs beside: small, and asked for by ``bench.pd_gpu`` and rows about a loop."""
 
 
 def file_of(module: str) -> Path | None:
@@ -58,13 +65,25 @@ def too_much(modules: set[str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("module", ["bench.engine", "bench.engine_gpu"])
-def test_it_needs_nothing_that_a_machine_with_torch_alone_lacks(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "also"),
+    [
+        ("bench.kernels", set()),
+        ("bench.engine", set()),
+        ("bench.engine_gpu", set()),
+        ("bench.decode_loop", STORE),
+        ("bench.pd_gpu", STORE),
+    ],
+)
+def test_it_needs_nothing_that_a_machine_with_torch_alone_lacks(
+    module: str, also: set[str]
+) -> None:
     loaded = loaded_by(module, set())
     assert "torch" in loaded or module == "bench.engine"
     assert too_much(loaded) == set()
+    assert {name.partition(".")[0] for name in loaded} & STORE == also
 
 
 def test_what_comes_with_ray_would_be_found() -> None:
     assert too_much(loaded_by("bench.servers", set())) == {"aiohttp"}
-    assert "pdserve.cluster.worker_parts" in too_much(loaded_by("bench.pd_gpu", set()))
+    assert "pdserve.cluster.worker_parts" in too_much(loaded_by("bench.engine_step", set()))

@@ -20,6 +20,8 @@ SMALL = Sizes(
     heads=4,
     kv_heads=2,
     head_dim=16,
+    short_head_dim=32,
+    long_prompt=20,
     moved_blocks=2,
     copy_bytes=64,
     matmul=8,
@@ -28,10 +30,24 @@ SMALL = Sizes(
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_every_measure_and_its_limit_can_be_called(name: str) -> None:
-    (_, _, limit_of), work_of = MEASURES[name]
-    for work in (work_of(SMALL), limit_of(SMALL)):
+    made = MEASURES[name]
+    for work in (made.work_of(SMALL), made.limit_of(SMALL)):
         assert work.amount > 0
         assert torch.is_tensor(work.call()) or name.startswith(("add_rms_norm", "scatter"))
+
+
+def test_what_was_promised_of_kernels_is_held_against_them() -> None:
+    """Decode attention of both lengths, prefill attention beside the matrix rate and torch's own,
+    and whatever else only moves data."""
+    bars = {name: made.bar.limit for name, made in MEASURES.items() if made.bar is not None}
+    assert {bars[name] for name in bars if name.startswith("decode attention, 64 × 8,192")} == {0.8}
+    assert {bars[name] for name in bars if name.startswith("decode attention, 1 × 131,072")} == {
+        0.7
+    }
+    prefill = [bars[name] for name in bars if name.startswith("prefill attention, 16,384")]
+    assert prefill == [0.55, 1.0]
+    moved = ("add_rms_norm", "silu_mul", "rope_and_cache", "gather", "scatter", "drawn_tokens")
+    assert {bars[name] for name in bars if name.startswith(moved)} == {0.85}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -223,18 +223,32 @@ template <class T, class E> class Attending {
         }
     }
 
-    // One register block against one tile. Row r sees the tile's positions hidden[r] to seen[r] - 1;
-    // at least one.
+    // What nobody in the register block sees is left out by 16 positions at a time, which adds the
+    // same zeros to nothing: half of the tiles in which queries stand is before them.
     template <int COUNT> void attend_block(int row, const int* seen, const int* hidden) {
+        switch ((*std::max_element(seen, seen + COUNT) + LANES - 1) / LANES) {
+            case 1: return attend_groups<COUNT, 1>(row, seen, hidden);
+            case 2: return attend_groups<COUNT, 2>(row, seen, hidden);
+            case 3: return attend_groups<COUNT, 3>(row, seen, hidden);
+            default: return attend_groups<COUNT, GROUPS>(row, seen, hidden);
+        }
+    }
+
+    // One register block against the first SEEN groups of a tile. Row r sees the tile's positions
+    // hidden[r] to seen[r] - 1; at least one.
+    template <int COUNT, int SEEN>
+    void attend_groups(int row, const int* seen, const int* hidden) {
         Vec score[COUNT][GROUPS];
-        for (int r = 0; r < COUNT; ++r)
-            for (int g = 0; g < GROUPS; ++g) score[r][g] = all(0.0f);
+        for (int r = 0; r < COUNT; ++r) {
+            for (int g = 0; g < SEEN; ++g) score[r][g] = all(0.0f);
+            for (int g = SEEN; g < GROUPS; ++g) score[r][g] = all(-INFINITY);
+        }
         const int steps = _packs * LANES;
         const Element* query = (const Element*)&_queries[row * _packs];
         for (int d = 0; d < steps; ++d) {
             const Elements* key = &_keys[d * GROUPS];
             for (int r = 0; r < COUNT; ++r)
-                for (int g = 0; g < GROUPS; ++g)
+                for (int g = 0; g < SEEN; ++g)
                     score[r][g] = P::add(score[r][g], key[g], query[r * steps + d]);
         }
         Element weights[COUNT * TILE / PACK] __attribute__((aligned(64)));
@@ -244,7 +258,7 @@ template <class T, class E> class Attending {
         for (int r = 0; r < COUNT; ++r) {
             positions = std::max(positions, seen[r]);
             const Bits count = Bits{} + (uint32_t)(seen[r] - hidden[r]);
-            for (int g = 0; g < GROUPS; ++g)  // unsigned: what is before `hidden` is a large number
+            for (int g = 0; g < SEEN; ++g)  // unsigned: what is before `hidden` is a large number
                 score[r][g] = (Bits)(LANE + (g * LANES - hidden[r])) < count
                                   ? score[r][g] * (CODED ? _key_scales[g] : all(_scale))
                                   : all(-INFINITY);
@@ -256,8 +270,8 @@ template <class T, class E> class Attending {
         }
         store(factor, exp2_of(load(factor)));
         for (int r = 0; r < COUNT; ++r) {
-            Vec part[GROUPS];
-            for (int g = 0; g < GROUPS; ++g) {
+            Vec part[GROUPS] = {};
+            for (int g = 0; g < SEEN; ++g) {
                 part[g] = exp2_of(score[r][g] - best[r]);
                 P::narrow(CODED ? part[g] * _value_scales[g] : part[g],
                           weights + (r * TILE + g * LANES) / PACK);
@@ -325,10 +339,14 @@ void attention(const T* q, const E* pool, T* out, const int64_t* positions, cons
     const int64_t pieces = (int64_t)tasks.size() * cache.kv_heads;
 #pragma omp parallel num_threads(threads) if (pieces > 1)
     {
-        static thread_local Attending<T, E> attending;
+        static thread_local Attending<T, E> own;
+        Attending<T, E>* attending = &own;
+        // From here on a pointer like any other: as the address of a thread's own, the compiler asks
+        // for it in every loop, with a call before which vector registers are saved.
+        asm("" : "+r"(attending));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < pieces; ++piece)
-            attending.run(tasks[piece / cache.kv_heads], piece % cache.kv_heads, q, pool, out,
+            attending->run(tasks[piece / cache.kv_heads], piece % cache.kv_heads, q, pool, out,
                           cache, heads, scale, window);
     }
 }

@@ -68,9 +68,11 @@ void run_layers(bfloat16* x, bfloat16* residual, const Layer* layers, const Mode
     static thread_local std::vector<bfloat16> scratch;
     const int64_t dim = model.cache.head_dim, kv_heads = model.cache.kv_heads, n = batch.tokens;
     const int64_t attended = model.heads * dim, kept = kv_heads * dim, joined = attended + 2 * kept;
-    const size_t needed = n * (joined + 2 * attended + 3 * model.ffn);
+    constexpr int64_t line = LINE / sizeof(bfloat16);
+    const size_t needed = n * (joined + 2 * attended + 3 * model.ffn) + line;
     if (scratch.size() < needed) scratch.resize(needed);
-    bfloat16* qkv = scratch.data();
+    // From a cache line's beginning on, so that where rows are whole lines, vectors are.
+    bfloat16* qkv = (bfloat16*)(((uintptr_t)scratch.data() + LINE - 1) / LINE * LINE);
     bfloat16* turned = qkv + n * joined;
     bfloat16* mixed = turned + n * attended;
     bfloat16* gate_up = mixed + n * attended;

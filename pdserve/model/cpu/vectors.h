@@ -10,7 +10,14 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
+
+// Where a call would have all vector registers saved before it.
+#define INLINED inline __attribute__((always_inline))
 
 constexpr int LANES = 16;
 constexpr int LINE = 64;  // bytes of a cache line
@@ -63,10 +70,15 @@ inline Vec load(const int8* from) {
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 inline void store(bfloat16* to, Vec x) {
+#ifdef __AVX512BF16__
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);  // denormals are zero, as in products.h
+    std::memcpy(to, &half, sizeof half);
+#else
     const Bits bits = (Bits)x;
     const Bits nan = (Bits)(x != x);
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     store_narrowed(to, (nan & 0x7fc0) | (~nan & rounded));
+#endif
 }
 inline void store(float16* to, Vec x) {
     const Bits sign = ((Bits)x >> 16) & 0x8000;
@@ -129,37 +141,52 @@ template <int COUNT> inline Vec polynomial(const float (&factors)[COUNT], Vec x)
     return sum;
 }
 
+// To the nearest whole number, and that power of two; x is finite.
+#ifdef __AVX512F__
+inline Vec rounded(Vec x) {
+    return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec times_power(Vec x, Vec whole) {
+    return (Vec)_mm512_scalef_ps((__m512)x, (__m512)whole);
+}
+#else
+inline Vec rounded(Vec x) {
+    const Vec magic = all(0x1.8p23f);  // adding it leaves no room for a fraction
+    return (x + magic) - magic;
+}
+inline Vec times_power(Vec x, Vec whole) {
+    return (Vec)((Int)x + (__builtin_convertvector(whole, Int) << 23));
+}
+#endif
+
 // 2^x to about 2 ulp for x <= 0; exactly 1 at 0, exactly 0 below -126 (so at minus infinity), and
 // for NaN, NaN.
-inline Vec exp2_of(Vec x) {
+INLINED Vec exp2_of(Vec x) {
     const Vec low = all(-126.0f);
     const Vec bounded = x < low ? low : x;
-    const Vec magic = all(0x1.8p23f);  // adding it rounds, and leaves the whole number as low bits
-    const Vec whole = bounded + magic;
-    const Vec rest = bounded - (whole - magic);
+    const Vec whole = rounded(bounded);
+    const Vec rest = bounded - whole;
     // Chebyshev interpolation of 2^rest on [-1/2, 1/2]; relative error 2e-8 before rounding.
     const Vec sum = polynomial({1.546144777e-04f, 1.339086681e-03f, 9.618056938e-03f,
                                 5.550356954e-02f, 2.402265072e-01f, 6.931471825e-01f, 1.0f},
                                rest);
-    const Vec result = (Vec)((Int)sum + ((Int)whole << 23));
+    const Vec result = times_power(sum, whole);
     return x < low ? all(0.0f) : result;
 }
 
 // e^x to about 1 ulp; exactly 1 at 0, exactly 0 below -87 (so at minus infinity), and for NaN, NaN.
-inline Vec exp_of(Vec x) {
+INLINED Vec exp_of(Vec x) {
     const Vec low = all(-87.0f), high = all(88.0f);
     Vec bounded = x < low ? low : x;
     bounded = bounded > high ? high : bounded;
-    const Vec magic = all(0x1.8p23f);  // adding it rounds to a whole number
-    const Vec whole = (bounded * 1.44269504f + magic) - magic;
+    const Vec whole = rounded(bounded * 1.44269504f);
     Vec rest = bounded - whole * 0.693359375f;
     rest = rest - whole * -2.12194440e-4f;
     Vec sum = polynomial({1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
                           1.6666665459e-1f, 5.0000001201e-1f},
                          rest);
     sum = sum * (rest * rest) + rest + 1.0f;
-    const Int exponent = __builtin_convertvector(whole, Int) << 23;
-    const Vec result = (Vec)((Int)sum + exponent);
+    const Vec result = times_power(sum, whole);
     return x < low ? all(0.0f) : result;
 }
 

@@ -15,8 +15,8 @@ that:
   one, ``tl.fma`` says so, and the compiler may fuse no others.
 * Decode and prefill use tiles of one shape, and so the same machine instructions; 32 rows also
   keep Hopper and Blackwell from the larger matrix instructions they have for 64.
-  ``deterministic=False`` gives long runs larger tiles: faster, and a row may then differ in its
-  last bit from the same row in a short run or alone.
+  ``deterministic=False`` gives long runs larger tiles and no splits: faster, and a row may then
+  differ in its last bits from the same row in a short run or alone.
 
 Rows: the query heads that share a key/value head are rows of the same tile, as they read the same
 KV: row = query * heads_per_group + head_in_group.
@@ -181,6 +181,7 @@ def paged_attention(
             *strides,
             scale * _LOG2_E,
             window,
+            WHOLE=tiles != decode,
             **constants,
             **_shape(tiles),
             **OPTIONS,
@@ -368,9 +369,11 @@ def _configurations(
         ways["fast prefill"] = prefill_tiles(dtype, D, deterministic=False)
     for way, tiles in ways.items():
         options = _shape(tiles)
-        shape = {name: options.pop(name) for name in ("ROWS", "TOKENS")}
+        shape: dict[str, int | bool] = {name: options.pop(name) for name in ("ROWS", "TOKENS")}
         kernel = decode_attention_kernel if way == "decode" else prefill_attention_kernel
         available = {**arguments, **parts, "S": 16}
+        if kernel is prefill_attention_kernel:
+            shape["WHOLE"] = tiles != ways["decode"]
         yield Configuration(
             kernel,
             f"{way}_attention H={heads} G={groups} D={D}{suffix}",

@@ -127,17 +127,19 @@ def prefill_attention_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr,  # the context is one split, however long it is
     WINDOWED: tl.constexpr,
     CODEC: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    # Grid: (ceil(longest_run * heads_per_group / ROWS), G, R). Program (i, g, r) does tile i of the
-    # rows of run r and kv head g; programs past the end of a short run leave at once.
+    # Grid: (ceil(longest_run * heads_per_group / ROWS), G, R). Program (i, g, r) does tile i, from
+    # the last on, of the rows of run r and kv head g: the last see the most, and what begins last
+    # should be short. Programs past the end of a short run leave at once.
     g = tl.program_id(1)
     r = tl.program_id(2)
     first_token = tl.load(starts_ptr + r)
     run_tokens = tl.load(starts_ptr + r + 1) - first_token
-    first_row = tl.program_id(0) * ROWS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     if first_row >= run_tokens * HEADS_PER_GROUP:
         return
     context = tl.load(contexts_ptr + r)
@@ -153,22 +155,21 @@ def prefill_attention_kernel(
     q_tile_ptr = q_ptr + (n * q_stride_n + h * q_stride_h)[:, None] + d[None, :]
     q_YD = tl.load(q_tile_ptr, mask=real[:, None], other=0.0)
 
-    peak_Y = tl.full([ROWS], float("-inf"), tl.float32)
-    sum_Y = tl.zeros([ROWS], tl.float32)
-    out_YD = tl.zeros([ROWS, D], tl.float32)
     begin = 0
     if WINDOWED:
         begin = tl.maximum(tl.min(position_Y, axis=0) - window + 1, 0)
     end = tl.max(position_Y, axis=0) + 1
-    for split_start in range(begin // SPLIT_TOKENS * SPLIT_TOKENS, end, SPLIT_TOKENS):
-        split_peak_Y, split_sum_Y, split_out_YD = _attend_split(
+    table_ptr = tables_ptr + r.to(tl.int64) * tables_stride_r
+    if WHOLE:
+        # One sum for all splits: nothing to join, and half of the registers.
+        peak_Y, sum_Y, out_YD = _attend_split(
             q_YD,
             position_Y,
-            split_start,
-            tl.minimum(split_start + SPLIT_TOKENS, end),
+            0,
+            end,
             begin,
             window,
-            tables_ptr + r.to(tl.int64) * tables_stride_r,
+            table_ptr,
             pool_ptr + g * pool_stride_g,
             scales_ptr + g * (pool_stride_g // 2),
             pool_stride_p,
@@ -183,8 +184,35 @@ def prefill_attention_kernel(
             CODEC,
             INTERPRETED,
         )
-        peak_Y, sum_Y, decay_Y, split_decay_Y = _join(peak_Y, sum_Y, split_peak_Y, split_sum_Y)
-        out_YD = tl.fma(out_YD, decay_Y[:, None], split_out_YD * split_decay_Y[:, None])
+    else:
+        peak_Y = tl.full([ROWS], float("-inf"), tl.float32)
+        sum_Y = tl.zeros([ROWS], tl.float32)
+        out_YD = tl.zeros([ROWS, D], tl.float32)
+        for split_start in range(begin // SPLIT_TOKENS * SPLIT_TOKENS, end, SPLIT_TOKENS):
+            split_peak_Y, split_sum_Y, split_out_YD = _attend_split(
+                q_YD,
+                position_Y,
+                split_start,
+                tl.minimum(split_start + SPLIT_TOKENS, end),
+                begin,
+                window,
+                table_ptr,
+                pool_ptr + g * pool_stride_g,
+                scales_ptr + g * (pool_stride_g // 2),
+                pool_stride_p,
+                pool_stride_2,
+                pool_stride_t,
+                scale_log2,
+                BLOCK_TOKENS,
+                D,
+                ROWS,
+                TOKENS,
+                WINDOWED,
+                CODEC,
+                INTERPRETED,
+            )
+            peak_Y, sum_Y, decay_Y, split_decay_Y = _join(peak_Y, sum_Y, split_peak_Y, split_sum_Y)
+            out_YD = tl.fma(out_YD, decay_Y[:, None], split_out_YD * split_decay_Y[:, None])
     out_YD = out_YD / sum_Y[:, None]
     out_tile_ptr = out_ptr + ((n * tl.num_programs(1) * HEADS_PER_GROUP + h) * D)[:, None]
     tl.store(out_tile_ptr + d[None, :], out_YD.to(out_ptr.dtype.element_ty), mask=real[:, None])
@@ -294,7 +322,9 @@ def join_splits_kernel(
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     out_D = tl.zeros([D], tl.float32)
-    for s in range(first_split, tl.cdiv(context, SPLIT_TOKENS)):
+    # Eight at a time, so that what they read is on its way together: a context of 131,072 tokens
+    # has 256 splits, and one after the other would wait for memory as long as attention takes.
+    for s in tl.range(first_split, tl.cdiv(context, SPLIT_TOKENS), loop_unroll_factor=8):
         # [1]: a row of its own width, so that this is the arithmetic of the rows in a tile.
         part = (r * S + s) * H + h + tl.arange(0, 1)
         split_out_D = tl.load(outs_ptr + ((r * S + s) * H + h) * D + d)

@@ -49,5 +49,7 @@ def kind(field: Mapping[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(kind(choice) for choice in field["anyOf"])
     if field["type"] == "object":
+        if "properties" in field:  # with parts of settings in it
+            return "objects with " + ", ".join(code(part) for part in field["properties"])
         return f"object of {kind(field['additionalProperties'])}"
     return str(field["type"])

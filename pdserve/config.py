@@ -7,7 +7,7 @@ is long, and stands in ``router_config``.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pdserve.access_config import AccessConfig
 from pdserve.checked import Checked
@@ -181,12 +181,8 @@ class PoolConfig(Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
-            "running_max",
-            "chunk_tokens",
-            "mixed_chunk_tokens",
-            "draft_tokens_max",
-            "pool_bytes",
-            "tensor_parallel",
+            *("running_max", "chunk_tokens", "mixed_chunk_tokens", "draft_tokens_max"),
+            *("pool_bytes", "tensor_parallel"),
         )
         if self.replicas < 0:
             yield f"replicas is {self.replicas}, must not be negative"
@@ -320,7 +316,7 @@ class GatewayConfig(Checked):
 
     body_bytes_max: int = 4 * MiB
     streams_max: int = 2048
-    """Requests in flight at one gateway; one more is refused."""
+    """Requests in flight at one gateway, for each model; one more is refused."""
 
     write_timeout_s: float = 30.0
     """A client that reads nothing for so long, while there is something for it, is cut off."""
@@ -422,13 +418,8 @@ class AutoscalingConfig(Checked):
 
     def _problems(self) -> Iterator[str]:
         yield from self._positive(
-            "queue_age_ms",
-            "upscale_delay_s",
-            "downscale_delay_s",
-            "zero_delay_s",
-            "start_s",
-            "load_memory_s",
-            "metrics_interval_s",
+            *("queue_age_ms", "upscale_delay_s", "downscale_delay_s", "zero_delay_s", "start_s"),
+            *("load_memory_s", "metrics_interval_s"),
         )
         for name in ("ttft_ms", "tpot_ms"):
             if getattr(self, name) is not None:
@@ -443,6 +434,11 @@ class ClusterConfig(Checked):
     """Everything that can be set."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further models beside ``model``: the name that clients say, and the parts (``model``,
+    ``prefill``, ``decode``, ``router``, ``autoscaling``) with what differs from the settings out
+    here. Each has a router and pools of its own: ``docs/deployment.md``."""
+
     prefill: PoolConfig = field(default_factory=lambda: PoolConfig(nice=5))
     decode: PoolConfig = field(default_factory=PoolConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -464,7 +460,7 @@ class ClusterConfig(Checked):
     def has_one_worker(self) -> bool:
         """Whether a single process computes everything, so that its threads have the cores to
         themselves."""
-        aggregated = self.router.mode == "aggregated"
+        aggregated = self.router.mode == "aggregated" and not self.models
         return aggregated and self.decode.replicas_most == self.decode.tensor_parallel == 1
 
     @property

@@ -5,21 +5,38 @@ environment variables, ``part.field=value`` assignments from the command line. T
 code that reads any of them.
 
 An unknown key is an error that names the nearest known one; all problems are told together.
+
+A cluster of several models has one tree of settings, and one for each model in ``further_models``.
 """
 
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from pdserve.config import ClusterConfig
+from pdserve.config import ClusterConfig, ModelConfig
 from pdserve.errors import ConfigError
 
 ENV_PREFIX = "PDSERVE_"
+
+MODEL_PARTS = ("model", "prefill", "decode", "router", "autoscaling", "gateway", "drain_timeout_s")
+"""What a further model may have of its own. The rest is the cluster's, said once; so is all of
+``gateway`` but for how a model's texts are read."""
+
+GATEWAY_FIELDS = ("tool_call_parser", "reasoning_parser", "pooling")
+
+OF_THE_FILES = ("revision", "stored_as", "adapters")
+"""Fields of ``model`` that tell of one source, and nothing of another."""
+
+FURTHER_MAX = 31
+"""Each model is a router and a worker at least, and each gateway keeps its vocabulary."""
+
+MODEL_NAME_MAX = 256  # characters
 
 
 def load(
@@ -27,6 +44,7 @@ def load(
     *,
     environment: Mapping[str, str] | None = None,
     assignments: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> ClusterConfig:
     """The settings from all sources.
 
@@ -34,6 +52,7 @@ def load(
         file: YAML; None for none.
         environment: usually ``os.environ``, which None means.
         assignments: ``part.field=value``, values as in YAML.
+        also: further models, ``name=source``; what else they are to be is said by the file.
 
     Raises:
         ConfigError: naming every key that is unknown and every value that does not fit.
@@ -58,16 +77,44 @@ def load(
         if not equals:
             raise ConfigError(f"{assignment!r} is not of the form part.field=value")
         _assign(tree, path_text.strip().split("."), _yaml_value(text, assignment), assignment)
+    for model in also:
+        name, equals, source = model.partition("=")
+        if not equals or not name or not source:
+            raise ConfigError(f"--also {model!r} is not of the form name=source")
+        _assign(tree, ("models", name, "model", "source"), source, f"--also {model}")
     return from_tree(tree)
 
 
 def from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
     """Settings from nested plain dicts, as YAML or Serve's ``args`` give them."""
     problems: list[str] = []
-    config = _build(ClusterConfig(), tree, "", problems)
+    config = cast(ClusterConfig, _build(ClusterConfig(), tree, "", problems))
+    if not problems:
+        _further(config, problems)
     if problems:
         raise ConfigError("; ".join(problems))
-    return cast(ClusterConfig, config)
+    return config
+
+
+def first_model(config: ClusterConfig) -> ClusterConfig:
+    """The settings of the model that is named nowhere: as if it were alone."""
+    return dataclasses.replace(config, models={})
+
+
+def further_models(config: ClusterConfig) -> dict[str, ClusterConfig]:
+    """By name, the settings of each model in ``config.models`` as if it were alone.
+
+    What it does not say is as for the first model, but for ``OF_THE_FILES`` and the profile of what
+    work costs, if its source is another.
+    """
+    return _further(config, [])
+
+
+def deployment_suffix(model: str) -> str:
+    """What the names of a further model's deployments end in. Serve puts them into the names of
+    actors and into URLs: letters, digits and dashes alone."""
+    plain = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    return f"-{plain}" if plain else ""
 
 
 def to_tree(config: ClusterConfig) -> dict[str, Any]:
@@ -86,7 +133,10 @@ def changes(config: ClusterConfig) -> list[tuple[str, Any, Any]]:
         elif value != default:
             found.append((where, default, value))
 
-    compare("", to_tree(ClusterConfig()), to_tree(config))
+    compare("", to_tree(ClusterConfig()), to_tree(first_model(config)))
+    own = to_tree(first_model(config))
+    for name, model in further_models(config).items():
+        compare(f"models.{name}", own, to_tree(model))
     return found
 
 
@@ -119,6 +169,83 @@ def nearest(word: str, known: Collection[str], *, otherwise: str = "known") -> s
     """The way out of a wrong name: the right spelling, or all there are."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
+
+
+def _further(config: ClusterConfig, problems: list[str]) -> dict[str, ClusterConfig]:
+    """``further_models``, and what is wrong with them."""
+    first = first_model(config)
+    found: dict[str, ClusterConfig] = {}
+    suffixes: dict[str, str] = {}
+    if len(config.models) > FURTHER_MAX:
+        problems.append(
+            f"models has {len(config.models)} entries, at most {FURTHER_MAX} are served"
+        )
+    for name, tree in config.models.items():
+        where = f"models.{name}"
+        gateway = tree.get("gateway")
+        shared = set(gateway).difference(GATEWAY_FIELDS) if isinstance(gateway, Mapping) else ()
+        for key in sorted(map(str, shared)):
+            problems.append(
+                f"{where}.gateway.{key}: no model has that of its own, only "
+                f"{', '.join(GATEWAY_FIELDS)}"
+            )
+        unknown = [key for key in tree if key not in MODEL_PARTS]
+        for key in unknown:
+            if key in get_type_hints(ClusterConfig):
+                problems.append(
+                    f"{where}.{key}: it is the whole cluster's; say it outside of models"
+                )
+            else:
+                problems.append(f"unknown key '{where}.{key}'; {nearest(str(key), MODEL_PARTS)}")
+        model = tree.get("model") or {}
+        if isinstance(model, Mapping) and "served_name" in model:
+            problems.append(f"{where}.model.served_name: the model's name is {name!r} already")
+        suffix = deployment_suffix(name)
+        if not suffix or len(name) > MODEL_NAME_MAX:
+            problems.append(
+                f"{where}: a name has a Latin letter or digit, and at most "
+                f"{MODEL_NAME_MAX} characters; take another"
+            )
+        elif suffix in suffixes:
+            problems.append(
+                f"{where}: too much like models.{suffixes[suffix]}; names must differ in "
+                "letters or digits"
+            )
+        suffixes.setdefault(suffix, name)
+        parts = {key: value for key, value in tree.items() if key not in unknown}
+        base = _inherited(first, model, name)
+        found[name] = cast(ClusterConfig, _build(base, parts, where, problems))
+    _check_names(first, found, problems)
+    return found
+
+
+def _inherited(first: ClusterConfig, model: object, name: str) -> ClusterConfig:
+    own: dict[str, Any] = {"served_name": name, "adapters": {}}
+    router = first.router
+    if isinstance(model, Mapping) and model.get("source", first.model.source) != first.model.source:
+        fresh = ModelConfig()
+        own |= {field: getattr(fresh, field) for field in OF_THE_FILES}
+        router = dataclasses.replace(router, profile=None)
+    return dataclasses.replace(first, model=dataclasses.replace(first.model, **own), router=router)
+
+
+def _check_names(
+    first: ClusterConfig, found: Mapping[str, ClusterConfig], problems: list[str]
+) -> None:
+    """Each name, an adapter's too, is one model's."""
+    owner = dict.fromkeys(first.model.adapters, "model.adapters")
+    if first.model.served_name is not None:
+        owner[first.model.served_name] = "model.served_name"
+    for name, config in found.items():
+        for said, where in [
+            (name, f"models.{name}"),
+            *((adapter, f"models.{name}.model.adapters") for adapter in config.model.adapters),
+        ]:
+            if said in owner:
+                problems.append(
+                    f"{where}: {said!r} is a name in {owner[said]} already; take another"
+                )
+            owner.setdefault(said, where)
 
 
 def _build(default: Any, tree: object, where: str, problems: list[str]) -> Any:
@@ -164,7 +291,7 @@ def _fit(hint: Any, value: Any) -> Any:
         raise ValueError("a mapping")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ValueError(
         {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")

@@ -15,12 +15,19 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pdserve.config import ClusterConfig
+from pdserve.settings import FURTHER_MAX, GATEWAY_FIELDS, MODEL_PARTS
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def settings_schema() -> dict[str, Any]:
-    return {"$schema": DRAFT, "title": "pdserve", **_part(ClusterConfig())}
+    schema = {"$schema": DRAFT, "title": "pdserve", **_part(ClusterConfig())}
+    models = schema["properties"]["models"]
+    models["maxProperties"] = FURTHER_MAX
+    own = {part: {"$ref": f"#/properties/{part}"} for part in MODEL_PARTS}
+    fields = {name: {"$ref": f"#/properties/gateway/properties/{name}"} for name in GATEWAY_FIELDS}
+    models["additionalProperties"] = _object({**own, "gateway": _object(fields)})
+    return schema
 
 
 def _part(default: Any) -> dict[str, Any]:
@@ -35,15 +42,15 @@ def _part(default: Any) -> dict[str, Any]:
             properties[part.name] = {**_type(hints[part.name]), "default": value}
         if part.name in told:
             properties[part.name]["description"] = told[part.name]
-    schema: dict[str, Any] = {
-        "type": "object",
-        "properties": properties,
-        "additionalProperties": False,
-    }
+    schema = _object(properties)
     own = inspect.getdoc(cls) if "__doc__" in vars(cls) else None
     if own and not own.startswith(f"{cls.__name__}("):
         schema["description"] = own
     return schema
+
+
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "additionalProperties": False}
 
 
 def _type(hint: Any) -> dict[str, Any]:
@@ -57,6 +64,8 @@ def _type(hint: Any) -> dict[str, Any]:
         return {"anyOf": kinds}
     if origin is not None and issubclass(origin, Mapping):
         return {"type": "object", "additionalProperties": _type(get_args(hint)[1])}
+    if hint is Any:
+        return {}
     return {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[hint]}
 
 

@@ -5,21 +5,24 @@
     serve.run(build({"decode": {"replicas": 2}}))    from Python
 
 Four deployments: ``router``, ``prefill``, ``decode`` and the ingress, ``gateway``; without
-``prefill`` in ``aggregated`` mode. Their replicas are the real processes, so Serve's numbers,
-health checks, restarts, placement and autoscaling act on what does the work. Serve's handles carry
-control only (where is the router, how many workers are wanted); requests, tokens and KV blocks go
-through our own sockets and shared memory.
+``prefill`` in ``aggregated`` mode. Each further model has the first three of its own, under names
+with a suffix (``settings.deployment_suffix``), and the gateway is everybody's. Their replicas are
+the real processes, so Serve's numbers, health checks, restarts, placement and autoscaling act on
+what does the work. Serve's handles carry control only (where is the router, how many workers are
+wanted); requests, tokens and KV blocks go through our own sockets and shared memory.
+
+A deployment is replaced when its own settings change, and only then: its version is their digest.
+Which further models there are reaches the gateways as ``user_config``, while they run.
 """
 
-import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
+from importlib import metadata
 from typing import Any
 
 import ray
@@ -31,27 +34,30 @@ from pdserve.cluster.autoscaling import METRIC, metric_of
 from pdserve.cluster.collecting import collect_rarely
 from pdserve.cluster.compute_threads import set_threads
 from pdserve.cluster.logs import start_logging
+from pdserve.cluster.opening import find_router
+from pdserve.cluster.places import directory_of, place_of, tcp_host_of
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.scaler import Scaler, plan_of
-from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.store_supervisor import ensure_store, masters_by, supervisor_of_this_host
 from pdserve.cluster.terms import RayTerms
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError, StoreUnavailable
-from pdserve.ids import HostId
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.router.costs import CostModel
 from pdserve.router.scaling import Observation
 from pdserve.router_config import RouterConfig
-from pdserve.settings import from_tree, to_tree
+from pdserve.settings import (
+    deployment_suffix,
+    first_model,
+    from_tree,
+    further_models,
+    to_tree,
+)
 from pdserve.wire.hosts import local_host_id
 
 log = logging.getLogger(__name__)
-
-MODEL_KNOWN_S = 120.0
-"""How long a gateway waits for the first worker: loading a large model takes its time."""
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
@@ -59,6 +65,14 @@ LEAVE_S = 15.0
 """After it has drained, for a process to end."""
 
 CALLS_MAX = 1000  # control calls at once to one replica
+
+_COMMON: Mapping[str, Any] = {
+    "health_check_period_s": HEALTH_PERIOD_S,
+    "health_check_timeout_s": HEALTH_TIMEOUT_S,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    "max_ongoing_requests": CALLS_MAX,
+    "logging_config": {"enable_access_log": False},  # of control calls; clients' are ours
+}
 
 
 def build(args: Mapping[str, Any] | None = None) -> serve.Application:
@@ -68,34 +82,73 @@ def build(args: Mapping[str, Any] | None = None) -> serve.Application:
         ConfigError: a key is unknown or a value does not fit; nothing has been started.
     """
     config = from_tree(dict(args or {}))
-    costs_of(config.router)  # what is wrong with a profile is said here, not in a replica
-    tree = to_tree(config)
-    common: dict[str, Any] = {
-        "health_check_period_s": HEALTH_PERIOD_S,
-        "health_check_timeout_s": HEALTH_TIMEOUT_S,
-        "graceful_shutdown_wait_loop_s": 0.1,
-        "max_ongoing_requests": CALLS_MAX,
-        "logging_config": {"enable_access_log": False},  # of control calls; clients' are ours
-    }
-    router = serve.deployment(
-        name="router",
-        num_replicas=config.router.replicas,
-        ray_actor_options=_front_options(config),
-        **common,
-    )(Router).bind(tree)
-    pools = [
-        serve.deployment(name=role.value, **_pool_options(pool, config), **common)(Worker).bind(
-            role.value, tree, router
-        )
-        for role, pool in _pools_of(config).items()
+    first, further = first_model(config), further_models(config)
+    router, *pools = _bound(first, "", list(further))
+    others = [
+        each
+        for name, one in further.items()
+        for each in _bound(one, deployment_suffix(name), list(further))
     ]
-    return serve.deployment(
+    tree = to_tree(first)
+    gateway = serve.deployment(
         name="gateway",
         num_replicas=config.gateway.replicas,
         ray_actor_options=_front_options(config),
         graceful_shutdown_timeout_s=config.drain_timeout_s + LEAVE_S,
-        **{**common, "max_ongoing_requests": config.gateway.streams_max},
-    )(serve.ingress()(Gateway)).bind(tree, router, *pools)
+        user_config={"models": {name: to_tree(one) for name, one in further.items()}},
+        **{**_COMMON, "max_ongoing_requests": config.gateway.streams_max},
+    )(serve.ingress()(Gateway))
+    return _versioned(gateway, tree).bind(tree, router, *pools, *others)
+
+
+def _bound(config: ClusterConfig, suffix: str, further: list[str]) -> list[Any]:
+    """A model's router and pools, in this order.
+
+    Args:
+        further: the models beside the first, now. No part of the version: a worker that began alone
+            goes on as it is when another model comes.
+    """
+    costs_of(config.router)  # what is wrong with a profile is said here, not in a replica
+    tree = to_tree(config)
+    deployment = serve.deployment(
+        name=f"router{suffix}",
+        num_replicas=config.router.replicas,
+        ray_actor_options=_front_options(config),
+        **_COMMON,
+    )(Router)
+    router = _versioned(deployment, tree).bind(tree)
+    pools = [
+        _versioned(
+            serve.deployment(
+                name=f"{role.value}{suffix}", **_pool_options(pool, config), **_COMMON
+            )(Worker),
+            tree,
+        ).bind(role.value, tree, router, further)
+        for role, pool in _pools_of(config).items()
+    ]
+    return [router, *pools]
+
+
+def _versioned(deployment: Any, tree: Mapping[str, Any]) -> Any:
+    """``deployment``, which Serve leaves alone until ``tree`` or this package's version changes.
+
+    Else ``serve.run`` replaces all replicas of an application, whatever has changed. Serve has the
+    notion for its own use (where a file was deployed, the digest of all ``args`` is the version of
+    all deployments); where it no longer takes it, everything is replaced as before.
+    """
+    text = json.dumps([_installed(), tree], sort_keys=True)
+    digest = hashlib.blake2s(text.encode(), digest_size=16).hexdigest()
+    with contextlib.suppress(TypeError, ValueError):
+        return deployment.options(version=digest, _internal=True)
+    return deployment
+
+
+def _installed() -> str:
+    """This package's version."""
+    try:
+        return metadata.version("pdserve")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "0+checkout"
 
 
 def _pools_of(config: ClusterConfig) -> dict[Role, PoolConfig]:
@@ -155,18 +208,19 @@ class Router:
     async def __init__(self, tree: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits
         start_logging()
         self._config = from_tree(tree)
-        app = serve.get_replica_context().app_name
+        context = serve.get_replica_context()
+        app, suffix = context.app_name, context.deployment.removeprefix("router")
         self._service = RouterService(
             self._config.router,
             host=local_host_id(),
             costs=costs_of(self._config.router),
-            register=RayTerms(app),
+            register=RayTerms(app + suffix),
             answer=self._answer,
         )
         self._scaler = Scaler(
             plan_of(self._config),
             observe=self._observed,
-            wake=lambda role: serve.get_deployment_handle(role.value, app).wake.remote(),
+            wake=lambda role: serve.get_deployment_handle(role + suffix, app).wake.remote(),
         )
         await self._service.start(
             directory_of(self._config),
@@ -250,10 +304,10 @@ class Worker:
     """The deployment of both pools; its replicas are the workers."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits
-        self, role: str, tree: dict[str, Any], router: DeploymentHandle
+        self, role: str, tree: dict[str, Any], router: DeploymentHandle, further: list[str]
     ) -> None:
         start_logging()
-        config = from_tree(tree)
+        config = replace(from_tree(tree), models={name: {} for name in further})
         pool = config.prefill if role == Role.PREFILL else config.decode
         set_threads(pool, alone=config.has_one_worker)
         if pool.nice:
@@ -261,7 +315,8 @@ class Worker:
         self._router = router
         self._config = config
         host, tcp_host, directory = local_host_id(), tcp_host_of(config), directory_of(config)
-        app = serve.get_replica_context().app_name
+        context = serve.get_replica_context()
+        app, self._suffix = context.app_name, context.deployment.removeprefix(role)
         place = place_of(ray.get_runtime_context().get_node_labels(), config.router)
         self._shell = WorkerShell(Role(role), config, host=host, place=place)
 
@@ -270,14 +325,14 @@ class Worker:
         await self._shell.start(
             directory,
             lambda block_bytes, codec: ensure_store(supervisor, block_bytes, codec),
-            lambda: _find_router(router),
+            lambda: find_router(router),
             find_masters=lambda: masters_by(supervisor),
             tcp_host=tcp_host,
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         wants: dict[str, int] = json.loads(await self._router.wants.remote())
-        metrics = {metric_of(pool): float(count) for pool, count in wants.items()}
+        metrics = {metric_of(pool + self._suffix): float(n) for pool, n in wants.items()}
         if (own := wants.get(self._shell.role.value)) is not None:
             metrics[METRIC] = float(own)
         return metrics
@@ -299,24 +354,28 @@ class Gateway:
         self, tree: dict[str, Any], router: DeploymentHandle, *_pools: DeploymentHandle
     ) -> None:
         from pdserve.cluster.front import Front
+        from pdserve.cluster.opening import FurtherModels, control_of, open_session
         from pdserve.cluster.tracing import start_tracing
 
         start_logging()
         start_tracing()
         config = from_tree(tree)
-        self._session = await _open_session(config, router)
+        self._session = await open_session(config, router)
+        control = control_of(router)
         self._front = Front(
             self._session,
             config,
-            snapshot=_asking(router.snapshot),
-            recording=_asking(router.recording),
-            assign=router.assign.remote,
-            operations={
-                "/cluster/autoscaling": _asking(router.scaling),
-                "/cluster/autoscaling/observations": _asking(router.observations),
-            },
+            snapshot=control.snapshot,
+            recording=control.recording,
+            assign=control.assign,
+            operations=control.operations,
         )
+        self._further = FurtherModels(self._front, serve.get_replica_context().app_name)
         await self._front.start()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Which models there are beside the first; Serve calls it at the start and at changes."""
+        await self._further.want(user_config["models"])
 
     async def addresses(self) -> str:
         """Where this gateway listens: JSON of {"http": port, "grpc": port}."""
@@ -327,69 +386,8 @@ class Gateway:
 
     async def __del__(self) -> None:
         await self._front.stop()
+        await self._further.close()
         await self._session.close()
-
-
-async def _open_session(config: ClusterConfig, router: DeploymentHandle) -> GatewaySession:
-    from pdserve.model.adapter_files import locate_adapters
-    from pdserve.model.families.registry import read_architecture
-    from pdserve.model.source import locate
-    from pdserve.text.tokenizer import load_tokenizer
-
-    files = await asyncio.to_thread(locate, config.model)
-    architecture = await asyncio.to_thread(read_architecture, files)
-    tokenizer = await asyncio.to_thread(load_tokenizer, files.path)
-    adapters = await asyncio.to_thread(locate_adapters, config.model, files.name)
-    served = Served(
-        name=config.model.served_name or files.name,
-        context_tokens=min(
-            architecture.context_tokens, config.model.context_tokens or architecture.context_tokens
-        ),
-        namespace=bytes.fromhex(await _namespace(router)),
-        block_tokens=config.model.block_tokens,
-        streams_max=config.gateway.streams_max,
-        adapters={adapter.name: adapter.digest for adapter in adapters},
-    )
-    session = GatewaySession(served, tokenizer, host=local_host_id())
-    await session.start(
-        directory_of(config),
-        lambda: _find_router(router),
-        tcp_host=tcp_host_of(config),
-        silence_s=config.router.router_silence_ms / 1000,
-        credentials=credentials_of(config.store),
-    )
-    return session
-
-
-async def _namespace(router: DeploymentHandle) -> str:
-    async with asyncio.timeout(MODEL_KNOWN_S):
-        while True:
-            with contextlib.suppress(ray.exceptions.RayError):  # no router leads at this moment
-                if namespace := await router.namespace.remote():
-                    return str(namespace)
-            await asyncio.sleep(0.25)
-
-
-def _asking(method: Any) -> Any:
-    """A call of a method of the router's replica, which answers in JSON."""
-
-    async def ask() -> dict[str, Any]:
-        try:
-            tree: dict[str, Any] = json.loads(await method.remote())
-        except ray.exceptions.RayError as error:
-            raise StoreUnavailable(f"the router's replica does not answer: {error}") from error
-        return tree
-
-    return ask
-
-
-async def _find_router(router: DeploymentHandle) -> Address:
-    try:
-        async with asyncio.timeout(5.0):
-            host, unix_path, tcp = await router.address.remote()
-    except ray.exceptions.RayError as error:
-        raise StoreUnavailable(f"the router's replica does not answer: {error}") from error
-    return Address(HostId(host), unix_path, tcp)
 
 
 def _plain(address: Address) -> tuple[str, str, str]:
@@ -403,28 +401,3 @@ def costs_of(settings: RouterConfig) -> CostModel | None:
     from pdserve.cluster.profiles import load_profile
 
     return load_profile(settings.profile)
-
-
-def sockets_directory(config: ClusterConfig) -> Path:
-    """Where this host's sockets are, once there are any."""
-    default = Path(tempfile.gettempdir()) / f"pdserve-{os.getuid()}"
-    return Path(config.directory) if config.directory else default
-
-
-def directory_of(config: ClusterConfig) -> Path:
-    """The same directory, made on first use, for this user alone."""
-    directory = sockets_directory(config)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise ConfigError(f"directory is {directory}, which belongs to somebody else; set another")
-    return directory
-
-
-def place_of(labels: Mapping[str, str], settings: RouterConfig) -> tuple[str, ...]:
-    """Where a host with these Ray labels is, coarse to fine; empty where nobody asks."""
-    names = filter(None, map(str.strip, settings.topology_labels.split(",")))
-    return tuple(labels.get(name, "") for name in names)
-
-
-def tcp_host_of(config: ClusterConfig) -> str | None:
-    return ray.util.get_node_ip_address() if config.tcp else None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pdserve.cluster.kv_cli import DEFAULT_URL, Url
+from pdserve.cluster.kv_cli import DEFAULT_URL, OfModel, Url
 
 app = typer.Typer(help="How many workers the pools have, and why.", no_args_is_help=True)
 
@@ -34,6 +34,7 @@ def explain(
     save: Annotated[
         Path | None, typer.Option(help="Write what the autoscaler has seen to a new file.")
     ] = None,
+    model: OfModel = None,
     config: Annotated[str | None, typer.Option(help="A CONFIG.yaml, for --dry-run.")] = None,
     assignments: Assignments = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -42,8 +43,8 @@ def explain(
     from pdserve.cluster import autoscaler_command as command
 
     if dry_run or observations is not None:
-        command.dry_run(url, observations, config, assignments or [], as_json=as_json)
+        command.dry_run(url, observations, config, assignments or [], as_json=as_json, model=model)
     elif save is not None:
-        command.save(url, save)
+        command.save(url, save, model)
     else:
-        command.explain(url, as_json=as_json)
+        command.explain(url, as_json=as_json, model=model)

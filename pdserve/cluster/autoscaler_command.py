@@ -16,11 +16,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pdserve.cluster.http_client import get_json
+from pdserve.cluster.http_client import get_json, of_model
 from pdserve.cluster.scaler import plan_of, replayed
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
-from pdserve.settings import load
+from pdserve.settings import further_models, load
 
 PATH = "/cluster/autoscaling"
 OBSERVATIONS_PATH = f"{PATH}/observations"
@@ -29,20 +29,20 @@ SHOWN_MAX = 20
 """Changes, the latest ones."""
 
 
-def explain(url: str, *, as_json: bool) -> None:
-    said = get_json(url, PATH)
+def explain(url: str, *, as_json: bool, model: str | None = None) -> None:
+    said = get_json(url, of_model(PATH, model))
     if as_json:
         print(json.dumps(said, indent=2))
     else:
         Console(highlight=False).print(render(said))
 
 
-def save(url: str, file: Path) -> None:
+def save(url: str, file: Path, model: str | None = None) -> None:
     """
     Raises:
         ConfigError: the file exists, or cannot be written.
     """
-    text = json.dumps(get_json(url, OBSERVATIONS_PATH))
+    text = json.dumps(get_json(url, of_model(OBSERVATIONS_PATH, model)))
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(text + "\n")
@@ -59,15 +59,18 @@ def dry_run(
     assignments: Sequence[str],
     *,
     as_json: bool,
+    model: str | None = None,
 ) -> None:
-    """
+    """By the policy of ``model``, where the settings have several.
+
     Raises:
         ConfigError: the file is no recording of observations, or a setting does not fit.
     """
     settings: ClusterConfig = load(
         None if config is None else Path(config), assignments=assignments
     )
-    seen = get_json(url, OBSERVATIONS_PATH) if file is None else _read(file)
+    settings = further_models(settings).get(model or "", settings)
+    seen = get_json(url, of_model(OBSERVATIONS_PATH, model)) if file is None else _read(file)
     try:
         observations = list(seen["observations"])
         changes = [asdict(one) for one in replayed(plan_of(settings), observations)]

@@ -32,6 +32,7 @@ class Call:
     skip_special_tokens: bool = True
     include_stop_string: bool = False
     prompt_field: str = "messages"  # what to name when the prompt does not fit
+    model: str = ""  # whose session has it; nothing is the first model of the gateway
     adapter: str | None = None  # by its name; None: the base model
     beams: Beams | None = None  # search for the choices, instead of drawing each
     best_of: int | None = None  # draw so many, give the ``n`` likeliest; None: draw ``n``

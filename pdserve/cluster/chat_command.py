@@ -18,14 +18,22 @@ class Answer:
     timing: dict[str, Any]  # the cluster's own account
 
 
-def ask(url: str, messages: list[dict[str, str]], *, temperature: float, max_tokens: int) -> Answer:
-    """Streams one answer to the terminal."""
+def ask(
+    url: str,
+    messages: list[dict[str, str]],
+    *,
+    temperature: float,
+    max_tokens: int,
+    model: str | None = None,
+) -> Answer:
+    """Streams one answer to the terminal; ``model`` None is the cluster's first."""
     begun = time.monotonic()
     first: float | None = None
     parts: list[str] = []
     timing: dict[str, Any] = {}
     completion_tokens = 0
     body = {
+        "model": model,
         "messages": messages,
         "temperature": temperature,
         "max_tokens": max_tokens,
@@ -57,7 +65,14 @@ def ask(url: str, messages: list[dict[str, str]], *, temperature: float, max_tok
     )
 
 
-def dialogue(url: str, message: str | None, *, temperature: float, max_tokens: int) -> None:
+def dialogue(
+    url: str,
+    message: str | None,
+    *,
+    temperature: float,
+    max_tokens: int,
+    model: str | None = None,
+) -> None:
     """One message, or a conversation until end of input."""
     messages: list[dict[str, str]] = []
     for _ in range(TURNS_MAX):
@@ -65,7 +80,7 @@ def dialogue(url: str, message: str | None, *, temperature: float, max_tokens: i
         if text is None:
             return
         messages.append({"role": "user", "content": text})
-        answer = ask(url, messages, temperature=temperature, max_tokens=max_tokens)
+        answer = ask(url, messages, temperature=temperature, max_tokens=max_tokens, model=model)
         messages.append({"role": "assistant", "content": answer.text})
         if message is not None:
             return

@@ -1,12 +1,13 @@
-"""The command line: ``pdserve serve | chat | status | top | doctor | chaos | keys | config |
-autoscaler | role | kv | support-bundle``, once ``compile`` and ``completion``; for planning
-``profile | record | simulate | plan``.
+"""The command line: ``pdserve serve | deploy | chat | status | top | doctor | chaos | keys |
+config | autoscaler | role | kv | support-bundle``, once ``compile`` and ``completion``; for
+planning ``profile | record | simulate | plan``.
 
 Nothing heavy is imported up here: ``pdserve --help`` loads neither Ray nor torch.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pdserve.cluster.autoscaler_cli import app as autoscaler_app
 from pdserve.cluster.config_command import app as config_app
 from pdserve.cluster.helping_cli import completion, support_bundle
 from pdserve.cluster.keys_command import app as keys_app
-from pdserve.cluster.kv_cli import DEFAULT_URL, Url, kv
+from pdserve.cluster.kv_cli import DEFAULT_URL, OfModel, Url, kv
 from pdserve.cluster.vllm_flags import NOTES, ServeCommand
 from pdserve.errors import ConfigError, PdserveError
 
@@ -50,6 +51,10 @@ def serve(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: part.field=value.")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="One more model beside it, under this name."),
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster; default: one of our own.")
     ] = None,
@@ -68,11 +73,25 @@ def serve(
         "gateway.grpc_port": grpc_port,
     }
     run(
-        _config(model, flags, assignments or []),
+        _config(model, flags, assignments or [], also=also or ()),
         ray_address=address,
         first_chat=first_chat,
         notes=context.meta[NOTES],
     )
+
+
+@app.command()
+def deploy(
+    config: Annotated[str, typer.Argument(help="A CONFIG.yaml, with all models.")],
+    address: Annotated[str, typer.Option(help="The Ray cluster's.")] = "auto",
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: part.field=value.")
+    ] = None,
+) -> None:
+    """Put it on a running Ray cluster, or change what runs there; what stays as it is goes on."""
+    from pdserve.cluster.deploy_command import deploy as put
+
+    put(_config(config, {}, assignments or []), ray_address=address)
 
 
 @app.command()
@@ -83,21 +102,24 @@ def chat(
     url: Url = DEFAULT_URL,
     temperature: Annotated[float, typer.Option()] = 0.0,
     max_tokens: Annotated[int, typer.Option()] = 512,
+    model: OfModel = None,
 ) -> None:
     """Talk to a running cluster."""
     from pdserve.cluster.chat_command import dialogue
 
-    dialogue(url, message, temperature=temperature, max_tokens=max_tokens)
+    dialogue(url, message, temperature=temperature, max_tokens=max_tokens, model=model)
 
 
 @app.command()
 def status(
-    url: Url = DEFAULT_URL, as_json: Annotated[bool, typer.Option("--json")] = False
+    url: Url = DEFAULT_URL,
+    model: OfModel = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Show workers, queues and counters once."""
     from pdserve.cluster.status_command import fetch, render
 
-    snapshot = fetch(url)
+    snapshot = fetch(url, model)
     if as_json:
         print(json.dumps(snapshot, indent=2))
     else:
@@ -177,11 +199,12 @@ def record(
     file: Annotated[Path, typer.Argument(help="A new file; lengths and times, never text.")],
     url: Url = DEFAULT_URL,
     seconds: Annotated[float | None, typer.Option(help="Default: until Ctrl-C.")] = None,
+    model: OfModel = None,
 ) -> None:
     """Record what arrives at a running cluster, as a trace to simulate."""
     from pdserve.cluster.record_command import record as fetch
 
-    fetch(url, file, seconds=seconds)
+    fetch(url, file, seconds=seconds, model=model)
 
 
 @app.command()
@@ -309,14 +332,16 @@ def version() -> None:
     print(installed("pdserve"))
 
 
-def _config(model: str | None, flags: dict[str, Any], assignments: list[str]) -> Any:
+def _config(
+    model: str | None, flags: dict[str, Any], assignments: list[str], *, also: Sequence[str] = ()
+) -> Any:
     from pdserve.settings import load
 
     file = Path(model) if model is not None and model.endswith((".yaml", ".yml")) else None
     given = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     if model is not None and file is None:
         given.insert(0, f"model.source={json.dumps(model)}")
-    return load(file, assignments=[*given, *assignments])
+    return load(file, assignments=[*given, *assignments], also=also)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pdserve.cluster.app import sockets_directory
+from pdserve.cluster.places import sockets_directory
 from pdserve.cluster.splitting import check_parts
 from pdserve.config import ClusterConfig, GiB
 from pdserve.errors import ConfigError

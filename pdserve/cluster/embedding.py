@@ -44,6 +44,7 @@ def pooling_call(
     tenant: str,
     service_class: ServiceClass,
     deadline_unix_ms: int,
+    model: str = "",
     adapter: str | None = None,
     retries: int = 0,
 ) -> Call:
@@ -64,6 +65,7 @@ def pooling_call(
         service_class=service_class,
         deadline_unix_ms=deadline_unix_ms,
         prompt_field=prompt_field,
+        model=model,
         adapter=adapter,
         retries=retries,
         task=task,

@@ -7,7 +7,7 @@ them (``SO_REUSEPORT``).
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.audit import Audit, AuditFile
 from pdserve.cluster.certificates import grpc_credentials
 from pdserve.cluster.draining import Seen, left_ns
-from pdserve.cluster.http.app import Assign, create_app
+from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.server import HttpServer
+from pdserve.cluster.http.vllm_metrics import VllmMetrics
+from pdserve.cluster.models import Ask, Assign, Control, Controls, Models
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.quota_exchange import exchange_for_ever
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
 from pdserve.cluster.session import GatewaySession
 from pdserve.cluster.store_metrics import master_of, render, reports_of
-from pdserve.config import ClusterConfig
+from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import GatewayLeaving
 from pdserve.kvstore.security import credentials_of
 from pdserve.kvstore.shared_counts import SharedCounts
@@ -42,8 +44,6 @@ END_S = 2.0
 ELSEWHERE_MS = 1000
 """When who is cut off should ask again; clients' libraries wait that long of themselves."""
 
-Snapshot = Callable[[], Awaitable[dict[str, Any]]]
-
 
 class Front:
     def __init__(
@@ -51,9 +51,9 @@ class Front:
         session: GatewaySession,
         config: ClusterConfig,
         *,
-        snapshot: Snapshot,
-        recording: Snapshot,
-        operations: Mapping[str, Snapshot] | None = None,
+        snapshot: Ask,
+        recording: Ask,
+        operations: Mapping[str, Ask] | None = None,
         assign: Assign | None = None,
     ) -> None:
         """
@@ -62,7 +62,12 @@ class Front:
             assign: gives a worker another role.
         """
         self._session = session
+        self._sessions = {session.model_name: session}  # of all models
         self._config = config.gateway
+        self._models = Models(session, config.gateway)
+        self._controls = Controls(
+            session.model_name, Control(snapshot, recording, operations or {}, assign)
+        )
         keys = config.gateway.api_keys
         self._doorkeeper = Doorkeeper(
             None if keys is None else Path(keys), audit=_audit_of(config.gateway.access)
@@ -72,14 +77,16 @@ class Front:
         self.app: FastAPI = create_app(
             session,
             config=config.gateway,
-            snapshot=snapshot,
+            snapshot=self._controls.snapshot,
             recording=recording,
             operations=operations,
-            assign=assign,
+            assign=None if assign is None else self._controls.assign,
             doorkeeper=self._doorkeeper,
             stores=self._store_figures,
+            models=self._models,
+            controls=self._controls,
         )
-        session.pinning = self._pinning = Pinning(snapshot, self._store_credentials)
+        session.pinning = self._pinning = Pinning(self._controls.snapshot, self._store_credentials)
         redis = config.gateway.access.quota_redis
         self._counts = None if redis is None else SharedCounts(redis)
         self._exchanging: asyncio.Task[None] | None = None
@@ -88,6 +95,28 @@ class Front:
         self._grpc: GrpcServer | None = None
         self._http: HttpServer | None = None
         self._drain_s = config.drain_timeout_s
+
+    def add_model(self, session: GatewaySession, config: GatewayConfig, control: Control) -> None:
+        """Serves one more model from now on.
+
+        Args:
+            config: the gateway's settings, with how this model's texts are read.
+
+        Raises:
+            ConfigError: there is a model of this name, or of an adapter's.
+        """
+        self._models.add(session, config)
+        self._sessions[session.model_name] = session
+        self._controls.add(session.model_name, control)
+        self.app.state.metrics.add_model(VllmMetrics(session.model_name, session.context_tokens))
+        session.pinning = self._pinning
+
+    def remove_model(self, name: str) -> None:
+        """Nobody finds it from now on; what runs goes on."""
+        self._models.remove(name)
+        del self._sessions[name]
+        self._controls.remove(name)
+        self.app.state.metrics.remove_model(name)
 
     async def start(self) -> None:
         """Raises ConfigError where a port is taken by somebody else."""
@@ -107,6 +136,7 @@ class Front:
                 metrics=self.app.state.metrics,
                 credentials=grpc_credentials(self._config),
                 doorkeeper=self._doorkeeper,
+                models=self._models,
             )
             self.ports["grpc"] = self._grpc.port
 
@@ -114,7 +144,7 @@ class Front:
         """Takes no new connection, finishes what it has for as long as ``draining`` allows, and
         ends the rest with an error that says so."""
         if not await self._drain():
-            log.warning("this gateway leaves with %d requests", self._session.in_flight)
+            log.warning("this gateway leaves with %d requests", self._in_flight)
         gone = GatewayLeaving(
             f"this gateway ends, and the request was not done within {self._drain_s:g} s or "
             "without a router; send it again, to any other one",
@@ -122,7 +152,8 @@ class Front:
         )
         if self._http is not None:
             self._http.refuse(gone)
-        self._session.end_all(gone)
+        for session in self._sessions.values():
+            session.end_all(gone)
         if self._grpc is not None:
             await self._grpc.stop(grace_s=END_S)
         if self._http is not None:
@@ -133,6 +164,10 @@ class Front:
         if self._exchanging is not None and self._counts is not None:
             self._exchanging.cancel()
             await self._counts.close()
+
+    @property
+    def _in_flight(self) -> int:
+        return sum(session.in_flight for session in self._sessions.values())
 
     async def _drain(self) -> bool:
         """Whether everything was done in its time."""
@@ -146,11 +181,12 @@ class Front:
         while True:
             now_ns = monotonic()
             is_busy = (
-                self._session.in_flight > 0
+                self._in_flight > 0
                 or not all(parting.done() for parting in partings)
                 or (http is not None and http.is_busy)
             )
-            led_ns = now_ns if self._session.has_router else led_ns
+            is_led = any(session.has_router for session in self._sessions.values())
+            led_ns = now_ns if is_led else led_ns
             busy_ns = now_ns if is_busy else busy_ns
             has_connections = http is not None and http.has_connections
             seen = Seen(asked_ns, led_ns, busy_ns, is_busy, has_connections)

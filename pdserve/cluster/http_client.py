@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.wire.tls import public_context
@@ -39,6 +39,11 @@ def get_text(url: str, path: str, *, timeout_s: float = 5.0, bytes_max: int = 16
     if response.status != 200:
         raise PdserveError(_refusal(body))
     return body
+
+
+def of_model(path: str, model: str | None) -> str:
+    """``path``, asked of one model's router where there are several."""
+    return path if model is None else f"{path}?model={quote(model, safe='')}"
 
 
 def post_json(url: str, path: str, body: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option(help="Where the gateway listens.")]
+OfModel = Annotated[str | None, typer.Option("--model", help="Which, where there are several.")]
 Nodes = Annotated[
     list[str] | None,
     typer.Option("--node", help="A store node's Unix socket or host:port, instead of the gateway."),

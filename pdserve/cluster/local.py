@@ -103,7 +103,15 @@ def _restore(handlers: Mapping[signal.Signals, object]) -> None:
                 signal.signal(number, handler)
 
 
-def _run(config: ClusterConfig, directory: Path) -> LocalCluster:
+def application_started(config: ClusterConfig) -> dict[str, int]:
+    """Runs the application on the Ray of this process, or changes it to ``config`` where it runs.
+
+    Returns:
+        the ports of a gateway, by protocol.
+
+    Raises:
+        ConfigError: it does not start; the message carries the worker's own words.
+    """
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -113,7 +121,13 @@ def _run(config: ClusterConfig, directory: Path) -> LocalCluster:
         serve.run(build(to_tree(config)), name=APP, route_prefix="/")
     except (RuntimeError, RayServeException) as error:
         raise ConfigError(f"the cluster did not start: {_reason(error)}") from error
-    ports = json.loads(serve.get_app_handle(APP).addresses.remote().result(timeout_s=10))
+    text = serve.get_app_handle(APP).addresses.remote().result(timeout_s=10)
+    ports: dict[str, int] = json.loads(text)
+    return ports
+
+
+def _run(config: ClusterConfig, directory: Path) -> LocalCluster:
+    ports = application_started(config)
     host = config.gateway.host
     scheme = "http" if config.gateway.tls_certificate is None else "https"
     return LocalCluster(

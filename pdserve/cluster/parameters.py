@@ -115,6 +115,7 @@ def call_of(
     default_max_tokens: int | None,
     deadline_unix_ms: int,
     retries: int = 0,
+    model: str = "",
     adapter: str | None = None,
     tenant: str | None = None,
     stream: bool = False,
@@ -122,6 +123,7 @@ def call_of(
     """The call that a client's parameters and one prompt make.
 
     Args:
+        model: as ``Call.model``.
         tenant: whose key was sent; it counts, whatever ``user`` says.
         stream: the answer is to be told while it comes; a beam search and ``best_of`` cannot be.
 
@@ -161,6 +163,7 @@ def call_of(
         skip_special_tokens=parameters.skip_special_tokens is not False,
         include_stop_string=bool(parameters.include_stop_str_in_output),
         prompt_field=prompt_field,
+        model=model,
         adapter=adapter,
         beams=beams,
         best_of=best_of,
@@ -179,11 +182,16 @@ def check_model(model: str | None, session: Session) -> str | None:
         return None
     if model in session.adapters:
         return model
+    check_name(model)
+    raise UnknownModel(model, session.model_name, *session.adapters)
+
+
+def check_name(model: str) -> None:
+    """Raises InvalidField where it is too long to be a model's name, and to be repeated."""
     if len(model) > MODEL_CHARACTERS_MAX:
         raise InvalidField(
             "model", f"has {len(model)} characters, at most {MODEL_CHARACTERS_MAX} are allowed"
         )
-    raise UnknownModel(model, session.model_name, *session.adapters)
 
 
 def choice_count(parameters: Parameters, limits: Limits) -> int:

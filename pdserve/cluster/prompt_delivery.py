@@ -84,3 +84,25 @@ class PromptDelivery:
                 vector=self._vector,
             )
         ]
+
+
+def with_task(piece: Piece, task: PromptDelivery | None) -> Piece:
+    """``piece`` of a choice, with what its prompt took before it began: the blocks that it found
+    cached then were computed for it."""
+    spent = task.timing if task else None
+    if spent is None or piece.timing is None or piece.timing is spent:
+        return piece
+    return replace(piece, timing=_together(spent, piece.timing))
+
+
+def _together(first: Timing, then: Timing) -> Timing:
+    """Two requests of one call, one after the other."""
+    return replace(
+        then,
+        queued_us=first.queued_us + then.queued_us,
+        prefill_us=first.prefill_us + then.prefill_us,
+        step_us=first.step_us + then.step_us,
+        cached_tokens=first.cached_tokens,
+        preempted_count=first.preempted_count + then.preempted_count,
+        decisions=first.decisions + then.decisions,
+    )

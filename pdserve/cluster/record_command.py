@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from pdserve.cluster.http_client import get_json
+from pdserve.cluster.http_client import get_json, of_model
 from pdserve.errors import ConfigError
 
 EVERY_S = 0.5
@@ -22,8 +22,8 @@ PATH = "/cluster/recording"
 """Answers ``{"recording": name, "lines": […], "lost": count}``; the first call begins one."""
 
 
-def record(url: str, file: Path, *, seconds: float | None = None) -> None:
-    """Until Ctrl-C, or for so long.
+def record(url: str, file: Path, *, seconds: float | None = None, model: str | None = None) -> None:
+    """Until Ctrl-C, or for so long; what arrives for one model, the first unless one is named.
 
     Raises:
         ConfigError: the file exists, or cannot be written, or nothing answers at ``url``.
@@ -33,7 +33,7 @@ def record(url: str, file: Path, *, seconds: float | None = None) -> None:
     try:
         with file.open("x", encoding="utf-8") as out, contextlib.suppress(KeyboardInterrupt):
             console.print(f"recording {url} to {file}; Ctrl-C ends it")
-            _fetch_all(lambda: get_json(url, PATH), out, until_s)
+            _fetch_all(lambda: get_json(url, of_model(PATH, model)), out, until_s)
     except FileExistsError:
         raise ConfigError(f"{file} is there already; name another file") from None
     except OSError as error:

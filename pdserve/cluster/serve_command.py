@@ -43,6 +43,8 @@ def run(
     workers = f"{config.prefill.replicas} prefill and {config.decode.replicas} decode workers"
     if config.router.mode == "aggregated":
         workers = f"{config.decode.replicas} workers that do both"
+    if config.models:
+        workers += f", and as many further ones as {', '.join(config.models)} say"
     console.print(
         f"pdserve: {config.model.source}, {workers}; the first start takes about "
         f"{START_S_TYPICAL} s on two cores"

@@ -37,7 +37,7 @@ from pdserve.cluster.delivery import BeamDelivery, Delivery
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.poison import Suspicion
-from pdserve.cluster.prompt_delivery import PromptDelivery
+from pdserve.cluster.prompt_delivery import PromptDelivery, with_task
 from pdserve.errors import (
     CapacityError,
     DeadlineExceeded,
@@ -60,7 +60,6 @@ from pdserve.messages import (
     Sampling,
     Stop,
     Submit,
-    Timing,
     TokenBatch,
     TokenDelta,
 )
@@ -208,7 +207,7 @@ class GatewaySession:
                     if has_begun and 0 < running.started_count < call.request_count:
                         self._begin(running, call.request_count)
                     open_count -= sum(piece.finish is not None for piece in pieces)
-                    yield [_with_task(piece, running.task) for piece in pieces]
+                    yield [with_task(piece, running.task) for piece in pieces]
                     if len(pieces) == BURST_MAX:  # the next one may be there already
                         await asyncio.sleep(0)
                 if error is not None and open_count:
@@ -453,28 +452,6 @@ def _pieces(delivery: AnyDelivery, delta: TokenDelta | PromptDelta) -> list[Piec
     if isinstance(delta, TokenDelta):
         return delivery.on_delta(delta)
     return delivery.on_prompt(delta) if isinstance(delivery, PromptDelivery) else []
-
-
-def _with_task(piece: Piece, task: PromptDelivery | None) -> Piece:
-    """``piece`` of a choice, with what its prompt took before it began: the blocks that it found
-    cached then were computed for it."""
-    spent = task.timing if task else None
-    if spent is None or piece.timing is None or piece.timing is spent:
-        return piece
-    return replace(piece, timing=together(spent, piece.timing))
-
-
-def together(first: Timing, then: Timing) -> Timing:
-    """Two requests of one call, one after the other."""
-    return replace(
-        then,
-        queued_us=first.queued_us + then.queued_us,
-        prefill_us=first.prefill_us + then.prefill_us,
-        step_us=first.step_us + then.step_us,
-        cached_tokens=first.cached_tokens,
-        preempted_count=first.preempted_count + then.preempted_count,
-        decisions=first.decisions + then.decisions,
-    )
 
 
 async def _ready(running: _Running) -> tuple[list[Piece], PdserveError | None]:

@@ -7,21 +7,25 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pdserve.cluster.http_client import get_json
+from pdserve.cluster.http_client import get_json, of_model
 
 
-def fetch(url: str) -> dict[str, Any]:
-    """The router's snapshot, through the gateway."""
-    snapshot: dict[str, Any] = get_json(url, "/cluster/status")
+def fetch(url: str, model: str | None = None) -> dict[str, Any]:
+    """The router's snapshot, through the gateway; of all models together unless one is named."""
+    snapshot: dict[str, Any] = get_json(url, of_model("/cluster/status", model))
     return snapshot
 
 
 def render(snapshot: dict[str, Any]) -> Group:
+    models = snapshot.get("models", {})
     workers = Table(box=None, pad_edge=False)
+    if models:
+        workers.add_column("model")
     for column in ("worker", "role", "pid", "running", "waiting", "blocks free", "state"):
         workers.add_column(column, justify="left" if column in ("worker", "role") else "right")
     for worker in snapshot["workers"]:
         workers.add_row(
+            *([worker["model"]] if models else ()),
             worker["worker"],
             worker["role"],
             str(worker["pid"]),
@@ -30,17 +34,21 @@ def render(snapshot: dict[str, Any]) -> Group:
             f"{worker['free_blocks']} of {worker['block_count']}",
             _state(worker),
         )
-    levels = " ".join(str(count) for count in snapshot["queue_lengths"])
-    queue = Text(
-        f"queue by level  {levels}   oldest {snapshot['oldest_wait_ms']} ms   "
-        f"parked {snapshot['parked']}"
-    )
+    lines = [_queue("queue by level ", snapshot)]
+    for name, figures in models.items():
+        lines.append(_queue(f"  of {name}", figures) if figures else f"  of {name}: no answer")
+    queue = Text("\n".join(lines))
     router = snapshot.get("router", {})
     leads = Text("router           " + "   ".join(f"{name} {n}" for name, n in router.items()))
     counters = Table(box=None, pad_edge=False, show_header=False)
     for name, value in sorted(snapshot["counters"].items()):
         counters.add_row(name, str(value))
     return Group(workers, Text(), queue, leads, Text(), counters)
+
+
+def _queue(head: str, snapshot: Mapping[str, Any]) -> str:
+    levels = " ".join(str(count) for count in snapshot["queue_lengths"])
+    return f"{head} {levels}   oldest {snapshot['oldest_wait_ms']} ms   parked {snapshot['parked']}"
 
 
 def _state(worker: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.cluster.front import Front
+from pdserve.cluster.models import Control
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.terms import MemoryTerms
@@ -37,14 +38,28 @@ START_S = 120.0
 class InProcessCluster:
     """All methods are called from the test's thread."""
 
-    def __init__(self, config: ClusterConfig, directory: Path, model: Path) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        directory: Path,
+        model: Path,
+        *,
+        name: str = "small",
+        beside: "InProcessCluster | None" = None,
+    ) -> None:
+        """``beside``: whose gateway and event loop serve this model too; it is closed after it."""
+        self.name = name
+        self._beside = beside
         self.config = config
         self._directory = directory
         self._model = model
         self._node: Node | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop = (
+            asyncio.new_event_loop() if beside is None else beside._loop
+        )
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
+        if beside is None:
+            self._thread.start()
         self.workers: dict[str, WorkerShell] = {}
         self.router: RouterService
         self.session: GatewaySession
@@ -88,9 +103,10 @@ class InProcessCluster:
 
     def close(self) -> None:
         self.do(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(START_S)
-        self._loop.close()
+        if self._beside is None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(START_S)
+            self._loop.close()
         if self._node is not None:
             self._node.process.kill()
             self._node.process.wait(START_S)
@@ -121,7 +137,7 @@ class InProcessCluster:
         hello = self.router.hello
         assert hello is not None
         served = Served(
-            name="small",
+            name=self.name,
             context_tokens=8192,
             namespace=bytes.fromhex(hello.namespace),
             block_tokens=hello.block_tokens,
@@ -134,6 +150,10 @@ class InProcessCluster:
         async def snapshot() -> dict[str, Any]:
             return asdict(self.router.snapshot())
 
+        if self._beside is not None:
+            self.front = self._beside.front
+            self.front.add_model(self.session, self.config.gateway, Control(snapshot, snapshot))
+            return
         self.front = Front(self.session, self.config, snapshot=snapshot, recording=snapshot)
         await self.front.start()
 
@@ -148,7 +168,10 @@ class InProcessCluster:
         return self._node.address
 
     async def _close(self) -> None:
-        await self.front.stop()
+        if self._beside is None:
+            await self.front.stop()
+        else:
+            self.front.remove_model(self.name)
         await self.session.close()
         for shell in self.workers.values():
             with contextlib.suppress(TimeoutError):
@@ -158,8 +181,16 @@ class InProcessCluster:
 
 
 @contextlib.contextmanager
-def in_process(config: ClusterConfig, directory: Path, model: Path) -> Iterator[InProcessCluster]:
-    cluster = InProcessCluster(config, directory, model)
+def in_process(
+    config: ClusterConfig,
+    directory: Path,
+    model: Path,
+    *,
+    name: str = "small",
+    beside: InProcessCluster | None = None,
+) -> Iterator[InProcessCluster]:
+    """Arguments are those of ``InProcessCluster``."""
+    cluster = InProcessCluster(config, directory, model, name=name, beside=beside)
     try:
         yield cluster
     finally:

@@ -69,6 +69,7 @@ def test_all_workers_cut_the_model_alike(prefill: int, decode: int, mode: str, p
 def test_a_worker_of_several_processes_has_no_core_to_itself() -> None:
     tree = {"router": {"mode": "aggregated"}}
     assert from_tree(tree).has_one_worker
+    assert not from_tree({**tree, "models": {"b": {}}}).has_one_worker
     assert not from_tree({**tree, "decode": {"tensor_parallel": 2}}).has_one_worker
 
 
@@ -80,7 +81,7 @@ def test_a_worker_of_several_processes_has_no_core_to_itself() -> None:
             {"prefill": {"chunk_token": 1}},
             "unknown key 'prefill.chunk_token'; did you mean 'chunk_tokens'?",
         ),
-        ({"qqqq": 1}, "unknown key 'qqqq'; known: model, prefill"),
+        ({"qqqq": 1}, "unknown key 'qqqq'; known: model, models, prefill"),
         ({"prefill": 3}, "prefill must be a mapping, not 3"),
         ({"store": {"tenant_shares": {"a": 0}}}, "tenant_shares.a is 0.0, must be positive"),
         ({"store": {"hard_pin_ratio": 1}}, "hard_pin_ratio is 1.0, must be in [0, 0.9]"),

@@ -83,7 +83,7 @@ function workerCard() {
   const card = make("div", { className: "worker" }, make("p", {}, name, state), bars, actions);
   card.update = ({ worker, mode, role }) => {
     const used = worker.block_count - worker.free_blocks;
-    name.textContent = worker.worker;
+    name.textContent = worker.model ? `${worker.worker} (${worker.model})` : worker.worker;
     const does = worker.draining ? "leaves, " : worker.duty === "none" ? "drained, " : "";
     state.textContent = `${does}${worker.running} run, ${worker.waiting} wait`;
     bars.replaceChildren(
@@ -106,7 +106,7 @@ function workerCard() {
 
 function showPool(status, role) {
   const workers = status.workers.filter((each) => each.role === role);
-  keyed($(role), workers.map((worker) => ({ worker, mode: status.mode, role })), (each) => each.worker.worker, workerCard,
+  keyed($(role), workers.map((worker) => ({ worker, mode: (status.models?.[worker.model] ?? status).mode, role })), (each) => each.worker.worker, workerCard,
     () => make("p", { className: "quiet" }, "no worker of this kind"));
 }
 
@@ -262,14 +262,21 @@ function say(text, wrong) {
   $("state").classList.toggle("wrong", wrong);
 }
 
+/** Names them again when one has come or gone. */
+function showModels(names) {
+  const known = served.filter((each) => each.parent === null).map((each) => each.id);
+  if (names.length ? String(names.sort()) !== String(known.sort()) : known.length > 1) nameModel();
+}
+
 async function lookAtAll() {
   try {
     const [status, metrics, requests, scaling] = await Promise.all(
-      [look("cluster/status"), look("metrics"), look("cluster/requests"), lookIfThere("cluster/autoscaling")]);
+      [look("cluster/status"), look("metrics"), look("cluster/requests"), lookIfThere(`cluster/autoscaling${whose()}`)]);
     const [cluster, samples] = [await status.json(), parseMetrics(await metrics.text())];
     showQueue(cluster);
     showPhases(cluster);
     showRequests((await requests.json()).requests);
+    showModels(Object.keys(cluster.models ?? {}));
     if (scaling) showScaling(await scaling.json());
     for (const role of ["prefill", "decode"]) showPool(cluster, role);
     showStores(samples);
@@ -283,10 +290,23 @@ async function lookAtAll() {
   setTimeout(lookAtAll, EVERY_MS);
 }
 
+let served = [];
+
+/** The model whose autoscaler is shown: the one that is chosen for the chat, or what it adapts. */
+function whose() {
+  const chosen = served.find((each) => each.id === $("which").value);
+  return chosen ? `?model=${encodeURIComponent(chosen.parent ?? chosen.id)}` : "";
+}
+
 async function nameModel() {
   try {
     const { data } = await (await look("v1/models")).json();
     $("model").textContent = data.map((each) => each.id).join(", ");
+    served = data;
+    const chosen = $("which").value;
+    $("which").replaceChildren(...data.map((each) => make("option", { value: each.id }, each.id)));
+    if (data.some((each) => each.id === chosen)) $("which").value = chosen;
+    $("of-which").hidden = data.length < 2;
   } catch {
     $("model").textContent = "";
   }
@@ -373,7 +393,7 @@ $("ask").addEventListener("submit", async (event) => {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify({
-        messages, max_tokens: Number($("max").value), stream: true, include_timing: true, pdserve: { why: true },
+        model: $("which").value || undefined, messages, max_tokens: Number($("max").value), stream: true, include_timing: true, pdserve: { why: true },
       }),
       signal: stopping.signal,
     });

@@ -7,6 +7,7 @@ session. Routes here are thin; a generation is in ``generation``.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache, partial
 from importlib import metadata
 from typing import Any
 
@@ -37,6 +38,7 @@ from pdserve.cluster.http.schemas import (
     checked,
 )
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
+from pdserve.cluster.models import Ask, Assign, Control, Controls, Models
 from pdserve.cluster.parameters import check_model, check_tokens, shown, tenant_of
 from pdserve.cluster.prompts import chat_prompt
 from pdserve.config import GatewayConfig
@@ -47,10 +49,6 @@ SNAPSHOT_WAIT_S = 2.0
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Snapshot = Callable[[], Awaitable[Mapping[str, Any]]]
-Assign = Callable[[str, str], Awaitable[str]]
-"""Worker and role; why it cannot be, or nothing."""
-
 StoreFigures = Callable[[Mapping[str, Any]], Awaitable[bytes]]
 
 
@@ -59,12 +57,14 @@ def create_app(
     *,
     config: GatewayConfig,
     metrics: FrontMetrics | None = None,
-    snapshot: Snapshot | None = None,
+    snapshot: Ask | None = None,
     stores: StoreFigures | None = None,
-    recording: Snapshot | None = None,
-    operations: Mapping[str, Snapshot] | None = None,
+    recording: Ask | None = None,
+    operations: Mapping[str, Ask] | None = None,
     assign: Assign | None = None,
     doorkeeper: Doorkeeper | None = None,
+    models: Models | None = None,
+    controls: Controls | None = None,
 ) -> FastAPI:
     """The application around ``session``.
 
@@ -76,7 +76,10 @@ def create_app(
         operations: what else the router answers, by its path.
         assign: for ``/cluster/role``.
         doorkeeper: to share with the gRPC front; None: everybody is let in.
+        models: where there may be several, of which ``session`` is the first.
+        controls: their routers, for questions that name a model.
     """
+    models = models or Models(session, config)
     app = FastAPI(title="pdserve", version=version())
     app.state.metrics = metrics or FrontMetrics(
         VllmMetrics(session.model_name, session.context_tokens)
@@ -89,33 +92,42 @@ def create_app(
     app.add_exception_handler(HTTPException, _tell_error)
     app.add_exception_handler(Exception, _tell_bug)
     app.state.responses = Responses(
-        session, app.state.metrics, journals_of(config), running_max=config.streams_max
+        models, app.state.metrics, journals_of(config), running_max=config.streams_max
     )
-    _add_generations(app, session, config)
-    add_responses(app, session, config, app.state.responses)
-    _add_models(app, session)
-    _add_tokenizer(app, session, config)
-    _add_operations(app, snapshot, stores)
+    _add_generations(app, models, config)
+    add_responses(app, models, config, app.state.responses)
+    _add_models(app, models)
+    _add_tokenizer(app, models, config)
+    _add_operations(app, snapshot, stores, controls)
     if recording is not None:
-        _add_answer(app, "/cluster/recording", recording)
+        _add_answer(app, "/cluster/recording", recording, controls, lambda each: each.recording)
     for path, ask in (operations or {}).items():
-        _add_answer(app, path, ask)
+        _add_answer(app, path, ask, controls, partial(_operation, path=path))
     if assign is not None:
         _add_role(app, assign, config)
-    _add_document(app, session, config, keys=doorkeeper is not None and doorkeeper.asks_for_keys)
+    _add_document(app, models, config, keys=doorkeeper is not None and doorkeeper.asks_for_keys)
     return app
 
 
-def _add_document(app: FastAPI, session: Session, config: GatewayConfig, *, keys: bool) -> None:
-    facts = Facts(
-        models=(session.model_name, *session.adapters),
-        context_tokens=session.context_tokens,
-        vocab_size=session.tokenizer.vocab_size,
-        n_max=config.n_max,
-    )
+def _add_document(app: FastAPI, models: Models, config: GatewayConfig, *, keys: bool) -> None:
     paths = [route.path.replace(":path}", "}") for route in app.routes if isinstance(route, Route)]
-    tree = document(facts, version=version(), paths=paths, keys=keys)
-    app.openapi = lambda: tree  # type: ignore[method-assign]
+
+    @lru_cache(maxsize=1)  # until a model comes or goes
+    def tree(facts: Facts) -> dict[str, Any]:
+        return document(facts, version=version(), paths=paths, keys=keys)
+
+    def openapi() -> dict[str, Any]:
+        """Of several models the bounds are the widest: what one of them refuses, it says."""
+        return tree(
+            Facts(
+                models=models.names,
+                context_tokens=max(each.context_tokens for each in models),
+                vocab_size=max(each.tokenizer.vocab_size for each in models),
+                n_max=config.n_max,
+            )
+        )
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def version() -> str:
@@ -125,17 +137,17 @@ def version() -> str:
         return "0+checkout"
 
 
-def _add_generations(app: FastAPI, session: Session, config: GatewayConfig) -> None:
+def _add_generations(app: FastAPI, models: Models, config: GatewayConfig) -> None:
     metrics: FrontMetrics = app.state.metrics
 
     def chat() -> Response:
-        return Generation(session, config, metrics, operation="chat", ask=chat_asked)
+        return Generation(models, config, metrics, operation="chat", ask=chat_asked)
 
     def completion() -> Response:
-        return Generation(session, config, metrics, operation="completion", ask=completion_asked)
+        return Generation(models, config, metrics, operation="completion", ask=completion_asked)
 
     def embedding() -> Response:
-        return Embeddings(session, config, metrics)
+        return Embeddings(models, config, metrics)
 
     for path, answer in (
         ("/v1/chat/completions", chat),
@@ -156,37 +168,42 @@ class _Answering:
         await self._answer()(scope, receive, send)
 
 
-def _add_models(app: FastAPI, session: Session) -> None:
-    base = session.model_name
-    cards = {
-        name: {
+def _add_models(app: FastAPI, models: Models) -> None:
+    created = int(time.time())
+
+    def card(session: Session, name: str) -> dict[str, Any]:
+        base = session.model_name
+        return {
             "id": name,
             "object": "model",
-            "created": int(time.time()),
+            "created": created,
             "owned_by": "pdserve",
             "root": name,
             "parent": None if name == base else base,
             "max_model_len": session.context_tokens,
         }
-        for name in (base, *session.adapters)
-    }
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [*cards.values()]})
+    async def list_models() -> Response:
+        cards = [
+            card(session, name)
+            for session in models
+            for name in (session.model_name, *session.adapters)
+        ]
+        return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        return JSONResponse(cards[check_model(model, session) or base])
+        session = models.of(model)
+        return JSONResponse(card(session, check_model(model, session) or session.model_name))
 
 
-def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> None:
-    tokenizer = session.tokenizer
-
+def _add_tokenizer(app: FastAPI, models: Models, config: GatewayConfig) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = checked(TokenizeBody, await read_object(request, config.body_bytes_max))
-        adapter = check_model(body.model, session)
+        session = models.of(body.model)
+        tokenizer, adapter = session.tokenizer, check_model(body.model, session)
         ways = body.prompt, body.messages, body.prompt_token_ids
         if sum(way is not None for way in ways) != 1:
             raise ConflictingFields(
@@ -227,14 +244,17 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = checked(DetokenizeBody, await read_object(request, config.body_bytes_max))
-        check_model(body.model, session)
+        tokenizer = models.of(body.model).tokenizer
         check_tokens("tokens", body.tokens, tokenizer.vocab_size)
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
         return JSONResponse({"prompt": text})
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> Response:
-        """What clients that tokenise for themselves look for, in the words of transformers."""
+    async def tokenizer_info(request: Request) -> Response:
+        """What clients that tokenise for themselves look for, in the words of transformers; of the
+        model that ``?model=`` names."""
+        session = models.of(request.query_params.get("model"))
+        tokenizer = session.tokenizer
         begin, ends = tokenizer.bos_token_id, tokenizer.eos_token_ids
         end = tokenizer.token_text(ends[0]) if ends else None
         info = {
@@ -249,7 +269,12 @@ def _add_tokenizer(app: FastAPI, session: Session, config: GatewayConfig) -> Non
         return JSONResponse(info)
 
 
-def _add_operations(app: FastAPI, snapshot: Snapshot | None, stores: StoreFigures | None) -> None:
+def _add_operations(
+    app: FastAPI,
+    snapshot: Ask | None,
+    stores: StoreFigures | None,
+    controls: Controls | None,
+) -> None:
     @app.get("/health")
     @app.get("/ping")
     @app.post("/ping")
@@ -288,26 +313,39 @@ def _add_operations(app: FastAPI, snapshot: Snapshot | None, stores: StoreFigure
         return Response(data, headers={"content-type": METRICS_TYPE})
 
     if snapshot is not None:
-        _add_answer(app, "/cluster/status", snapshot)
+        _add_answer(app, "/cluster/status", snapshot, controls, lambda each: each.snapshot)
         _add_answer(app, "/cluster/requests", _recent(app.state.metrics))
         add_console(app)
 
 
-def _add_answer(app: FastAPI, path: str, ask: Snapshot) -> None:
-    """What the router answers, as JSON."""
+def _add_answer(
+    app: FastAPI,
+    path: str,
+    ask: Ask,
+    controls: Controls | None = None,
+    of_one: Callable[[Control], Ask | None] = lambda _: None,
+) -> None:
+    """What the router answers, as JSON; with ``?model=`` that of this model, by ``of_one``."""
 
     @app.get(path)
-    async def answer() -> Response:
+    async def answer(request: Request) -> Response:
+        asked = ask
+        if controls is not None and (model := request.query_params.get("model")):
+            asked = of_one(controls.of(model)) or ask
         try:
             async with asyncio.timeout(SNAPSHOT_WAIT_S):
-                return JSONResponse(await ask())
+                return JSONResponse(await asked())
         except TimeoutError:
             raise HTTPException(
                 503, f"the router did not answer within {SNAPSHOT_WAIT_S:g} s; try again"
             ) from None
 
 
-def _recent(metrics: FrontMetrics) -> Snapshot:
+def _operation(control: Control, *, path: str) -> Ask | None:
+    return control.operations.get(path)
+
+
+def _recent(metrics: FrontMetrics) -> Ask:
     async def report() -> Mapping[str, Any]:
         return metrics.recent.report()
 

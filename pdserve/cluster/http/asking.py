@@ -186,6 +186,7 @@ async def _asked(
             default_max_tokens=default_max_tokens,
             deadline_unix_ms=ends_unix_ms,
             retries=retries_of(headers),
+            model=session.model_name,
             adapter=adapter,
             tenant=tenant,
             stream=bool(body.stream),

@@ -24,6 +24,7 @@ from pdserve.cluster.http.generation import until_gone
 from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.http.schemas import EmbeddingBody, checked, prompts_of
+from pdserve.cluster.models import Models
 from pdserve.cluster.parameters import (
     Parameters,
     check_model,
@@ -60,9 +61,9 @@ class _Wanted:
 class Embeddings(Response):
     """An ASGI response that does all its work when it is sent."""
 
-    def __init__(self, session: Session, config: GatewayConfig, metrics: FrontMetrics) -> None:
+    def __init__(self, models: Models, config: GatewayConfig, metrics: FrontMetrics) -> None:
         super().__init__()
-        self._session = session
+        self._models = models
         self._config = config
         self._metrics = metrics
 
@@ -71,12 +72,11 @@ class Embeddings(Response):
             try:
                 request = Request(scope, receive)
                 tree = await read_object(request, self._config.body_bytes_max)
-                wanted = await _wanted(
-                    self._session, self._config, tree, request.headers, tenant_in(scope)
-                )
+                session, config = self._models.asked(tree)
+                wanted = await _wanted(session, config, tree, request.headers, tenant_in(scope))
                 meter.calls = wanted.calls
                 with continued(request.headers):
-                    answering = self._answer(wanted, meter, scope, receive, send)
+                    answering = _answer(session, wanted, meter, scope, receive, send)
                     stayed = await until_gone(receive, answering)
                 meter.status = "200" if stayed else DISCONNECTED
             except ClientDisconnect:
@@ -85,14 +85,15 @@ class Embeddings(Response):
                 meter.status = str(error_status(error))
                 await error_response(error)(scope, receive, send)
 
-    async def _answer(
-        self, wanted: _Wanted, meter: Meter, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        found = await embedded(self._session, wanted.calls, meter)
-        meter.prompt_tokens = sum(len(call.prompt) for call in wanted.calls)
-        meter.cached_tokens = sum(each.timing.cached_tokens for each in found if each.timing)
-        data = await asyncio.to_thread(_told, wanted, found, meter)  # it may have megabytes
-        await Response(data, 200, None, "application/json")(scope, receive, send)
+
+async def _answer(
+    session: Session, wanted: _Wanted, meter: Meter, scope: Scope, receive: Receive, send: Send
+) -> None:
+    found = await embedded(session, wanted.calls, meter)
+    meter.prompt_tokens = sum(len(call.prompt) for call in wanted.calls)
+    meter.cached_tokens = sum(each.timing.cached_tokens for each in found if each.timing)
+    data = await asyncio.to_thread(_told, wanted, found, meter)  # it may have megabytes
+    await Response(data, 200, None, "application/json")(scope, receive, send)
 
 
 async def _wanted(
@@ -131,6 +132,7 @@ async def _wanted(
             tenant=whose,
             service_class=service_class,
             deadline_unix_ms=ends_unix_ms,
+            model=session.model_name,
             adapter=adapter,
             retries=retries_of(headers),
         )

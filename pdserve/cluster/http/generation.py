@@ -51,6 +51,7 @@ from pdserve.cluster.http.streaming import (
     whole,
     with_id,
 )
+from pdserve.cluster.models import Models
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
@@ -70,7 +71,7 @@ class Generation(Response):
 
     def __init__(
         self,
-        session: Session,
+        models: Models,
         config: GatewayConfig,
         metrics: FrontMetrics,
         *,
@@ -78,7 +79,7 @@ class Generation(Response):
         ask: Ask,
     ) -> None:
         super().__init__()
-        self._session = session
+        self._models = models
         self._config = config
         self._metrics = metrics
         self._operation = operation
@@ -90,12 +91,11 @@ class Generation(Response):
                 request = Request(scope, receive)
                 tree = await read_object(request, self._config.body_bytes_max)
                 headers = headers_of(scope)
-                asked = await self._ask(
-                    self._session, self._config, tree, headers, tenant_in(scope)
-                )
-                asked, trail = resumable(asked, tree, headers, self._session.identity)
+                session, config = self._models.asked(tree)
+                asked = await self._ask(session, config, tree, headers, tenant_in(scope))
+                asked, trail = resumable(asked, tree, headers, session.identity)
                 meter.calls = asked.calls
-                answer = _Answer(self._session, asked, meter, trail)
+                answer = _Answer(session, asked, meter, trail)
                 with continued(headers):
                     stayed = await until_gone(receive, answer.tell(scope, receive, send))
                 meter.status = answer.status if stayed else DISCONNECTED

@@ -6,7 +6,7 @@ less its network. Counters of the rest of the cluster come through ``snapshot``.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from pdserve.clock import unix_ms
 from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.http.exposition import joined
 from pdserve.cluster.http.recent import Ended, Recent
 from pdserve.cluster.http.tallies import Tally, TallyCounter, TallyHistogram
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
+from pdserve.cluster.models import by_model
 from pdserve.cluster.quotas import Ledger
 from pdserve.messages import Timing
 
@@ -37,8 +39,8 @@ class FrontMetrics:
     """One registry; both fronts of a gateway may share it."""
 
     def __init__(self, vllm: VllmMetrics | None = None) -> None:
-        """``vllm``: tell everything in vLLM's words as well."""
-        self._vllm = vllm
+        """``vllm``: tell everything in vLLM's words as well; of the first model."""
+        self._vllm = {} if vllm is None else {"": vllm}
         self.recent = Recent()
         self.ledger: Ledger | None = None
         """Of tenants' quotas, where there are any: it is told of every token."""
@@ -102,7 +104,7 @@ class FrontMetrics:
             self._ttft.labels(front, operation),
             self._inter_token.labels(front, operation),
             self._generated_tokens,
-            self._vllm,
+            self._vllm_of,
             self.ledger,
         )
         in_flight.inc()
@@ -119,6 +121,16 @@ class FrontMetrics:
             if meter.calls:
                 self.recent.add(meter.ended(front, operation))
 
+    def add_model(self, vllm: VllmMetrics) -> None:
+        """One more model; its figures are told beside those of the first."""
+        self._vllm[vllm.model] = vllm
+
+    def remove_model(self, name: str) -> None:
+        self._vllm.pop(name, None)
+
+    def _vllm_of(self, model: str) -> VllmMetrics | None:
+        return self._vllm.get(model) or self._vllm.get("")
+
     @property
     def in_flight(self) -> int:
         """Client calls under way."""
@@ -127,10 +139,21 @@ class FrontMetrics:
 
     def render(self, snapshot: Mapping[str, Any] | None = None) -> bytes:
         """The text format, with the router's snapshot where there is one."""
-        text = generate_latest(self.registry)
-        if self._vllm is not None:
-            text += self._vllm.render(snapshot or {})
-        return text + _snapshot_text(snapshot).encode() if snapshot is not None else text
+        own = {} if snapshot is None else by_model(snapshot)
+        text = generate_latest(self.registry).decode()
+        if self._vllm:
+            told = snapshot or {}
+            text += joined(
+                [
+                    each.render(own.get(each.model, {}) if own else told)
+                    for each in self._vllm.values()
+                ]
+            )
+        if own:
+            text += joined([_snapshot_text(each, model=name) for name, each in own.items()])
+        elif snapshot is not None:
+            text += _snapshot_text(snapshot)
+        return text.encode()
 
 
 @dataclass(slots=True)
@@ -151,13 +174,12 @@ class Meter:
         ttft: Tally,
         inter_token: Tally,
         generated: TallyCounter,
-        vllm: VllmMetrics | None = None,
+        vllm_of: Callable[[str], VllmMetrics | None],
         ledger: Ledger | None = None,
     ) -> None:
         self._ledger = ledger
         self.status = "internal"  # stays where a bug ends the call
-        self.calls: Sequence[Call] = ()
-        """What was asked for, as soon as that is known."""
+        self._calls: Sequence[Call] = ()
 
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -166,8 +188,19 @@ class Meter:
         self._ttft = ttft
         self._inter_token = inter_token
         self._generated = generated
-        self._vllm = vllm
+        self._vllm_of = vllm_of
+        self._vllm = vllm_of("")
         self._told: dict[tuple[int, int], _Told] = {}  # per prompt and choice
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """What was asked for, as soon as that is known: all of one model."""
+        return self._calls
+
+    @calls.setter
+    def calls(self, calls: Sequence[Call]) -> None:
+        self._calls = calls
+        self._vllm = self._vllm_of(calls[0].model)
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._begun_s
@@ -178,6 +211,7 @@ class Meter:
         first = self._told.get((0, 0))
         return Ended(
             call=call.call,
+            model=call.adapter or call.model,
             front=front,
             operation=operation,
             tenant=call.tenant,
@@ -233,21 +267,28 @@ class Meter:
                 self._vllm.first_token(now_s)
 
 
-def _snapshot_text(snapshot: Mapping[str, Any]) -> str:
-    """The router's figures; a part that the snapshot lacks is left out."""
+def _snapshot_text(snapshot: Mapping[str, Any], *, model: str = "") -> str:
+    """The router's figures; a part that the snapshot lacks is left out.
+
+    ``model``: goes into every sample's labels, where there are several.
+    """
     families: dict[str, list[tuple[str, float]]] = {}
+    whose = f'model_name="{_escaped(model)}"' if model else ""
 
     def add(name: str, labels: str, value: float) -> None:
-        families.setdefault(f"pdserve_{name}", []).append((labels, value))
+        all_labels = ",".join(filter(None, (whose, labels)))
+        families.setdefault(f"pdserve_{name}", []).append(
+            (f"{{{all_labels}}}" if all_labels else "", value)
+        )
 
     for level, count in enumerate(snapshot.get("queue_lengths", ())):
-        add("queue_requests", f'{{level="{level}"}}', count)
+        add("queue_requests", f'level="{level}"', count)
     if "oldest_wait_ms" in snapshot:
         add("queue_oldest_wait_seconds", "", snapshot["oldest_wait_ms"] / 1000)
     if "parked" in snapshot:
         add("parked_requests", "", snapshot["parked"])
     for worker in snapshot.get("workers", ()):
-        labels = f'{{worker="{worker["worker"]}",role="{worker["role"]}"}}'
+        labels = f'worker="{worker["worker"]}",role="{worker["role"]}"'
         for name in ("running", "waiting", "free_blocks", "block_count"):
             if name in worker:
                 add(f"worker_{name}", labels, worker[name])
@@ -258,3 +299,7 @@ def _snapshot_text(snapshot: Mapping[str, Any]) -> str:
         + "".join(f"{name}{labels} {float(value)}\n" for labels, value in samples)
         for name, samples in families.items()
     )
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

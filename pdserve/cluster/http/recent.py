@@ -21,6 +21,7 @@ class Ended:
     """A client call that has ended; ``timing`` is its first choice's, None where none came."""
 
     call: str
+    model: str  # or its adapter
     front: str
     operation: str
     tenant: str
@@ -35,6 +36,7 @@ class Ended:
     def report(self) -> dict[str, Any]:
         said: dict[str, Any] = {
             "call": self.call,
+            "model": self.model,
             "front": self.front,
             "operation": self.operation,
             "tenant": self.tenant,

@@ -47,7 +47,7 @@ class VllmMetrics:
 
     def __init__(self, model: str, context_tokens: int) -> None:
         self._registry = CollectorRegistry()
-        self._model = model
+        self.model = model
         lengths = _one_two_five(context_tokens)
         self._ttft = self._histogram("time_to_first_token_seconds", TTFT_S)
         self._inter_token = self._histogram("inter_token_latency_seconds", TOKEN_S)
@@ -95,7 +95,7 @@ class VllmMetrics:
         last_s: float,
     ) -> None:
         """Seconds are since the call's arrival."""
-        self._success.labels(self._model, ENGINE, reason).inc()
+        self._success.labels(self.model, ENGINE, reason).inc()
         self._end_to_end.observe(last_s)
         self._decode.observe(last_s - first_s)
         if token_count > 1:
@@ -116,12 +116,12 @@ class VllmMetrics:
             self._prefill.observe(timing.prefill_us / US_PER_S)
             self._inference.observe(max(0.0, last_s - timing.queued_us / US_PER_S))
 
-    def render(self, snapshot: Mapping[str, Any]) -> bytes:
+    def render(self, snapshot: Mapping[str, Any]) -> str:
         """The text format: each family under both names."""
         cluster = CollectorRegistry()
-        cluster.register(_Cluster(self._model, snapshot))
+        cluster.register(_Cluster(self.model, snapshot))
         text = (generate_latest(self._registry) + generate_latest(cluster)).decode()
-        return (text + _as_ray_names(text) + self._serve_counter()).encode()
+        return text + _as_ray_names(text) + self._serve_counter()
 
     def _serve_counter(self) -> str:
         """Ray's dashboard joins each of its panels with this metric of Serve's, by ``WorkerId``,
@@ -140,7 +140,7 @@ class VllmMetrics:
             labels=("model_name", "deployment", "replica", "WorkerId"),
         )
         who = str(os.getpid())
-        family.add_metric((self._model, "gateway", who, who), ended)
+        family.add_metric((self.model, "gateway", who, who), ended)
         registry = CollectorRegistry()
         registry.register(_Just(family))
         return generate_latest(registry).decode()
@@ -148,10 +148,10 @@ class VllmMetrics:
     def _histogram(self, name: str, buckets: Sequence[float]) -> Tally:
         family = TallyHistogram(f"vllm:{name}", _help(name), LABELS, buckets=buckets)
         self._registry.register(family)
-        return family.labels(self._model, ENGINE)
+        return family.labels(self.model, ENGINE)
 
     def _counter(self, name: str) -> TallyCounter:
-        counter = TallyCounter(f"vllm:{name}", _help(name), LABELS, (self._model, ENGINE))
+        counter = TallyCounter(f"vllm:{name}", _help(name), LABELS, (self.model, ENGINE))
         self._registry.register(counter)
         return counter
 

@@ -1,7 +1,6 @@
 """KServe's inference protocol over the same calls, for clients of Triton and KServe."""
 
 import asyncio
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -137,7 +136,7 @@ class KserveServicer(GRPCInferenceServiceServicer):
 
     async def _streamed(self, request: kserve.ModelInferRequest, context: Any, tell: Any) -> None:
         wanted = self._wanted(request)
-        model = self._serving.session.model_name
+        model = self._serving.models.first.model_name
 
         async def tell_response(response: kserve.ModelInferResponse, *, last: bool) -> None:
             if wanted.final:
@@ -180,21 +179,14 @@ class KserveServicer(GRPCInferenceServiceServicer):
         order = sorted(texts)
         return response_of(
             request,
-            self._serving.session.model_name,
+            self._serving.models.first.model_name,
             wanted,
             [texts[choice] for choice in order],
             [finishes[choice] for choice in order],
         )
 
     def _ask(self, wanted: Wanted, context: Any) -> Any:
-        serving = self._serving
-        return partial(
-            generate_call,
-            serving.session,
-            serving.config,
-            wanted.request,
-            context.time_remaining(),
-        )
+        return self._serving.asking(generate_call, wanted.request, context, wanted.request.model)
 
     def _wanted(self, request: kserve.ModelInferRequest) -> Wanted:
         self._check(request.model_name, request.model_version)
@@ -202,7 +194,7 @@ class KserveServicer(GRPCInferenceServiceServicer):
 
     def _check(self, name: str, wanted_version: str) -> str:
         """The name of a model that is served. UnknownModel, InvalidField."""
-        adapter = check_model(name, self._serving.session)
+        session = self._serving.models.of(name)
         if wanted_version not in ("", VERSION):
             raise InvalidField("model_version", f"must be {VERSION} or empty: there is no other")
-        return adapter or self._serving.session.model_name
+        return check_model(name, session) or session.model_name

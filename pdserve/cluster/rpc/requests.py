@@ -153,6 +153,7 @@ async def _call(
         prompt_field=prompt_field,
         default_max_tokens=default_max_tokens,
         deadline_unix_ms=steady_unix_ms() + round(timeout_s * 1000),
+        model=session.model_name,
         adapter=adapter,
         tenant=tenant,
     )

@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
 from pdserve.cluster.http.metrics import FrontMetrics
+from pdserve.cluster.models import Models
 from pdserve.cluster.rpc import kserve, vllm_engine
 from pdserve.cluster.rpc.access import AccessInterceptor
 from pdserve.cluster.rpc.reflecting import add_reflection
@@ -69,15 +70,18 @@ async def serve_grpc(
     metrics: FrontMetrics | None = None,
     credentials: grpc.ServerCredentials | None = None,
     doorkeeper: Doorkeeper | None = None,
+    models: Models | None = None,
 ) -> GrpcServer:
     """Listens on ``config.host`` and ``config.grpc_port``; with credentials, on TLS only.
+
+    ``models``: where there may be several, of which ``session`` is the first.
 
     Raises:
         ConfigError: the port cannot be had.
     """
     interceptors = [] if doorkeeper is None else [AccessInterceptor(doorkeeper)]
     server = grpc.aio.server(interceptors=interceptors, options=_options(config))
-    serving = Serving(session, config, metrics or FrontMetrics(), doorkeeper)
+    serving = Serving(session, config, metrics or FrontMetrics(), doorkeeper, models)
     for add, servicer in (
         (add_InferenceServicer_to_server, Servicer(serving)),
         (add_GRPCInferenceServiceServicer_to_server, kserve.KserveServicer(serving)),

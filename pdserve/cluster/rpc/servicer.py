@@ -4,7 +4,6 @@ A typed error ends the call with its status, and trailing metadata says what the
 headers and body.
 """
 
-from functools import partial
 from typing import Any
 
 from pdserve.cluster.calls import Call
@@ -22,41 +21,32 @@ class Servicer(InferenceServicer):
         self._serving = serving
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
-        ask = partial(
-            generate_call,
-            self._serving.session,
-            self._serving.config,
-            request,
-            context.time_remaining(),
-        )
+        ask = self._serving.asking(generate_call, request, context, request.model)
         await self._serve("generate", ask, context, request)
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> None:  # noqa: N802
-        ask = partial(
-            chat_call,
-            self._serving.session,
-            self._serving.config,
-            request,
-            context.time_remaining(),
-        )
+        ask = self._serving.asking(chat_call, request, context, request.model)
         await self._serve("chat", ask, context, request)
 
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Any
     ) -> pb.CancelResponse:
-        was_running = self._serving.session.cancel(request.id, tenant=self._serving.tenant(context))
+        was_running = self._serving.models.cancel(request.id, tenant=self._serving.tenant(context))
         return pb.CancelResponse(was_running=was_running)
 
     async def ListModels(  # noqa: N802
         self, _: pb.ListModelsRequest, __: Any
     ) -> pb.ListModelsResponse:
-        session = self._serving.session
-        base = pb.Model(id=session.model_name, context_tokens=session.context_tokens)
-        adapters = [
-            pb.Model(id=name, context_tokens=session.context_tokens, parent=session.model_name)
-            for name in session.adapters
-        ]
-        return pb.ListModelsResponse(models=[base, *adapters])
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(id=name, context_tokens=session.context_tokens, parent=parent)
+                for session in self._serving.models
+                for name, parent in (
+                    (session.model_name, ""),
+                    *((adapter, session.model_name) for adapter in session.adapters),
+                )
+            ]
+        )
 
     async def _serve(
         self,
@@ -69,7 +59,7 @@ class Servicer(InferenceServicer):
             await context.write(chunk)
 
         def trail_of(call: Call) -> tuple[Call, Trail | None]:
-            session, metadata = self._serving.session, text_metadata(context)
+            session, metadata = self._serving.models.of(call.model), text_metadata(context)
             call, trail = resumable(call, request, metadata, session.identity)
             if LAST_METADATA in metadata:  # this gateway may not know yet that its client is gone
                 session.cancel(call.call, tenant=call.tenant)

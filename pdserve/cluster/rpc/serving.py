@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -20,6 +20,7 @@ from pdserve.cluster.http.answers import cached_tokens
 from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.http.resuming import Trail
+from pdserve.cluster.models import Models
 from pdserve.cluster.rpc.access import secret_in
 from pdserve.cluster.rpc.requests import chunk_of, timing_of
 from pdserve.cluster.tracing import continued, is_tracing
@@ -39,6 +40,10 @@ Ask = Callable[[str | None], Awaitable[Call]]
 TrailOf = Callable[[Call], tuple[Call, Trail | None]]
 """The call as its ids say that it is, and the ids of its chunks if it has any."""
 
+R = TypeVar("R")
+Make = Callable[[Session, GatewayConfig, R, float | None, str | None], Awaitable[Call]]
+"""A call of a model's, out of a request, the seconds that are left, and the key's tenant."""
+
 Tell = Callable[[Call, pb.GenerateChunk], Awaitable[None]]
 
 
@@ -49,11 +54,23 @@ class Serving:
         config: GatewayConfig,
         metrics: FrontMetrics,
         doorkeeper: Doorkeeper | None = None,
+        models: Models | None = None,
     ) -> None:
-        self.session = session
+        """``models``: where there may be several, of which ``session`` is the first."""
+        self.models = models or Models(session, config)
         self.config = config
         self._metrics = metrics
         self._doorkeeper = doorkeeper
+
+    def asking(self, make: Make[R], request: R, context: Any, model: str) -> Ask:
+        """Has ``make`` turn a request into a call of the model that it names."""
+
+        async def ask(tenant: str | None) -> Call:
+            session = self.models.of(model)
+            config = self.models.config(session)
+            return await make(session, config, request, context.time_remaining(), tenant)
+
+        return ask
 
     def tenant(self, context: Any, *, counts: bool = False) -> str | None:
         """Of the key that the interceptor has let in; ``counts`` against its rate, once more."""
@@ -105,7 +122,7 @@ class Serving:
                     await ask(self.tenant(context)), retries=retries_of(text_metadata(context))
                 )
                 meter.calls = (call,)
-                (found,) = await embedded(self.session, [call], meter)
+                (found,) = await embedded(self.models.of(call.model), [call], meter)
                 meter.prompt_tokens = len(call.prompt)
                 meter.cached_tokens = found.timing.cached_tokens if found.timing else 0
                 meter.status = grpc.StatusCode.OK.name
@@ -137,7 +154,8 @@ class Serving:
         open_count = call.n
         generated_tokens = scored_tokens = 0
         timings: dict[int, Timing] = {}
-        async with aclosing(batches(self.session, [call])) as gathered:
+        session = self.models.of(call.model)
+        async with aclosing(batches(session, [call])) as gathered:
             async for batch in gathered:
                 meter.note(batch)
                 for piece in (part for _, each in batch for part in _in_parts(each)):
@@ -149,7 +167,7 @@ class Serving:
                         chunk = chunk_of(
                             call,
                             untold,
-                            self.session.tokenizer,
+                            session.tokenizer,
                             event_id=event_id,
                             first_score=1 + scored_tokens,
                         )

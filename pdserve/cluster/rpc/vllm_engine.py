@@ -1,6 +1,8 @@
-"""vLLM's engine service over the same calls, for gateways that speak it: tokens in, tokens out."""
+"""vLLM's engine service over the same calls, for gateways that speak it: tokens in, tokens out.
 
-from functools import partial
+Its requests name no model: where a gateway has several, this service is the first one's.
+"""
+
 from typing import Any
 
 from pdserve.clock import S, monotonic
@@ -36,10 +38,8 @@ class VllmServicer(VllmEngineServicer):
     async def Generate(self, request: vllm.GenerateRequest, context: Any) -> None:  # noqa: N802
         serving = self._serving
         async with aborting(context):
-            ours = request_of(request, serving.session.context_tokens)
-            ask = partial(
-                generate_call, serving.session, serving.config, ours, context.time_remaining()
-            )
+            ours = request_of(request, serving.models.first.context_tokens)
+            ask = serving.asking(generate_call, ours, context, ours.model)
             answers = _Answers(context, streams=request.stream)
             await serving.run("vllm", ask, context, answers.tell)
 
@@ -48,9 +48,7 @@ class VllmServicer(VllmEngineServicer):
     ) -> vllm.EmbedResponse | None:
         serving = self._serving
         async with aborting(context):
-            ask = partial(
-                embed_call, serving.session, serving.config, request, context.time_remaining()
-            )
+            ask = serving.asking(embed_call, request, context, "")
             call, found = await serving.embed(ask, context)
             return vllm.EmbedResponse(
                 embedding=found.vector.tolist(),
@@ -69,11 +67,11 @@ class VllmServicer(VllmEngineServicer):
             if len(request.request_ids) > ABORTS_MAX:
                 raise InvalidField("request_ids", f"has more than {ABORTS_MAX} entries")
             for each in request.request_ids:
-                self._serving.session.cancel(each, tenant=self._serving.tenant(context))
+                self._serving.models.cancel(each, tenant=self._serving.tenant(context))
         return vllm.AbortResponse()
 
     async def GetModelInfo(self, _: Any, __: Any) -> vllm.GetModelInfoResponse:  # noqa: N802
-        session = self._serving.session
+        session = self._serving.models.first
         return vllm.GetModelInfoResponse(
             model_path=session.model_name,
             is_generation=True,

@@ -80,6 +80,7 @@ async def embed_call(
         tenant=tenant_of(None) if tenant is None else tenant,
         service_class=service_class_of(Parameters()),
         deadline_unix_ms=steady_unix_ms() + round(timeout_s * 1000),
+        model=session.model_name,
     )
 
 

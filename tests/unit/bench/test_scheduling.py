@@ -1,6 +1,7 @@
 """The tables of ``bench.scheduling`` on a trace of a few requests: every row comes."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -55,10 +56,14 @@ def test_oracles_and_baselines_see_the_same_load(trace: Path) -> None:
 
 
 def test_bounds_are_counted() -> None:
-    due, broken, worst_s = scheduling_fairness._bounds("tenant_flood", 4000)
-    assert broken == 0
+    row = scheduling_fairness._bounds("tenant_flood", 4000)
+    said = re.search(r"(\d+) came to it, worst wait (\d+) s", row.name)
+    assert said is not None
+    due, worst_s = map(int, said.groups())
     assert due > 0
     assert worst_s > 60
+    assert row.value == 0
+    assert row.holds
 
 
 def test_a_known_policy_is_a_known_setting() -> None:

@@ -58,6 +58,7 @@ def get(app: ASGIApp, path: str) -> Reply:
 async def _ask(
     app: ASGIApp, method: str, path: str, data: bytes, headers: Mapping[str, str]
 ) -> Reply:
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -66,7 +67,7 @@ async def _ask(
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
         "client": ("127.0.0.1", 1),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pdserve.cluster.app import _front_options, _pool_options, place_of
+from pdserve.cluster.app import _front_options, _pool_options
+from pdserve.cluster.places import place_of
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from pdserve.router_config import RouterConfig

@@ -122,6 +122,7 @@ def test_every_parameter_arrives(app: FastAPI, session: FakeSession) -> None:
         skip_special_tokens=False,
         include_stop_string=True,
         prompt_field="prompt",
+        model=session.model_name,
         pin_ms=24 * 3600 * 1000,
     )
 

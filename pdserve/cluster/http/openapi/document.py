@@ -49,6 +49,10 @@ def _query(name: str, schema: Schema) -> Schema:
     return {"name": name, "in": "query", "schema": schema}
 
 
+_OF_MODEL = _query("model", {"type": "string"})
+"""Which of several models is meant; without it the first, or where that has a sense, all."""
+
+
 def document(facts: Facts, *, version: str, paths: Iterable[str], keys: bool) -> Schema:
     """
     Args:
@@ -184,7 +188,9 @@ _OPERATIONS: dict[str, dict[str, Schema]] = {
     },
     "/tokenize": {"post": _operation("tokenize", "Tokens", body="TokenizeRequest")},
     "/detokenize": {"post": _operation("detokenize", "Text", body="DetokenizeRequest")},
-    "/tokenizer_info": {"get": _operation("tokenizer_info", "TokenizerInfo")},
+    "/tokenizer_info": {
+        "get": _operation("tokenizer_info", "TokenizerInfo", parameters=[_OF_MODEL])
+    },
     "/health": {"get": _operation("health", "Health")},
     "/ping": {
         "get": _operation("ping", "Health"),
@@ -195,10 +201,14 @@ _OPERATIONS: dict[str, dict[str, Schema]] = {
     "/version": {"get": _operation("version", "Version")},
     "/load": {"get": _operation("load", "Load")},
     "/metrics": {"get": _operation("metrics", "", content="text/plain")},
-    "/cluster/status": {"get": _operation("cluster_status", "Figures")},
+    "/cluster/status": {"get": _operation("cluster_status", "Figures", parameters=[_OF_MODEL])},
     "/cluster/requests": {"get": _operation("cluster_requests", "Figures")},
-    "/cluster/recording": {"get": _operation("cluster_recording", "Figures")},
-    "/cluster/autoscaling": {"get": _operation("autoscaling", "Figures")},
-    "/cluster/autoscaling/observations": {"get": _operation("autoscaling_observations", "Figures")},
+    "/cluster/recording": {
+        "get": _operation("cluster_recording", "Figures", parameters=[_OF_MODEL])
+    },
+    "/cluster/autoscaling": {"get": _operation("autoscaling", "Figures", parameters=[_OF_MODEL])},
+    "/cluster/autoscaling/observations": {
+        "get": _operation("autoscaling_observations", "Figures", parameters=[_OF_MODEL])
+    },
     "/cluster/role": {"post": _operation("assign_role", "Figures", body="RoleRequest")},
 }

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve.clock import MS, S, unix_ms
-from pdserve.cluster.calls import Session
 from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.errors import error_status
 from pdserve.cluster.http.metrics import FrontMetrics
@@ -32,6 +31,7 @@ from pdserve.cluster.http.responses.telling import (
     Event,
     Teller,
 )
+from pdserve.cluster.models import Models
 from pdserve.cluster.parameters import shown
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError, QueueFull, UnknownRequest, UnusableValue
@@ -104,9 +104,9 @@ class Responses:
     """Of one gateway; on its event loop."""
 
     def __init__(
-        self, session: Session, metrics: FrontMetrics, journals: Journals, *, running_max: int
+        self, models: Models, metrics: FrontMetrics, journals: Journals, *, running_max: int
     ) -> None:
-        self._session = session
+        self._models = models
         self._metrics = metrics
         self._journals = journals
         self._running_max = running_max
@@ -271,7 +271,8 @@ class Responses:
             meter.calls = asked.calls
             run.add(run.teller.begin())
             try:
-                async with aclosing(batches(self._session, asked.calls)) as gathered:
+                session = self._models.of(asked.model)
+                async with aclosing(batches(session, asked.calls)) as gathered:
                     async for batch in gathered:
                         meter.note(batch)
                         for _, piece in batch:

@@ -30,6 +30,7 @@ from pdserve.cluster.http.responses.items import new_id
 from pdserve.cluster.http.responses.keeping import Record, Responses, after, unix_s
 from pdserve.cluster.http.responses.telling import IN_PROGRESS, QUEUED, Event, Teller
 from pdserve.cluster.http.streaming import HEADERS
+from pdserve.cluster.models import Models
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, PdserveError, UnusableValue
@@ -46,7 +47,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 def add_responses(
     app: FastAPI,
-    session: Session,
+    models: Models,
     config: GatewayConfig,
     responses: Responses,
 ) -> None:
@@ -54,12 +55,12 @@ def add_responses(
 
     @app.post(PATH)
     async def create_response() -> Response:
-        return _Creation(session, config, metrics, responses)
+        return _Creation(models, config, metrics, responses)
 
     @app.post(f"{PATH}/input_tokens")
     async def count_input_tokens(request: Request) -> Response:
         tree = await read_object(request, config.body_bytes_max)
-        asked = await _asked(session, config, responses, tree, request)
+        asked = await _asked(models, responses, tree, request)
         count = asked.asked.prompt_tokens
         return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
@@ -116,13 +117,13 @@ def _page(items: Sequence[Mapping[str, Any]], after_id: str | None, limit: int) 
 
 
 async def _asked(
-    session: Session,
-    config: GatewayConfig,
+    models: Models,
     responses: Responses,
     tree: Mapping[str, Any],
     request: Request,
 ) -> ResponseAsked:
     body = checked_body(tree)
+    session, config = models.asked(tree)
     before = await responses.before(body.previous_response_id, _owner(request.scope))
     return await response_asked(
         session,
@@ -140,13 +141,13 @@ class _Creation(Response):
 
     def __init__(
         self,
-        session: Session,
+        models: Models,
         config: GatewayConfig,
         metrics: FrontMetrics,
         responses: Responses,
     ) -> None:
         super().__init__()
-        self._session = session
+        self._models = models
         self._config = config
         self._metrics = metrics
         self._responses = responses
@@ -155,7 +156,7 @@ class _Creation(Response):
         try:
             request = Request(scope, receive)
             tree = await read_object(request, self._config.body_bytes_max)
-            asked = await _asked(self._session, self._config, self._responses, tree, request)
+            asked = await _asked(self._models, self._responses, tree, request)
             teller = Teller(
                 new_response(asked.body, asked.asked.model),
                 dialect=asked.asked.dialect,
@@ -191,7 +192,8 @@ class _Creation(Response):
         """Answers while the client waits; whoever goes away takes the response along."""
         with self._metrics.follow("http", "responses") as meter:
             meter.calls = asked.asked.calls
-            telling = _Telling(self._session, self._responses, asked, record, teller, meter)
+            session = self._models.of(asked.asked.model)
+            telling = _Telling(session, self._responses, asked, record, teller, meter)
             try:
                 with continued(Request(scope).headers):
                     stayed = await until_gone(receive, telling.tell(scope, receive, send))

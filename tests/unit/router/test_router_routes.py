@@ -245,7 +245,7 @@ def test_while_every_worker_leaves_requests_wait_for_whoever_comes() -> None:
     for one in asked:
         core.on_cancel(one.request, 0)
     p0.report(draining=True)
-    core.on_worker_lost(WorkerId("p1"), 0)
+    core.on_worker_lost(WorkerId("p1"), 0, left=True)
     assert core.on_submit(request("r", 32), 0) == []
     assert _routes(core.on_hello(hello("p2"), 0)) == ["r: p2 to d0"]
 

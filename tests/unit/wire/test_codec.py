@@ -101,7 +101,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911  (one return p
     if hint in plain:
         return plain[hint]
     if hint == SteadyMs:
-        return st.just(0) | st.integers(NOW_MS - 1, 2**63)
+        # One that has passed, or passes now, comes back as passed a moment ago.
+        return st.sampled_from((0, NOW_MS - 1)) | st.integers(NOW_MS + 1, 2**63)
     arguments = get_args(hint)
     if isinstance(hint, types.UnionType):
         return st.one_of(*map(values, arguments))

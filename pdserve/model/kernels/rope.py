@@ -85,24 +85,27 @@ def _rope_and_cache_kernel(
     first = tl.load(k_tile_ptr, mask=g < G, other=0.0).to(tl.float32)
     second = tl.load(k_tile_ptr + D // 2, mask=g < G, other=0.0).to(tl.float32)
     first, second = _turn(first, second, cos, sin)
-    v_tile_ptr = v_ptr + n * v_stride_n + g * v_stride_g + half
-    # Zeros where there is no head: what is coded must be a number.
-    v_first = tl.load(v_tile_ptr, mask=g < G, other=0.0)
-    v_second = tl.load(v_tile_ptr + D // 2, mask=g < G, other=0.0)
     first, second = first.to(out_ptr.dtype.element_ty), second.to(out_ptr.dtype.element_ty)
+    head = tl.arange(0, TILE_G)
+    scale_ptr = scales_ptr + slot // BLOCK_TOKENS * (pool_stride_p // 2) + slot % BLOCK_TOKENS
+    scale_ptr += head * (pool_stride_g // 2)
     if CODEC:
-        head = tl.arange(0, TILE_G)
-        place = slot // BLOCK_TOKENS * (pool_stride_p // 2) + slot % BLOCK_TOKENS
-        scale_ptr = scales_ptr + place + head * (pool_stride_g // 2)
         first, second, scale = encoded(first.to(tl.float32), second.to(tl.float32), CODEC)
         tl.store(scale_ptr, scale, mask=head < G)
-        v_first, v_second, scale = encoded(v_first.to(tl.float32), v_second.to(tl.float32), CODEC)
-        tl.store(scale_ptr + pool_stride_2 // 2, scale, mask=head < G)
     tl.store(cache_ptr, first, mask=g < G)
     tl.store(cache_ptr + D // 2, second, mask=g < G)
+
+    # Values after keys are out of the registers.
+    v_tile_ptr = v_ptr + n * v_stride_n + g * v_stride_g + half
+    # Zeros where there is no head: what is coded must be a number.
+    first = tl.load(v_tile_ptr, mask=g < G, other=0.0)
+    second = tl.load(v_tile_ptr + D // 2, mask=g < G, other=0.0)
+    if CODEC:
+        first, second, scale = encoded(first.to(tl.float32), second.to(tl.float32), CODEC)
+        tl.store(scale_ptr + pool_stride_2 // 2, scale, mask=head < G)
     cache_ptr += pool_stride_2
-    tl.store(cache_ptr, v_first, mask=g < G)
-    tl.store(cache_ptr + D // 2, v_second, mask=g < G)
+    tl.store(cache_ptr, first, mask=g < G)
+    tl.store(cache_ptr + D // 2, second, mask=g < G)
 
 
 def rope_and_cache(

@@ -218,6 +218,7 @@ def _fleet(
 def _gateway(pipe: Pipe, record: Record, router: Address, directory: Path) -> None:
     import pdserve.cluster.app  # noqa: F401  (a gateway's memory holds Ray as well)
     from pdserve.cluster.front import Front
+    from pdserve.cluster.models import Control
     from pdserve.cluster.session import GatewaySession, Served
     from pdserve.config import ModelConfig
     from pdserve.model.source import locate
@@ -234,7 +235,7 @@ def _gateway(pipe: Pipe, record: Record, router: Address, directory: Path) -> No
         session = GatewaySession(served, load_tokenizer(locate(ModelConfig()).path), host=HOST)
         await session.start(directory, find_router, tcp_host=None, silence_s=SILENCE_S)
         config = ClusterConfig(gateway=GatewayConfig(http_port=0, grpc_port=0))
-        front = Front(session, config, snapshot=nothing, recording=nothing)
+        front = Front(session, config, Control(nothing, nothing))
         await front.start()
         ports: Mapping[str, int] = front.ports
         pipe.send(ports)

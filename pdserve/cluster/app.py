@@ -22,7 +22,6 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib import metadata
 from typing import Any
 
 import ray
@@ -40,6 +39,7 @@ from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.scaler import Scaler, plan_of
 from pdserve.cluster.store_supervisor import ensure_store, masters_by, supervisor_of_this_host
 from pdserve.cluster.terms import RayTerms
+from pdserve.cluster.version import installed_version
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import ConfigError, StoreUnavailable
@@ -136,19 +136,11 @@ def _versioned(deployment: Any, tree: Mapping[str, Any]) -> Any:
     notion for its own use (where a file was deployed, the digest of all ``args`` is the version of
     all deployments); where it no longer takes it, everything is replaced as before.
     """
-    text = json.dumps([_installed(), tree], sort_keys=True)
+    text = json.dumps([installed_version(), tree], sort_keys=True)
     digest = hashlib.blake2s(text.encode(), digest_size=16).hexdigest()
     with contextlib.suppress(TypeError, ValueError):
         return deployment.options(version=digest, _internal=True)
     return deployment
-
-
-def _installed() -> str:
-    """This package's version."""
-    try:
-        return metadata.version("pdserve")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "0+checkout"
 
 
 def _pools_of(config: ClusterConfig) -> dict[Role, PoolConfig]:
@@ -361,15 +353,7 @@ class Gateway:
         start_tracing()
         config = from_tree(tree)
         self._session = await open_session(config, router)
-        control = control_of(router)
-        self._front = Front(
-            self._session,
-            config,
-            snapshot=control.snapshot,
-            recording=control.recording,
-            assign=control.assign,
-            operations=control.operations,
-        )
+        self._front = Front(self._session, config, control_of(router))
         self._further = FurtherModels(self._front, serve.get_replica_context().app_name)
         await self._front.start()
 

@@ -22,7 +22,7 @@ from pdserve.cluster.draining import Seen, left_ns
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.server import HttpServer
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
-from pdserve.cluster.models import Ask, Assign, Control, Controls, Models
+from pdserve.cluster.models import Control, Controls, Models
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.quota_exchange import exchange_for_ever
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
@@ -46,28 +46,13 @@ ELSEWHERE_MS = 1000
 
 
 class Front:
-    def __init__(
-        self,
-        session: GatewaySession,
-        config: ClusterConfig,
-        *,
-        snapshot: Ask,
-        recording: Ask,
-        operations: Mapping[str, Ask] | None = None,
-        assign: Assign | None = None,
-    ) -> None:
-        """
-        Args:
-            operations: more answers of the router, by their path.
-            assign: gives a worker another role.
-        """
+    def __init__(self, session: GatewaySession, config: ClusterConfig, control: Control) -> None:
+        """``control``: of the model's router."""
         self._session = session
         self._sessions = {session.model_name: session}  # of all models
         self._config = config.gateway
         self._models = Models(session, config.gateway)
-        self._controls = Controls(
-            session.model_name, Control(snapshot, recording, operations or {}, assign)
-        )
+        self._controls = Controls(session.model_name, control)
         keys = config.gateway.api_keys
         self._doorkeeper = Doorkeeper(
             None if keys is None else Path(keys), audit=_audit_of(config.gateway.access)
@@ -78,9 +63,9 @@ class Front:
             session,
             config=config.gateway,
             snapshot=self._controls.snapshot,
-            recording=recording,
-            operations=operations,
-            assign=None if assign is None else self._controls.assign,
+            recording=control.recording,
+            operations=control.operations,
+            assign=None if control.assign is None else self._controls.assign,
             doorkeeper=self._doorkeeper,
             stores=self._store_figures,
             models=self._models,

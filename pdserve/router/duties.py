@@ -89,11 +89,9 @@ def stand_in(state: RouterState, missing: Worker) -> None:
 
 def relieve(state: RouterState, come: Worker, now_ns: int) -> None:
     """Those who did the work of its pool as well go back to their own."""
-    if not state.fleet.stand_ins:
-        return
-    for worker in list(state.fleet.all()):
+    for worker in [worker for worker in state.fleet.all() if worker.stands_in]:
         role = worker.hello.role
-        if worker.stands_in and role is not come.hello.role:
+        if role is not come.hello.role:
             prefills = role is Role.PREFILL
             state.fleet.assign(worker, role, prefills=prefills, decodes=not prefills)
             state.vacating[worker.id] = now_ns

@@ -148,7 +148,6 @@ class Fleet:
         self._mode = settings.mode
         self.aggregated = settings.mode == "aggregated"
         self.shares = settings.mode != "disaggregated"  # some workers do both
-        self.stand_ins = 0
         self.mixed = False  # more than one namespace
         self.is_placed = False  # somebody says where it is
         self.far_ratio = settings.far_ratio
@@ -242,7 +241,6 @@ class Fleet:
         heapq.heappush(self._free, slot)
         self.prefill_bits &= ~(1 << slot)
         self.prefill_count -= worker.prefills
-        self._count_stand_ins(-int(worker.stands_in))
         self._ordered.remove(worker)
         self._by_role[worker.hello.role].remove(worker)
         self.index.leave(slot, worker.hello.store_id)
@@ -263,7 +261,6 @@ class Fleet:
     ) -> None:
         """From now on it does this. What it has of its former work is the caller's to move."""
         slot = worker.slot
-        self._count_stand_ins(int(stands_in) - int(worker.stands_in))
         worker.stands_in = stands_in
         self._by_role[worker.hello.role].remove(worker)
         worker.hello = replace(worker.hello, role=role)
@@ -304,12 +301,10 @@ class Fleet:
             for other in self._ordered:
                 self.changed(other)
 
-    def _count_stand_ins(self, more: int) -> None:
-        self.stand_ins += more
-        self.shares = self._mode != "disaggregated" or self.stand_ins > 0
-
     def _recount(self) -> None:
         decoding = [worker.hello for worker in self._by_role[Role.DECODE] if worker.decodes]
+        somebody_stands_in = any(worker.stands_in for worker in self._ordered)
+        self.shares = self._mode != "disaggregated" or somebody_stands_in
         self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
         self.is_placed = any(worker.hello.place for worker in self._ordered)
         self.distances.clear()

@@ -154,7 +154,7 @@ class InProcessCluster:
             self.front = self._beside.front
             self.front.add_model(self.session, self.config.gateway, Control(snapshot, snapshot))
             return
-        self.front = Front(self.session, self.config, snapshot=snapshot, recording=snapshot)
+        self.front = Front(self.session, self.config, Control(snapshot, snapshot))
         await self.front.start()
 
     async def _find_store(self, block_bytes: int, codec: str) -> Address:

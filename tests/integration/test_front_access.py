@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pdserve.cluster.front import Front
 from pdserve.cluster.http_client import KEY_VARIABLE, get_json
 from pdserve.cluster.key_edits import new_key
+from pdserve.cluster.models import Control
 from pdserve.cluster.session import GatewaySession
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import ConfigError, PdserveError
@@ -45,8 +46,7 @@ class Served:
             front = Front(
                 cast(GatewaySession, session),
                 ClusterConfig(gateway=config),
-                snapshot=nothing,
-                recording=nothing,
+                Control(nothing, nothing),
             )
             await front.start()
             return front

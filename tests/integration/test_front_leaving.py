@@ -17,6 +17,7 @@ from pdserve.clock import MS
 from pdserve.cluster import draining
 from pdserve.cluster.front import Front
 from pdserve.cluster.http import server
+from pdserve.cluster.models import Control
 from pdserve.cluster.session import GatewaySession
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.messages import FinishReason
@@ -56,9 +57,7 @@ class Leaving:
         async def nothing() -> dict[str, Any]:
             return {}
 
-        front = Front(
-            cast(GatewaySession, self.session), config, snapshot=nothing, recording=nothing
-        )
+        front = Front(cast(GatewaySession, self.session), config, Control(nothing, nothing))
         await front.start()
         return front
 

@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache, partial
-from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -41,6 +40,7 @@ from pdserve.cluster.http.vllm_metrics import VllmMetrics
 from pdserve.cluster.models import Ask, Assign, Control, Controls, Models
 from pdserve.cluster.parameters import check_model, check_tokens, shown, tenant_of
 from pdserve.cluster.prompts import chat_prompt
+from pdserve.cluster.version import installed_version
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, InvalidField, PdserveError
 
@@ -80,7 +80,7 @@ def create_app(
         controls: their routers, for questions that name a model.
     """
     models = models or Models(session, config)
-    app = FastAPI(title="pdserve", version=version())
+    app = FastAPI(title="pdserve", version=installed_version())
     app.state.metrics = metrics or FrontMetrics(
         VllmMetrics(session.model_name, session.context_tokens)
     )
@@ -114,7 +114,7 @@ def _add_document(app: FastAPI, models: Models, config: GatewayConfig, *, keys: 
 
     @lru_cache(maxsize=1)  # until a model comes or goes
     def tree(facts: Facts) -> dict[str, Any]:
-        return document(facts, version=version(), paths=paths, keys=keys)
+        return document(facts, version=installed_version(), paths=paths, keys=keys)
 
     def openapi() -> dict[str, Any]:
         """Of several models the bounds are the widest: what one of them refuses, it says."""
@@ -128,13 +128,6 @@ def _add_document(app: FastAPI, models: Models, config: GatewayConfig, *, keys: 
         )
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def version() -> str:
-    try:
-        return metadata.version("pdserve")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "0+checkout"
 
 
 def _add_generations(app: FastAPI, models: Models, config: GatewayConfig) -> None:
@@ -295,7 +288,7 @@ def _add_operations(
 
     @app.get("/version")
     async def show_version() -> Response:
-        return JSONResponse({"version": version()})
+        return JSONResponse({"version": installed_version()})
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

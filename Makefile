@@ -100,6 +100,10 @@ clients: setup-dev  ## clients and load tools in their current releases against 
 	@CLIENTS_REPORT=docs/clients.json $(PYTEST) -p handbook.client_record tests/clients \
 		$(addprefix tests/integration/test_,cluster_clients.py grpc_others.py)
 
+console: setup-dev  ## the console in a real Chromium, on a real cluster
+	@deploy/setup.sh browser
+	@$(PYTEST) tests/console tests/integration/test_console_live.py
+
 docs: setup-dev  ## the documentation site, in build/site; fails where a link leads nowhere
 	@$(BIN)/python -m handbook
 
@@ -118,4 +122,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint audit kernels clients docs golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint audit kernels clients console docs golden proto bench clean

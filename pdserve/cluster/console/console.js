@@ -349,14 +349,14 @@ const REQUESTS_SHOWN = 12;
 function requestRow() {
   let shown = null;
   const button = make("button", { type: "button", onclick: () => { showLife(shown); $("life-title").focus(); } });
-  const cells = Array.from({ length: 8 }, () => make("td"));
+  const cells = Array.from({ length: 9 }, () => make("td"));
   cells[0].append(button);
   const line = make("tr", {}, ...cells);
   line.update = (each) => {
     shown = each;
     button.textContent = each.call;
     button.disabled = each.queue_ms === undefined;
-    const said = [each.tenant, each.status, each.prompt_tokens, each.cached_tokens ?? "", each.generated_tokens,
+    const said = [each.model, each.tenant, each.status, each.prompt_tokens, each.cached_tokens ?? "", each.generated_tokens,
       time(each.first_token_ms), time(each.total_ms)];
     said.forEach((value, index) => { cells[index + 1].textContent = String(value); });
   };

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -50,6 +51,16 @@ SNAPSHOT_WAIT_S = 2.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 StoreFigures = Callable[[Mapping[str, Any]], Awaitable[bytes]]
+
+
+class AnyText(PathConvertor):
+    """Slashes and line breaks too: Starlette's ``path`` ends at a line break, and a name with one
+    would be no route at all instead of a model that nobody knows."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anytext", AnyText())
 
 
 def create_app(
@@ -110,7 +121,7 @@ def create_app(
 
 
 def _add_document(app: FastAPI, models: Models, config: GatewayConfig, *, keys: bool) -> None:
-    paths = [route.path.replace(":path}", "}") for route in app.routes if isinstance(route, Route)]
+    paths = [route.path_format for route in app.routes if isinstance(route, Route)]
 
     @lru_cache(maxsize=1)  # until a model comes or goes
     def tree(facts: Facts) -> dict[str, Any]:
@@ -185,7 +196,7 @@ def _add_models(app: FastAPI, models: Models) -> None:
         ]
         return JSONResponse({"object": "list", "data": cards})
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:anytext}")
     async def model(model: str) -> Response:
         session = models.of(model)
         return JSONResponse(card(session, check_model(model, session) or session.model_name))

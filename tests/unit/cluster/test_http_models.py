@@ -80,7 +80,9 @@ def test_an_unknown_model_is_a_404_that_names_all(two: Two, path: str) -> None:
     assert reply.status == 404
     assert reply.error()["code"] == "model_not_found"
     assert "serves 'one', 'org/two', 'lora'" in reply.error()["message"]
-    assert get(two.app, "/v1/models/three").status == 404
+    for name in ("three", "th/ree", "th\nree"):
+        looked_up = get(two.app, f"/v1/models/{name}")
+        assert (looked_up.status, looked_up.error()["code"]) == (404, "model_not_found")
 
 
 def test_all_are_listed_and_found_by_name(two: Two) -> None:

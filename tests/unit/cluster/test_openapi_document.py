@@ -35,7 +35,7 @@ def test_operations_are_the_routes(with_cluster: bool) -> None:
         assign=refused if with_cluster else None,
     )
     routes = {
-        (route.path.replace(":path}", "}"), method.lower())
+        (route.path_format, method.lower())
         for route in app.routes
         if isinstance(route, Route) and route.include_in_schema
         for method in route.methods or ()

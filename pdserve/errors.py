@@ -33,6 +33,7 @@
     │   └── StoreUnavailable
     ├── WireError              the other side sent what it must not, or went away
     │   ├── FrameError         a frame breaks the protocol or a limit
+    │   │   └── MessageTooLarge  it was not sent, and the connection lives on
     │   └── Disconnected       the peer is gone
     └── IllegalTransition      a bug in this project             crash the owner, keep the trace
 
@@ -248,6 +249,10 @@ class FrameError(WireError):
     kind = "frame"
 
 
+class MessageTooLarge(FrameError):
+    kind = "message_too_large"
+
+
 class Disconnected(WireError):
     kind = "disconnected"
 
@@ -292,6 +297,7 @@ STATUS: Mapping[type[PdserveError], Status] = MappingProxyType(
         RankLost: _UNAVAILABLE,
         StoreError: _UNAVAILABLE,
         WireError: _UNAVAILABLE,
+        MessageTooLarge: Status(413, "invalid_request_error", "INVALID_ARGUMENT"),
     }
 )
 

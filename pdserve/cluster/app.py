@@ -15,6 +15,7 @@ A deployment is replaced when its own settings change, and only then: its versio
 Which further models there are reaches the gateways as ``user_config``, while they run.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -346,7 +347,7 @@ class Gateway:
         self, tree: dict[str, Any], router: DeploymentHandle, *_pools: DeploymentHandle
     ) -> None:
         from pdserve.cluster.front import Front
-        from pdserve.cluster.opening import FurtherModels, control_of, open_session
+        from pdserve.cluster.opening import FurtherModels, control_of, follow_blocks, open_session
         from pdserve.cluster.tracing import start_tracing
 
         start_logging()
@@ -356,6 +357,7 @@ class Gateway:
         self._front = Front(self._session, config, control_of(router))
         self._further = FurtherModels(self._front, serve.get_replica_context().app_name)
         await self._front.start()
+        self._following = asyncio.create_task(follow_blocks(self._session, router))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Which models there are beside the first; Serve calls it at the start and at changes."""
@@ -370,6 +372,7 @@ class Gateway:
 
     async def __del__(self) -> None:
         await self._front.stop()
+        self._following.cancel()
         await self._further.close()
         await self._session.close()
 

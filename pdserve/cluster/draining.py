@@ -8,6 +8,12 @@
     nothing at all          not a moment
 
 and never longer than the cluster's ``drain_timeout_s``.
+
+HTTP's clients are told to go elsewhere with an answer. gRPC's core can tell that (GOAWAY) to a
+connection that has reached an age which is set when its server starts; at no other time, but as it
+stops, when it ends what arrives with a bare CANCELLED. So all of gRPC's connections have an age,
+at which their clients open new ones and lose nothing: young enough that each is reached while its
+gateway drains.
 """
 
 from dataclasses import dataclass
@@ -16,6 +22,10 @@ from pdserve.clock import S
 
 UNLED_NS = 5 * S
 LINGER_NS = 1 * S
+
+CONNECTION_AGE_NS_MAX = 30 * S
+CONNECTION_AGE_NS_MIN = 1 * S
+"""A client that asks all the time pays for a connection so often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +47,9 @@ def left_ns(seen: Seen, *, limit_ns: int, now_ns: int) -> int:
     if not seen.is_busy:
         until_ns = min(until_ns, max(seen.asked_ns, seen.busy_ns) + LINGER_NS)
     return max(0, until_ns - now_ns)
+
+
+def connection_age_ns(*, limit_ns: int) -> int:
+    """When clients of gRPC are asked to open a new connection. gRPC's core takes up to a tenth
+    more or less; both lie within ``limit_ns``, a gateway's time to drain, if it is 2 s or more."""
+    return min(max(limit_ns // 2, CONNECTION_AGE_NS_MIN), CONNECTION_AGE_NS_MAX)

@@ -18,7 +18,7 @@ from pdserve.clock import S, monotonic
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.audit import Audit, AuditFile
 from pdserve.cluster.certificates import grpc_credentials
-from pdserve.cluster.draining import Seen, left_ns
+from pdserve.cluster.draining import Seen, connection_age_ns, left_ns
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.server import HttpServer
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
@@ -122,6 +122,7 @@ class Front:
                 credentials=grpc_credentials(self._config),
                 doorkeeper=self._doorkeeper,
                 models=self._models,
+                connection_age_ns=connection_age_ns(limit_ns=int(self._drain_s * S)),
             )
             self.ports["grpc"] = self._grpc.port
 
@@ -137,6 +138,8 @@ class Front:
         )
         if self._http is not None:
             self._http.refuse(gone)
+        if self._grpc is not None:
+            self._grpc.refuse(gone)
         for session in self._sessions.values():
             session.end_all(gone)
         if self._grpc is not None:
@@ -156,24 +159,21 @@ class Front:
 
     async def _drain(self) -> bool:
         """Whether everything was done in its time."""
-        http, grpc = self._http, self._grpc
-        partings = []
-        if http is not None:
-            partings.append(asyncio.create_task(http.drain()))
-        if grpc is not None:
-            partings.append(asyncio.create_task(grpc.drain(limit_s=self._drain_s + END_S)))
+        grpc = self._grpc
+        servers = [each for each in (self._http, grpc) if each is not None]
+        partings = [asyncio.create_task(each.drain()) for each in servers]
         asked_ns = led_ns = busy_ns = monotonic()
         while True:
             now_ns = monotonic()
             is_busy = (
                 self._in_flight > 0
                 or not all(parting.done() for parting in partings)
-                or (http is not None and http.is_busy)
+                or any(each.is_busy for each in servers)
             )
             is_led = any(session.has_router for session in self._sessions.values())
             led_ns = now_ns if is_led else led_ns
-            busy_ns = now_ns if is_busy else busy_ns
-            has_connections = http is not None and http.has_connections
+            busy_ns = now_ns if is_busy else max(busy_ns, 0 if grpc is None else grpc.busy_ns)
+            has_connections = any(each.has_connections for each in servers)
             seen = Seen(asked_ns, led_ns, busy_ns, is_busy, has_connections)
             left = left_ns(seen, limit_ns=int(self._drain_s * S), now_ns=now_ns)
             if not left:

@@ -2,8 +2,8 @@
 
 It survives the router: when the connection breaks or falls silent, the link looks for the one who
 leads now, first where the last one said its standbys are, then where the cluster says. It connects
-again, says hello again, and only then sends what waited. What waited is bounded; a link that
-cannot reach a router for that long has a bigger problem than lost load reports.
+again, says hello again, and only then sends what waited. What waited is bounded, in messages and in
+bytes; a link that cannot reach a router for that long has a bigger problem than lost load reports.
 
 A router leads in an epoch. Of an older one than it has heard of a link takes nothing.
 """
@@ -15,15 +15,15 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from pdserve.cluster.silence import listen
-from pdserve.errors import Disconnected, PdserveError, QueueFull
+from pdserve.errors import Disconnected, PdserveError
 from pdserve.ids import HostId
 from pdserve.messages import Address, Following, Leading, Seek
 from pdserve.wire.connection import Connection, connect
+from pdserve.wire.outbox import Outbox
 from pdserve.wire.tls import TlsContext
 
 log = logging.getLogger(__name__)
 
-OUTBOX_MAX = 16_384
 RETRY_S = 0.05
 RETRY_S_MAX = 1.0
 
@@ -68,7 +68,7 @@ class RouterLink:
         self._tls = tls
         self._epoch = 0  # the youngest that was heard of
         self._known: list[Address] = []  # where to look first, the likeliest first
-        self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
+        self._outbox = Outbox()
         self._task: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
         self._connection: Connection | None = None  # once hello has been said on it
@@ -90,30 +90,26 @@ class RouterLink:
         """Sends in order, later. Never blocks.
 
         Raises:
-            QueueFull: the router has not taken anything for ``OUTBOX_MAX`` messages.
+            QueueFull: the router has not taken anything for as much as an outbox holds.
+            MessageTooLarge: no frame can carry it.
         """
-        try:
-            self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            raise QueueFull(
-                f"{OUTBOX_MAX} messages wait for the router already", retry_after_ms=1000
-            ) from None
+        self._outbox.put(message, peer="the router", retry_after_ms=1000)
 
     def post_now(self, message: object) -> None:
         """``post``; where nothing waits before it, it leaves in this turn of the event loop.
 
         Raises:
-            QueueFull: as ``post``.
+            QueueFull, MessageTooLarge: as ``post``.
         """
         connection = self._connection
-        if connection is None or not self._outbox.empty() or not connection.send_now(message):
+        if connection is None or self._outbox or not connection.send_now(message):
             self.post(message)
 
     async def close(self) -> None:
         """Sends what waits, then hangs up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                while self._connected.is_set() and not self._outbox.empty():
+                while self._connected.is_set() and self._outbox:
                     await asyncio.sleep(0.005)
         if self._task is not None:
             self._task.cancel()
@@ -217,7 +213,7 @@ class RouterLink:
 
     async def _send(self, connection: Connection) -> None:
         while True:
-            await connection.send(await self._outbox.get())
+            await connection.send_encoded(await self._outbox.take())
 
 
 class _Elsewhere(Disconnected):

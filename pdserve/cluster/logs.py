@@ -9,10 +9,7 @@ unless it says otherwise. Both belong into the environment of the whole cluster.
 ``request`` is the ``x-request-id`` under which the client's call came, in whatever is logged while
 the gateway works on it.
 
-In a *storm* the same thing happens a thousand times a second. What is the same (the same logger,
-level and text before its values are put in) is said ``STORM_LINES`` times in ``STORM_S`` seconds;
-the first line afterwards says how many were left out. Audit lines have bounds of their own, and
-pass.
+In a storm of the same lines few are said (``storms``).
 """
 
 import contextvars
@@ -20,57 +17,19 @@ import json
 import logging
 import os
 import sys
-from collections import OrderedDict
 from datetime import UTC, datetime
 
-from pdserve.clock import Clock, S, monotonic
 from pdserve.errors import ConfigError
+from pdserve.storms import StormFilter, told_of
 
 FORMAT, LEVEL = "PDSERVE_LOG_FORMAT", "PDSERVE_LOG_LEVEL"
 FORMATS = ("text", "json")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
-STORM_S = 10.0
-STORM_LINES = 10
-
-KINDS_MAX = 1_000
-"""Kinds of lines that are counted; the one that was quiet for longest is forgotten first."""
-
 MESSAGE_CHARACTERS_MAX = 8_192
-
-NEVER_LEFT_OUT = ("pdserve.audit", "pdserve.why")
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 """Of the client's call that is worked on here."""
-
-
-class StormFilter(logging.Filter):
-    """Lets the first lines of a kind pass, and counts the others."""
-
-    def __init__(self, *, clock: Clock = monotonic) -> None:
-        super().__init__()
-        self._clock = clock
-        self._kinds: OrderedDict[tuple[str, int, str], list[int]] = OrderedDict()
-        """When the span began, lines in it, and how many were left out."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name in NEVER_LEFT_OUT:
-            return True
-        kind, now_ns = (record.name, record.levelno, str(record.msg)), self._clock()
-        span = self._kinds.setdefault(kind, [now_ns, 0, 0])
-        self._kinds.move_to_end(kind)
-        if len(self._kinds) > KINDS_MAX:
-            self._kinds.popitem(last=False)
-        if now_ns - span[0] >= STORM_S * S:
-            left_out = span[2]
-            span[:] = [now_ns, 0, 0]
-            if left_out:
-                record.left_out = left_out
-        span[1] += 1
-        if span[1] > STORM_LINES:
-            span[2] += 1
-            return False
-        return True
 
 
 class _Formatter(logging.Formatter):
@@ -80,8 +39,7 @@ class _Formatter(logging.Formatter):
         message = record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
-        if (left_out := getattr(record, "left_out", 0)) > 0:
-            message += f" ({left_out} like this were left out)"
+        message += told_of(record)
         if len(message) > MESSAGE_CHARACTERS_MAX:
             cut = len(message) - MESSAGE_CHARACTERS_MAX
             message = f"{message[:MESSAGE_CHARACTERS_MAX]}… ({cut} more characters)"

@@ -231,6 +231,16 @@ async def _another_version(session: GatewaySession, router: DeploymentHandle) ->
             log.debug("a router is not there: %r", error)
 
 
+async def follow_blocks(session: GatewaySession, router: DeploymentHandle) -> None:
+    """For the first model, whose gateways are replaced with it: their settings are the right ones,
+    and only what the former workers' blocks are called may have been told to them. A worker takes
+    no key that is not its own, so until then prompts are computed whole, where they need not."""
+    while True:
+        await _another_version(session, router)
+        session.know_blocks_as(await _namespace(router))
+        log.info("the blocks of %s are another version's", session.model_name)
+
+
 async def _close_when_idle(session: GatewaySession, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):

@@ -21,13 +21,21 @@ from pdserve.clock import MS, S, monotonic
 from pdserve.cluster.candidate import Candidate
 from pdserve.cluster.recording import Recorder
 from pdserve.cluster.terms import Register
-from pdserve.errors import ConfigError, PdserveError, QueueFull, StoreUnavailable, WireError
+from pdserve.errors import (
+    ConfigError,
+    ErrorInfo,
+    MessageTooLarge,
+    PdserveError,
+    QueueFull,
+    StoreUnavailable,
+)
 from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.security import Credentials
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Address,
     Cancel,
+    Dispatch,
     GatewayHello,
     Goodbye,
     Hello,
@@ -35,6 +43,8 @@ from pdserve.messages import (
     Parked,
     Refused,
     Report,
+    Request,
+    Resume,
     Seek,
     Standby,
     Submit,
@@ -46,14 +56,13 @@ from pdserve.router.duties import Duty
 from pdserve.router.scaling import Observation
 from pdserve.router.snapshot import RouterSnapshot
 from pdserve.router_config import RouterConfig
+from pdserve.vitals import Vitals
 from pdserve.wire.connection import Connection
 from pdserve.wire.hearing import hear_all
 from pdserve.wire.listener import Listener
+from pdserve.wire.outbox import Outbox
 
 log = logging.getLogger(__name__)
-
-OUTBOX_MAX = 16_384
-"""Frames that may wait for one peer. A peer so far behind is as good as gone: it is hung up on."""
 
 TICK_S_MAX = 0.25
 
@@ -65,32 +74,28 @@ UNFETCHED_S_MAX = 10.0
 
 
 class _Peer:
-    """One connection's outbox: the core never waits for a socket."""
+    """One connection's outbox: the core never waits for a socket. A peer that is a whole outbox
+    behind is as good as gone, and hung up on."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._outbox: asyncio.Queue[object] = asyncio.Queue(OUTBOX_MAX)
+        self._outbox = Outbox()
 
     def post(self, message: object) -> None:
         """Sends it now, or as soon as what was posted before it has left.
 
         Raises:
-            QueueFull: ``OUTBOX_MAX`` frames wait already.
-            FrameError: it is too large for a frame.
+            QueueFull: it has left an outbox full unread.
+            MessageTooLarge: no frame can carry it.
         """
-        if self._outbox.empty() and self._connection.send_now(message):
+        if not self._outbox and self._connection.send_now(message):
             return
-        try:
-            self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            raise QueueFull(
-                f"{self._connection.peer} left {OUTBOX_MAX} frames unread", retry_after_ms=0
-            ) from None
+        self._outbox.put(message, peer=self._connection.peer, retry_after_ms=0)
 
     async def pump(self) -> None:
         with contextlib.suppress(PdserveError, OSError):
             while True:
-                await self._connection.send(await self._outbox.get())
+                await self._connection.send_encoded(await self._outbox.take())
 
     async def hang_up(self) -> None:
         await self._connection.close()
@@ -127,6 +132,7 @@ class RouterService:
         self._workers: dict[WorkerId, _Peer] = {}
         self._gateways: dict[Address, _Peer] = {}
         self._listener: Listener | None = None
+        self._vitals = Vitals()
         self._ticker: asyncio.Task[None] | None = None
         self._hanging_up: set[asyncio.Task[None]] = set()
         self.hello: Hello | None = None  # of the last worker that came; all agree on the model
@@ -180,6 +186,7 @@ class RouterService:
             "pid": os.getpid(),
             "epoch": self.candidate.epoch,
             "standbys": len(self.candidate.standbys),
+            **self._vitals.figures(),
         }
 
     # ── a Candidate's office ─────────────────────────────────────────────────────────────────────
@@ -370,6 +377,7 @@ class RouterService:
             await asyncio.sleep(wait_s)
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
+        unsent: list[tuple[Request, MessageTooLarge]] = []
         for command in commands:
             match command:
                 case ToWorker(worker, message):
@@ -379,13 +387,30 @@ class RouterService:
                     peer = self._gateways.get(gateway)
                 case _:
                     assert_never(command)
-            if peer is not None:  # else its connection has just gone; the core hears of it next
+            if peer is None:  # its connection has just gone; the core hears of it next
+                continue
+            try:
                 self._post(peer, message)
+            except MessageTooLarge as error:
+                log.warning("%s is not sent: %s", type(message).__name__, error)
+                if isinstance(message, Dispatch):
+                    unsent.append((message.request, error))
+                elif isinstance(message, Resume):
+                    unsent.append((message.handoff.request, error))
+        for request, problem in unsent:
+            self._give_up(request, problem)
+
+    def _give_up(self, request: Request, error: PdserveError) -> None:
+        """No worker can be told of it, so none will have it."""
+        self._carry_out(self._core.on_cancel(request.request, monotonic()))
+        refused = Refused(request.request, request.attempt, ErrorInfo.of(error))
+        self._carry_out([ToGateway(request.reply_to, refused)])
 
     def _post(self, peer: _Peer, message: object) -> None:
+        """Raises MessageTooLarge."""
         try:
             peer.post(message)
-        except (QueueFull, WireError) as error:
+        except QueueFull as error:
             log.warning("hanging up: %s", error)
             self._hang_up(peer)
 

@@ -385,7 +385,12 @@ class GatewaySession:
     def _again(self, delivery: AnyDelivery) -> None:
         request, tokens = delivery.request, delivery.tokens_so_far()
         keys = self._keys(tokens, request.tenant, request.adapter)
-        self._post(Submit(delivery.next_attempt(keys)))
+        try:
+            self._post(Submit(delivery.next_attempt(keys)))
+        except PdserveError as error:
+            running, _ = self._find(request.request)
+            if running is not None:
+                self._end(running, delivery, error)
 
     # ── the workers' side ────────────────────────────────────────────────────────────────────────
 
@@ -434,6 +439,11 @@ class GatewaySession:
     ) -> tuple[BlockKey, ...]:
         digest = "" if adapter is None else self._served.adapters[adapter]
         return self._keys(tuple(tokens), tenant, digest)
+
+    def know_blocks_as(self, identity: str) -> None:
+        """From now on keys are those of the workers' blocks by this digest, in hexadecimal."""
+        self._served = replace(self._served, namespace=bytes.fromhex(identity))
+        self.identity = identity
 
     def _keys(self, tokens: tuple[int, ...], tenant: str, adapter: str) -> tuple[BlockKey, ...]:
         namespace = adapter_namespace(self._served.namespace, adapter)

@@ -22,6 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pdserve.clock import S
+from pdserve.cluster.http.processes import text_of
 from pdserve.cluster.kv_master import MasterFigures, master_report, masters_in
 from pdserve.cluster.kv_stores import addresses_in
 from pdserve.errors import PdserveError
@@ -61,7 +62,8 @@ def render(reports: Reports, tenants: Collection[str], master: MasterReport | No
     registry.register(_Figures(reports, tenants))
     if master is not None:
         registry.register(MasterFigures(master))
-    return generate_latest(registry)
+    nodes = [("store", name, report.counters) for name, report in reports.items()]
+    return generate_latest(registry) + text_of(nodes).encode()
 
 
 def _report(address: Address, credentials: Credentials | None) -> tuple[str, StoreReport] | None:

@@ -23,7 +23,7 @@ from pdserve.clock import MS, S, monotonic
 from pdserve.cluster.fetching_ahead import FetchingAhead
 from pdserve.cluster.link import RouterLink
 from pdserve.config import ClusterConfig, PoolConfig
-from pdserve.errors import CapacityError, ErrorInfo, PdserveError, RankLost, StoreUnavailable
+from pdserve.errors import CapacityError, ErrorInfo, MessageTooLarge, PdserveError, RankLost
 from pdserve.ids import BlockKey, HostId, new_worker_id
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import (
@@ -46,6 +46,7 @@ from pdserve.messages import (
 )
 from pdserve.messages import WorkerFailed as Failed
 from pdserve.prompt_tasks import PromptDelta
+from pdserve.vitals import Vitals
 from pdserve.wire.connection import Connection
 from pdserve.wire.listener import Listener
 from pdserve.wire.postbox import Postbox
@@ -98,6 +99,7 @@ class WorkerShell:
         self._loop = asyncio.get_running_loop()
         self._load: Load | None = None
         self._report_sequence = 0
+        self._vitals = Vitals()
         self._reported_ns = 0
         self._draining = False
         self._unbound = False  # the router has nothing for this worker any more
@@ -378,6 +380,7 @@ class WorkerShell:
             counters={
                 **(load.counters if load else {}),
                 **self._store_stat,
+                **self._vitals.figures(),
                 **(self._parts.kernel_calls() if self._parts else {}),
             },
         )
@@ -391,14 +394,14 @@ class WorkerShell:
         end here, and begin again where it reads. Silence would last until their deadlines."""
         try:
             self._postbox.post(address, message)
-        except CapacityError:
+        except (CapacityError, MessageTooLarge):
             self._undelivered(address, [message])
 
     def _to_router(self, message: object, *, now: bool = False) -> None:
         assert self._link is not None
         try:
             (self._link.post_now if now else self._link.post)(message)
-        except CapacityError:
+        except (CapacityError, MessageTooLarge):
             log.exception("%s cannot tell the router", self.worker)
 
     def _undelivered(self, address: Address, messages: list[object]) -> None:
@@ -447,7 +450,7 @@ class WorkerShell:
                 changes = await asyncio.to_thread(self._watching.changes, after)
                 asked_ns = monotonic()
                 stat = await asyncio.to_thread(self._watching.stat)
-            except (StoreUnavailable, PdserveError) as error:
+            except PdserveError as error:
                 await self._leave(str(error))
                 return
             after = changes.sequence

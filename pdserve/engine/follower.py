@@ -30,6 +30,7 @@ from pdserve.config import ModelConfig
 from pdserve.engine.channel import Channel
 from pdserve.engine.staging import mapped_memory
 from pdserve.errors import PdserveError, RankLost
+from pdserve.storms import log_to_stderr
 
 if TYPE_CHECKING:
     from pdserve.model.parallel.pool import PartedPool
@@ -60,7 +61,7 @@ class Plan:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    log_to_stderr()
     # A terminal's ^C goes to all of its processes; whether it ends anything is the leader's word.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps, blocks = (

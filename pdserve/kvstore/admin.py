@@ -79,7 +79,7 @@ class StoreReport:
     stat: StoreStat
     pins: Mapping[str, int]  # blocks with soft and hard pins, and how many may have hard ones
     tenants: tuple[TenantUse, ...]  # largest first
-    counters: Mapping[str, int]  # since the node's start; ``operations.COUNTERS``
+    counters: Mapping[str, int]  # ``operations.COUNTERS``, since the node's start; ``vitals``
     phases: tuple[PhaseTimes, ...]
     epoch: int = 0  # under which it is a member; 0: of nothing
     masters: tuple[str, ...] = ()  # host:port of each, or the path of its socket

@@ -125,6 +125,12 @@ def operation_of(message: object) -> Operation:
     return OPERATION_OF.get(type(message), Operation.ADMIN)
 
 
+def is_audited(message: object) -> bool:
+    """Whether it changes the store for everybody, or reads what belongs to others; who only looks
+    at figures, as every scrape of ``/metrics`` does, leaves no line."""
+    return operation_of(message) is Operation.ADMIN and not isinstance(message, admin.AskReport)
+
+
 def own_keys(prefix: bytes, keys: Iterable[BlockKey]) -> tuple[BlockKey, ...]:
     """The keys with a tenant's bytes at their beginning."""
     return tuple(BlockKey(prefix + key[len(prefix) :]) for key in keys)

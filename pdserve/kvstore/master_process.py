@@ -54,6 +54,7 @@ from pdserve.kvstore.metadata import EmbeddedMetadata, Metadata, RedisMetadata, 
 from pdserve.kvstore.process import run_until_told
 from pdserve.kvstore.security import CREDENTIALS, Credentials
 from pdserve.messages import Address
+from pdserve.storms import log_to_stderr
 from pdserve.wire.connection import Connection, Frame, connect
 from pdserve.wire.hosts import local_host_id
 from pdserve.wire.listener import Listener
@@ -323,7 +324,7 @@ def _metadata(settings: MasterSettings) -> Metadata:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 after an orderly end, 2 when it cannot start."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    log_to_stderr()
     settings = _parse(arguments)
     try:
         asyncio.run(run_until_told(functools.partial(run_master, settings)))

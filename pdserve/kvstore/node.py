@@ -44,6 +44,7 @@ from pdserve.kvstore.server import StoreServer
 from pdserve.kvstore.ssd_log import open_log
 from pdserve.kvstore.ssd_tier import SsdTier, WritePolicy
 from pdserve.messages import Address
+from pdserve.storms import log_to_stderr
 from pdserve.wire.hosts import local_host_id
 from pdserve.wire.listener import Listener
 
@@ -301,7 +302,7 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 after an orderly end, 2 when it cannot start or has no memory."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    log_to_stderr()
     settings = _parse(arguments)
     try:
         asyncio.run(run_until_told(functools.partial(run_node, settings)))

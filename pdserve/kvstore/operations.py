@@ -25,6 +25,7 @@ from pdserve.kvstore.pins import FOREVER_NS
 from pdserve.kvstore.slot_states import SlotState
 from pdserve.kvstore.ssd_tier import SsdTier
 from pdserve.kvstore.tickets import RETRY_AFTER_MS
+from pdserve.vitals import Vitals
 
 COUNTERS = (
     "claims",  # prompts that asked for their prefix
@@ -65,6 +66,7 @@ class Operations:
         self.epoch = 0
         self.masters: tuple[str, ...] = ()
         self._auditing = False
+        self._vitals = Vitals()
         self.phases = Phases()
         self.counters = Counter(dict.fromkeys(COUNTERS, 0))
 
@@ -139,7 +141,7 @@ class Operations:
             stat=self.stat(self._core.stat()),
             pins={"soft": pins.soft_count, "hard": len(pins.hard), "hard_max": pins.hard_max},
             tenants=tuple(self._core.slots.order.accounts.uses()),
-            counters=dict(self.counters),
+            counters={**self.counters, **self._vitals.figures()},
             phases=self.phases.times(),
             epoch=self.epoch,
             masters=self.masters,

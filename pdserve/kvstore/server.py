@@ -36,7 +36,7 @@ from pdserve.kvstore.attending import (
     read_blocks,
     send_late,
 )
-from pdserve.kvstore.capability import Capability, Gate, Operation, operation_of
+from pdserve.kvstore.capability import Capability, Gate, is_audited
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.lending import Lending
@@ -181,7 +181,7 @@ class StoreServer:
         sent: Sent | None = None
         try:
             frame = capability.admit(frame, self._clock())
-            if operation_of(frame.message) is Operation.ADMIN:
+            if is_audited(frame.message):
                 name = type(frame.message).__name__
                 audit.info("%s by %s at %s", name, capability.holder, connection.peer)
             match frame.message:

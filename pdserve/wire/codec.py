@@ -30,7 +30,7 @@ import msgpack
 
 from pdserve import messages, prompt_tasks
 from pdserve.clock import SteadyMs, steady_unix_ms
-from pdserve.errors import ErrorInfo, FrameError
+from pdserve.errors import ErrorInfo, FrameError, MessageTooLarge
 from pdserve.wire.frame import MESSAGE_BYTES_MAX, Buffer
 
 _PLAIN = (int, float, str, bytes, bool)
@@ -59,7 +59,7 @@ class Codec:
         """The message's bytes.
 
         Raises:
-            FrameError: they are more than ``MESSAGE_BYTES_MAX``.
+            MessageTooLarge: they are more than ``MESSAGE_BYTES_MAX``.
             TypeError: not a type of this codec, or a field holds what its hint forbids.
         """
         found = self._encoders.get(type(message))
@@ -68,7 +68,7 @@ class Codec:
         name, fields_of = found
         data: bytes = msgpack.packb((name, *fields_of(message)))
         if len(data) > MESSAGE_BYTES_MAX:
-            raise FrameError(
+            raise MessageTooLarge(
                 f"{name} takes {len(data)} bytes, the limit is {MESSAGE_BYTES_MAX}; "
                 "send less at once"
             )

@@ -88,11 +88,9 @@ class Connection(asyncio.BufferedProtocol):
         self._arrived = asyncio.Event()
         self._calls: dict[int, asyncio.Future[Frame]] = {}
         self._call_ids = itertools.count(1)
-        # Posts, see ``postbox``.
         self._received = Received() if received is None else received
         self._poster: int | None = None
         self._receipt_due = False
-        # Outbound.
         self._sending = asyncio.Lock()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -106,6 +104,10 @@ class Connection(asyncio.BufferedProtocol):
     async def send(self, message: object, body: Sequence[Buffer] = ()) -> None:
         """Hand a message to the kernel, in order; waits while the peer does not read."""
         await self._send(Kind.MESSAGE, 0, message, body)
+
+    async def send_encoded(self, data: bytes) -> None:
+        """``send``, of a message that its codec has made bytes of."""
+        await self._write(pack_head(Kind.MESSAGE, 0, data))
 
     def send_now(self, message: object) -> bool:
         """``send`` in this turn of the event loop; False, unsent, where others are under way."""
@@ -273,9 +275,7 @@ class Connection(asyncio.BufferedProtocol):
 
     async def post(self, posts: Sequence[tuple[int, bytes]]) -> None:
         """Send encoded messages under their sequence numbers, in one write."""
-        await self._write(
-            b"".join(pack_head(Kind.POST, sequence, data) for sequence, data in posts)
-        )
+        await self._write(b"".join(pack_head(Kind.POST, *post) for post in posts))
 
     # ── outbound ─────────────────────────────────────────────────────────────────────────────────
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HANDSHAKE_S = 0.25
@@ -39,6 +39,21 @@ _TCP_INFO_UNACKED = struct.Struct("24xI")
 def listeners_at(port: int) -> list[socket.socket]:
     """This process's listening TCP sockets at ``port``, whoever opened them: duplicates, which the
     caller closes. Empty where the system does not tell."""
+    return _sockets(lambda candidate: _is_at(candidate, port) and _listens(candidate))
+
+
+def accepted_at(port: int) -> list[socket.socket]:
+    """This process's connections that clients made to ``port``: duplicates, which the caller
+    closes. Empty where the system does not tell."""
+    return _sockets(
+        lambda candidate: (
+            _is_at(candidate, port) and not _listens(candidate) and bool(candidate.getpeername())
+        )
+    )
+
+
+def _sockets(is_wanted: Callable[[socket.socket], bool]) -> list[socket.socket]:
+    """An OSError says no."""
     found: list[socket.socket] = []
     with contextlib.suppress(OSError):
         for entry in list(Path("/proc/self/fd").iterdir()):
@@ -46,22 +61,37 @@ def listeners_at(port: int) -> list[socket.socket]:
                 if not str(entry.readlink()).startswith("socket:"):
                     continue
                 candidate = socket.fromfd(int(entry.name), socket.AF_INET, socket.SOCK_STREAM)
-                if _listens_at(candidate, port):
-                    found.append(candidate)
-                else:
-                    candidate.close()
+                with contextlib.ExitStack() as unless_wanted:
+                    unless_wanted.enter_context(candidate)
+                    if is_wanted(candidate):
+                        unless_wanted.pop_all()
+                        found.append(candidate)
     return found
 
 
-def _listens_at(candidate: socket.socket, port: int) -> bool:
-    try:
-        family = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
-        if family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        listens = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        return bool(listens) and candidate.getsockname()[1] == port
-    except OSError:
-        return False
+def _is_at(candidate: socket.socket, port: int) -> bool:
+    family = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+    is_tcp = family in (socket.AF_INET, socket.AF_INET6)
+    return is_tcp and bool(candidate.getsockname()[1] == port)
+
+
+def _listens(candidate: socket.socket) -> bool:
+    return bool(candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def shut_listeners_at(port: int) -> None:
+    """Nobody new gets in, although their owner still has them open."""
+    for each in listeners_at(port):
+        with each, contextlib.suppress(OSError):  # of two duplicates the second is shut already
+            each.shutdown(socket.SHUT_RD)
+
+
+def hang_up_at(port: int) -> None:
+    """Ends what is said to the clients of ``port``: whatever their owner writes from now on does
+    not reach them, and they learn that nothing follows. What was written before still arrives."""
+    for each in accepted_at(port):
+        with each, contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_WR)
 
 
 async def retire(listening: Iterable[socket.socket]) -> None:

@@ -25,18 +25,13 @@ from pdserve.messages import Address
 from pdserve.wire.codec import MESSAGES, Codec
 from pdserve.wire.connection import Connection
 from pdserve.wire.endpoint import dial
+from pdserve.wire.outbox import OUTBOX_BYTES_MAX, OUTBOX_MAX
 
 BATCH_MAX = 256
 """Messages in one write, …"""
 
 BATCH_BYTES_MAX = 256 << 10
 """… which ends with the message that passes so many bytes."""
-
-OUTBOX_MAX = 16_384
-"""Messages that may wait for one peer, …"""
-
-OUTBOX_BYTES_MAX = 64 << 20
-"""… and how many bytes of them. One message that is larger still finds an empty outbox."""
 
 BACKOFF_S = 0.01
 BACKOFF_S_MAX = 0.5
@@ -80,6 +75,7 @@ class Postbox:
 
         Raises:
             CapacityError: too many messages or bytes wait there already; this one was not taken.
+            MessageTooLarge: no frame can carry it.
         """
         data = self._codec.encode(message)
         outbox = self._outboxes.get(address)

@@ -20,7 +20,7 @@ FOLDERS = {
 VOCABULARY = {
     *("checked", "clock", "compiled", "config", "errors", "ids", "lifecycle", "messages"),
     *("access_config", "prompt_tasks", "router_config", "settings", "settings_schema"),
-    *("suspicion", "values"),
+    *("storms", "suspicion", "values", "vitals"),
 }
 
 MAY_IMPORT: dict[str, set[str]] = {

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve.cluster.kv_command import audit, drain, evict, show_stat
 from pdserve.cluster.warm_command import warm
+from pdserve.vitals import METRICS
 from tests.integration.harness import TestCluster, running, settings, wait_until_equal
 
 TOKENS = 200
@@ -50,7 +52,17 @@ def test_a_system_prompt_is_computed_ahead_and_is_there_for_its_tenant(
 
     assert audit(cluster.url, [], blocks_max=None, as_json=False) == 0
     with urllib.request.urlopen(f"{cluster.url}/metrics", timeout=10) as answer:
-        assert f'store="{stat["store"]}"' in answer.read().decode()
+        metrics = answer.read().decode()
+    assert f'store="{stat["store"]}"' in metrics
+    told = {
+        (sample.name, sample.labels["role"])
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if "process" in sample.labels and sample.value > 0
+    }
+    roles = ("gateway", "router", "prefill", "decode", "store")
+    assert told == {(name, role) for name, _ in METRICS.values() for role in roles}
+    assert all(worker["counters"]["tasks"] > 0 for worker in cluster.status()["workers"])
 
     evict(cluster.url, [], tenant="kv-tenant", prompt=None, everything=False, pinned=True)
     assert f"evicted {use['slots']:,} blocks" in capsys.readouterr().out

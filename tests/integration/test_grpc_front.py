@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -17,6 +17,7 @@ from pdserve.config import GatewayConfig
 from pdserve.errors import (
     ConfigError,
     DeadlineExceeded,
+    GatewayLeaving,
     InvalidField,
     PdserveError,
     PoisonRequest,
@@ -470,3 +471,20 @@ def test_a_stopped_server_cancels_what_runs(session: FakeSession) -> None:
         served.stop()
         assert session.closed.wait(WAIT_S)
         assert failed(chunks).code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_once_it_refuses_every_call_is_told_when_to_ask_again() -> None:
+    served = Served(FakeSession(), FrontMetrics())
+    try:
+        served.server.refuse(GatewayLeaving("this gateway ends", retry_after_ms=1000))
+        with grpc.insecure_channel(f"127.0.0.1:{served.server.port}") as channel:
+            stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+            health = health_pb2_grpc.HealthStub(channel)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.ListModels(pb.ListModelsRequest())
+            for raised in (cast(Any, caught.value), cast(Any, failed(stub.Chat(chat())))):
+                assert raised.code() is grpc.StatusCode.UNAVAILABLE
+                assert dict(raised.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+            assert health.Check(health_pb2.HealthCheckRequest()).status
+    finally:
+        served.stop()

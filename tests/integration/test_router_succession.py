@@ -6,6 +6,7 @@ hangs by saying nothing more.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,27 @@ import pytest
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.terms import MemoryTerms
-from pdserve.errors import StoreUnavailable
-from pdserve.ids import HostId
-from pdserve.messages import Address, Following, GatewayHello, Leading, Seek
+from pdserve.errors import MessageTooLarge, StoreUnavailable
+from pdserve.ids import HostId, RequestId, WorkerId
+from pdserve.messages import (
+    Address,
+    Cancel,
+    Dispatch,
+    Following,
+    GatewayHello,
+    Leading,
+    Refused,
+    Route,
+    Seek,
+    Timing,
+)
+from pdserve.router.core import ToWorker
 from pdserve.router.succession import Term
 from pdserve.router_config import RouterConfig
 from pdserve.wire.connection import Connection, connect
+from pdserve.wire.frame import MESSAGE_BYTES_MAX
 from pdserve.wire.listener import Listener
+from tests.unit.router.build import request
 
 HOST = HostId("here")
 PATIENCE_S = 60.0
@@ -46,12 +61,14 @@ class Listening:
     def __init__(self, name: str) -> None:
         self.address = Address(HOST, name, "")
         self.again_count = 0
+        self.heard: list[Refused] = []
 
     def hello(self) -> GatewayHello:
         return GatewayHello(self.address)
 
     def hear(self, message: object) -> None:
-        raise AssertionError(f"nobody says {message} to it")
+        assert isinstance(message, Refused), f"nobody says {message} to it"
+        self.heard.append(message)
 
     def reconnected(self) -> None:
         self.again_count += 1
@@ -256,5 +273,49 @@ def test_a_standby_takes_no_hello(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="gone"):
             await connection.receive()
         assert standby._gateways == {}
+
+    play(Routers(tmp_path), scenario)
+
+
+# ── messages that no frame can carry ─────────────────────────────────────────────────────────────
+
+
+def test_what_a_link_cannot_send_is_its_senders_error_and_the_link_lives_on(tmp_path: Path) -> None:
+    async def scenario(routers: Routers) -> None:
+        router = await routers.start()
+        person = Listening("g")
+        link = await routers.link(person)
+        for post in (link.post, link.post_now):
+            with pytest.raises(MessageTooLarge, match="send less at once"):
+                post(Cancel(RequestId("x" * (MESSAGE_BYTES_MAX + 1))))
+            link.post(Cancel(RequestId("nobody")))
+        await until(lambda: router._core.state.counters["stale_cancels"] == 2)
+        assert link.connected
+        assert person.again_count == 0
+
+    play(Routers(tmp_path), scenario)
+
+
+def test_a_request_that_no_worker_can_be_told_of_is_refused_and_its_worker_stays(
+    tmp_path: Path,
+) -> None:
+    async def scenario(routers: Routers) -> None:
+        router = await routers.start()
+        person = Listening("g")
+        link = await routers.link(person)
+        await until(lambda: person.address in router._gateways)
+        worker = WorkerId("p-1")
+        router._workers[worker] = router._gateways[person.address]
+        large = replace(
+            request("r-1", tokens=8, tenant="x" * MESSAGE_BYTES_MAX), reply_to=person.address
+        )
+        route = Route(worker, worker, person.address, None)
+        router._carry_out([ToWorker(worker, Dispatch(large, route, Timing()))])
+        await until(lambda: bool(person.heard))
+        (refused,) = person.heard
+        assert refused.request == "r-1"
+        assert isinstance(refused.error.to_error(), MessageTooLarge)
+        assert link.connected
+        assert person.again_count == 0
 
     play(Routers(tmp_path), scenario)

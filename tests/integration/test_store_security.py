@@ -1,6 +1,7 @@
 """Who gets at a store over TCP: certificates, tokens, tenants; real nodes, real sockets."""
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from pdserve.errors import AccessDenied, ConfigError, FrameError, PdserveError, StoreUnavailable
 from pdserve.ids import StoreId
+from pdserve.kvstore.admin import AskReport
 from pdserve.kvstore.answers import ClaimGrant
 from pdserve.kvstore.arena import Geometry, create_arena
 from pdserve.kvstore.capability import ALL_OPERATIONS, Operation, mint
@@ -176,6 +178,8 @@ def test_an_operation_for_administrators_leaves_a_line(
         try:
             peer = await connect(listener.address, host=type(here)("elsewhere"), codec=PROTOCOL)
             await peer.call(Greet("somebody", token=everything), timeout_s=10)
+            with contextlib.suppress(AccessDenied):
+                await peer.call(AskReport(), timeout_s=10)  # as a scrape does
             with pytest.raises(PdserveError) as caught:
                 await peer.call(Done(), timeout_s=10)  # no request of any client
             await peer.close()

@@ -28,7 +28,8 @@ from pdserve.kvstore.keys import block_keys
 from pdserve.kvstore.tickets import ANYBODY, TicketState
 from pdserve.messages import Address, Lost, Role
 from pdserve.router_config import RouterConfig
-from pdserve.wire.postbox import OUTBOX_MAX
+from pdserve.vitals import Vitals
+from pdserve.wire.outbox import OUTBOX_MAX
 from tests.simulation.loop import HostClock, SimProcess, VirtualLoop
 from tests.simulation.network import Network
 from tests.simulation.register import Reigns, SimRegister
@@ -277,6 +278,7 @@ class World:
         async def start() -> None:
             place.what = shell = WorkerShell(role, self.config, host=HostId(place.host))
             shell._postbox._outbox_max = self.shape.outbox_max
+            shell._vitals = Vitals(clock=lambda: 0)  # the real machine's: one look is enough
             await shell.start(
                 self._directory(place),
                 lambda _bytes, _codec: self._find_store(place.host),

@@ -25,6 +25,7 @@ from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.console import add_console
 from pdserve.cluster.http.embeddings import Embeddings
 from pdserve.cluster.http.errors import error_response, internal_error
+from pdserve.cluster.http.exposition import joined
 from pdserve.cluster.http.generation import Generation
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.http.openapi.bodies import Facts
@@ -313,8 +314,8 @@ def _add_operations(
                 figures = {}  # our own figures are worth showing, above all now
             if stores is not None:
                 data = await stores(figures)
-        data = app.state.metrics.render(figures) + data
-        return Response(data, headers={"content-type": METRICS_TYPE})
+        text = joined([app.state.metrics.render(figures).decode(), data.decode()])
+        return Response(text, headers={"content-type": METRICS_TYPE})
 
     if snapshot is not None:
         _add_answer(app, "/cluster/status", snapshot, controls, lambda each: each.snapshot)

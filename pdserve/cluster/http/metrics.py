@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from pdserve.clock import unix_ms
 from pdserve.cluster.calls import Call, Piece
 from pdserve.cluster.http.exposition import joined
+from pdserve.cluster.http.processes import own_process, processes_in, text_of
 from pdserve.cluster.http.recent import Ended, Recent
 from pdserve.cluster.http.tallies import Tally, TallyCounter, TallyHistogram
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
@@ -149,6 +150,8 @@ class FrontMetrics:
                     for each in self._vllm.values()
                 ]
             )
+        others = () if snapshot is None else processes_in(snapshot)
+        text += text_of([own_process(), *others])
         if own:
             text += joined([_snapshot_text(each, model=name) for name, each in own.items()])
         elif snapshot is not None:

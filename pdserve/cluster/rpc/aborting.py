@@ -1,6 +1,6 @@
 """How a typed error ends a gRPC call."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
@@ -33,3 +33,27 @@ async def aborting(context: Any) -> AsyncIterator[None]:
         yield
     except PdserveError as error:
         await abort(context, error)
+
+
+def refusing(handler: Any, error: PdserveError) -> Any:
+    """A handler of the same kind that ends every call with ``error``."""
+
+    async def refuse(_: Any, context: Any) -> None:
+        await abort(context, error)
+
+    return kind_of(handler)(
+        refuse,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def kind_of(handler: Any) -> Callable[..., Any]:
+    """What makes a handler of the same kind."""
+    kinds: dict[tuple[bool, bool], Callable[..., Any]] = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    return kinds[handler.request_streaming, handler.response_streaming]

@@ -1,13 +1,16 @@
 """The gRPC port: our service, KServe's, vLLM's, ``grpc.health.v1`` and reflection on one
 ``grpc.aio`` server."""
 
+import asyncio
 import contextlib
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from pdserve.clock import MS, monotonic
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
+from pdserve.cluster.draining import CONNECTION_AGE_NS_MAX
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.models import Models
 from pdserve.cluster.rpc import kserve, vllm_engine
@@ -15,13 +18,20 @@ from pdserve.cluster.rpc.access import AccessInterceptor
 from pdserve.cluster.rpc.reflecting import add_reflection
 from pdserve.cluster.rpc.servicer import Servicer
 from pdserve.cluster.rpc.serving import Serving
+from pdserve.cluster.rpc.under_way import UnderWay
 from pdserve.config import GatewayConfig
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, PdserveError
 from pdserve.proto.kserve.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from pdserve.proto.vllm.engine_pb2_grpc import add_VllmEngineServicer_to_server
-from pdserve.wire.listening import listeners_at, retire
+from pdserve.wire.listening import (
+    accepted_at,
+    hang_up_at,
+    listeners_at,
+    retire,
+    shut_listeners_at,
+)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVICES = (SERVICE, kserve.SERVICE, vllm_engine.SERVICE)
@@ -29,14 +39,29 @@ SERVICES = (SERVICE, kserve.SERVICE, vllm_engine.SERVICE)
 PING_INTERVAL_MIN_MS = 10_000
 
 
+CONNECTIONS_LOOK_NS = 500 * MS
+"""To look for connections is to go through all open files of the process."""
+
+_LOOK_S = 0.01
+
+
 class GrpcServer:
-    """A server that is up."""
+    """A server that is up.
+
+    It ends in three steps, since gRPC's core knows only one: as it stops, it asks clients to go
+    elsewhere (GOAWAY) and ends with a bare CANCELLED, which nobody repeats, what they have sent
+    until they hear of it. So here it takes no new connection first (``drain``) and serves on, while
+    connections reach the age at which their clients leave by themselves. Then what still comes is
+    refused (``refuse``). Last it falls silent on the connections that are left, and only then
+    stops (``stop``): whoever is still there sees a connection that ended, which is UNAVAILABLE.
+    """
 
     def __init__(
         self,
         server: grpc.aio.Server,
         port: int,
         servicer: health.aio.HealthServicer,
+        under_way: UnderWay,
         *,
         is_one_of_many: bool,
     ) -> None:
@@ -44,23 +69,56 @@ class GrpcServer:
         self.port = port
         self._server = server
         self._health = servicer
+        self._under_way = under_way
         self._is_one_of_many = is_one_of_many
+        self._has_connections = False
+        self._looked_ns = 0
 
-    async def drain(self, *, limit_s: float) -> None:
-        """Says NOT_SERVING and takes nothing new; returns when no call is under way any more, and
-        cancels those that are after ``limit_s``."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._under_way.is_busy
+
+    @property
+    def busy_ns(self) -> int:
+        """When a call was under way, at the latest."""
+        return self._under_way.busy_ns
+
+    @property
+    def has_connections(self) -> bool:
+        """Of clients, as of ``CONNECTIONS_LOOK_NS`` ago."""
+        now_ns = monotonic()
+        if now_ns - self._looked_ns >= CONNECTIONS_LOOK_NS:
+            found = accepted_at(self.port)
+            for each in found:
+                each.close()
+            self._has_connections, self._looked_ns = bool(found), now_ns
+        return self._has_connections
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING and takes no new connection, but serves those that there are. Returns
+        when it listens no more."""
         await self._health.enter_graceful_shutdown()
         if self._is_one_of_many:
             with contextlib.ExitStack() as stack:
                 ours = [stack.enter_context(each) for each in listeners_at(self.port)]
                 await retire(ours)
-        await self._server.stop(limit_s)
+        shut_listeners_at(self.port)
+
+    def refuse(self, error: PdserveError) -> None:
+        """From now on the answer to every call that comes."""
+        self._under_way.refuse(error)
 
     async def stop(self, *, grace_s: float) -> None:
-        """Takes nothing new, and cancels what still runs after ``grace_s``; also while it drains,
-        for which it ends sooner then."""
+        """Gives calls under way ``grace_s`` to end, and hangs up."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self.is_busy:
+                    await asyncio.sleep(_LOOK_S)
+        shut_listeners_at(self.port)
+        hang_up_at(self.port)
+        await self._server.stop(0)
 
 
 async def serve_grpc(
@@ -71,16 +129,22 @@ async def serve_grpc(
     credentials: grpc.ServerCredentials | None = None,
     doorkeeper: Doorkeeper | None = None,
     models: Models | None = None,
+    connection_age_ns: int = CONNECTION_AGE_NS_MAX,
 ) -> GrpcServer:
     """Listens on ``config.host`` and ``config.grpc_port``; with credentials, on TLS only.
 
-    ``models``: where there may be several, of which ``session`` is the first.
+    Args:
+        models: where there may be several, of which ``session`` is the first.
+        connection_age_ns: when clients are asked to open a new connection; calls under way go on.
 
     Raises:
         ConfigError: the port cannot be had.
     """
-    interceptors = [] if doorkeeper is None else [AccessInterceptor(doorkeeper)]
-    server = grpc.aio.server(interceptors=interceptors, options=_options(config))
+    under_way = UnderWay(SERVICES)
+    doors = [] if doorkeeper is None else [AccessInterceptor(doorkeeper)]
+    server = grpc.aio.server(
+        interceptors=[under_way, *doors], options=_options(config, connection_age_ns)
+    )
     serving = Serving(session, config, metrics or FrontMetrics(), doorkeeper, models)
     for add, servicer in (
         (add_InferenceServicer_to_server, Servicer(serving)),
@@ -95,7 +159,7 @@ async def serve_grpc(
     await server.start()
     for name in ("", *SERVICES):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return GrpcServer(server, port, checks, is_one_of_many=config.replicas > 1)
+    return GrpcServer(server, port, checks, under_way, is_one_of_many=config.replicas > 1)
 
 
 def _bind(
@@ -114,8 +178,9 @@ def _bind(
         ) from error
 
 
-def _options(config: GatewayConfig) -> list[tuple[str, int]]:
+def _options(config: GatewayConfig, connection_age_ns: int) -> list[tuple[str, int]]:
     return [
+        ("grpc.max_connection_age_ms", connection_age_ns // MS),
         ("grpc.max_receive_message_length", config.body_bytes_max),
         ("grpc.max_concurrent_streams", config.streams_max),
         # Two servers that quietly share a port are a riddle, unless several gateways are wanted.

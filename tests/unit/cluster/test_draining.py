@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.cluster.draining import LINGER_NS, UNLED_NS, Seen, left_ns
+from pdserve.cluster.draining import (
+    CONNECTION_AGE_NS_MAX,
+    CONNECTION_AGE_NS_MIN,
+    LINGER_NS,
+    UNLED_NS,
+    Seen,
+    connection_age_ns,
+    left_ns,
+)
 
 LIMIT_NS = 60 * S
 
@@ -67,3 +75,10 @@ def test_a_connection_that_idles_is_kept_for_a_request_on_its_way() -> None:
     assert left(seen, 13 * S) == LINGER_NS
     assert left(seen, 13 * S + LINGER_NS - 1 * MS) == 1 * MS
     assert left(seen, 13 * S + LINGER_NS) == 0
+
+
+@given(st.integers(2 * S, 1000 * S))
+def test_every_connection_grows_old_while_its_gateway_drains(limit_ns: int) -> None:
+    age_ns = connection_age_ns(limit_ns=limit_ns)
+    assert CONNECTION_AGE_NS_MIN <= age_ns <= CONNECTION_AGE_NS_MAX
+    assert 1.1 * age_ns <= limit_ns

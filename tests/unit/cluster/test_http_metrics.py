@@ -1,4 +1,5 @@
 import asyncio
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,10 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdserve.cluster.http.app import create_app
+from pdserve.cluster.http.processes import text_of
 from pdserve.config import GatewayConfig
 from pdserve.errors import Disconnected, QueueFull
+from pdserve.vitals import METRICS
 from tests.unit.cluster.asgi import get, post
 from tests.unit.cluster.fake_session import FakeSession, steps
 
@@ -92,3 +95,26 @@ def test_a_router_that_is_away_hides_its_own_figures_only(
 def test_without_a_router_there_is_no_status() -> None:
     app = create_app(FakeSession(), config=GatewayConfig())
     assert get(app, "/cluster/status").status == 404
+
+
+def test_every_process_says_what_it_has_of_the_machine_by_its_role() -> None:
+    held = {"tasks": 9, "resident_bytes": 4096, "open_fds": 7}
+
+    async def snapshot() -> dict[str, Any]:
+        workers = [each | {"counters": {"steps": 1, **held}} for each in SNAPSHOT["workers"]]
+        return SNAPSHOT | {"workers": workers, "router": {"pid": 11, "epoch": 1, **held}}
+
+    async def stores(_: Mapping[str, Any]) -> bytes:
+        return text_of([("store", "s-1", held)]).encode()
+
+    app = create_app(FakeSession(), config=GatewayConfig(), snapshot=snapshot, stores=stores)
+    reply = get(app, "/metrics").body.decode()
+    found = samples(app)
+    others = [("router", "11"), ("prefill", "p-1"), ("decode", "d-1"), ("store", "s-1")]
+    for role, process in [*others, ("gateway", str(os.getpid()))]:
+        labels = (("process", process), ("role", role))
+        for figure, (name, _) in METRICS.items():
+            value = found[name, labels]
+            assert value > 0 if role == "gateway" else value == held[figure]
+    for name, _ in METRICS.values():
+        assert reply.count(f"# TYPE {name} ") == 1

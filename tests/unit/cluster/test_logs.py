@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pdserve.clock import S
 from pdserve.cluster import logs
 from pdserve.cluster.http.request_ids import RequestIds
-from pdserve.cluster.logs import KINDS_MAX, STORM_LINES, JsonFormatter, StormFilter, TextFormatter
+from pdserve.cluster.logs import JsonFormatter, TextFormatter
 from pdserve.errors import ConfigError
+from pdserve.storms import KINDS_MAX, STORM_LINES, StormFilter, log_to_stderr
 from tests.unit.cluster.asgi import ask
 
 
@@ -122,3 +123,20 @@ def test_who_has_set_up_logging_keeps_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert logging.getLogger().handlers, "pytest's own"
     logs.start_logging()
     assert (ours.handlers, ours.propagate) == (before, True)
+
+
+def test_a_process_of_its_own_is_bounded_in_a_storm_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.RootLogger(logging.WARNING)
+    monkeypatch.setattr(logging, "root", root)
+    now_ns = 0
+    monkeypatch.setattr(StormFilter.__init__, "__kwdefaults__", {"clock": lambda: now_ns})
+    log_to_stderr()
+    for peer in range(1000):
+        root.warning("%s: %s; connection closed", peer, "a frame begins with b'GET '")
+    now_ns = 10 * S
+    root.warning("%s: %s; connection closed", "last", "it is over")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == STORM_LINES + 1
+    assert lines[-1].endswith("last: it is over; connection closed (990 like this were left out)")

@@ -8,7 +8,7 @@ import pytest
 
 from pdserve.cluster import opening
 from pdserve.cluster.front import Front
-from pdserve.cluster.opening import FurtherModels
+from pdserve.cluster.opening import FurtherModels, follow_blocks
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from pdserve.settings import from_tree, further_models, to_tree
@@ -36,6 +36,9 @@ class FakeSession:
         self.identity = identity
         self.in_flight = 0
         self.is_open = True
+
+    def know_blocks_as(self, identity: str) -> None:
+        self.identity = identity
 
     async def close(self) -> None:
         self.is_open = False
@@ -200,5 +203,21 @@ def test_wants_that_overtake_each_other_leave_nobody_waiting(stage: Stage) -> No
         await first
         held.set()
         assert stage.front.served == {}
+
+    played(stage, scene)
+
+
+def test_the_first_model_s_session_learns_what_another_version_s_blocks_are_called(
+    stage: Stage,
+) -> None:
+    """Its gateway was there first, and the router had been told by a former worker."""
+
+    async def scene() -> None:
+        router, session = FakeRouterHandle(), FakeSession("first", "aa")
+        following = asyncio.create_task(follow_blocks(cast(Any, session), cast(Any, router)))
+        for identity in ("bb", "cc"):
+            router.said = identity
+            await stage.until(lambda now=identity: session.identity == now)  # type: ignore[misc]
+        following.cancel()
 
     played(stage, scene)

@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from pdserve.engine.sequence import Ending, Sequence, stretch_us
+from pdserve.kvstore.keys import block_keys, namespace_digest
 from pdserve.messages import Beams, FinishReason, Request, Route, Timing, Token
 from tests.unit.engine.fakes import BLOCK_TOKENS, EOS, address
-from tests.unit.engine.rig import NAMESPACE, TOKENIZER, prompt, request
+from tests.unit.engine.rig import NAMESPACE, TENANT, TOKENIZER, prompt, request
 
 ROUTE = Route("p", "d", address("d"), None)  # type: ignore[arg-type]
 
@@ -145,3 +149,17 @@ def test_the_candidate_that_a_beam_search_is_handed_over_with_ends_nothing() -> 
     assert root.tokens_left == 12
     assert root.sampler_row().sampling.logprobs == 6
     assert root.sampler_row().adjusted_logprobs
+
+
+@given(st.integers(0, 6 * BLOCK_TOKENS), st.integers(0, 6))
+def test_keys_of_another_version_s_blocks_are_never_used(length: int, known: int) -> None:
+    """As of a gateway that still calls blocks as the former workers did: neither are those blocks
+    read, nor is what is computed here stored as theirs."""
+    tokens = prompt(length)
+    other = namespace_digest(model="fake", weights="of before")
+    theirs = block_keys(other, tokens, BLOCK_TOKENS, tenant=TENANT)
+    ours = block_keys(NAMESPACE, tokens, BLOCK_TOKENS, tenant=TENANT)
+    for told in (theirs, ours):
+        one = sequence(replace(request(tokens=tokens), block_keys=told[:known]))
+        assert one.keys(len(ours)) == ours
+    assert not set(ours) & set(theirs)

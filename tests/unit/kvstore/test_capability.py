@@ -10,12 +10,14 @@ from pdserve.clock import S
 from pdserve.errors import AccessDenied, ConfigError
 from pdserve.ids import BlockKey
 from pdserve.kvstore import protocol
+from pdserve.kvstore.admin import AskAudit, AskReport, EvictAll, SetDraining
 from pdserve.kvstore.capability import (
     ALL_OPERATIONS,
     TENANT_BYTES,
     Capability,
     Gate,
     Operation,
+    is_audited,
     key_prefix,
     main,
     mint,
@@ -57,6 +59,13 @@ def test_a_token_allows_what_it_names_and_nothing_else() -> None:
 
 def test_what_nobody_thought_of_is_for_administrators() -> None:
     assert operation_of(object()) is Operation.ADMIN
+
+
+def test_what_changes_a_store_or_reads_others_data_is_audited_and_a_scrape_is_not() -> None:
+    assert all(map(is_audited, (EvictAll(None, pinned=False), SetDraining(True), AskAudit(1))))
+    assert is_audited(object()), "whatever is new"
+    assert not is_audited(AskReport())
+    assert not is_audited(protocol.AskStat())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ offset of its first token, and that is all it takes:
 
     another attempt than the current one   dropped
     tokens below the next offset           dropped: the client has them
-    a delta beyond the next offset         held until the gap is filled, ``HELD_MAX`` of them
+    a delta beyond the next offset         held until the gap is filled, ``HELD_MAX`` of them; a gap
+                                           that stays makes another attempt (``gaps``)
 
 A new attempt begins where delivery stands, so what a lost worker still had to say is dropped, and
 the tokens are equal anyway: token i depends on the tokens before it and on Philox(seed, choice, i).
@@ -19,14 +20,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pdserve.cluster.calls import Piece
-from pdserve.errors import FrameError, PdserveError
+from pdserve.errors import PdserveError
 from pdserve.ids import BlockKey
 from pdserve.messages import FinishReason, Request, Token, TokenDelta
 from pdserve.text.detokenizer import Detokenizer
 from pdserve.text.stops import StopStrings
 
 HELD_MAX = 256
-"""Out-of-order deltas kept. Only the two ends of a park can overlap: a handful of steps."""
+"""Out-of-order deltas kept. The two ends of a park overlap by a handful of steps; where the first
+one's are lost there may be more, and those beyond are left to the next attempt."""
 
 
 class Delivery:
@@ -42,6 +44,12 @@ class Delivery:
         self._stops = StopStrings(request.stop.strings)
         self._include_stop_string = include_stop_string
         self._held: dict[int, TokenDelta] = {}
+        self._left_out = False  # a delta of this attempt that was one too many
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether tokens are known to have been generated that did not come before later ones."""
+        return bool(self._held) or self._left_out
 
     @property
     def open_choices(self) -> tuple[int, ...]:
@@ -54,6 +62,7 @@ class Delivery:
         ``keys`` are those of the full blocks of ``tokens_so_far()``.
         """
         self._held.clear()
+        self._left_out = False
         self.request = replace(
             self.request,
             attempt=self.request.attempt + 1,
@@ -70,16 +79,14 @@ class Delivery:
 
         Raises:
             PdserveError: the worker's error, where the delta carries one.
-            FrameError: more out-of-order deltas than a correct cluster can produce.
         """
         if delta.attempt != self.request.attempt or self.finished:
             return []
         if delta.offset > len(self.tokens):
-            if len(self._held) >= HELD_MAX:
-                raise FrameError(
-                    f"{HELD_MAX} deltas of {delta.request} wait for token {len(self.tokens)}"
-                )
-            self._held[delta.offset] = delta
+            if len(self._held) < HELD_MAX:
+                self._held[delta.offset] = delta
+            else:
+                self._left_out = True
             return []
         pieces = self._accept(delta)
         while not self.finished and len(self.tokens) in self._held:

@@ -34,6 +34,7 @@ from pathlib import Path
 from pdserve.clock import steady_unix_ms
 from pdserve.cluster.calls import Call, Piece
 from pdserve.cluster.delivery import BeamDelivery, Delivery
+from pdserve.cluster.gaps import GapWatch
 from pdserve.cluster.link import RouterLink
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.poison import Suspicion
@@ -131,6 +132,7 @@ class GatewaySession:
         self._host = host
         self._calls: dict[str, _Running] = {}
         self._by_request: dict[RequestId, _Running] = {}
+        self._gaps = GapWatch(lambda request: self._find(request)[1], self._again)
         self._listener: Listener | None = None
         self._link: RouterLink | None = None
 
@@ -418,6 +420,7 @@ class GatewaySession:
         except PdserveError as error:
             self._end(running, delivery, error)
         else:
+            self._gaps.look(delta.request, delivery)
             if delivery.finished:
                 self._by_request.pop(delta.request, None)
                 if delivery is running.task and not isinstance(running.call.task, Pooling):

@@ -54,6 +54,11 @@ class Admission:
         self._pace = Pace()
         self._returns = Returns()
         self._answers = Answers()
+        self.set_workers(0)  # nobody has come yet
+
+    def set_workers(self, count: int) -> None:
+        """So many prefill now."""
+        self._pace.set_workers(count)
 
     def answered(self, tokens: int, elapsed_ns: int) -> None:
         """An answer has ended that took so long to decode."""

@@ -267,14 +267,8 @@ class RouterCore:
             self.state.counters["stale_events"] += 1
             return self._ended.undelivered(failed.request, failed.attempt, worker)
         self.state.counters["worker_failures"] += 1
-        commands = lose(
-            self.state,
-            entry,
-            worker,
-            now_ns,
-            implicated=failed.error.kind == StepFailed.kind,
-            alone=failed.alone,
-        )
+        by_step = failed.error.kind == StepFailed.kind
+        commands = lose(self.state, entry, worker, now_ns, implicated=by_step, alone=failed.alone)
         return commands + planner.plan(self.state, now_ns)
 
     def on_worker_lost(self, worker: WorkerId, now_ns: int, *, left: bool = False) -> list[Command]:
@@ -487,6 +481,7 @@ class RouterCore:
             if isinstance(order, SkipJoin):
                 order.set_workers(self.state.fleet.prefill_count)
         self._goal.set_workers(self.state.fleet.prefill_count)
+        self._admission.set_workers(self.state.fleet.prefill_count)
 
 
 def _may_fail(entry: Entry) -> tuple[WorkerId | None, ...]:

@@ -46,6 +46,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._samples: deque[tuple[int, int]] = deque()  # (instant, work dispatched by then)
+        self._is_served = True
 
     def observe(self, waiting: int, dispatched_work_ns: int, now_ns: int) -> None:
         """
@@ -55,7 +56,7 @@ class Pace:
             now_ns: never before that of an earlier call.
         """
         samples = self._samples
-        if waiting < BACKLOG_MIN:
+        if waiting < BACKLOG_MIN or not self._is_served:
             samples.clear()
             return
         if samples and now_ns - samples[-1][0] < PACE_EVERY_NS:
@@ -63,6 +64,13 @@ class Pace:
         samples.append((now_ns, dispatched_work_ns))
         while now_ns - samples[0][0] > PACE_NS_MAX:
             samples.popleft()
+
+    def set_workers(self, count: int) -> None:
+        """So many there are now. While there is none, what waits says nothing of how fast those
+        are who come next."""
+        if count == 0:
+            self._samples.clear()
+        self._is_served = count > 0
 
     def workers(self, expected: int) -> float:
         """How many workers the queue is served by, going by its pace; ``expected`` as long as

@@ -7,8 +7,9 @@ from functools import partial
 
 from pdserve.clock import MS, US, S
 from pdserve.lifecycle import Phase
+from tests.simulation.shape import HOUR_MS, WORKER_SILENCE_MS
 from tests.simulation.store import StoreNode
-from tests.simulation.world import HOUR_MS, Place, World
+from tests.simulation.world import Place, World
 
 HANG_NS = 2 * S
 """Longer than a router may be silent, and shorter than until a leader looks who leads."""
@@ -16,6 +17,12 @@ HANG_NS = 2 * S
 
 BOOT_NS = (3 * S, 6 * S)
 """Of a host: longer than a worker may be silent."""
+
+SILENT_NS = (WORKER_SILENCE_MS * MS + 200 * MS, WORKER_SILENCE_MS * MS + 2 * S)
+"""Longer than a worker may be silent, and shorter than until a kernel ends its connection."""
+
+LASTING_NS = SILENT_NS[1]
+"""At most, beyond the load and what lingers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +172,23 @@ def _partition(world: World, span_ns: int) -> None:
         world.network.block(other, one, until_ns)
 
 
+def _fall_silent(world: World, _: int) -> None:
+    """A worker is not heard for so long that the router takes it for lost; its connection stays,
+    and nobody but the router can tell it. It hangs; or what it says does not come through, while
+    it hears everything."""
+    place = _some(world, "prefill", "decode")
+    if place is None or place.process.stopped:
+        return
+    span_ns = world.dice.randrange(*SILENT_NS)
+    deaf = [leader.host for leader in world.leaders() if leader.host != place.host]
+    if deaf and world.dice.random() < 0.5:
+        world.note(f"PARTITION {place.host} -> {deaf[0]} for {span_ns // MS} ms")
+        world.network.block(place.host, deaf[0], world.loop.now_ns + span_ns)
+    else:
+        _stop_one(world, place, span_ns)
+    world.lasting_ns = max(world.lasting_ns, world.loop.now_ns + span_ns)
+
+
 def _slow_network(world: World, span_ns: int) -> None:
     world.network.slow_ns = world.dice.choice((50, 200, 500)) * MS
     world.network.slow_until_ns = world.loop.now_ns + span_ns
@@ -177,19 +201,17 @@ def _reset(world: World, _: int) -> None:
 
 
 def _repeat(world: World, _: int, *, tries: int = 1_000) -> None:
-    """A listener forgets what it has received, as of more posters than it remembers, just when all
-    connections break: what has no receipt comes twice. Where nothing is under way it looks again a
-    little later."""
+    """A listener forgets what it has received, as of more posters than it remembers, just when the
+    connections break over which it came, and receipts with them: what has none comes twice. Where
+    nothing is under way it looks again a little later."""
     if world.is_healed:
         return
     awaited = world.awaiting_receipts()
     if awaited:
         place = world.dice.choice(awaited)
-        listener = place.what._listener
         world.note(f"REPEAT to {place.process}")
-        listener._received.clear()
-        world.network.reset_all_of(place.process)
-        listener._received.clear()
+        world.network.break_all_to(place.process)
+        place.what._listener._received.clear()
     elif tries:
         later_ns = world.loop.now_ns + world.dice.randrange(100 * US, 400 * US)
         world.loop.at(later_ns, lambda: _repeat(world, 0, tries=tries - 1), None)
@@ -316,6 +338,7 @@ KINDS: dict[str, tuple[int, Callable[[World, int], None]]] = {
     "stop gateway": (2, _stop_gateway),
     "kill store": (2, _kill("store")),
     "stop": (4, _stop),
+    "fall silent": (2, _fall_silent),
     "partition": (4, _partition),
     "slow network": (2, _slow_network),
     "reset": (5, _reset),

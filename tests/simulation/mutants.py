@@ -11,7 +11,7 @@ from typing import Any
 from pdserve.clock import MS, S
 from tests.simulation.faults import Fault
 from tests.simulation.run import Plan, simulate
-from tests.simulation.world import Shape
+from tests.simulation.shape import Shape
 
 SEEDS_MAX = 400
 
@@ -215,15 +215,27 @@ def _blocks_not_given_back() -> contextlib.AbstractContextManager[None]:
 
 
 def _salt_left_out() -> contextlib.AbstractContextManager[None]:
+    """At gateways and at workers: a worker does not believe a gateway's keys that are not its own,
+    so one of the two alone would only find less (``engine.sequence``)."""
     from pdserve.cluster import session
+    from pdserve.engine import sequence
     from pdserve.kvstore import keys
 
-    original = keys.block_keys
-
     def block_keys(namespace: bytes, tokens: Any, block_tokens: int, *, tenant: str = "") -> Any:
-        return original(namespace, tokens, block_tokens, tenant="")
+        return keys.block_keys(namespace, tokens, block_tokens)
 
-    return instead(session, "block_keys", block_keys)
+    def key_chain(namespace: bytes, block_tokens: int, *, tenant: str = "", **known: Any) -> Any:
+        return keys.KeyChain(namespace, block_tokens, **known)
+
+    @contextlib.contextmanager
+    def both() -> Iterator[None]:
+        with (
+            instead(session, "block_keys", block_keys),
+            instead(sequence, "KeyChain", key_chain),
+        ):
+            yield
+
+    return both()
 
 
 def _letters_not_repeated() -> contextlib.AbstractContextManager[None]:

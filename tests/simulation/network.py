@@ -76,9 +76,14 @@ class Network:
             if pair.is_open and {host} < {end.process.host for end in pair.ends}:
                 pair.cut_off()
 
-    def reset_all_of(self, process: SimProcess) -> None:
+    def break_all_to(self, process: SimProcess) -> None:
+        """Those that it has accepted, as where a path fails: nothing of what is under way arrives,
+        receipts as little as what they are for. Those that it has opened itself go on: were its
+        link to the router among them, a gateway would begin everything again."""
         for pair in self.pairs:
-            if pair.is_open and process in (end.process for end in pair.ends):
+            if pair.is_open and pair.ends[1].process is process:
+                for end in pair.ends:
+                    end.is_deaf = True
                 pair.reset()
 
     # ── what asyncio asks for ────────────────────────────────────────────────────────────────────
@@ -203,6 +208,8 @@ class End:
         self.protocol: Any = None
         self.arrives_ns = 0  # when what was sent last to this end is there
         self.lost = False
+        self.is_deaf = False  # nothing arrives any more; it will learn of it
+        self._severed = False  # what was written last never arrives
         self._closing = False
         self._paused = False
         self._buffered: list[bytes] = []  # arrived and not read
@@ -219,11 +226,13 @@ class End:
         now_ns = network.loop.now_ns
         source, target = self.process.host, peer.process.host
         blocked_ns = network.blocked_until_ns(source, target)
+        if blocked_ns > now_ns + UNACKNOWLEDGED_NS and not self._severed:
+            self._severed = True
+            network.loop.at(now_ns + UNACKNOWLEDGED_NS, self.pair.reset, None)
+        if self._severed:  # a stream has no gaps: what follows the lost is lost, healed or not
+            return
         when_ns = max(now_ns, blocked_ns) + network.delay_ns(source, target)
         peer.arrives_ns = max(peer.arrives_ns, when_ns)
-        if blocked_ns > now_ns + UNACKNOWLEDGED_NS:
-            network.loop.at(now_ns + UNACKNOWLEDGED_NS, self.pair.reset, None)
-            return
         cut = network.dice.randrange(1, len(sent)) if len(sent) > 64 and when_ns & 7 == 0 else 0
         for piece in (sent[:cut], sent[cut:]):
             if piece:
@@ -289,7 +298,7 @@ class End:
     # ── what arrives ─────────────────────────────────────────────────────────────────────────────
 
     def arrive(self, data: bytes) -> None:
-        if self.lost or self._closing:
+        if self.lost or self._closing or self.is_deaf:
             return
         if self._paused:
             self._buffered.append(data)

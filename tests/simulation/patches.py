@@ -19,6 +19,7 @@ from pdserve import clock
 from pdserve.clock import MS, S
 from tests.simulation.loop import SimProcess, VirtualLoop, current_process
 from tests.simulation.network import no_socket, peer_of
+from tests.simulation.owners import OwnedPool
 
 UNIX_ZERO_MS = 1_700_000_000_000
 """Wall time when a run begins."""
@@ -106,6 +107,7 @@ def virtual(
     """``build_parts`` stands in for ``cluster.worker_parts.build_parts``; ``watch`` is put around
     the ``listen`` of links."""
     from pdserve.cluster import link, worker_parts, worker_shell
+    from pdserve.engine import device
     from pdserve.wire import connection, listener
 
     replaced: list[tuple[Any, str, Any]] = []
@@ -129,6 +131,7 @@ def virtual(
                     replace(module, attribute, instead[id(value)])
     replace(worker_parts, "build_parts", build_parts)
     replace(worker_shell, "ThreadPoolExecutor", InlineExecutor)
+    replace(device, "BlockPool", OwnedPool)
     replace(listener, "bind_unix", lambda directory, name: str(Path(directory) / name))
     replace(connection, "duplicate_of", no_socket)
     replace(connection, "set_up", peer_of)

@@ -33,9 +33,10 @@ from tests.simulation.loop import VirtualLoop
 from tests.simulation.network import Network
 from tests.simulation.patches import virtual
 from tests.simulation.register import Reigns
+from tests.simulation.shape import Shape
 from tests.simulation.store import Membership, StoreNode
 from tests.simulation.worker import SimParts, forget_nodes
-from tests.simulation.world import Shape, World
+from tests.simulation.world import World
 
 LOAD_NS = 400 * MS
 CALLS = (6, 13)
@@ -197,6 +198,7 @@ class _Play:
             self._later(zero_ns + fault.at_ns, partial(faults.strike, world, fault))
         self._await(lambda: False, LOAD_NS, "")
         self._await(self._all_ended, self.linger_ns, "")
+        self._await(lambda: loop.now_ns >= world.lasting_ns, faults.LASTING_NS, "")
         self._heal()
         self._await(world.is_ready, HEAL_NS, "I5: the cluster does not recover")
         probes = [

@@ -121,7 +121,7 @@ class StoreNode:
 class SimClaim:
     grant: ClaimGrant
     keys: tuple[BlockKey, ...]
-    tenant: str | None  # who may read it; None: whoever has the ticket
+    tenant: str  # whose blocks they must be
 
     @property
     def has_tail(self) -> bool:
@@ -202,9 +202,10 @@ class SimStoreClient:
         return SimClaim(grant, tuple(keys[: len(grant.slots)]), tenant)
 
     def adopt(self, ticket: TicketId) -> SimClaim:
+        tenant = self._tenant_of(ticket)
         grant = self._core().adopt(self._owner, ticket)
         self._node.settle()
-        return SimClaim(grant, (), None)
+        return SimClaim(grant, (), tenant)
 
     def read_each(
         self, claim: SimClaim, indices: Sequence[int], take: Callable[[int, memoryview], None]
@@ -219,7 +220,7 @@ class SimStoreClient:
             key = claim.keys[index] if index < len(claim.keys) else record.key
             assert record.key == key, f"I2: slot {slot} has another block than was claimed"
             writer = node.owners_tenant[slot, record.generation]
-            assert claim.tenant in (None, writer), f"I2: {claim.tenant} reads a block of {writer}"
+            assert claim.tenant == writer, f"I2: {claim.tenant} reads a block of {writer}"
             payload = node.payload(slot)
             if block_checksum(record.key, payload) != record.checksum:
                 self.counters["checksum_failures"] += 1

@@ -24,8 +24,9 @@ from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.kvstore.keys import namespace_digest
 from pdserve.messages import Address, Dispatch, Handoff, Resume, Role
 from tests.simulation.loop import SimProcess, VirtualLoop, current_process
+from tests.simulation.owners import OwnedPool, WatchedRunner
 from tests.simulation.store import SimStoreClient, StoreNode, Waiting
-from tests.unit.engine.fakes import BLOCK_BYTES, FakeRunner, letters
+from tests.unit.engine.fakes import BLOCK_BYTES, letters
 
 TOKENIZER = letters()
 NAMESPACE = namespace_digest(model="fake")
@@ -143,7 +144,7 @@ class SimEngine:
     def __init__(
         self,
         loop: EngineLoop,
-        runner: FakeRunner,
+        runner: WatchedRunner,
         emit: Callable[[Sequence[Output], Load], None],
         virtual: VirtualLoop,
         process: SimProcess,
@@ -163,6 +164,7 @@ class SimEngine:
         self._began_ns: int | None = None
         self._turns = 0
         loop.wake_by(self._kick)
+        runner.look = self._look
 
     @property
     def alive(self) -> bool:
@@ -229,6 +231,15 @@ class SimEngine:
             self._virtual.now_ns + took_ns, lambda: self._end_turn(outputs, load), self._process
         )
 
+    def _look(self) -> None:
+        """Told to the run, as what fails in a step would only end the requests in it."""
+        pool = self.loop.pool
+        assert isinstance(pool, OwnedPool)
+        for part in self.loop._parts:
+            wrong = pool.foreign(part.sequences(computing=False))
+            if wrong is not None:
+                self._virtual.errors.append(f"{wrong} ({self._process})")
+
     def _end_turn(self, outputs: list[Output], load: Load) -> None:
         self._began_ns = None
         if not self.alive:
@@ -291,7 +302,7 @@ class SimParts:
 
         process, world = current_process(), self.world
         assert process is not None
-        runner = FakeRunner(self.block_count)
+        runner = WatchedRunner(self.block_count)
         mover = SimMover(
             runner.pool,
             lambda address: self.open_store(address, host, worker),

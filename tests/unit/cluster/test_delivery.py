@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pdserve.cluster.delivery import HELD_MAX, BeamDelivery, Delivery
-from pdserve.errors import ErrorInfo, FrameError, OutOfBlocks, PdserveError
+from pdserve.errors import ErrorInfo, OutOfBlocks
 from pdserve.ids import BlockKey, HostId, RequestId
 from pdserve.messages import (
     Address,
@@ -147,13 +147,16 @@ def test_a_worker_s_error_is_raised_as_itself() -> None:
         _delivery().on_delta(_delta(0, "", finish=FinishReason.ERROR, error=error))
 
 
-def test_too_many_deltas_out_of_order_are_a_broken_cluster() -> None:
+def test_what_waits_for_earlier_tokens_is_bounded_and_leaves_a_gap_until_the_next_attempt() -> None:
     delivery = _delivery()
-    for index in range(HELD_MAX):
-        delivery.on_delta(_delta(index + 1, "x"))
-    with pytest.raises(FrameError, match="wait for token 0"):
-        delivery.on_delta(_delta(HELD_MAX + 1, "x"))
-    assert issubclass(FrameError, PdserveError)
+    assert not delivery.has_gap
+    for index in range(HELD_MAX + 1):
+        assert not delivery.on_delta(_delta(index + 1, "x"))
+    assert delivery.has_gap
+    assert _text(delivery, _delta(0, "a")) == "a" + HELD_MAX * "x"
+    assert delivery.has_gap, "the last one was left out, and nobody says it again"
+    delivery.next_attempt(())
+    assert not delivery.has_gap
 
 
 # ── beam searches ────────────────────────────────────────────────────────────────────────────────

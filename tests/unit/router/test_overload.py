@@ -56,6 +56,29 @@ def test_without_a_backlog_nobody_knows_the_pace() -> None:
     assert pace.workers(3) == 3.0
 
 
+def test_what_waits_while_nobody_serves_says_nothing_of_the_pace() -> None:
+    pace = Pace()
+    pace.observe(BACKLOG_MIN, 0, 0)
+    pace.set_workers(0)
+    pace.observe(BACKLOG_MIN, 0, 3 * S)
+    pace.set_workers(2)
+    pace.observe(BACKLOG_MIN, 0, 6 * S)
+    assert pace.workers(2) == 2.0
+    pace.observe(BACKLOG_MIN, 0, 6 * S + PACE_NS_MIN)
+    assert pace.workers(2) == PACE_MIN
+
+
+def test_who_comes_when_a_pool_is_back_is_not_refused_for_the_time_that_it_was_away() -> None:
+    """Found by ``tests.simulation``: 20 short prompts were predicted to take a minute."""
+    core, _ = core_with(hello("d0"))  # the prefill pool is not there yet
+    for number in range(20):
+        core.on_submit(request(f"r{number}", 600, deadline_ms=40_000), number * 100 * MS)
+    core.on_hello(hello("p0"), 6 * S)
+    commands = core.on_submit(request("probe", 600, deadline_ms=40_000), 6 * S + 100 * MS)
+    refused = [c.message for c in commands if isinstance(c.message, Refused)]
+    assert not refused, refused[0].error
+
+
 def test_an_answers_time_is_the_usual_one_unless_it_may_have_fewer_tokens() -> None:
     answers = Answers()
     for _ in range(ANSWERS - 1):

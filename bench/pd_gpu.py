@@ -12,7 +12,8 @@ other; and, with other keys, computed and decoded on the second alone.
   layer's part of the prompt's steps: no less is left when every layer but the last leaves while the
   next is computed.
 * *Tokens* are compared with those of the second worker alone.
-* *Blocks* of random bits go from the GPU to the arena and back.
+* *Blocks* of random bits go from the GPU to the arena and back; and, by way of a second store, from
+  the GPU to the arena, from there to its disk, and, evicted from the arena, from the disk back.
 
 ``--device cpu`` takes a tiny model, to see that it runs: its times say nothing.
 """
@@ -21,8 +22,10 @@ import argparse
 import contextlib
 import multiprocessing
 import random
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 
@@ -42,6 +45,7 @@ from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
 from pdserve.engine.thread import EngineThread
 from pdserve.engine.workplace import Workplace
 from pdserve.ids import BlockId, WorkerId
+from pdserve.kvstore.admin_client import StoreAdmin
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.keys import block_keys
 from pdserve.messages import (
@@ -63,6 +67,7 @@ ROUNDS = 20
 WARM_UPS = 2
 ANSWER_S_MAX = 300.0
 MOVED_BLOCKS = 32
+SSD_BYTES = 1 << 30
 PREFILL, DECODE = WorkerId("prefill"), WorkerId("decode")
 _END = b""
 
@@ -100,8 +105,8 @@ def measure(options: Options) -> Iterator[Row]:
         return
     pool = sizes.pool(2 * MOVED_BLOCKS)
     with running_node(slot_count=6 * sizes.prompt_blocks, block_bytes=pool.block_bytes) as store:
-        yield _moved(pool, store)
-        yield skipped("blocks changed by way of the SSD", "blocks", "the store has no SSD tier")
+        yield _changed("arena", _moved(pool, store))
+        yield _changed("SSD", _moved_below(pool))
         with Workers(sizes, store) as workers:
             yield from _handed_over(sizes, workers, options.rounds(ROUNDS))
 
@@ -128,24 +133,56 @@ def _handed_over(sizes: Sizes, workers: "Workers", rounds: int) -> Iterator[Row]
     yield row("answers like those of one process", alike_percent, "%", bar=at_least(100), at=0.0)
 
 
-def _moved(pool: KvPool, store: Address) -> Row:
-    """The first half of the pool to the store, and from there into the second."""
+def _changed(way: str, blocks: int) -> Row:
+    return row(f"blocks changed by way of the {way}", [float(blocks)], "blocks", bar=at_most(0))
+
+
+def _moved_below(pool: KvPool) -> int:
+    """As ``_moved``, by way of a store that reads every block from its disk."""
+    with tempfile.TemporaryDirectory() as directory:
+        disk = ("--ssd-directory", directory, "--ssd-bytes", str(SSD_BYTES))
+        with (
+            running_node(
+                *(*disk, "--ssd-write", "write_through"),
+                slot_count=MOVED_BLOCKS,
+                block_bytes=pool.block_bytes,
+            ) as store,
+            contextlib.closing(_Client("bench")(store)) as client,
+            contextlib.closing(StoreAdmin(store, host=local_host_id())) as admin,
+        ):
+
+            def to_disk() -> None:
+                until_s = time.monotonic() + ANSWER_S_MAX
+                while client.stat().ssd["blocks"] < MOVED_BLOCKS:
+                    assert time.monotonic() < until_s, f"not on disk: {client.stat().ssd}"
+                    time.sleep(0.01)  # between two questions
+                evicted = admin.evict_all()
+                assert evicted == MOVED_BLOCKS, f"{evicted} of {MOVED_BLOCKS} left the arena"
+
+            changed = _moved(pool, store, between=to_disk)
+            read = client.stat().ssd["read"]
+            assert read == MOVED_BLOCKS, f"{read} of {MOVED_BLOCKS} blocks came from the disk"
+            return changed
+
+
+def _moved(pool: KvPool, store: Address, *, between: Callable[[], None] = lambda: None) -> int:
+    """The first half of the pool to the store, and from there into the second: how many blocks
+    are not what they were."""
     first = tuple(BlockId(block) for block in range(MOVED_BLOCKS))
     second = tuple(BlockId(block + MOVED_BLOCKS) for block in first)
     bits = pool.tensor.view(torch.int16)
     bits[:MOVED_BLOCKS] = torch.randint_like(bits[:MOVED_BLOCKS], -(1 << 15), 1 << 15)
-    if pool.tensor.is_cuda:
-        torch.cuda.synchronize()  # a block is read beside whatever still runs
     keys = block_keys(NAMESPACE, range(1, MOVED_BLOCKS * BLOCK_TOKENS + 1), BLOCK_TOKENS)
     mover = Mover(pool, _Client("mover"), store, threaded=False)
-    counts = [
-        _carried_out(mover, move).count
-        for move in (Put(store, keys, first), Restore(store, keys, 0, second))
-    ]
+    bits[MOVED_BLOCKS:] = 0  # nothing of an earlier way passes for this one's
+    if pool.tensor.is_cuda:
+        torch.cuda.synchronize()  # a block is read beside whatever still runs
+    put = _carried_out(mover, Put(store, keys, first)).count
+    between()
+    restored = _carried_out(mover, Restore(store, keys, 0, second)).count
     mover.close()
-    assert counts == [MOVED_BLOCKS] * 2, f"{counts} blocks of {MOVED_BLOCKS} were moved"
-    changed = sum(not torch.equal(bits[a], bits[b]) for a, b in zip(first, second, strict=True))
-    return row("blocks changed by way of the arena", [float(changed)], "blocks", bar=at_most(0))
+    assert put == restored == MOVED_BLOCKS, f"{put} and {restored} blocks of {MOVED_BLOCKS} moved"
+    return sum(not torch.equal(bits[a], bits[b]) for a, b in zip(first, second, strict=True))
 
 
 def _carried_out(mover: Mover, move: Move) -> Moved:

@@ -21,6 +21,10 @@ Clock = Callable[[], int]
 SteadyMs = Annotated[int, "steady_unix_ms"]
 """An instant by ``steady_unix_ms`` of the process that holds it; 0: never."""
 
+SinceUs = Annotated[int, "steady_unix_us"]
+"""An instant in the past by ``steady_unix_us`` of the process that holds it; 0: none. What is sent
+of it is how long ago it was, for the same reason."""
+
 monotonic: Clock = time.monotonic_ns
 
 
@@ -36,6 +40,11 @@ def steady_unix_ms() -> int:
     """The wall clock as it was set when this process began, and moved on by ``monotonic``: for
     deadlines. Another process may read an hour more."""
     return (_UNIX_ZERO_NS + time.monotonic_ns()) // MS
+
+
+def steady_unix_us() -> int:
+    """Likewise, for durations that begin in one process and end in another."""
+    return (_UNIX_ZERO_NS + time.monotonic_ns()) // US
 
 
 def until_ns(deadline_unix_ms: int, *, now_unix_ms: int, now_ns: int) -> int:

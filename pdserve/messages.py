@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pdserve.clock import SteadyMs
+from pdserve.clock import SinceUs, SteadyMs
 from pdserve.errors import ErrorInfo
 from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId, WorkerId
 from pdserve.lifecycle import Event, Phase
@@ -190,14 +190,14 @@ class Decision:
 class Timing:
     """Where a request's time went so far, and who spent it. Durations in microseconds.
 
-    Instants are wall time, so that hosts can subtract them; hosts' clocks agree to about 1 ms.
+    What goes on at another host travels as how long it has lasted: clocks are not compared.
     """
 
     queued_us: int = 0  # in the router, all waits together
     prefill_us: int = 0  # from dispatch to the first token, all stretches together
     step_us: int = 0  # of prefill_us, what the forward passes took
     handoff_us: int = 0  # from the first token to decode having taken over
-    since_unix_us: int = 0  # when the stretch now running began
+    since_unix_us: SinceUs = 0  # when the stretch now running began; on its way, how long ago
     cached_tokens: int = 0  # prompt tokens that prefill did not compute
     preempted_count: int = 0
     parked_count: int = 0

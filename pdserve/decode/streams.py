@@ -26,6 +26,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+from pdserve.clock import steady_unix_us
 from pdserve.decode.beam_group import BeamGroup
 from pdserve.decode.drafts import Drafts
 from pdserve.decode.room import victims
@@ -35,7 +36,7 @@ from pdserve.engine.loop import Following, Share, StepTime
 from pdserve.engine.masks import looking_ahead
 from pdserve.engine.moves import Abort, AbortAttempts, Adopt, Forsake, Moved, Park
 from pdserve.engine.sayings import progress
-from pdserve.engine.sequence import Sequence, stretch_us, unix_us
+from pdserve.engine.sequence import Sequence, stretch_us
 from pdserve.engine.workplace import RETRY_AFTER_MS, Workplace
 from pdserve.errors import OutOfBlocks, PdserveError, QueueFull
 from pdserve.ids import RequestId, TicketId
@@ -235,8 +236,7 @@ class Streams:
 
     def _note_takeover(self, sequence: Sequence) -> None:
         """Time since prefill's first token, up to now; said again it only becomes larger."""
-        timing = sequence.timing
-        now_us = unix_us()
+        timing, now_us = sequence.timing, steady_unix_us()
         sequence.timing = replace(
             timing,
             handoff_us=timing.handoff_us + stretch_us(timing, now_us),
@@ -443,7 +443,7 @@ class Streams:
             return
         assert ticket is not None
         sequence = stream.sequence
-        timing = sequence.timing
+        timing = replace(sequence.timing, since_unix_us=steady_unix_us())
         handoff = Handoff(
             request=sequence.request,
             route=sequence.route,
@@ -452,7 +452,7 @@ class Streams:
             tokens=tuple(sequence.tokens),
             block_keys=sequence.keys(sequence.full_blocks),
             unsent=(stream.group.first,) if stream.group else (),
-            timing=replace(timing, parked_count=timing.parked_count + 1, since_unix_us=unix_us()),
+            timing=replace(timing, parked_count=timing.parked_count + 1),
             namespace=sequence.namespace.hex(),
         )
         self._counters["parked"] += 1

@@ -12,11 +12,9 @@ candidates and settles nothing, and one for each beam, which begins as a *fork* 
 """
 
 import copy
-import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 
-from pdserve.clock import US
 from pdserve.engine.blocks import BlockTable
 from pdserve.errors import ConstraintFailed, PdserveError
 from pdserve.ids import BlockId, BlockKey, RequestId
@@ -224,10 +222,7 @@ def _guided(ending: Ending | None, guide: Guide) -> Ending | None:
     return ending
 
 
-def unix_us() -> int:
-    return time.time_ns() // US
-
-
 def stretch_us(timing: Timing, now_unix_us: int) -> int:
-    """How long the stretch now running has lasted; 0 when none was begun."""
+    """How long the stretch now running has lasted, by ``clock.steady_unix_us``; 0 when none was
+    begun."""
     return max(0, now_unix_us - timing.since_unix_us) if timing.since_unix_us else 0

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pdserve.clock import Clock, S, monotonic, unix_ms
+from pdserve.clock import Clock, S, monotonic
 from pdserve.errors import CapacityError, ConfigError, StoreUnavailable
 
 TIMEOUT_S = 1.0
@@ -211,18 +211,51 @@ class MemoryJournals:
         return True
 
 
+# KEYS: the journal, its lines, the sign of life of its writer.
+#
 # The lines of a journal that was removed must not come back with its writer's next ones.
-_APPEND = """
+_MAKE = """
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+redis.call('HSET', KEYS[1], 'state', ARGV[1], 'keep_ms', ARGV[2], 'alive_ms', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if tonumber(ARGV[3]) > 0 then redis.call('SET', KEYS[3], 1, 'PX', ARGV[3]) end
+return 1
+"""
+_ALIVE = """
+redis.call('HSET', KEYS[1], 'alive_ms', ARGV[1])
+if tonumber(ARGV[1]) > 0 then redis.call('SET', KEYS[3], 1, 'PX', ARGV[1])
+else redis.call('DEL', KEYS[3]) end
+"""
+_APPEND = f"""
 if redis.call('EXISTS', KEYS[1]) == 0 then return 1 end
+{_ALIVE}
 for i = 2, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
 redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1]))
-redis.call('HSET', KEYS[1], 'alive_until_ms', ARGV[1])
 return tonumber(redis.call('HGET', KEYS[1], 'end_asked') or '0')
 """
-_WRITE = """
+_WRITE = f"""
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], 'state', ARGV[1], 'alive_until_ms', ARGV[2])
+{_ALIVE}
+redis.call('HSET', KEYS[1], 'state', ARGV[2])
 return 1
+"""
+# What has longer to live than it was ever given had it from a clock that has been set back since.
+_FIND = """
+local state, keep, alive, asked = unpack(redis.call(
+  'HMGET', KEYS[1], 'state', 'keep_ms', 'alive_ms', 'end_asked'))
+if not state then return false end
+local function bounded(key, most)
+  if most and redis.call('PTTL', key) > tonumber(most) then redis.call('PEXPIRE', key, most) end
+end
+bounded(KEYS[1], keep)
+bounded(KEYS[2], keep)
+bounded(KEYS[3], alive)
+return {state, redis.call('EXISTS', KEYS[3]), tonumber(asked or '0')}
+"""
+_REMOVE = """
+local there = redis.call('EXISTS', KEYS[1])
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+return there
 """
 _ASK_END = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'end_asked', 1) end
@@ -231,8 +264,14 @@ return 0
 
 
 class RedisJournals:
-    """In Redis, for every gateway that has its address. Clocks of hosts should agree to within a
-    second or so: ``is_alive`` compares the writer's with the reader's."""
+    """In Redis, for every gateway that has its address. No two clocks are compared: how long things
+    live is sent as a duration, and measured by Redis alone.
+
+    Redis keeps an expiry as wall time, over its own restarts too. Where its clock is set back, by
+    however much, what is found lives at most once more what it was given: a silent writer is seen
+    one ``alive_s`` later, and a journal goes one ``keep_s`` later. Set forward it forgets what has
+    passed by the new time; a writer that lives is alive again with its next word.
+    """
 
     def __init__(self, url: str, *, bytes_max: int, keep_s: float) -> None:
         """
@@ -258,21 +297,20 @@ class RedisJournals:
         except ValueError as error:
             raise ConfigError(f"{url!r} is no Redis address: {error}") from error
         self._failures = (redis.exceptions.RedisError, OSError)
+        self._make: Any = self._redis.register_script(_MAKE)
         self._append: Any = self._redis.register_script(_APPEND)
+        self._find: Any = self._redis.register_script(_FIND)
         self._write: Any = self._redis.register_script(_WRITE)
         self._ask_end: Any = self._redis.register_script(_ASK_END)
+        self._remove: Any = self._redis.register_script(_REMOVE)
         self._bytes_max = bytes_max
-        self._keep_s = keep_s
+        self._keep_ms = max(1000, round(keep_s * 1000))
 
     async def make(self, name: str, state: bytes, *, alive_s: float = 0.0) -> None:
         self._check(state)
-        key = _PREFIX + name
 
         async def run() -> None:
-            async with self._redis.pipeline(transaction=True) as steps:
-                steps.hset(key, mapping={"state": state, "alive_until_ms": _until_ms(alive_s)})
-                steps.expire(key, max(1, round(self._keep_s)))
-                await steps.execute()
+            await self._make(keys=_keys(name), args=[state, self._keep_ms, _ms(alive_s)])
 
         await self._asked(run)
 
@@ -280,31 +318,27 @@ class RedisJournals:
         self._check(state)
 
         async def run() -> None:
-            await self._write(keys=[_PREFIX + name], args=[state, _until_ms(alive_s)])
+            await self._write(keys=_keys(name), args=[_ms(alive_s), state])
 
         await self._asked(run)
 
     async def append(self, name: str, lines: Sequence[bytes], *, alive_s: float) -> bool:
-        key = _PREFIX + name
-        arguments = [_until_ms(alive_s), *lines]
+        arguments = [_ms(alive_s), *lines]
 
         async def run() -> Any:
-            return await self._append(keys=[key, key + ":lines"], args=arguments)
+            return await self._append(keys=_keys(name), args=arguments)
 
         return bool(await self._asked(run))
 
     async def find(self, name: str) -> Found | None:
         async def run() -> Any:
-            return await self._redis.hgetall(_PREFIX + name)
+            return await self._find(keys=_keys(name), args=[])
 
-        fields: dict[bytes, bytes] = await self._asked(run)
-        if b"state" not in fields:
+        found: tuple[bytes, int, int] | None = await self._asked(run)
+        if found is None:
             return None
-        return Found(
-            fields[b"state"],
-            unix_ms() < int(fields.get(b"alive_until_ms", b"0")),
-            fields.get(b"end_asked") == b"1",
-        )
+        state, is_alive, end_asked = found
+        return Found(state, is_alive == 1, end_asked == 1)
 
     async def lines(self, name: str, start: int, count: int) -> list[bytes]:
         async def run() -> Any:
@@ -321,13 +355,10 @@ class RedisJournals:
 
     async def remove(self, name: str) -> bool:
         async def run() -> Any:
-            async with self._redis.pipeline(transaction=True) as steps:
-                steps.delete(_PREFIX + name)
-                steps.delete(f"{_PREFIX}{name}:lines")
-                return await steps.execute()
+            return await self._remove(keys=_keys(name), args=[])
 
-        removed: list[int] = await self._asked(run)
-        return removed[0] == 1
+        removed: int = await self._asked(run)
+        return removed == 1
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -346,5 +377,10 @@ class RedisJournals:
             raise StoreUnavailable(f"Redis, which keeps the responses, fails: {error}") from error
 
 
-def _until_ms(alive_s: float) -> int:
-    return unix_ms() + round(alive_s * 1000)
+def _keys(name: str) -> list[str]:
+    key = _PREFIX + name
+    return [key, key + ":lines", key + ":alive"]
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

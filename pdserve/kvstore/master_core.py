@@ -5,6 +5,9 @@ which it has heard, and the locations of its blocks. An answer under another epo
 is refused; one that does not go on where the last one ended is a *gap*, and everything is asked
 again. A node that cannot be reached has no locations: they come back with its next inventory.
 
+An inventory may have millions of keys. It is *held* first; ``begin`` makes one build of all that
+are held, which runs where it keeps nobody waiting, and ``finish`` says whose they were.
+
 Nothing here needs to survive. A successor begins empty, asks every member for all it has, and knows
 the same: ``is_whole`` says when.
 """
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 
 from pdserve.errors import FrameError, StaleEpoch
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, StoreId
-from pdserve.kvstore.block_index import NODES_MAX, BlockIndex, keys_from_bytes
+from pdserve.kvstore.block_index import NODES_MAX, BlockIndex, Build, Columns
 from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.mastering import Deltas
 from pdserve.kvstore.metadata import Member
@@ -40,6 +43,13 @@ class Host:
         """Its inventory is known, and what came since."""
         return self.sequence != EVERYTHING
 
+    def heard(self, deltas: Deltas) -> None:
+        """Its changes are known up to these."""
+        self.sequence = deltas.sequence
+        self.slots_free = deltas.slots_free
+        self.block_bytes, self.codec = deltas.block_bytes, deltas.codec
+        self.is_draining = deltas.is_draining
+
     def takes_blocks_of(self, other: "Host") -> bool:
         return (
             self.number != other.number
@@ -47,6 +57,13 @@ class Host:
             and not self.is_draining
             and (self.block_bytes, self.codec) == (other.block_bytes, other.codec)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Inventory:
+    host: Host  # as it was when this came
+    deltas: Deltas
+    body: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +79,8 @@ class MasterCore:
         self.index = BlockIndex() if index is None else index
         self.counters: Counter[str] = Counter()
         self._hosts: dict[StoreId, Host] = {}
+        self._held: dict[StoreId, _Inventory] = {}
+        self._building: tuple[_Inventory, ...] = ()
         self._is_known = False  # the table has been read
 
     @property
@@ -93,41 +112,46 @@ class MasterCore:
         return Turnover(tuple(joined), tuple(left))
 
     def take(self, store_id: StoreId, deltas: Deltas, body: bytes | memoryview) -> bool:
-        """A node's answer. False: it has a gap, everything is to be asked for.
+        """A node's answer, at once. False: it has a gap, everything is to be asked for.
 
         Raises:
             StaleEpoch: it is of another incarnation than the member.
             FrameError: the body is not what the message says.
         """
-        host = self._hosts.get(store_id)
-        if host is None or host.member.epoch != deltas.epoch:
-            self.counters["fenced"] += 1
-            raise StaleEpoch(
-                f"{store_id} speaks under epoch {deltas.epoch}, the member has "
-                f"{'none' if host is None else host.member.epoch}"
-            )
-        split = deltas.added * BLOCK_KEY_BYTES
-        if (
-            deltas.added < 0
-            or deltas.removed < 0
-            or (split + deltas.removed * BLOCK_KEY_BYTES != len(body))
-        ):
-            raise FrameError(
-                f"{len(body)} bytes for {deltas.added} keys that came, {deltas.removed} that went"
-            )
+        host = self._speaker(store_id, deltas, body)
         if deltas.is_whole:
-            self.index.replace(host.number, keys_from_bytes(body))
+            self.index.replace(host.number, body)
         elif deltas.after != host.sequence or deltas.sequence < deltas.after:
             self.counters["gaps"] += 1
             self.lost(store_id)
             return False
         else:
+            split = deltas.added * BLOCK_KEY_BYTES
             self.index.apply(host.number, split_keys(body[:split]), split_keys(body[split:]))
-        host.sequence = deltas.sequence
-        host.slots_free = deltas.slots_free
-        host.block_bytes, host.codec = deltas.block_bytes, deltas.codec
-        host.is_draining = deltas.is_draining
+        host.heard(deltas)
         return True
+
+    def hold(self, store_id: StoreId, deltas: Deltas, body: bytes | memoryview) -> None:
+        """A node's inventory, for the next build. Raises as ``take``."""
+        assert deltas.is_whole
+        self._held[store_id] = _Inventory(self._speaker(store_id, deltas, body), deltas, body)
+
+    def is_held(self, store_id: StoreId) -> bool:
+        return store_id in self._held
+
+    def begin(self) -> Build:
+        """Of all that is held; one at a time. Until ``finish`` nothing is to be taken."""
+        held, self._held = self._held, {}
+        self._building = tuple(each for each in held.values() if self._is_there(each.host))
+        return self.index.begin({each.host.number: each.body for each in self._building})
+
+    def finish(self, made: Columns | None) -> None:
+        """What the build made; None: it failed, and the inventories have to be asked for again."""
+        inventories, self._building = self._building, ()
+        self.index.finish(made)
+        for each in inventories:
+            if made is not None and self._is_there(each.host):
+                each.host.heard(each.deltas)
 
     def lost(self, store_id: StoreId) -> None:
         """Nobody knows what this node has: it does not answer, or not in order. Idempotent."""
@@ -159,6 +183,29 @@ class MasterCore:
             return []
         others = [each.number for each in self._hosts.values() if each.is_draining]
         return self.index.only_at(host.number, besides=others)
+
+    def _speaker(self, store_id: StoreId, deltas: Deltas, body: bytes | memoryview) -> Host:
+        host = self._hosts.get(store_id)
+        if host is None or host.member.epoch != deltas.epoch:
+            self.counters["fenced"] += 1
+            raise StaleEpoch(
+                f"{store_id} speaks under epoch {deltas.epoch}, the member has "
+                f"{'none' if host is None else host.member.epoch}"
+            )
+        if (
+            deltas.added < 0
+            or deltas.removed < 0
+            or (deltas.is_whole and deltas.removed)
+            or (deltas.added + deltas.removed) * BLOCK_KEY_BYTES != len(body)
+        ):
+            raise FrameError(
+                f"{len(body)} bytes for {deltas.added} keys that came, {deltas.removed} that went"
+            )
+        return host
+
+    def _is_there(self, host: Host) -> bool:
+        """And is the same member as when it spoke."""
+        return self._hosts.get(host.member.store_id) is host
 
     def _free_number(self) -> int:
         taken = {host.number for host in self._hosts.values()}

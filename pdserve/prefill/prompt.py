@@ -12,8 +12,9 @@ finds the stage and knows that nobody wants it any more.
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from pdserve.clock import steady_unix_us
 from pdserve.engine.outputs import ToDecode
-from pdserve.engine.sequence import Sequence, stretch_us, unix_us
+from pdserve.engine.sequence import Sequence, stretch_us
 from pdserve.errors import IllegalTransition
 from pdserve.ids import BlockKey, TicketId, WorkerId
 from pdserve.messages import Address, Handoff, Token
@@ -80,7 +81,7 @@ class Prompt:
 
     def note_computed(self, worker: WorkerId) -> None:
         """All of it is: what that took, and what of it was found."""
-        sequence, now_us = self.sequence, unix_us()
+        sequence, now_us = self.sequence, steady_unix_us()
         timing = sequence.timing
         cached = timing.cached_tokens
         if timing.preempted_count == 0:  # else what it finds cached is mostly its own work

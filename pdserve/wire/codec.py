@@ -13,7 +13,8 @@ float (an int is taken for one), str, bytes, bool, NewTypes of these, ``StrEnum`
 types, or of dataclasses.
 
 A ``SteadyMs`` is an instant by a clock that only its process has. It travels as what is left of it,
-hop by hop, as the timeouts of gRPC do; what a hop takes is added to it, and nothing else is.
+hop by hop, as the timeouts of gRPC do; what a hop takes is added to it, and nothing else is. A
+``SinceUs``, which has passed, travels as how long ago it was; what a hop takes is left out.
 
 A length that a message claims and does not contain costs nothing: a first pass, which allocates
 nothing, finds it. So a message of n bytes never takes more than about 90 n bytes (empty mappings).
@@ -29,7 +30,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 import msgpack
 
 from pdserve import messages, prompt_tasks
-from pdserve.clock import SteadyMs, steady_unix_ms
+from pdserve.clock import SinceUs, SteadyMs, steady_unix_ms, steady_unix_us
 from pdserve.errors import ErrorInfo, FrameError, MessageTooLarge
 from pdserve.wire.frame import MESSAGE_BYTES_MAX, Buffer
 
@@ -267,6 +268,8 @@ def _plain_decoder(allowed: frozenset[type], where: str) -> _Decode:
 def _number_or_text(hint: Any, where: str) -> tuple[_Encode | None, _Decode]:
     if hint == SteadyMs:
         return _left_ms, _instant_decoder(where)
+    if hint == SinceUs:
+        return _ago_us, _since_decoder(where)
     if hint in _PLAIN:
         return None, _plain_decoder(frozenset({hint}), where)
     raise TypeError(f"{where}: {hint} cannot stand in a message")
@@ -289,6 +292,21 @@ def _instant_decoder(where: str) -> _Decode:
         return 0 if left_ms == 0 else steady_unix_ms() + max(left_ms, -1)
 
     return decode_instant
+
+
+def _ago_us(since_us: int) -> int:
+    """How long ago an instant was, in microseconds; -1 where there is none."""
+    return -1 if since_us == 0 else max(0, steady_unix_us() - since_us)
+
+
+def _since_decoder(where: str) -> _Decode:
+    plain = _plain_decoder(frozenset({int}), where)
+
+    def decode_since(value: Any) -> int:
+        ago_us: int = plain(value)
+        return 0 if ago_us < 0 else max(1, steady_unix_us() - ago_us)
+
+    return decode_since
 
 
 def _enum_decoder(cls: type[StrEnum], where: str) -> _Decode:

@@ -25,6 +25,13 @@ def _stat(cluster: TestCluster, capsys: pytest.CaptureFixture[str]) -> dict[str,
     return found
 
 
+def _cached(cluster: TestCluster, prompt: list[int], **fields: Any) -> int:
+    """Of the prompt's tokens, those that a request with these fields found computed."""
+    usage = cluster.complete(prompt, max_tokens=1, **fields)["usage"]
+    cached: int = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    return cached
+
+
 def test_a_system_prompt_is_computed_ahead_and_is_there_for_its_tenant(
     cluster: TestCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +45,9 @@ def test_a_system_prompt_is_computed_ahead_and_is_there_for_its_tenant(
     )
     assert warm(cluster.url, file, pin=None, concurrency=1) == 0
     assert f"{TOKENS - BLOCKS * 16} tokens computed, {BLOCKS * 16} were" in capsys.readouterr().out
+    assert _cached(cluster, prompt, user="kv-tenant") == BLOCKS * 16
+    assert _cached(cluster, prompt, user="kv-stranger") == 0, "another tenant sees nothing of it"
+    assert _cached(cluster, prompt) == 0
     other = [chance.randrange(20, 40_000) for _ in range(TOKENS)]
     cluster.complete(other, max_tokens=1, prompt_cache_retention="30m")
 

@@ -53,6 +53,10 @@ class SimTime:
     def steady_unix_ms(self) -> int:
         return steady_unix_ms(current_process(), self._loop.now_ns)
 
+    def steady_unix_us(self) -> int:
+        now_ns = self._loop.now_ns
+        return steady_unix_ms(current_process(), now_ns) * 1000 + now_ns % MS // 1000
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"time.{name}: virtual time does not have it")
 
@@ -121,6 +125,7 @@ def virtual(
         id(real_time.monotonic_ns): sim_time.monotonic_ns,
         id(clock.unix_ms): sim_time.unix_ms,
         id(clock.steady_unix_ms): sim_time.steady_unix_ms,
+        id(clock.steady_unix_us): sim_time.steady_unix_us,
         id(real_time): sim_time,
         id(real_secrets): sim_secrets,
     }

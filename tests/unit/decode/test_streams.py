@@ -67,11 +67,11 @@ def test_handoff_time_runs_from_the_first_token_to_the_takeover(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rig = Rig()
-    monkeypatch.setattr("pdserve.prefill.prompt.unix_us", lambda: 1000)
+    monkeypatch.setattr("pdserve.prefill.prompt.steady_unix_us", lambda: 1000)
     (handoff,) = handoffs(rig, [request(max_tokens=3)])
     decode = rig.decode()
     instants = iter((1700, 1900))  # it arrives, its blocks have arrived
-    monkeypatch.setattr("pdserve.decode.streams.unix_us", lambda: next(instants))
+    monkeypatch.setattr("pdserve.decode.streams.steady_unix_us", lambda: next(instants))
     decode.handle(handoff)
     rig.run()
     timings = [delta.timing for delta in rig.deltas[request().request] if delta.timing]

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pdserve.errors import FrameError, StaleEpoch
 from pdserve.ids import BlockKey, HostId, StoreId
-from pdserve.kvstore.block_index import BlockIndex
+from pdserve.kvstore.block_index import BlockIndex, Build
 from pdserve.kvstore.feed import ChangeFeed
 from pdserve.kvstore.master_core import EVERYTHING, MasterCore, prefix_counts
 from pdserve.kvstore.mastering import Deltas
@@ -79,6 +79,7 @@ class MasterMachine(RuleBasedStateMachine):
         self.nodes: dict[StoreId, Node] = {}
         self.on_their_way: list[tuple[StoreId, Deltas, bytes]] = []
         self.master = MasterCore(BlockIndex(changes_max=3))
+        self.build: Build | None = None
 
     def _members(self) -> list[Member]:
         return [node.member for node in self.nodes.values()]
@@ -119,7 +120,7 @@ class MasterMachine(RuleBasedStateMachine):
             asked = after if host is None else host.sequence
             self.on_their_way.append((name, *self.nodes[name].answer(asked)))
 
-    @precondition(lambda self: self.on_their_way)
+    @precondition(lambda self: self.on_their_way and self.build is None)
     @rule(data=st.data())
     def arrive(self, data: st.DataObject) -> None:
         """In whatever order, and twice."""
@@ -133,6 +134,27 @@ class MasterMachine(RuleBasedStateMachine):
         else:
             assert is_current
 
+    @precondition(lambda self: self.build is None)
+    @rule()
+    def begin(self) -> None:
+        """Of what every node has now, as a new master does; they change, die and join meanwhile."""
+        for name, node in self.nodes.items():
+            host = self.master.host(name)
+            if host is not None and host.member == node.member:
+                self.master.hold(name, *node.answer(EVERYTHING))
+                assert self.master.is_held(name)
+        self.build = self.master.begin()
+
+    @precondition(lambda self: self.build is not None)
+    @rule(fails=st.booleans())
+    def finish(self, fails: bool) -> None:
+        self._finish(fails=fails)
+
+    def _finish(self, *, fails: bool = False) -> None:
+        if self.build is not None:
+            self.master.finish(None if fails else self.build.run())
+        self.build = None
+
     @rule(name=names)
     def lose(self, name: StoreId) -> None:
         self.master.lost(name)
@@ -144,13 +166,14 @@ class MasterMachine(RuleBasedStateMachine):
 
     @rule()
     def die_and_be_succeeded(self) -> None:
-        self.master = MasterCore(BlockIndex(changes_max=3))
+        self.master, self.build = MasterCore(BlockIndex(changes_max=3)), None
         assert not self.master.is_whole
 
     @rule()
     def catch_up(self) -> None:
         """Everybody is asked until there is no gap; then the index is all that is there."""
         self.on_their_way.clear()
+        self._finish()
         self.master.set_members(self._members())
         for name, node in self.nodes.items():
             for _ in range(2):
@@ -214,6 +237,23 @@ def test_a_gap_forgets_the_node_and_asks_for_everything() -> None:
     host = core.host(StoreId("a"))
     assert host is not None
     assert (host.sequence, core.counters["gaps"], core.is_whole) == (EVERYTHING, 1, False)
+
+
+def test_an_inventory_counts_when_its_build_is_done_and_its_node_is_still_the_same() -> None:
+    core = MasterCore()
+    core.set_members([member("a", 1), member("b", 1)])
+    for name in ("a", "b"):
+        core.hold(StoreId(name), *Node(member(name, 1), set(KEYS)).answer(EVERYTHING))
+    build = core.begin()
+    assert not core.is_held(StoreId("a"))
+    core.set_members([member("a", 1), member("b", 2)])
+    core.finish(build.run())
+    assert [(host.member.store_id, count) for host, count in core.holders(KEYS)] == [("a", 6)]
+    assert not core.is_whole
+    core.hold(StoreId("b"), *Node(member("b", 2), set(KEYS)).answer(EVERYTHING))
+    core.begin()
+    core.finish(None)
+    assert not core.is_whole, "it failed: everything is to be asked again"
 
 
 @pytest.mark.parametrize(("added", "removed"), [(2, 0), (-1, 2), (0, 0), (1, 1)])

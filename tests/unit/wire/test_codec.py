@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve import messages
-from pdserve.clock import SteadyMs
+from pdserve.clock import SinceUs, SteadyMs
 from pdserve.errors import ErrorInfo, FrameError
 from pdserve.ids import BlockKey, RequestId, WorkerId
 from pdserve.messages import Cancel, Report, Token, TokenBatch, TokenDelta, TokenLogprob
@@ -70,6 +70,7 @@ class Everything:
     shapes: tuple[Circle | Square, ...] = ()
     shape: Circle | Square | None = None
     until: SteadyMs = 0
+    since: SinceUs = 0
     circle: Circle | None = None
     circles: Mapping[str, Circle] = field(default_factory=dict)
 
@@ -78,9 +79,13 @@ CODEC = Codec([Everything, Nothing])
 NOW_MS = 1_700_000_000_000
 
 
-def at(now_ms: int) -> Any:
+def at(now_ms: int, us: int = 0) -> Any:
     """By the clock of the process that encodes, or of the one that decodes."""
-    return patch("pdserve.wire.codec.steady_unix_ms", lambda: now_ms)
+    return patch.multiple(
+        "pdserve.wire.codec",
+        steady_unix_ms=lambda: now_ms,
+        steady_unix_us=lambda: now_ms * 1000 + us,
+    )
 
 
 def wire_form(message: object) -> list[Any]:
@@ -103,6 +108,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:  # noqa: PLR0911  (one return p
     if hint == SteadyMs:
         # One that has passed, or passes now, comes back as passed a moment ago.
         return st.sampled_from((0, NOW_MS - 1)) | st.integers(NOW_MS + 1, 2**63)
+    if hint == SinceUs:
+        return st.integers(0, NOW_MS * 1000)
     arguments = get_args(hint)
     if isinstance(hint, types.UnionType):
         return st.one_of(*map(values, arguments))
@@ -157,6 +164,25 @@ def test_an_instant_that_has_passed_has_passed_there_too(
         sent = CODEC.encode(Everything(until=passed_ms))
     with at(there_ms):
         assert CODEC.decode(sent) == Everything(until=there_ms - 1)
+
+
+@given(st.integers(1, 2**50), st.integers(1, 2**50), st.data())
+def test_what_is_past_is_as_long_ago_there_or_began_with_its_clock(
+    here_us: int, there_us: int, data: st.DataObject
+) -> None:
+    """Never in the future, never negative, and not "none" either, which is 0."""
+    ago_us = data.draw(st.integers(0, here_us - 1))
+    with at(0, here_us):
+        sent = CODEC.encode(Everything(since=here_us - ago_us))
+    with at(0, there_us):
+        assert CODEC.decode(sent) == Everything(since=max(1, there_us - ago_us))
+
+
+def test_a_past_that_lies_ahead_is_now() -> None:
+    """As where an instant was rounded up."""
+    with at(NOW_MS):
+        back = CODEC.decode(CODEC.encode(Everything(since=NOW_MS * 1000 + 999)))
+    assert back == Everything(since=NOW_MS * 1000)
 
 
 def test_an_instant_that_never_comes_never_comes_there_either() -> None:

@@ -5,12 +5,12 @@
 The shapes are Llama-3-8B's, in bf16, and for attention heads of 64 beside its 128. A kernel that
 moves data is compared with a device-to-device copy of 512 MiB, prefill attention and linear layers
 of many rows with a square matrix product; both are measured in turn with it. Prefill attention
-stands beside torch's ``scaled_dot_product_attention`` too, by its default backend, which has the
-keys and values in one piece and no blocks to look up: the row names the backend. What is moved is
-larger than the cache of any GPU, and so is not read from there the second time; the logits that are
-drawn from are not. Calls are recorded into a CUDA
-graph, so that what is timed is the GPU and not Python. Without a CUDA device every row says that it
-was skipped.
+stands beside torch's too, which has the keys and values in one piece and no blocks to look up:
+``scaled_dot_product_attention`` by its default backend, which the row names, and by cuDNN's, and
+flex attention, compiled, with a causal block mask. What is moved is larger than the cache of any
+GPU, and so is not read from there the second time; the logits that are drawn from are not. Calls
+are recorded into a CUDA graph, so that what is timed is the GPU and not Python. Without a CUDA
+device every row says that it was skipped.
 """
 
 import math
@@ -122,8 +122,7 @@ def prefill(sizes: Sizes, tokens: int, *, deterministic: bool) -> Work:
 
 def sdpa(sizes: Sizes, tokens: int) -> Work:
     """What torch has for the same prompt, were its keys and values in one piece."""
-    q = sizes.randn(1, sizes.heads, tokens, sizes.head_dim)
-    k, v = (sizes.randn(1, sizes.kv_heads, tokens, sizes.head_dim) for _ in range(2))
+    q, k, v = _in_one_piece(sizes, tokens)
 
     def call() -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
@@ -131,6 +130,46 @@ def sdpa(sizes: Sizes, tokens: int) -> Work:
         )
 
     return Work(call, _prefill_operations(sizes, tokens))
+
+
+def cudnn_sdpa(sizes: Sizes, tokens: int) -> Work:
+    """The same by cuDNN, or not at all; on a CPU, where only calls are tested, by what there is."""
+    by_default = sdpa(sizes, tokens)
+    attention: Any = torch.nn.attention  # torch has no types for it
+
+    def call() -> object:
+        with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+            return by_default.call()
+
+    return by_default if sizes.device == "cpu" else Work(call, by_default.amount)
+
+
+def flex(sizes: Sizes, tokens: int) -> Work:
+    """Flex attention, which skips the blocks that causality hides. It is made to be compiled; on a
+    CPU, where only calls are tested, it is not."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    attend: Any = flex_attention
+    q, k, v = _in_one_piece(sizes, tokens)
+
+    def causal(
+        _batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return query >= key
+
+    mask = create_block_mask(causal, None, None, tokens, tokens, device=sizes.device)
+    if sizes.device != "cpu":
+        attend = torch.compile(attend, dynamic=False)
+    return Work(
+        lambda: attend(q, k, v, block_mask=mask, enable_gqa=True),
+        _prefill_operations(sizes, tokens),
+    )
+
+
+def _in_one_piece(sizes: Sizes, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of one prompt, as torch's attention takes them: [1, H, N, D]."""
+    k, v = (sizes.randn(1, sizes.kv_heads, tokens, sizes.head_dim) for _ in range(2))
+    return sizes.randn(1, sizes.heads, tokens, sizes.head_dim), k, v
 
 
 def _prefill_operations(sizes: Sizes, tokens: int) -> float:
@@ -216,6 +255,8 @@ class Measure:
     limit_of: Callable[[Sizes], Work]
     work_of: Callable[[Sizes], Work]
     bar: Bar | None = None
+    reference_may_lack: bool = False
+    """Not every build of torch or GPU has the reference: then the row says so."""
 
 
 def _moves(work_of: Callable[[Sizes], Work], bar: float | None = None) -> Measure:
@@ -226,6 +267,20 @@ def _moves(work_of: Callable[[Sizes], Work], bar: float | None = None) -> Measur
 def _multiplies(work_of: Callable[[Sizes], Work], bar: float | None = None) -> Measure:
     promised = None if bar is None else at_least(bar, of="ratio")
     return Measure("GFLOP/s", "dense matmul", matmul, work_of, promised)
+
+
+def _beside(
+    reference: str, limit_of: Callable[[Sizes, int], Work], bar: float | None = None
+) -> Measure:
+    """Our prefill attention beside somebody else's."""
+    return Measure(
+        "GFLOP/s",
+        reference,
+        lambda sizes: limit_of(sizes, sizes.long_prompt),
+        lambda sizes: prefill(sizes, sizes.long_prompt, deterministic=False),
+        None if bar is None else at_least(bar, of="ratio"),
+        reference_may_lack=reference != "sdpa",
+    )
 
 
 def _many(sizes: Sizes, **how: Any) -> Work:
@@ -282,13 +337,9 @@ MEASURES: dict[str, Measure] = {
     "prefill attention, 16,384, larger tiles": _multiplies(
         lambda sizes: prefill(sizes, sizes.long_prompt, deterministic=False), 0.55
     ),
-    "prefill attention, 16,384, larger tiles, beside torch": Measure(
-        "GFLOP/s",
-        "sdpa",
-        lambda sizes: sdpa(sizes, sizes.long_prompt),
-        lambda sizes: prefill(sizes, sizes.long_prompt, deterministic=False),
-        at_least(1.0, of="ratio"),
-    ),
+    "prefill attention, 16,384, larger tiles, beside torch": _beside("sdpa", sdpa, 1.0),
+    "prefill attention, 16,384, larger tiles, beside flex": _beside("flex attention", flex, 1.0),
+    "prefill attention, 16,384, larger tiles, beside cuDNN": _beside("sdpa, cuDNN", cudnn_sdpa),
 }
 
 
@@ -297,7 +348,15 @@ def measure(options: Options) -> Iterator[Row]:
         if not torch.cuda.is_available():
             yield skipped(name, made.unit, "needs a CUDA device")
             continue
-        ours, limit = _rate_of(made.work_of(Sizes())), _rate_of(made.limit_of(Sizes()))
+        try:
+            limit = _rate_of(made.limit_of(Sizes()))
+        except Exception as error:  # whatever torch or its compiler has for it
+            if not made.reference_may_lack:
+                raise
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            yield skipped(name, made.unit, f"{made.reference} is not available: {said}")
+            continue
+        ours = _rate_of(made.work_of(Sizes()))
         samples = interleave(options.rounds(ROUNDS), ours=ours, limit=limit)
         reference = f"sdpa, {_sdpa_backend()}" if made.reference == "sdpa" else made.reference
         yield row(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pdserve.access_config import AccessConfig
 from pdserve.checked import Checked
 from pdserve.router_config import RouterConfig
+from pdserve.speculation_config import speculation_problems
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -128,11 +129,14 @@ class PoolConfig(Checked):
     token waits for. So many at the beginning of a prompt, and as much work later on, where a token
     attends to more."""
 
-    speculation: Literal["off", "prompt_lookup"] = "off"
-    """``prompt_lookup``: a step also computes what followed when a stream's last few tokens stood
-    in its text before, as drafts, and keeps those that are what it would have drawn: the same
-    tokens in fewer steps where answers repeat their prompt or themselves. Drafts are left out where
-    they are measured not to pay."""
+    speculation: Literal["off", "prompt_lookup", "draft_model"] = "off"
+    """Drafts, of which a step keeps those that it would have drawn: the same tokens in fewer steps.
+    ``prompt_lookup``: what followed when a stream's last few tokens stood in its text before.
+    ``draft_model``: what that model says. Left out where they are measured not to pay."""
+
+    draft_model: str | None = None
+    """A smaller one with the same tokeniser: directory, GGUF file or hub id. Each worker loads it
+    beside its own, with as many KV blocks, outside of ``pool_bytes``."""
 
     step_ahead: bool = False
     """Launch a decode step before the tokens of the one before it are read, where all its streams
@@ -190,11 +194,12 @@ class PoolConfig(Checked):
             yield f"replicas_max is {self.replicas_max}, must be at least replicas and 1"
         if self.pool_blocks is not None and self.pool_blocks < 2:
             yield f"pool_blocks is {self.pool_blocks}, must be at least 2"
-        if self.step_ahead and self.speculation != "off":
-            yield (
-                f"step_ahead is on and speculation {self.speculation}: drafts need to know the "
-                "tokens before them; take one of the two"
-            )
+        yield from speculation_problems(
+            self.speculation,
+            self.draft_model,
+            step_ahead=self.step_ahead,
+            tensor_parallel=self.tensor_parallel,
+        )
         if self.threads < 0:
             yield f"threads is {self.threads}, must not be negative"
         if self.cpus < 0:

@@ -3,6 +3,7 @@
 What needs Ray or torch is imported by the fixtures that use it: unit tests collect without.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,14 @@ def careless_cluster(small_model: Path) -> "TestCluster":
         ),
         environment={FLIP_ENV: "2,3,5"},
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A filter's class is imported, so it cannot stand in pyproject.toml: where kernels are tested
+    on a GPU there is no pydantic."""
+    if importlib.util.find_spec("pydantic") is not None:
+        ignored = "ignore:.*:pydantic.warnings.PydanticDeprecatedSince20"
+        config.addinivalue_line("filterwarnings", ignored)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

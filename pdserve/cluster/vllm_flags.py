@@ -217,12 +217,20 @@ def _speculation(text: str) -> Effect:
         tokens = int(config.get("num_speculative_tokens", PoolConfig().draft_tokens_max))
     except (ValueError, TypeError, AttributeError):
         raise ValueError('JSON such as {"method": "ngram", "num_speculative_tokens": 4}') from None
-    if config.get("method") != "ngram":
-        raise ConfigError(
-            f"has method {config.get('method')}, can only be ngram; leave it out, answers are the "
-            "same without"
-        )
-    return Effect(_set(decode__speculation="prompt_lookup", decode__draft_tokens_max=tokens))
+    model = config.get("model")
+    match config.get("method", "draft_model" if model else None):
+        case "ngram":
+            how = _set(decode__speculation="prompt_lookup")
+        case "draft_model" if isinstance(model, str) and model:
+            how = _set(decode__speculation="draft_model", decode__draft_model=model)
+        case "draft_model":
+            raise ConfigError('has method draft_model and no "model", which is the draft model')
+        case method:
+            raise ConfigError(
+                f"has method {method}, can only be ngram or draft_model; leave it out, answers are "
+                "the same without"
+            )
+    return Effect(how + _set(decode__draft_tokens_max=tokens))
 
 
 def _adapters(text: str) -> Effect:

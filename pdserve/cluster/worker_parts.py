@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 
 from pdserve.clock import Clock, monotonic
 from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
+from pdserve.decode.draft_loading import load_draft_model
+from pdserve.decode.draft_model import DraftModel
 from pdserve.decode.drafting import PromptLookup
+from pdserve.decode.model_speculation import ModelSpeculation
 from pdserve.decode.speculation import Speculation
 from pdserve.decode.streams import Streams
 from pdserve.engine.blocks import blocks_for
@@ -68,6 +71,9 @@ class WorkerParts:
 
     followers: Followers = field(default_factory=Followers)
     """The further processes of a worker whose model is split."""
+
+    draft_model: DraftModel | None = None
+    """With ``speculation: draft_model``."""
 
     @property
     def stored_blocks(self) -> Blocks:
@@ -176,6 +182,7 @@ class WorkerParts:
             namespace=self.namespace,
             settings=_pool_settings(self.config, self.role),
             store=self.config.store,
+            draft_model=self.draft_model,
         )
         if not self.config.has_one_worker:
             return EngineThread(loop, emit, name=worker)
@@ -207,14 +214,31 @@ def build_parts(config: ClusterConfig, role: Role) -> WorkerParts:
         parts=config.tensor_parts,
         store_codec=config.store.codec,
     )
+    tokenizer = load_tokenizer(files.path)
     return WorkerParts(
         config=config,
         role=role,
         runner=runner,
-        tokenizer=load_tokenizer(files.path),
+        tokenizer=tokenizer,
         namespace=namespace_of(identity, salt=config.store.key_salt),
         warming_calls=dict(runner.calls()),
         followers=followers,
+        draft_model=_draft_model(config, settings, runner, tokenizer),
+    )
+
+
+def _draft_model(
+    config: ClusterConfig, settings: PoolConfig, runner: ModelRunner, tokenizer: Tokenizer
+) -> DraftModel | None:
+    if settings.speculation != "draft_model" or settings.draft_model is None:
+        return None
+    return load_draft_model(
+        settings.draft_model,
+        config.model,
+        runner,
+        tokenizer,
+        threads=settings.threads,
+        running_max=settings.running_max,
     )
 
 
@@ -245,8 +269,9 @@ def make_loop(
     settings: PoolConfig,
     store: StoreConfig,
     clock: Clock = monotonic,
+    draft_model: DraftModel | None = None,
 ) -> EngineLoop:
-    """A loop that computes prompts and decodes, wired up."""
+    """A loop that computes prompts and decodes, wired up. ``draft_model``: as ``settings`` say."""
     workplace = Workplace(
         worker=worker,
         runner=runner,
@@ -255,17 +280,20 @@ def make_loop(
         namespace=namespace,
         store=store,
     )
-    streams = Streams(workplace, _speculation(settings))
+    streams = Streams(workplace, _speculation(settings, draft_model))
     prompts = Prompts(workplace, keep=streams.keep)
     return EngineLoop(workplace, runner, settings, prompts=prompts, streams=streams, clock=clock)
 
 
-def _speculation(settings: PoolConfig) -> Speculation | None:
+def _speculation(settings: PoolConfig, draft_model: DraftModel | None) -> Speculation | None:
     match settings.speculation:
         case "off":
             return None
         case "prompt_lookup":
             return Speculation(PromptLookup, settings.draft_tokens_max)
+        case "draft_model":
+            assert draft_model is not None, "loaded beside the model"
+            return ModelSpeculation(draft_model, settings.draft_tokens_max)
 
 
 def _flipper(which: str) -> Callable[[memoryview], None] | None:

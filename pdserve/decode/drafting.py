@@ -2,10 +2,11 @@
 
 A wrong guess costs a row of a step and never a token: what is sent is what the sampler draws, and
 drafts only say which rows are worth computing together. So a drafter may be anything that is sooner
-than the model; a smaller model fits behind ``Drafter`` as well as the search below.
+than the model: the search below, or a smaller model (``draft_model``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 NGRAM_LENGTHS = (4, 3, 2)
@@ -21,6 +22,31 @@ class Drafter(Protocol):
 
     def draft(self, tokens: Sequence[int], count: int) -> list[int]:
         """At most ``count`` tokens that may follow ``tokens``: those of the last call, and more."""
+        ...
+
+    def end(self) -> None:
+        """Its sequence is gone: free what is held for it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One sequence's drafts: arguments of ``Drafter.draft``."""
+
+    drafter: Drafter
+    tokens: Sequence[int]
+    count: int
+
+
+class Drafters(Protocol):
+    """A worker's, which drafts for many sequences together, and takes time that counts."""
+
+    def begin(self) -> Drafter: ...
+
+    def draft(self, asked: Sequence[Asked]) -> list[list[int]]: ...
+
+    def pass_us(self) -> Callable[[int], float | None]:
+        """What one more draft of each of so many sequences takes; None: not known."""
         ...
 
 
@@ -45,6 +71,9 @@ class PromptLookup:
                     period = len(tokens) - end
                     return [tokens[end + index % period] for index in range(count)]
         return []
+
+    def end(self) -> None:
+        """Nothing is held."""
 
     def _read(self, tokens: Sequence[int]) -> None:
         # What ends with the last token has nothing after it yet.

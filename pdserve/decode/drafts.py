@@ -66,6 +66,12 @@ class Drafts:
         if self._speculation is not None and stream.drafting is not None:
             self._speculation.came(stream.drafting, [token.token for token in tokens])
 
+    def end(self, stream: Stream) -> None:
+        """It leaves this worker, or its blocks: it has no drafts any more."""
+        if stream.drafting is not None:
+            stream.drafting.drafter.end()
+            stream.drafting = None
+
     def _room_tokens(self, stream: Stream, spare_blocks: int) -> int:
         """How many drafts there is room for, in KV blocks and before the last token."""
         sequence = stream.sequence

@@ -47,8 +47,8 @@ GAIN_MIN_RATIO = 1.05
 class Chance:
     """How likely it is that one stream's next draft holds, given that those before it did."""
 
-    def __init__(self) -> None:
-        self._held = CHANCE_AT_FIRST * CHANCE_AT_FIRST_WEIGHT
+    def __init__(self, at_first: float = CHANCE_AT_FIRST) -> None:
+        self._held = at_first * CHANCE_AT_FIRST_WEIGHT
         self._tried = CHANCE_AT_FIRST_WEIGHT
 
     @property
@@ -148,7 +148,7 @@ class Drafting:
 
 
 class Speculation:
-    """One worker's."""
+    """One worker's, whose streams' drafts cost nothing to make."""
 
     def __init__(self, drafter: Callable[[], Drafter], draft_tokens_max: int) -> None:
         self._drafter = drafter
@@ -162,8 +162,8 @@ class Speculation:
         self, texts: Sequence[tuple[Drafting, Sequence[int]]], limits: Sequence[int]
     ) -> list[list[int]]:
         """The drafts of the next step for each stream, at most ``limits`` tokens each."""
-        for (drafting, tokens), limit in zip(texts, limits, strict=True):
-            drafting.offered = drafting.drafter.draft(tokens, min(limit, self._draft_tokens_max))
+        if texts:
+            self._offer(texts, [min(limit, self._draft_tokens_max) for limit in limits])
         counts = counts_that_pay(
             [drafting.chance.value for drafting, _ in texts],
             [len(drafting.offered) for drafting, _ in texts],
@@ -183,3 +183,9 @@ class Speculation:
     def took(self, rows: int, elapsed_us: int) -> None:
         """How long a step took that streams had to themselves."""
         self._times.measured(rows, elapsed_us)
+
+    def _offer(
+        self, texts: Sequence[tuple[Drafting, Sequence[int]]], limits: Sequence[int]
+    ) -> None:
+        for (drafting, tokens), limit in zip(texts, limits, strict=True):
+            drafting.offered = drafting.drafter.draft(tokens, limit)

@@ -144,10 +144,8 @@ class Streams:
         elif too_large is not None:
             self._too_large(stream, too_large)
         elif too_many:
-            self._fail(
-                stream,
-                QueueFull(f"{WAITING_MAX} hand-offs wait already", retry_after_ms=RETRY_AFTER_MS),
-            )
+            said = f"{WAITING_MAX} hand-offs wait already"
+            self._fail(stream, QueueFull(said, retry_after_ms=RETRY_AFTER_MS))
 
     def _first_tokens(self, stream: Stream, tokens: tuple[Token, ...]) -> None:
         """The client's, or where a beam search begins."""
@@ -488,6 +486,7 @@ class Streams:
         self._forget(stream)
 
     def _release(self, stream: Stream) -> None:
+        self._drafts.end(stream)
         for sequence in stream.sequences:
             self._workplace.release_blocks(sequence)
 

@@ -20,6 +20,7 @@ FOLDERS = {
 VOCABULARY = {
     *("checked", "clock", "compiled", "config", "errors", "ids", "lifecycle", "messages"),
     *("access_config", "prompt_tasks", "router_config", "settings", "settings_schema"),
+    "speculation_config",
     *("storms", "suspicion", "values", "vitals"),
 }
 

@@ -1,16 +1,21 @@
 """``bench.engine --device cuda`` and ``bench.pd_gpu``: their rows, on a CPU with a tiny model."""
 
 import argparse
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 
 import pytest
 import torch
 
-from bench import engine, pd_gpu
+from bench import engine, kernels, pd_gpu
 from bench.engine_gpu import Sizes, rows
-from bench.frame import Options
+from bench.frame import ROOT, Options
 from bench.random_model import LLAMA_3_8B, QWEN3_8B, TINY, Costs, random_runner
 from pdserve.model.runner import Run
+from tests import torch_alone
 
 SMALL = Sizes(
     device="cpu",
@@ -78,6 +83,29 @@ def test_without_a_gpu_it_says_so() -> None:
     engine.add_arguments(parser)
     (made,) = engine.measure(Options(True, parser.parse_args(["--device", "cuda"])))
     assert made.skipped == "needs a CUDA device"
+
+
+def test_all_of_it_is_imported_where_there_is_torch_and_nothing_that_comes_with_ray() -> None:
+    """The tests of the kernels too. Imports at the top of files are what
+    ``tests/architecture/test_gpu_benches.py`` reads; here they run, with those inside functions."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.torch_alone"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 0, said
+    for command in torch_alone.COMMANDS:
+        assert f"usage: python -m {command[0]}" in said
+    assert re.search(r"^[0-9]{3,} tests collected", ended.stdout, re.MULTILINE), said
+    if not torch.cuda.is_available():
+        assert said.count("needs a CUDA device") > len(kernels.MEASURES)
+
+
+def test_what_is_hidden_is_not_found_and_all_else_is() -> None:
+    finder = torch_alone.Without(PathFinder)
+    assert finder.find_spec("gguf") is None
+    assert finder.find_spec("ray.serve") is None
+    assert finder.find_spec("json") is not None
 
 
 def test_two_processes_hand_over_without_ray_and_change_no_token_and_no_bit() -> None:

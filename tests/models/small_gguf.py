@@ -66,7 +66,7 @@ def random_blocks(
     group, group_bytes = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(sum(shape))
     blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // group, group_bytes), np.uint8)
-    scales_at = {"Q4_K": (0, 2), "Q6_K": (208,)}[kind.name]
+    scales_at = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
     for at in scales_at:
         scale = random.uniform(1e-4, 3e-4, blocks.shape[:-1]).astype(np.float16)
         blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
@@ -96,7 +96,7 @@ def write_gguf(
 
     Args:
         kind: GGUF's type of the matrices, but for those …
-        kinds: … whose name ends so: another type. Weights of Q4_K and Q6_K are drawn anew.
+        kinds: … whose name ends so: another type. Weights of Q4_K, Q5_K and Q6_K are drawn anew.
         fields: further metadata, less the architecture in front.
         stacked: a layer's experts are one tensor; else one each, as in old files.
     """

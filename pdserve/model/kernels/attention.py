@@ -89,11 +89,16 @@ def prefill_tiles(
     windowed: bool = False,
     coded: bool = False,
 ) -> Tiles:
-    """``make kernels`` says which tiles fit the registers of every generation; these do, and for
-    heads of 256, or of codes, none larger than decode's."""
+    """Each tile of keys and values is read for all rows of a program, so the rows are what a byte
+    from the L2 cache is multiplied with: 128 of them are two times 64, the rows of Hopper's matrix
+    instructions, for eight warps, and at heads of 128 make 128 operations per byte. An H200 must
+    have some 140 where it multiplies at 790 TFLOP/s and its L2 gives 5.5 TB/s; 64 rows could come
+    to 45 % of that at most. ``make kernels`` says that they fit the registers of every generation,
+    with a program per multiprocessor either way; for heads of 256, or of codes, none do that are
+    larger than decode's."""
     if deterministic or dtype == torch.float32 or D > 128 or coded:
         return decode_tiles(dtype, D, windowed=windowed, coded=coded)
-    return Tiles(rows=64 if D > 64 else 128, tokens=64, warps=8, stages=2)
+    return Tiles(rows=128, tokens=64, warps=8, stages=2)
 
 
 def paged_attention(

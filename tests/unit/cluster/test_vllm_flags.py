@@ -147,6 +147,14 @@ def test_our_own_flags_say_what_they_said(started: Started) -> None:
             '--speculative-config {"method":"ngram","num_speculative_tokens":6}',
             {"decode.speculation": "prompt_lookup", "decode.draft_tokens_max": 6},
         ),
+        (
+            '--speculative-config {"model":"org/small","num_speculative_tokens":3}',
+            {
+                "decode.speculation": "draft_model",
+                "decode.draft_model": "org/small",
+                "decode.draft_tokens_max": 3,
+            },
+        ),
     ],
 )
 def test_what_a_flag_sets(started: Started, line: str, expected: dict[str, Any]) -> None:
@@ -202,7 +210,12 @@ def test_what_changes_nothing_is_said_in_one_line(words: list[str]) -> None:
         ('--pooler-config {"pooling_type":"CLS"}', '--pooler-config is another than {"pooling_'),
         ("--pooler-config mean", '--pooler-config is another than {"pooling_type": "LAST"}'),
         ("--speculative-config 4", "--speculative-config is '4', must be JSON such as"),
-        ('--speculative-config {"method":"eagle"}', "has method eagle, can only be ngram"),
+        ('--speculative-config {"method":"eagle"}', "has method eagle, can only be ngram or"),
+        (
+            '--speculative-config {"method":"draft_model"}',
+            'has method draft_model and no "model", which is the draft model',
+        ),
+        ("--speculative-config {}", "has method None, can only be ngram or draft_model"),
         ("--lora-modules a", "--lora-modules is 'a', must be name=path, or"),
         ("--lora-modules =b", "--lora-modules is '=b', must be name=path, or"),
         ('--lora-modules {"name":"a"}', "must be name=path, or"),

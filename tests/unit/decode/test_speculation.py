@@ -133,6 +133,9 @@ class Same:
     def draft(self, tokens: Sequence[int], count: int) -> list[int]:
         return [7] * count
 
+    def end(self) -> None:
+        pass
+
 
 class Model:
     """One stream that says ``says`` over and over; a step of r rows takes ``us(r)``."""

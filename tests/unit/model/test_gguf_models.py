@@ -20,6 +20,9 @@ from tests.unit.model.conftest import RunnerOf
 from tests.unit.model.test_quantised_weights import BFLOAT16, answers, kinds_of
 from tests.unit.model.test_reference import LINEAR, assert_equal_to_reference, our_greedy
 
+SUPER: dict[str, Any] = {"family": "llama", "hidden": 256, "layers": 1}
+"""Rows of whole super-blocks."""
+
 GEMMA: dict[str, Any] = {"family": "gemma3", "tied": True}
 # The head's size is what published files scale scores by, except the largest.
 SCALED = {"query_pre_attn_scalar": 16}
@@ -90,8 +93,9 @@ def test_super_blocks_beside_other_types_give_the_bits_of_their_weights(
     tmp_path: Path, runner_of: RunnerOf, kernels: str
 ) -> None:
     """A mix as published files have it; the plain model holds what the ``gguf`` package reads."""
-    sizes = {"family": "llama", "hidden": 256, "layers": 1}
+    sizes = SUPER
     kinds = {"v_proj": "Q6_K", "down_proj": "Q6_K", "lm_head": "Q6_K", "up_proj": "Q4_1"}
+    kinds["o_proj"] = "Q5_K"
     path = written(tmp_path, sizes, "Q4_K", kinds=kinds)
     as_stored, dequantised = (
         runner_of(path, kernels=kernels, dtype=torch.bfloat16, quantization=quantization)
@@ -108,7 +112,7 @@ def test_super_blocks_beside_other_types_give_the_bits_of_their_weights(
         {},
         {
             "qkv": BFLOAT16,
-            "attention_output": wide_nibbles,
+            "attention_output": BFLOAT16,
             "gate_up": wide_nibbles,
             "down": wide_bytes,
             "embedding": wide_nibbles,
@@ -159,6 +163,14 @@ def test_a_file_cut_off_is_refused_before_any_weight_is_read(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(ConfigError, match=r"small\.gguf ends within the tensor .*; download it"):
         GgufWeights(path, architecture)
+
+
+def test_a_type_that_is_not_read_is_refused_before_any_weight_is(tmp_path: Path) -> None:
+    path = written(tmp_path, SUPER, kind="F16", kinds={"o_proj": "TQ2_0"})
+    with pytest.raises(
+        ConfigError, match=r"blk\.0\.attn_output\.weight has the type TQ2_0, .*; use"
+    ):
+        GgufWeights(path, architecture_of(path))
 
 
 def test_a_part_of_a_model_is_refused_with_the_way_to_the_whole(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from pdserve.errors import IllegalTransition
 
 
 class Phase(StrEnum):
+    __hash__ = str.__hash__  # that of ``Enum`` is interpreted: most of the time ``advance`` took
+
     QUEUED = "queued"  # admitted by the router, waiting in one of its levels
     PREFILLING = "prefilling"  # a prefill worker computes prompt tokens
     HANDING_OFF = "handing_off"  # all KV blocks are in the store; decode has not taken them yet
@@ -35,6 +37,8 @@ class Phase(StrEnum):
 
 
 class Event(StrEnum):
+    __hash__ = str.__hash__
+
     DISPATCHED = "dispatched"  # the router sent it to a prefill worker
     PREEMPTED = "preempted"  # stopped at a chunk boundary; its blocks stay as a cached prefix
     PREFILL_DONE = "prefill_done"  # sealed, and decode has been told

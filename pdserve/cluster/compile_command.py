@@ -115,6 +115,8 @@ modules = mypycify(
     paths, opt_level=optimisation, debug_level="0", group_name="pdserve.decisions",
     target_dir=f"{scratch}/c",
 )
+for module in modules:  # one unit: its functions are inlined, and called without a table
+    module.extra_compile_args += ["-fno-semantic-interposition"]
 build = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
 build.build_lib, build.build_temp = f"{scratch}/out", f"{scratch}/objects"
 build.ensure_finalized()

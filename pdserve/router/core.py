@@ -392,7 +392,7 @@ class RouterCore:
         # The first chunk begins where the cached prefix really ended, which only the worker knows:
         # what cannot have been one chunk is no measurement. Scores take a time of their own.
         is_plain = not isinstance(entry.request.task, Scoring)
-        if is_plain and 0 < tokens <= worker.hello.chunk_tokens and chunk.elapsed_us > 0:
+        if is_plain and 0 < tokens <= worker.chunk_tokens and chunk.elapsed_us > 0:
             predicted_ns = self.state.fleet.costs.prefill_ns(tokens, before)
             measured_ns = chunk.elapsed_us * US
             worker.correction.observe(predicted_ns, measured_ns)

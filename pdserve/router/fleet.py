@@ -78,10 +78,14 @@ class Worker:
     is_changed: bool = False  # since it was entered in the arrays
     id: WorkerId = field(init=False)
     pool: Role = field(init=False)  # whose replica it is, whatever its role is now
+    chunk_tokens: int = field(init=False)  # as its ``hello`` says; asked for several times
+    running_max: int = field(init=False)  # per decision, and a message is slower to read
 
     def __post_init__(self) -> None:
         self.id = self.hello.worker
         self.pool = self.hello.role
+        self.chunk_tokens = self.hello.chunk_tokens
+        self.running_max = self.hello.running_max
 
     def take(self, request: RequestId, tokens: int, ahead_of: RequestId | None) -> None:
         """One more prompt, in line where the worker puts it too."""
@@ -109,7 +113,7 @@ class Worker:
             return False
         if not self.decodes and self.running + self.waiting > HELD_MAX:
             return False  # it has work from before we knew it
-        return sum(self.prompts.values()) <= self.hello.chunk_tokens
+        return sum(self.prompts.values()) <= self.chunk_tokens
 
     @property
     def room_blocks(self) -> int:
@@ -118,7 +122,7 @@ class Worker:
         if not self.decodes or self.draining:
             return -1
         bound = max(len(self.streams), self.running + self.waiting if not self.prefills else 0)
-        if bound >= self.hello.running_max:
+        if bound >= self.running_max:
             return -1
         free_blocks = self.free_blocks - self.reserved_blocks
         return free_blocks - (bound + 1 if bound else 0)

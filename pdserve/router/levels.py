@@ -104,10 +104,17 @@ class Level(Places):
             self._places.clear()
             self._first = 0
             return
-        self._close(place)
-        while self._first < len(self._places) and not self._is_live(self._places[self._first]):
+        places = self._places
+        if places[self._first][2] == place[2]:
             self._first += 1
-        if len(self._places) > 2 * len(self._live) + DEAD_PLACES_MAX:
+        else:
+            self._close(place)
+        while self._first < len(places) and not self._is_live(places[self._first]):
+            self._first += 1
+        if self._first > len(self._live) + DEAD_PLACES_MAX:
+            del places[: self._first]
+            self._first = 0
+        if len(places) > 2 * len(self._live) + DEAD_PLACES_MAX:
             self._places = list(self)
             self._first = 0
 

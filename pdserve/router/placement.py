@@ -43,17 +43,32 @@ KEPT_TOKENS_MAX: Final = 16
 OTHERS_MAX: Final = 2
 
 
-@dataclass(slots=True)  # frozen, it would take a microsecond longer to make
 class Choice:
-    prefill: Worker
-    decode: Worker
-    cached_tokens: int
-    uncached_tokens: int
-    work_ns: int  # at that worker
-    price_ns: int
-    reason: str
-    others: tuple[tuple[WorkerId, int], ...] = ()  # the next best workers, and their prices in ns
-    ahead_of: RequestId | None = None  # one there that lets it go first
+    """No dataclass: the constructor of one is interpreted, and takes a microsecond."""
+
+    __slots__ = ("ahead_of", "cached_tokens", "decode", "others", "prefill", "price_ns", "reason",
+                 "uncached_tokens", "work_ns")  # fmt: skip
+
+    def __init__(
+        self,
+        prefill: Worker,
+        decode: Worker,
+        cached_tokens: int,
+        uncached_tokens: int,
+        work_ns: int,
+        price_ns: int,
+        reason: str,
+        others: tuple[tuple[WorkerId, int], ...],
+    ) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.cached_tokens = cached_tokens
+        self.uncached_tokens = uncached_tokens
+        self.work_ns = work_ns  # at that worker
+        self.price_ns = price_ns
+        self.reason = reason
+        self.others = others  # the next best workers, and their prices in ns
+        self.ahead_of: RequestId | None = None  # one there that lets it go first
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def _next_step(
         if isinstance(choice, Again):
             return choice
         if isinstance(choice, Choice):
-            step = Send(entry, choice, tuple(passed))
+            step = Send(entry, choice, passed)
             break
         if isinstance(choice, Deferred):
             if order.may_stand_aside(entry):

@@ -9,7 +9,6 @@ what others had computed when they did.
 """
 
 import math
-from dataclasses import replace
 from itertools import islice
 from typing import Final
 
@@ -82,9 +81,9 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
             break
         keys_ns = fleet.last_keys_ns() if keys_ns is None else keys_ns
         keys_ns[slot] = -math.inf
-        is_short = first.uncached_tokens <= worker.hello.chunk_tokens
+        is_short = first.uncached_tokens <= worker.chunk_tokens
         if is_short and _may_give_way(state, last, worker):
-            if _tokens_ahead(first, last, worker) > worker.hello.chunk_tokens:
+            if _tokens_ahead(first, last, worker) > worker.chunk_tokens:
                 continue  # in a chunk's time it is its turn
             step = _ahead(state, first, last, worker, now_ns)
             if step is not None:
@@ -121,7 +120,7 @@ def _border_ns(worker: Worker, now_ns: int) -> float:
 def _tokens_ahead(entry: Entry, last: Entry, worker: Worker) -> int:
     """Of the next chunk there, with ``entry`` before ``last``. No chunk has room for too many."""
     if len(worker.prompts) >= HELD_MAX:
-        return worker.hello.chunk_tokens + 1
+        return worker.chunk_tokens + 1
     return sum(worker.prompts.values()) - worker.prompts[last.id] + entry.uncached_tokens
 
 
@@ -135,14 +134,15 @@ def _ahead(
         return choice if isinstance(choice, Again) else None
     # Who was at the front is computed by now, though no chunk has been reported yet.
     last.begun = last.begun or next(iter(worker.prompts)) == last.id
-    return Send(entry, replace(choice, ahead_of=last.id, reason="ahead of a longer one"), ())
+    choice.ahead_of, choice.reason = last.id, "ahead of a longer one"
+    return Send(entry, choice, ())
 
 
 def _may_give_way(state: RouterState, entry: Entry, worker: Worker) -> bool:
     """Whether it lets others go first where it is, and keeps its place and its blocks."""
     if entry.preempting or worker.draining:
         return False
-    is_long = entry.uncomputed_tokens > worker.hello.chunk_tokens
+    is_long = entry.uncomputed_tokens > worker.chunk_tokens
     return is_long and state.lines.of(entry).preempts
 
 
@@ -152,7 +152,7 @@ def _may_yield(state: RouterState, entry: Entry, worker: Worker) -> bool:
         return False
     if not entry.begun and next(iter(worker.prompts)) != entry.id:
         return not worker.has_prefill_room
-    left_min = LEFT_CHUNKS_MIN * worker.hello.chunk_tokens
+    left_min = LEFT_CHUNKS_MIN * worker.chunk_tokens
     if state.recompute_credit < 0:
         return False
     may_again = entry.preempted_count < state.settings.preempted_max

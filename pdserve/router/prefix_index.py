@@ -12,6 +12,8 @@ it anew.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
 from pdserve.ids import BlockKey, StoreId
 
@@ -21,6 +23,9 @@ LOCATION_KEYS_MAX = 1 << 18
 Hits = tuple[tuple[int, int], ...]
 """Pairs (blocks, bit set of slots): these workers have so many leading blocks. Sets are disjoint,
 block counts strictly ascend; together they cover the slots asked for."""
+
+
+_ABSENT: Final = object()
 
 
 @dataclass(slots=True)
@@ -75,25 +80,22 @@ class PrefixIndex:
         if at is None:
             return
         self.version += 1
-        bits = self._bits_of(location)
-        readers, known_bits = at.readers, bits.get
+        bits, keys = self._bits_of(location), at.keys
+        readers = at.readers
         others = ~readers
+        # Maps of millions of keys: each look-up is a wait for memory, so there are no two for one.
         for key in removed:
-            if key in at.keys:
-                del at.keys[key]
-                known = known_bits(key, 0)
-                if known == readers:
-                    del bits[key]
-                else:
-                    _put(bits, key, known & others)
+            if keys.pop(key, _ABSENT) is None and (known := bits.pop(key, 0) & others):
+                bits[key] = known
         for key in added:
-            known = known_bits(key, 0)
-            bits[key] = known | readers if known else readers  # most share one set of one location
-        at.keys.update(dict.fromkeys(added))
-        while len(at.keys) > self._location_keys_max:
-            oldest = next(iter(at.keys))
-            del at.keys[oldest]
-            _put(bits, oldest, bits.get(oldest, 0) & ~at.readers)
+            keys[key] = None
+            known = bits.setdefault(key, readers)  # most are of one location, and share its set
+            if known != readers:
+                bits[key] = known | readers
+        if len(keys) > self._location_keys_max:
+            for oldest in list(islice(keys, len(keys) - self._location_keys_max)):
+                del keys[oldest]
+                _put(bits, oldest, bits.get(oldest, 0) & others)
 
     def forget(self, location: int | StoreId) -> None:
         at = self._locations.get(location)

@@ -1,5 +1,6 @@
 """A request on its way out of its line: where it goes, and the message that says so."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.clock import MS
@@ -17,13 +18,15 @@ from pdserve.router.suspicion import must_wait
 OUT_OF_BLOCKS_RETRY_MS = 1000
 
 
-@dataclass(slots=True)
 class Send:
-    """It goes to a worker."""
+    """It goes to a worker. No dataclass, for the reason of ``Choice``."""
 
-    entry: Entry
-    choice: Choice
-    passed: tuple[Entry, ...]  # better placed in the queue, but they fit nowhere yet
+    __slots__ = ("choice", "entry", "passed")
+
+    def __init__(self, entry: Entry, choice: Choice, passed: Sequence[Entry]) -> None:
+        self.entry = entry
+        self.choice = choice
+        self.passed = passed  # better placed in the queue, but they fit nowhere yet
 
 
 @dataclass(frozen=True, slots=True)

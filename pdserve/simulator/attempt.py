@@ -19,6 +19,8 @@ from pdserve.simulator.traces import TraceRequest
 
 
 class Stage(StrEnum):
+    __hash__ = str.__hash__  # that of ``Enum`` is interpreted
+
     PROMPT = "prompt"  # at a prefill worker, behind others
     COMPUTING = "computing"  # perhaps paused, while others go first
     PUSHING = "pushing"  # computed; the last of its blocks are on their way to decode's store

@@ -6,8 +6,14 @@ children before parents, and what is cached of a prompt is always a prefix of it
 """
 
 from collections.abc import Sequence
+from itertools import islice
+from typing import Final
 
 from pdserve.ids import BlockKey
+
+OLDEST_MAX: Final = 256
+"""Keys that are known to be the next to go. A dict finds its first key by walking over all that
+were removed before it, thousands of them; so one walk finds many."""
 
 
 class BlockCache:
@@ -16,12 +22,13 @@ class BlockCache:
     What came and went since ``take_changes`` was last called is remembered for the next report.
     """
 
-    __slots__ = ("_added", "_keys", "_removed", "block_max")
+    __slots__ = ("_added", "_keys", "_oldest", "_removed", "block_max")
 
     def __init__(self, block_max: int | None) -> None:
         assert block_max is None or block_max >= 0
         self.block_max = block_max
         self._keys: dict[BlockKey, None] = {}  # least recently used first
+        self._oldest: dict[BlockKey, None] = {}  # the first of them, or nothing
         self._added: dict[BlockKey, None] = {}
         self._removed: dict[BlockKey, None] = {}
 
@@ -45,9 +52,11 @@ class BlockCache:
                 known.update(fresh)
                 added.update(fresh)
             return
+        oldest = self._oldest
         for key in reversed(keys):
             if key in known:
                 del known[key]
+                oldest.pop(key, None)
             elif key in removed:
                 del removed[key]
             else:
@@ -58,14 +67,17 @@ class BlockCache:
     def trim(self, block_max: int) -> None:
         """Evict until at most ``block_max`` are left."""
         assert self.block_max is not None
-        known = self._keys
-        while len(known) > block_max:
-            key = next(iter(known))
-            del known[key]
-            if key in self._added:
-                del self._added[key]
-            else:
-                self._removed[key] = None
+        known, added = self._keys, self._added
+        while (surplus := len(known) - block_max) > 0:
+            if not self._oldest:
+                self._oldest = dict.fromkeys(islice(known, OLDEST_MAX))
+            for key in list(islice(self._oldest, surplus)):
+                del self._oldest[key]
+                del known[key]
+                if key in added:
+                    del added[key]
+                else:
+                    self._removed[key] = None
 
     def take_changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """What was added and what removed since the last call."""

@@ -71,6 +71,11 @@ def test_a_refusal_says_that_the_phase_is_terminal(phase: Phase) -> None:
         advance(phase, Event.ENDED)
 
 
+@pytest.mark.parametrize("name", [*Phase, *Event])
+def test_what_equals_its_name_has_its_hash(name: Phase | Event) -> None:
+    assert {str(name.value): True}[name]
+
+
 def test_the_table_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         TRANSITIONS[Phase.QUEUED] = {}  # type: ignore[index]

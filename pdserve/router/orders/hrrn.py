@@ -11,12 +11,10 @@ from collections.abc import Iterator
 
 from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
+from pdserve.router.orders.base import Order
 
 
-class HighestResponseRatio:
-    preempts = False
-    key_basis: object = None  # nobody stands aside
-
+class HighestResponseRatio(Order):
     def __init__(self) -> None:
         self._waiting: dict[RequestId, Entry] = {}
 

@@ -29,6 +29,7 @@ from pdserve.clock import MS, US, S
 from pdserve.ids import RequestId
 from pdserve.router.costs import CostModel
 from pdserve.router.entry import Entry
+from pdserve.router.orders.base import Order
 from pdserve.router.orders.level_lines import LevelHeap, LevelLines, LevelLists
 from pdserve.router_config import RouterConfig
 
@@ -119,9 +120,8 @@ class _Account:
     demoted: bool = False  # since it was dispatched
 
 
-class FeedbackQueue:
+class FeedbackQueue(Order):
     preempts = True
-    key_basis: object = None  # nobody stands aside
 
     def __init__(self, rules: Rules, costs: CostModel) -> None:
         self._rules = rules

@@ -15,13 +15,13 @@ larger than its level's quantum, or when it took more than a quantum and is not 
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
 from pdserve.router.levels import Ladder
+from pdserve.router.orders.base import Order
 from pdserve.router.orders.rescue import Rescue
 from pdserve.router.orders.tenant_levels import Item, TenantLevels
 from pdserve.router.orders.tenants import FairTags
@@ -35,16 +35,21 @@ CLASS_DELAYS_NS: Mapping[ServiceClass, int] = {
 """By how much a class counts as having arrived earlier or later."""
 
 
-@dataclass(slots=True)
 class _Standing:
     """What an order remembers of an entry from its first push until it is forgotten."""
 
-    floor_level: int = 0  # it was demoted: no level above this one any more
-    served_us: int = 0  # compute time it got since it is in its level
-    tag_ns: int = 0  # its tenant's, when it was dispatched: its own cost must not count against it
+    __slots__ = ("counted_ns", "floor_level", "rescued", "served_us", "tag_ns", "waits")
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.rescued = False  # it runs because of its claim
+        self.floor_level = 0  # it was demoted: no level above this one any more
+        self.served_us = 0  # compute time it got since it is in its level
+        self.tag_ns = 0  # its tenant's, when dispatched: its own cost must not count against it
+        self.counted_ns = 0  # its work, as its level counts it while it waits
 
 
-class SkipJoin:
+class SkipJoin(Order):
     def __init__(self, settings: RouterConfig, gamma_per_s: float, counters: Counter[str]) -> None:
         self._settings = settings
         self._counters = counters
@@ -54,17 +59,16 @@ class SkipJoin:
         self._tenants: dict[str, TenantLevels] = {}  # that have somebody waiting
         self._spare: TenantLevels | None = None  # of one that has nobody any more
         self._standings: dict[RequestId, _Standing] = {}
-        self._waiting: dict[RequestId, Entry] = {}
+        self._waiting_count = 0
+        self._note_basis()
         self._tags = FairTags(settings.tenant_weights)
         self._rescue = Rescue(
             after_ns=round(settings.rescue_after_ms * MS),
             ratio=settings.rescue_ratio,
             share=settings.rescue_share,
         )
-        self._rescued: dict[RequestId, None] = {}  # running because of their claim
         self._longest_ns = 0  # of all prefills so far: the piece that may be running
         self._work_ns = [0] * len(self.ladder.quanta_ns)  # that waits, by level
-        self._counted_ns: dict[RequestId, int] = {}
 
     # ── settings that move ───────────────────────────────────────────────────────────────────────
 
@@ -76,6 +80,7 @@ class SkipJoin:
         self.ladder = Ladder.of(self._settings, gamma_per_s)
         for tenant in self._tenants.values():
             tenant.set_boosts(self.ladder.boosts_ns)
+        self._note_basis()
 
     def set_workers(self, count: int) -> None:
         self._tags.set_workers(count)
@@ -94,15 +99,19 @@ class SkipJoin:
             entry.level = max(standing.floor_level, self.ladder.level_of(entry.work_ns))
         standing.served_us = 0
         entry.virtual_ns = entry.arrived_ns + CLASS_DELAYS_NS[entry.request.service_class]
-        self._rescued.pop(entry.id, None)
-        self._waiting[entry.id] = entry
-        self._enter(entry)
+        standing.rescued, standing.waits = False, True
+        self._waiting_count += 1
+        self._enter(entry, standing)
         if self.preempts:
             self._rescue.add(entry)
 
     def remove(self, entry: Entry) -> None:
-        del self._waiting[entry.id]
-        self._exit(entry)
+        standing = self._standings[entry.id]
+        if not standing.waits:
+            raise KeyError(entry.id)
+        standing.waits = False
+        self._waiting_count -= 1
+        self._exit(entry, standing)
         if self.preempts:
             self._rescue.remove(entry.id)
 
@@ -111,20 +120,21 @@ class SkipJoin:
         level = max(standing.floor_level, self.ladder.level_of(entry.work_ns))
         if level == entry.level:
             return
-        self._exit(entry)
+        self._exit(entry, standing)
         if level > entry.level:
             self._demote(entry, standing, level)
         else:
             entry.level = level
-        self._enter(entry)
+        self._enter(entry, standing)
 
     def dispatched(self, entry: Entry, now_ns: int) -> None:
+        standing = self._standings[entry.id]
         self._check_bound(entry, now_ns)
         if self.rescued(now_ns) is entry and self._first(now_ns) is not entry:
             self._rescue.pay(entry)
-            self._rescued[entry.id] = None
+            standing.rescued = True
             self._counters["rescues"] += 1
-        self._standings[entry.id].tag_ns = self._tags.tag_ns(entry.request.tenant, now_ns)
+        standing.tag_ns = self._tags.tag_ns(entry.request.tenant, now_ns)
         self._tags.charge(entry, self._tenants, now_ns)
 
     def served(self, entry: Entry, elapsed_us: int, now_ns: int) -> None:
@@ -142,7 +152,6 @@ class SkipJoin:
 
     def forget(self, entry: Entry) -> None:
         self._standings.pop(entry.id, None)
-        self._rescued.pop(entry.id, None)
 
     def may_stand_aside(self, entry: Entry) -> bool:
         """Keys are static; but a claim has its place behind those that came before."""
@@ -168,15 +177,12 @@ class SkipJoin:
             return self._fair_key_ns(entry, now_ns)
         return self._own_key_ns(entry)
 
-    @property
-    def key_basis(self) -> object:
-        return self._gamma_per_s, len(self._tenants) > 1
-
     def _fair_key_ns(self, entry: Entry, now_ns: int) -> int:
         """Beside other tenants'. Who runs has the tag with which it was chosen."""
-        waits = entry.id in self._waiting
         standing = self._standings[entry.id]
-        tag_ns = self._tags.tag_ns(entry.request.tenant, now_ns) if waits else standing.tag_ns
+        tag_ns = standing.tag_ns
+        if standing.waits:
+            tag_ns = self._tags.tag_ns(entry.request.tenant, now_ns)
         return self._own_key_ns(entry, tag_ns)
 
     def _own_key_ns(self, entry: Entry, tag_ns: int = 0) -> int:
@@ -184,7 +190,8 @@ class SkipJoin:
         return max(entry.virtual_ns, tag_ns) - self.ladder.boosts_ns[entry.level]
 
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
-        if running.id in self._rescued:
+        standing = self._standings.get(running.id)
+        if standing is not None and standing.rescued:
             return False
         if waiting.request.tenant == running.request.tenant:
             gain_ns = self._own_key_ns(running) - self._own_key_ns(waiting)
@@ -193,10 +200,11 @@ class SkipJoin:
         return gain_ns > margin_ns
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._waiting_count
 
     def __contains__(self, request: RequestId) -> bool:
-        return request in self._waiting
+        standing = self._standings.get(request)
+        return standing is not None and standing.waits
 
     def lengths(self) -> tuple[int, ...]:
         counts = [0] * len(self.ladder.quanta_ns)
@@ -212,7 +220,7 @@ class SkipJoin:
         return self.rescued(now_ns) or self._first(now_ns)
 
     def _first(self, now_ns: int) -> Entry | None:
-        if not self._waiting:
+        if not self._waiting_count:
             return None
         boosts_ns = self.ladder.boosts_ns
         tenants = self._tenants
@@ -253,22 +261,28 @@ class SkipJoin:
 
     # ── levels ───────────────────────────────────────────────────────────────────────────────────
 
-    def _enter(self, entry: Entry) -> None:
+    def _enter(self, entry: Entry, standing: _Standing) -> None:
         name = entry.request.tenant
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = self._empty_levels()
+            self._note_basis()
         tenant.push(entry, entry.virtual_ns)
-        self._counted_ns[entry.id] = entry.work_ns
+        standing.counted_ns = entry.work_ns
         self._work_ns[entry.level] += entry.work_ns
 
-    def _exit(self, entry: Entry) -> None:
+    def _exit(self, entry: Entry, standing: _Standing) -> None:
         name = entry.request.tenant
         tenant = self._tenants[name]
         tenant.remove(entry)
-        self._work_ns[entry.level] -= self._counted_ns.pop(entry.id)
+        self._work_ns[entry.level] -= standing.counted_ns
         if not tenant:
             self._spare = self._tenants.pop(name)
+            self._note_basis()
+
+    def _note_basis(self) -> None:
+        """Keys are by γ, and by tags too where there are several tenants."""
+        self.key_basis = self._gamma_per_s, len(self._tenants) > 1
 
     def _empty_levels(self) -> TenantLevels:
         """Where workers keep up, a tenant has somebody waiting, and nobody, many times a second."""
@@ -291,14 +305,14 @@ class SkipJoin:
             yield self.ladder.key_ns(max(entry.virtual_ns, tag_ns), entry.level), order, entry
 
     def check(self) -> None:
-        assert sum(self.lengths()) == len(self._waiting)
-        assert set(self._waiting) <= set(self._standings)
+        assert sum(self.lengths()) == self._waiting_count
+        assert self._waiting_count == sum(one.waits for one in self._standings.values())
         for name, tenant in self._tenants.items():
             tenant.check()
             assert len(tenant) > 0
             for *_, entry in tenant:
                 assert entry.request.tenant == name
-                assert self._waiting[entry.id] is entry
+                assert self._standings[entry.id].waits
                 self.check_level(entry)
         assert not self._spare
 

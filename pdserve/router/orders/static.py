@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pdserve.ids import RequestId
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
+from pdserve.router.orders.base import Order
 from pdserve.router.orders.heap import KeyedHeap
 
 KeyFunction = Callable[[Entry], float]
@@ -28,11 +29,8 @@ PRIORITY_JUMPS: Mapping[ServiceClass, float] = {
 """For ``wspt``: there a client's hint, here what its service class stands for."""
 
 
-class StaticOrder:
+class StaticOrder(Order):
     """The least key first; at equal keys who came first."""
-
-    preempts = False
-    key_basis: object = None  # nobody stands aside
 
     def __init__(self, key: KeyFunction) -> None:
         self._key = key

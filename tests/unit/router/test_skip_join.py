@@ -373,9 +373,8 @@ def test_an_order_remembers_nobody_who_was_forgotten(
         order.forget(one)
         order.check()
         assert sum(order.lengths()) == len(order) == len(waiting)
-    for kept in (order._standings, order._waiting, order._tenants, order._counted_ns):
+    for kept in (order._standings, order._tenants):
         assert not kept
-    assert not order._rescued
     assert sum(order._work_ns) == 0
 
 

@@ -1,7 +1,10 @@
+from unittest.mock import patch
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.ids import BlockKey
+from pdserve.simulator import caches
 from pdserve.simulator.caches import BlockCache
 
 
@@ -56,3 +59,24 @@ def test_what_is_told_is_what_is_there_and_never_too_much(
     for document in range(1, 6):
         here = [key in told for key in chain(document, 8)]
         assert sum(here) == cache.prefix_blocks(chain(document, 8)), "a child outlived its parent"
+
+
+@given(steps=Steps, block_max=st.integers(0, 30), oldest_max=st.integers(1, 4))
+def test_it_is_a_list_by_last_use_however_many_are_found_at_once(
+    steps: list[tuple[int, int, bool]], block_max: int, oldest_max: int
+) -> None:
+    cache = BlockCache(block_max)
+    used: list[BlockKey] = []
+    told: set[BlockKey] = set()
+    with patch.object(caches, "OLDEST_MAX", oldest_max):
+        for document, length, shrinks in steps:
+            keys = chain(document, length)
+            used = [key for key in used if key not in keys] + [*reversed(keys)]
+            used = used[max(0, len(used) - block_max) :]
+            cache.touch(keys)
+            if shrinks:  # a prompt takes the room
+                cache.trim(block_max // 2)
+                used = used[max(0, len(used) - block_max // 2) :]
+            added, removed = cache.take_changes()
+            told = (told - set(removed)) | set(added)
+            assert told == set(used)

@@ -37,7 +37,7 @@ from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.settings import STUDY_COSTS
 from pdserve.simulator.synthetic import exponential, poisson
 from pdserve.simulator.traces import TraceRequest, load_trace, some_tokens
-from pdserve.simulator.transformations import repeat, scale_to_load, spread
+from pdserve.simulator.transformations import overlay, scale_to_load, spread
 
 WORKERS = 1000
 QUEUED = (1_000, 100_000)
@@ -258,7 +258,7 @@ def _million(path: Path) -> Row:
     def work_s(request: TraceRequest, cached_tokens: int) -> float:
         return STUDY_COSTS.prefill_ns(request.prompt_tokens - cached_tokens, cached_tokens) / S
 
-    trace = scale_to_load(repeat(load_trace(path), requests), 0.8, workers=workers, work_s=work_s)
+    trace = scale_to_load(overlay(load_trace(path), requests), 0.8, workers=workers, work_s=work_s)
     settings = SimulationSettings(
         router=RouterConfig(waiting_max=UNLIMITED, queue_age_max_ms=None), prefill_workers=workers,
         decode_workers=workers // 2, hosts=workers // 8,

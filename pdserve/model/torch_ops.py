@@ -33,15 +33,26 @@ bfloat16, from 1,536 inputs on. From two rows on a row's bits are its own, for 1
 _PLAIN_ROWS_MIN = 16
 """The same, and MKL's float32 products need four rows for each of a few threads."""
 
+_ROWS_STEP = 16
+"""oneDNN makes code for every number of rows that it meets and keeps half a megabyte per product,
+up to 1,024 of them: a worker that sees all kinds of prompts would grow by 500 MB. Above this many
+rows are computed in whole steps, so that 512 tokens a step make 46 numbers."""
+
+
+def rows_computed(row_count: int, rows_min: int) -> int:
+    if row_count <= _ROWS_STEP:
+        return max(row_count, rows_min)
+    return -(-row_count // _ROWS_STEP) * _ROWS_STEP
+
 
 def linear(x_NC: Tensor, weight: LinearWeight) -> Tensor:
     """``x @ weight.T + bias``; on a CPU a row's bits do not depend on the other rows."""
     if x_NC.device.type != "cpu":
         return functional.linear(x_NC, weight.weight_OC, weight.bias_O)
     row_count = x_NC.shape[0]
-    rows_min = _PACKED_ROWS_MIN if weight.packed else _PLAIN_ROWS_MIN
-    if row_count < rows_min:
-        x_NC = functional.pad(x_NC, (0, 0, 0, rows_min - row_count))
+    computed = rows_computed(row_count, _PACKED_ROWS_MIN if weight.packed else _PLAIN_ROWS_MIN)
+    if row_count < computed:
+        x_NC = functional.pad(x_NC, (0, 0, 0, computed - row_count))
     if weight.packed:
         y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(
             x_NC, weight.weight_OC, weight.bias_O, "none", [], ""

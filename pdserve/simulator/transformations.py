@@ -141,6 +141,32 @@ def repeat(trace: Trace, count: int) -> Trace:
     return replace(trace, requests=tuple(repeated))
 
 
+def overlay(trace: Trace, count: int) -> Trace:
+    """As many more clients: the trace beside itself, the first ``count`` requests of all copies.
+
+    Each copy begins elsewhere in the trace and has block ids of its own. Unlike ``repeat``, whose
+    requests have to be brought closer together to load more workers, and a conversation's turns
+    with them, until the next one comes before the last is answered, this leaves the time between
+    two turns what it was. Whatever a copy's end cuts off is at its beginning.
+    """
+    assert trace.requests
+    requests = trace.requests
+    copies = -(-count // len(requests))  # ceil
+    period_ns = trace.span_ns + trace.span_ns // max(1, len(requests) - 1)
+    ids = 1 + max((block for r in requests for block in r.blocks), default=0)
+    laid = [
+        replace(
+            request,
+            arrival_ns=(request.arrival_ns - requests[0].arrival_ns + shift_ns) % period_ns,
+            blocks=tuple([block + copy * ids for block in request.blocks]),
+        )
+        for copy, shift_ns in ((copy, copy * period_ns // copies) for copy in range(copies))
+        for request in requests
+    ]
+    laid.sort(key=lambda request: request.arrival_ns)
+    return _from_zero(trace, laid[:count])
+
+
 def _from_zero(trace: Trace, requests: list[TraceRequest]) -> Trace:
     first_ns = requests[0].arrival_ns
     return replace(

@@ -6,7 +6,7 @@ from typing import Any
 
 from pdserve.config import ClusterConfig, ModelConfig, PoolConfig, StoreConfig
 from pdserve.router_config import RouterConfig
-from pdserve.wire.postbox import OUTBOX_MAX
+from pdserve.wire.outbox import OUTBOX_MAX
 from tests.unit.engine.fakes import BLOCK_TOKENS
 
 POOL_BLOCKS = 32

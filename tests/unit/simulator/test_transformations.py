@@ -9,6 +9,7 @@ from pdserve.simulator.traces import Trace, TraceRequest
 from pdserve.simulator.transformations import (
     cached_tokens,
     first,
+    overlay,
     repeat,
     scale_time,
     scale_to_load,
@@ -85,6 +86,18 @@ def test_repeating_takes_fresh_ids_each_time() -> None:
     assert not by_pass[1] & by_pass[2]
     assert often.requests[3].blocks == (often.requests[2].blocks[0],)
     assert repeat(once, 1).requests == once.requests[:1]
+
+
+def test_copies_lie_beside_each_other_with_ids_of_their_own() -> None:
+    once = Trace((TraceRequest(0, 40, 1, (0, 7)), TraceRequest(2 * S, 41, 1, (0,))), 16, "t")
+    beside = overlay(once, 4)
+    assert [r.arrival_ns // S for r in beside.requests] == [0, 0, 2, 2]
+    assert [r.prompt_tokens for r in beside.requests] == [40, 41, 41, 40]
+    assert beside.requests[2].blocks == beside.requests[0].blocks[:1]  # two seconds later, as ever
+    assert beside.requests[1].blocks == beside.requests[3].blocks[:1]
+    assert not set(beside.requests[0].blocks) & set(beside.requests[3].blocks)
+    assert sizes(overlay(ticking(), 200)).total() == 200
+    assert overlay(once, 2).requests == once.requests
 
 
 def test_poisson_arrivals_have_their_rate_and_their_seed() -> None:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdserve.cluster.http_client import get_json, of_model
+from pdserve.vitals import METRICS, RESIDENT_BYTES
 
 
 def fetch(url: str, model: str | None = None) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def render(snapshot: dict[str, Any]) -> Group:
     workers = Table(box=None, pad_edge=False)
     if models:
         workers.add_column("model")
-    for column in ("worker", "role", "pid", "running", "waiting", "blocks free", "state"):
+    for column in ("worker", "role", "pid", "running", "waiting", "blocks free", "memory", "state"):
         workers.add_column(column, justify="left" if column in ("worker", "role") else "right")
     for worker in snapshot["workers"]:
         workers.add_row(
@@ -32,6 +33,7 @@ def render(snapshot: dict[str, Any]) -> Group:
             str(worker["running"]),
             str(worker["waiting"]),
             f"{worker['free_blocks']} of {worker['block_count']}",
+            _memory(worker.get("counters", {})),
             _state(worker),
         )
     lines = [_queue("queue by level ", snapshot)]
@@ -39,7 +41,11 @@ def render(snapshot: dict[str, Any]) -> Group:
         lines.append(_queue(f"  of {name}", figures) if figures else f"  of {name}: no answer")
     queue = Text("\n".join(lines))
     router = snapshot.get("router", {})
-    leads = Text("router           " + "   ".join(f"{name} {n}" for name, n in router.items()))
+    said = {name: value for name, value in router.items() if name not in METRICS}
+    said |= {"memory": _memory(router)} if RESIDENT_BYTES in router else {}
+    leads = Text(
+        "router           " + "   ".join(f"{name} {value}" for name, value in said.items())
+    )
     counters = Table(box=None, pad_edge=False, show_header=False)
     for name, value in sorted(snapshot["counters"].items()):
         counters.add_row(name, str(value))
@@ -49,6 +55,10 @@ def render(snapshot: dict[str, Any]) -> Group:
 def _queue(head: str, snapshot: Mapping[str, Any]) -> str:
     levels = " ".join(str(count) for count in snapshot["queue_lengths"])
     return f"{head} {levels}   oldest {snapshot['oldest_wait_ms']} ms   parked {snapshot['parked']}"
+
+
+def _memory(figures: Mapping[str, int]) -> str:
+    return f"{figures[RESIDENT_BYTES] >> 20} MiB" if RESIDENT_BYTES in figures else ""
 
 
 def _state(worker: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ def snapshot(worker: str, waiting: int) -> dict[str, Any]:
                 "block_count": 4,
                 "draining": False,
                 "duty": "decode",
+                "counters": {"tasks": 3, "resident_bytes": 300 << 20, "open_fds": 9},
             }
         ],
         "queue_lengths": [waiting, 0],
@@ -32,7 +33,7 @@ def snapshot(worker: str, waiting: int) -> dict[str, Any]:
         "parked": 0,
         "phases": {},
         "counters": {"dispatched": 5},
-        "router": {"epoch": 1},
+        "router": {"epoch": 1, "tasks": 3, "resident_bytes": 150 << 20, "open_fds": 9},
     }
 
 
@@ -46,6 +47,8 @@ def test_one_model_is_shown_without_its_name() -> None:
     lines = shown(snapshot("d-1", 2))
     assert lines[0].startswith("worker")
     assert "queue by level  2 0   oldest 20 ms   parked 0" in lines
+    assert lines[1].split()[-3:] == ["300", "MiB", "up"]
+    assert "router           epoch 1   memory 150 MiB" in lines
 
 
 def test_several_are_shown_with_theirs_and_one_that_does_not_answer_says_so() -> None:

@@ -17,9 +17,7 @@ import argparse
 import math
 import os
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -38,11 +36,9 @@ from bench.soak_load import serve_for
 from pdserve.cluster.chaos.run import held_at_rest
 from pdserve.cluster.chaos.targets import by_role, processes
 from pdserve.cluster.http_client import get_json, get_text
-from pdserve.errors import ConfigError
 
 MB = 1 << 20
 LOOK_S = 2.0
-REDIS_START_S = 30.0
 ANSWERS_PER_MIN = 50_000 / 60
 WARM_UP_SHARE = 1 / 3
 """Of the run: what is allocated once, and caches that fill, are not growth."""
@@ -183,37 +179,6 @@ def tasks_in(url: str) -> int | None:
 
 
 @contextmanager
-def running_redis(directory: Path) -> Iterator[redis.Redis]:
-    """A server of our own without persistence."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [
-            *("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""),
-            *("--appendonly", "no", "--dir", str(directory)),
-        ],
-        stdout=subprocess.DEVNULL,
-    )
-    client = redis.Redis(port=port)
-    try:
-        until_s = time.monotonic() + REDIS_START_S
-        while True:
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                if server.poll() is not None or time.monotonic() > until_s:
-                    raise ConfigError("redis-server did not start; look for it on PATH") from None
-                time.sleep(0.05)
-        yield client
-    finally:
-        client.close()
-        server.kill()
-        server.wait()
-
-
-@contextmanager
 def small_cluster() -> Iterator[tuple[str, redis.Redis]]:
     from dataclasses import replace
 
@@ -221,10 +186,11 @@ def small_cluster() -> Iterator[tuple[str, redis.Redis]]:
     from pdserve.config import ClusterConfig, GatewayConfig, ModelConfig, PoolConfig, StoreConfig
     from pdserve.model.source import locate
     from tests.models.small import write_small_model
+    from tests.redis_server import RedisServer
 
-    with tempfile.TemporaryDirectory(prefix="soak-") as scratch, ExitStack() as server:
-        kept = server.enter_context(running_redis(Path(scratch)))
-        kept_at = "redis://127.0.0.1:{port}/0".format(**kept.connection_pool.connection_kwargs)
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch, ExitStack() as ending:
+        server = RedisServer(Path(scratch))
+        ending.callback(server.kill)
         model = write_small_model(
             Path(scratch) / "model", tokenizer_from=locate(ModelConfig()).path
         )
@@ -233,12 +199,12 @@ def small_cluster() -> Iterator[tuple[str, redis.Redis]]:
             model=ModelConfig(source=str(model), dtype="float32"),
             prefill=pool,
             decode=replace(pool, replicas=2),
-            store=StoreConfig(arena_bytes=128 * MB, redis_url=kept_at),
-            gateway=GatewayConfig(http_port=0, grpc_port=-1, responses_redis=kept_at),
+            store=StoreConfig(arena_bytes=128 * MB, redis_url=server.url),
+            gateway=GatewayConfig(http_port=0, grpc_port=-1, responses_redis=server.url),
             tcp=False,
         )
         with local_cluster(config, progress=say) as cluster:
-            yield cluster.http, kept
+            yield cluster.http, redis.Redis.from_url(server.url)
 
 
 def say(text: str) -> None:

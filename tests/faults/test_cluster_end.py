@@ -18,32 +18,29 @@ from tests.integration.harness import (
     storm,
     wait_until_equal,
 )
-from tests.integration.test_store_metadata import RedisServer
+from tests.redis_server import running_redis
 
 STREAMS = 4
 
 
 @pytest.mark.slow
 def test_requests_do_not_miss_a_killed_redis(small_model: Path, tmp_path: Path) -> None:
-    try:
-        redis = RedisServer(tmp_path)
-    except FileNotFoundError:
-        pytest.skip("redis-server is not installed")
-    config = settings(small_model, model={"dtype": "float32"}, store={"redis_url": redis.url})
-    prompts = random_prompts(STREAMS, seed=5, length=200)
-    with running(config, own_ray=True) as cluster:
-        assert len(RedisMetadata(redis.url).members()) == 1
-        calm = storm(cluster, prompts, 60)
-        struck = storm(cluster, prompts, 60, at=STREAMS, strike=redis.kill)
-        afterwards = storm(cluster, prompts, 60)
-        for streams in (struck, afterwards):
-            assert [stream.error for stream in streams] == [None] * STREAMS
-            assert [stream.tokens for stream in streams] == [stream.tokens for stream in calm]
-        wait_until_equal("held at rest", lambda: held(cluster), 0)
-        left = Traces.of_this_process()
-        assert left.pids
-        assert left.paths
-    wait_until_equal("what is left", left.remaining, [])
+    with running_redis(tmp_path) as redis:
+        config = settings(small_model, model={"dtype": "float32"}, store={"redis_url": redis.url})
+        prompts = random_prompts(STREAMS, seed=5, length=200)
+        with running(config, own_ray=True) as cluster:
+            assert len(RedisMetadata(redis.url).members()) == 1
+            calm = storm(cluster, prompts, 60)
+            struck = storm(cluster, prompts, 60, at=STREAMS, strike=redis.kill)
+            afterwards = storm(cluster, prompts, 60)
+            for streams in (struck, afterwards):
+                assert [stream.error for stream in streams] == [None] * STREAMS
+                assert [stream.tokens for stream in streams] == [stream.tokens for stream in calm]
+            wait_until_equal("held at rest", lambda: held(cluster), 0)
+            left = Traces.of_this_process()
+            assert left.pids
+            assert left.paths
+        wait_until_equal("what is left", left.remaining, [])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from tests.integration.harness import (
     wait_for,
     wait_until_equal,
 )
-from tests.integration.test_store_metadata import RedisServer
+from tests.redis_server import RedisServer, running_redis
 
 CLIENTS = 4
 REQUESTS = CLIENTS * int(os.environ.get("FAULTS_REQUESTS_PER_CLIENT", "100")) // 4
@@ -154,13 +154,8 @@ def test_a_raylet_is_killed_with_all_its_workers(
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    try:
-        server = RedisServer(tmp_path)
-    except FileNotFoundError:
-        pytest.skip("redis-server is not installed")
-    yield server
-    server.process.send_signal(signal.SIGCONT)
-    server.kill()
+    with running_redis(tmp_path) as server:
+        yield server
 
 
 def test_rays_control_service_is_killed_and_comes_back(

@@ -21,7 +21,7 @@ from pdserve.config import GatewayConfig
 from pdserve.errors import QueueFull, WorkerLost
 from pdserve.messages import FinishReason
 from tests.integration.http_server import served
-from tests.integration.test_store_metadata import RedisServer
+from tests.redis_server import RedisServer, running_redis
 from tests.unit.cluster.fake_session import HANG, MODEL, FakeSession, piece, said, steps
 
 WAIT_S = 60.0
@@ -277,9 +277,8 @@ def test_another_tenants_response_is_not_there(session: FakeSession, tmp_path: P
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -352,25 +351,22 @@ def is_kept(client: openai.OpenAI) -> bool:
     return client.responses.create(model=MODEL, input="x").to_dict()["store"] is True
 
 
-def test_the_answer_matters_more_than_its_keeping(tmp_path: Path, session: FakeSession) -> None:
+def test_the_answer_matters_more_than_its_keeping(
+    redis_server: RedisServer, session: FakeSession
+) -> None:
     """Redis stands still: answers still come, and say that they are not stored."""
-    server = RedisServer(tmp_path)
-    config = GatewayConfig(responses_redis=server.url)
-    try:
-        with served(create_app(session, config=config)) as url, connected(url) as client:
-            kept = client.responses.create(model=MODEL, input="x")
-            assert kept.to_dict()["store"] is True
-            os.kill(server.process.pid, signal.SIGSTOP)
-            passing = client.responses.create(model=MODEL, input="x")
-            assert passing.output_text == "Hello world"
-            assert passing.to_dict()["store"] is False
-            with pytest.raises(openai.InternalServerError) as error:
-                client.responses.retrieve(kept.id)
-            assert error.value.status_code == 503
-            with pytest.raises(openai.InternalServerError):
-                client.responses.create(model=MODEL, input="x", background=True)
-            os.kill(server.process.pid, signal.SIGCONT)
-            until("Redis", lambda: is_kept(client))
-    finally:
-        os.kill(server.process.pid, signal.SIGCONT)
-        server.kill()
+    config = GatewayConfig(responses_redis=redis_server.url)
+    with served(create_app(session, config=config)) as url, connected(url) as client:
+        kept = client.responses.create(model=MODEL, input="x")
+        assert kept.to_dict()["store"] is True
+        os.kill(redis_server.process.pid, signal.SIGSTOP)
+        passing = client.responses.create(model=MODEL, input="x")
+        assert passing.output_text == "Hello world"
+        assert passing.to_dict()["store"] is False
+        with pytest.raises(openai.InternalServerError) as error:
+            client.responses.retrieve(kept.id)
+        assert error.value.status_code == 503
+        with pytest.raises(openai.InternalServerError):
+            client.responses.create(model=MODEL, input="x", background=True)
+        os.kill(redis_server.process.pid, signal.SIGCONT)
+        until("Redis", lambda: is_kept(client))

@@ -1,8 +1,6 @@
 """Gateways that add up a tenant's tokens in a real Redis, and go on without it."""
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -11,22 +9,12 @@ from pdserve.cluster.quota_exchange import exchange
 from pdserve.cluster.quotas import Ledger, Quota
 from pdserve.errors import ConfigError, RateLimited, StoreUnavailable
 from pdserve.kvstore.shared_counts import SharedCounts
-from tests.integration.test_store_metadata import RedisServer
+from tests.redis_server import RedisServer
 
 QUOTAS = {"team": Quota(tokens_per_day=100)}
 
 
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    try:
-        server = RedisServer(tmp_path)
-    except FileNotFoundError:
-        pytest.skip("redis-server is not installed")
-    yield server
-    server.kill()
-
-
-def test_gateways_add_up_what_a_tenant_has_spent(redis: RedisServer) -> None:
+def test_gateways_add_up_what_a_tenant_has_spent(redis_server: RedisServer) -> None:
     """Goal: two gateways refuse a tenant that spent its day's budget over both, and one that comes
     new learns of it. Method: no time is measured; a day that ends in between ends the test early,
     with nothing to see."""
@@ -34,7 +22,7 @@ def test_gateways_add_up_what_a_tenant_has_spent(redis: RedisServer) -> None:
     now_ms = unix_ms()
 
     async def work() -> None:
-        counts = SharedCounts(redis.url)
+        counts = SharedCounts(redis_server.url)
         one.spend("team", 60, now_ms)
         two.spend("team", 40, now_ms)
         three.spend("team", 0, now_ms)
@@ -50,14 +38,16 @@ def test_gateways_add_up_what_a_tenant_has_spent(redis: RedisServer) -> None:
             ledger.check("team", now_ms)
 
 
-def test_without_redis_each_counts_for_itself_and_nothing_is_lost(redis: RedisServer) -> None:
+def test_without_redis_each_counts_for_itself_and_nothing_is_lost(
+    redis_server: RedisServer,
+) -> None:
     ledger = Ledger(QUOTAS)
     now_ms = unix_ms()
     ledger.spend("team", 100, now_ms)
-    redis.kill()
+    redis_server.kill()
 
     async def work() -> None:
-        counts = SharedCounts(redis.url)
+        counts = SharedCounts(redis_server.url)
         with pytest.raises(StoreUnavailable, match="Redis does not answer"):
             await exchange(ledger, counts)
         await counts.close()

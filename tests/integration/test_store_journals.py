@@ -5,33 +5,22 @@ how the tests make one.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import pytest
 import redis
 
 from pdserve.kvstore.journals import Found, RedisJournals
-from tests.integration.test_store_metadata import RedisServer
+from tests.redis_server import RedisServer
 
 HOUR_MS = 3_600_000
 KEEP_S, ALIVE_S = 600.0, 120.0
 """Far longer than a test takes."""
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    try:
-        server = RedisServer(tmp_path)
-    except FileNotFoundError:
-        pytest.skip("redis-server is not installed")
-    yield server
-    server.kill()
-
-
-def play(server: RedisServer, steps: Callable[[RedisJournals], Awaitable[None]]) -> None:
+def play(redis_server: RedisServer, steps: Callable[[RedisJournals], Awaitable[None]]) -> None:
     async def run() -> None:
-        journals = RedisJournals(server.url, bytes_max=100, keep_s=KEEP_S)
+        journals = RedisJournals(redis_server.url, bytes_max=100, keep_s=KEEP_S)
         await steps(journals)
         await journals.close()
 
@@ -39,7 +28,7 @@ def play(server: RedisServer, steps: Callable[[RedisJournals], Awaitable[None]])
 
 
 def test_the_clocks_of_writer_and_reader_do_not_count(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer's is an hour behind, which was as good as dead once; the reader's is ahead."""
     now_ns = 1_700_000_000_000_000_000
@@ -68,13 +57,13 @@ def test_the_clocks_of_writer_and_reader_do_not_count(
         assert await journals.append("j", [b"late"], alive_s=ALIVE_S)
         assert await journals.lines("j", 0, 9) == []
 
-    play(server, steps)
+    play(redis_server, steps)
 
 
 def test_after_a_clock_was_set_back_nothing_lives_longer_than_once_more_its_time(
-    server: RedisServer,
+    redis_server: RedisServer,
 ) -> None:
-    client = redis.Redis.from_url(server.url)
+    client = redis.Redis.from_url(redis_server.url)
 
     async def steps(journals: RedisJournals) -> None:
         await journals.make("j", b"state", alive_s=ALIVE_S)
@@ -88,12 +77,12 @@ def test_after_a_clock_was_set_back_nothing_lives_longer_than_once_more_its_time
             assert 0 < client.pttl(key) <= given_s * 1000, key
             assert 0 < before_ms <= given_s * 1000, key
 
-    play(server, steps)
+    play(redis_server, steps)
 
 
-def test_a_writer_that_falls_silent_is_seen(server: RedisServer) -> None:
+def test_a_writer_that_falls_silent_is_seen(redis_server: RedisServer) -> None:
     """As when its time has passed: Redis has dropped the sign of life."""
-    client = redis.Redis.from_url(server.url)
+    client = redis.Redis.from_url(redis_server.url)
 
     async def steps(journals: RedisJournals) -> None:
         await journals.make("j", b"state", alive_s=ALIVE_S)
@@ -103,4 +92,4 @@ def test_a_writer_that_falls_silent_is_seen(server: RedisServer) -> None:
                 pass
         assert found == Found(b"state", False, False)
 
-    play(server, steps)
+    play(redis_server, steps)

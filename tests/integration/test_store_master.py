@@ -36,7 +36,7 @@ from tests.integration.store_nodes import (
     read,
     running_node,
 )
-from tests.integration.test_store_metadata import RedisServer
+from tests.redis_server import RedisServer, running_redis
 
 BLOCKS = 8
 
@@ -90,11 +90,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     with contextlib.ExitStack() as ending:
         redis = None
         if request.param == "redis":
-            try:
-                redis = RedisServer(tmp_path)
-            except FileNotFoundError:
-                pytest.skip("redis-server is not installed")
-            ending.callback(redis.kill)
+            redis = ending.enter_context(running_redis(tmp_path))
             where = ("--redis-url", redis.url)
             metadata: Metadata = RedisMetadata(redis.url)
         else:

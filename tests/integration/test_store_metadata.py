@@ -3,10 +3,8 @@
 import dataclasses
 import os
 import signal
-import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,53 +21,14 @@ from pdserve.kvstore.metadata import (
     Seat,
 )
 from pdserve.messages import Address
-from tests.integration.store_nodes import PATIENCE_S, content, filler, keys_of, read, running_node
+from tests.integration.store_nodes import content, filler, keys_of, read, running_node
+from tests.redis_server import RedisServer
 
 ADDRESS = Address(HostId("h"), "/tmp/s.sock", "10.0.0.1:7")
 
 
 def member(name: str, epoch: int) -> Member:
     return Member(StoreId(name), ADDRESS, epoch)
-
-
-class RedisServer:
-    """A real one, without persistence, on a free port."""
-
-    def __init__(self, directory: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.process = subprocess.Popen(
-            [
-                *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1"),
-                *("--save", "", "--appendonly", "no", "--dir", str(directory)),
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        until_s = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                RedisMetadata(self.url).members()
-            except StoreUnavailable:
-                assert time.monotonic() < until_s, "Redis did not start"
-                assert self.process.poll() is None, "Redis ended"
-            else:
-                return
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(PATIENCE_S)
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    try:
-        server = RedisServer(tmp_path)
-    except FileNotFoundError:
-        pytest.skip("redis-server is not installed")
-    yield server
-    server.kill()
 
 
 @pytest.fixture(params=["file", "redis"])

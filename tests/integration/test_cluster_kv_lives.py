@@ -155,3 +155,24 @@ def test_a_store_is_shared_by_those_who_know_its_salt_and_by_nobody_else(disk: D
         disk.wait_for_blocks(cluster, 2 * BLOCKS)
     with disk.serving(key_salt="one secret") as cluster:
         assert cached(cluster, prompt_of(34)) == CACHED, "who has the same finds what was his"
+
+
+def test_workers_of_one_and_of_two_processes_share_blocks_and_no_other_cut_does(
+    disk: Disk,
+) -> None:
+    """Two parts in every worker, whoever has them: their blocks are the same. A model in one part
+    sums in another order, so its blocks are others: it finds none, and is given no slice of any."""
+    two = {"tensor_parallel": 2}
+    with disk.serving(prefill=two) as cluster:
+        expected = cluster.tokens(prompt_of(35), 8)
+        disk.wait_for_blocks(cluster, BLOCKS)
+    with disk.serving(decode=two) as cluster:
+        assert cached(cluster, prompt_of(35)) == CACHED, "two processes wrote, one reads"
+        assert cluster.tokens(prompt_of(35), 8) == expected
+        cluster.tokens(prompt_of(36), 8)
+        disk.wait_for_blocks(cluster, 2 * BLOCKS)
+    with disk.serving(prefill=two) as cluster:
+        assert cached(cluster, prompt_of(36)) == CACHED, "one process wrote, two read"
+    with disk.serving() as cluster:
+        assert cached(cluster, prompt_of(35)) == 0
+        assert cached(cluster, prompt_of(36)) == 0

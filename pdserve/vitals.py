@@ -23,8 +23,8 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         OPEN_FDS: ("process_open_fds", "Number of open file descriptors"),
     }
 )
-"""By figure: its name for Prometheus, where those of ``prometheus_client`` exist theirs, and what
-it is."""
+"""By figure: its name for Prometheus, that of ``prometheus_client`` where it has one, and what it
+is."""
 
 
 class Vitals:

@@ -82,20 +82,16 @@ class PrefixIndex:
         self.version += 1
         bits, keys = self._bits_of(location), at.keys
         readers = at.readers
-        others = ~readers
         # Maps of millions of keys: each look-up is a wait for memory, so there are no two for one.
-        for key in removed:
-            if keys.pop(key, _ABSENT) is None and (known := bits.pop(key, 0) & others):
-                bits[key] = known
+        _take_out(removed, keys, bits, readers)
         for key in added:
             keys[key] = None
             known = bits.setdefault(key, readers)  # most are of one location, and share its set
             if known != readers:
                 bits[key] = known | readers
         if len(keys) > self._location_keys_max:
-            for oldest in list(islice(keys, len(keys) - self._location_keys_max)):
-                del keys[oldest]
-                _put(bits, oldest, bits.get(oldest, 0) & others)
+            oldest = list(islice(keys, len(keys) - self._location_keys_max))
+            _take_out(oldest, keys, bits, readers)
 
     def forget(self, location: int | StoreId) -> None:
         at = self._locations.get(location)
@@ -130,6 +126,19 @@ class PrefixIndex:
 
     def _bits_of(self, location: int | StoreId) -> dict[BlockKey, int]:
         return self._in_pools if isinstance(location, int) else self._in_stores
+
+
+def _take_out(
+    gone: Iterable[BlockKey],
+    keys: dict[BlockKey, None],
+    bits: dict[BlockKey, int],
+    readers: int,
+) -> None:
+    """Of one location's keys, with what its readers have by them."""
+    others = ~readers
+    for key in gone:
+        if keys.pop(key, _ABSENT) is None and (known := bits.pop(key, 0) & others):
+            bits[key] = known
 
 
 def _put(bits: dict[BlockKey, int], key: BlockKey, slots: int) -> None:

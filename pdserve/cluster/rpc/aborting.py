@@ -41,19 +41,19 @@ def refusing(handler: Any, error: PdserveError) -> Any:
     async def refuse(_: Any, context: Any) -> None:
         await abort(context, error)
 
-    return kind_of(handler)(
-        refuse,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+    return alike(handler, refuse)
 
 
-def kind_of(handler: Any) -> Callable[..., Any]:
-    """What makes a handler of the same kind."""
+def alike(handler: Any, serve: Callable[..., Any]) -> Any:
+    """A handler of the same kind, whose calls are ``serve``'s."""
     kinds: dict[tuple[bool, bool], Callable[..., Any]] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }
-    return kinds[handler.request_streaming, handler.response_streaming]
+    return kinds[handler.request_streaming, handler.response_streaming](
+        serve,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from pdserve.clock import Clock, monotonic
-from pdserve.cluster.rpc.aborting import kind_of, refusing
+from pdserve.cluster.rpc.aborting import alike, refusing
 from pdserve.errors import PdserveError
 
 
@@ -60,11 +60,7 @@ class UnderWay(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no
             context.add_done_callback(self._note_end)
             return await serve(request, context)
 
-        return kind_of(handler)(
-            counted,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return alike(handler, counted)
 
     def _note_end(self, _: Any) -> None:
         self._count -= 1

@@ -10,18 +10,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pdserve.cluster.worker_parts import make_loop
-from pdserve.config import PoolConfig, StoreConfig
-from pdserve.engine.mover import Mover
+from pdserve.config import PoolConfig
 from pdserve.engine.outputs import ToGateway
 from pdserve.ids import WorkerId
-from pdserve.messages import Beams, Dispatch, Route, Sampling, Timing
+from pdserve.messages import Beams, Sampling
 from pdserve.model.runner import ModelRunner, Run
 from tests.models.beams import beam_search
 from tests.models.reference import reference_model
 from tests.models.small import write_small_model
-from tests.unit.engine.fakes import FakeStore, address
-from tests.unit.engine.rig import NAMESPACE, TOKENIZER, request
+from tests.unit.decode.whole_worker import dispatched, loop_of
+from tests.unit.engine.rig import request
 from tests.unit.model.conftest import RunnerOf, _compiled, one_thread, runner_of
 
 __all__ = ["_compiled", "one_thread", "runner_of"]
@@ -33,25 +31,14 @@ MAX_TOKENS = 24
 
 def searched(runner: ModelRunner, beams: Beams, *, eos: Sequence[int] = ()) -> list[list[int]]:
     """What a worker that does both answers, with steps that other streams share."""
-    runner.pool.tensor.normal_()  # what somebody else left there
-    store = FakeStore()
-    loop = make_loop(
-        worker=HERE,
-        runner=runner,
-        mover=Mover(runner.pool, lambda _address: store, address("w"), threaded=False),
-        tokenizer=TOKENIZER,
-        namespace=NAMESPACE,
-        settings=PoolConfig(chunk_tokens=16),
-        store=StoreConfig(offload=False),
-    )
-    route = Route(HERE, HERE, address("w"), address("w"))
+    loop = loop_of(runner, PoolConfig(chunk_tokens=16))
     greedy = Sampling(temperature=0.0)
     asked = request(
         tokens=PROMPT, sampling=greedy, max_tokens=MAX_TOKENS, stop_token_ids=tuple(eos)
     )
     other = request("other", PROMPT[3:], sampling=greedy, max_tokens=MAX_TOKENS)
-    loop.handle(Dispatch(other, route, Timing()))
-    loop.handle(Dispatch(replace(asked, beams=beams), route, Timing()))
+    loop.handle(dispatched(other))
+    loop.handle(dispatched(replace(asked, beams=beams)))
     answers: dict[int, list[int]] = {}
     while loop.busy():
         for output in loop.step():

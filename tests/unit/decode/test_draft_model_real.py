@@ -14,23 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdserve.cluster.worker_parts import make_loop
-from pdserve.config import PoolConfig, StoreConfig
+from pdserve.config import PoolConfig
 from pdserve.decode import speculation
 from pdserve.decode.draft_model import DraftModel
-from pdserve.engine.mover import Mover
-from pdserve.engine.outputs import ToGateway
-from pdserve.ids import WorkerId
-from pdserve.messages import Dispatch, Request, Route, Sampling, Timing, Token
+from pdserve.messages import Request, Sampling, Token
 from pdserve.model.runner import ModelRunner, Run
 from tests.models.small import write_small_model
-from tests.unit.engine.fakes import FakeStore, address
-from tests.unit.engine.rig import NAMESPACE, TOKENIZER, request
+from tests.unit.decode.whole_worker import answers, drawn_by, loop_of
+from tests.unit.engine.rig import request
 from tests.unit.model.conftest import RunnerOf, _compiled, one_thread, runner_of
 
 __all__ = ["_compiled", "one_thread", "runner_of"]
 
-HERE = WorkerId("w")
 PROMPT = [40, 77, 123, 61, 200, 88, 140, 55] * 3
 ANSWER_TOKENS = 40
 VOCABULARY = 512
@@ -59,38 +54,17 @@ def draft_model(runner: ModelRunner) -> DraftModel:
     return DraftModel(runner, vocab_size=VOCABULARY, clock=lambda: 0)
 
 
-def answers(
+def answered(
     runner: ModelRunner, asked: list[Request], drafts: DraftModel | None
 ) -> tuple[dict[str, list[Token]], dict[str, int]]:
-    """One worker that does both, and what it counted."""
-    runner.pool.tensor.normal_()  # what somebody else left there
-    store = FakeStore()
     settings = (
         PoolConfig(chunk_tokens=64)
         if drafts is None
         else PoolConfig(chunk_tokens=64, speculation="draft_model", draft_model="small")
     )
     clock = ticking()
-    loop = make_loop(
-        worker=HERE,
-        runner=runner,
-        mover=Mover(runner.pool, lambda _address: store, address("w"), threaded=False),
-        tokenizer=TOKENIZER,
-        namespace=NAMESPACE,
-        settings=settings,
-        store=StoreConfig(offload=False),
-        clock=lambda: next(clock),
-        draft_model=drafts,
-    )
-    for one in asked:
-        loop.handle(Dispatch(one, Route(HERE, HERE, address("w"), address("w")), Timing()))
-    said: dict[str, list[Token]] = {one.request: [] for one in asked}
-    while loop.busy():
-        for output in loop.step():
-            if isinstance(output, ToGateway):
-                said[output.message.request] += output.message.tokens
-    assert loop.pool.free_count == loop.pool.block_count
-    return said, dict(loop.load().counters)
+    loop = loop_of(runner, settings, clock=lambda: next(clock), draft_model=drafts)
+    return answers(loop, asked)
 
 
 def requests() -> list[Request]:
@@ -100,16 +74,7 @@ def requests() -> list[Request]:
         Sampling(temperature=0.7, top_p=0.9, logprobs=0),
         Sampling(temperature=0.5, repetition_penalty=1.05, frequency_penalty=0.02, logprobs=1),
     ]
-    return [
-        request(
-            f"r{index}",
-            [*PROMPT, *range(100, 100 + 20 * index)],
-            sampling=sampling,
-            max_tokens=ANSWER_TOKENS,
-            choice=index,
-        )
-        for index, sampling in enumerate(samplings)
-    ]
+    return drawn_by(samplings, PROMPT, max_tokens=ANSWER_TOKENS)
 
 
 @pytest.mark.parametrize("kind", ["related", "a stranger"])
@@ -128,8 +93,8 @@ def test_tokens_and_logprobs_are_the_large_models_to_the_bit(
     else:
         small = write_small_model(tmp_path / "small", layers=1, hidden=32, heads=2, seed=9)
     drafts = draft_model(runner_of(small, block_count=80))
-    without, plain = answers(target, requests(), None)
-    with_drafts, counters = answers(target, requests(), drafts)
+    without, plain = answered(target, requests(), None)
+    with_drafts, counters = answered(target, requests(), drafts)
     assert with_drafts == without  # logprobs are in it: floats that are equal or are not
     assert all(len(tokens) == ANSWER_TOKENS for tokens in without.values())
     assert drafts.free_count == 80
@@ -154,7 +119,7 @@ def test_drawn_tokens_have_the_large_models_distribution(
     drafts = draft_model(runner_of(related(tmp_path / "s", tmp_path / "target"), block_count=200))
     said: Counter[tuple[int, ...]] = Counter()
     for first in range(0, len(asked), 20):
-        part, _ = answers(target, asked[first : first + 20], drafts)
+        part, _ = answered(target, asked[first : first + 20], drafts)
         said.update(tuple(token.token for token in tokens) for tokens in part.values())
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):

@@ -16,7 +16,9 @@ before and asks again goes first when load is shed: admitting a storm of retries
 overloaded service from ever answering anybody in time.
 """
 
-from pdserve.clock import MS
+from typing import Final
+
+from pdserve.clock import MS, S
 from pdserve.errors import (
     CapacityError,
     DeadlineExceeded,
@@ -44,6 +46,10 @@ RETRIED_RATIO = 0.5
 CROWDED_RATIO = 0.5
 """Of the places to wait: from there on a tenant is held to its share, if others wait too."""
 
+CHECK_NS: Final = 5 * S
+"""What is predicted to be late is let in all the same, if nobody is served and nobody has been let
+in for so long: else a cost that was learned on a bad day would refuse everybody for ever."""
+
 OBVIOUS_RATIO = 0.25
 """Of a bound: what is below by far need not be predicted with care."""
 
@@ -54,6 +60,7 @@ class Admission:
         self._pace = Pace()
         self._returns = Returns()
         self._answers = Answers()
+        self._admitted_ns: int | None = None  # the last one was let in, or the first one came
         self.set_workers(0)  # nobody has come yet
 
     def set_workers(self, count: int) -> None:
@@ -80,11 +87,15 @@ class Admission:
             return None
         if request.retries > 0:
             state.counters["retries_arrived"] += 1
+        if self._admitted_ns is None:
+            self._admitted_ns = now_ns
         refusal = self._too_many(state, request, now_ns) or self._too_late(state, request, now_ns)
-        if refusal is not None:
-            state.counters["shed"] += 1
-            if request.retries > 0:
-                state.counters["shed_retries"] += 1
+        if refusal is None:
+            self._admitted_ns = now_ns
+            return None
+        state.counters["shed"] += 1
+        if request.retries > 0:
+            state.counters["shed_retries"] += 1
         return refusal
 
     def _too_many(self, state: RouterState, request: Request, now_ns: int) -> CapacityError | None:
@@ -131,6 +142,8 @@ class Admission:
             if not request.retries:
                 self._shedding.discard(service_class)
             return None
+        if self._may_check(state, now_ns):
+            return None
         if not request.retries:
             self._shedding.add(service_class)
         retry_after_ms = self._returns.after_ms(
@@ -143,6 +156,11 @@ class Admission:
             f"{max(0.0, bound_ms):.6g}; try again in {retry_after_ms} ms",
             retry_after_ms=retry_after_ms,
         )
+
+    def _may_check(self, state: RouterState, now_ns: int) -> bool:
+        if len(state.lines) or any(worker.prompts for worker in state.fleet.all()):
+            return False
+        return self._admitted_ns is not None and now_ns - self._admitted_ns >= CHECK_NS
 
     def _bound(self, state: RouterState, request: Request, now_ns: int) -> tuple[str, float]:
         """The earliest of the bounds on its first token, and what it is called, in milliseconds."""

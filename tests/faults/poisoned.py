@@ -15,6 +15,9 @@ HUNG = Path(tempfile.gettempdir()) / f"pdserve-test-hung-{os.getpid()}"
 
 TTFT_MAX_MS = 1500.0
 WRITE_TIMEOUT_S = 3.0
+WAITING_MAX = 4096
+PATIENCE_MS = 600_000.0
+"""For a herd of thousands, on a machine that is busy with other things."""
 
 
 def poisoned_cluster(small_model: Path) -> TestCluster:
@@ -22,7 +25,11 @@ def poisoned_cluster(small_model: Path) -> TestCluster:
         small_model,
         prefill={"replicas": 2, "pool_blocks": 500},
         decode={"replicas": 2, "pool_blocks": 500},
-        router={"ttft_max_ms": {"interactive": TTFT_MAX_MS}},
+        router={
+            "ttft_max_ms": {"interactive": TTFT_MAX_MS},
+            "waiting_max": WAITING_MAX,
+            "queue_age_max_ms": PATIENCE_MS,
+        },
         gateway={"write_timeout_s": WRITE_TIMEOUT_S},
     )
     faults = f"exit:{EXITS},raise:{RAISES},hang:{HANGS}:{HUNG}"

@@ -20,11 +20,12 @@ import pytest
 from pdserve.cluster.kv_stores import stores_of
 from pdserve.cluster.worker_parts import FLIP_ENV
 from pdserve.config import ClusterConfig
-from tests.faults import load, rows
+from tests.faults import grpc_load, load, rows
 from tests.integration.deployed import deployed
 from tests.integration.harness import (
     TestCluster,
     end_ray,
+    free_port,
     held,
     processes,
     running,
@@ -36,6 +37,8 @@ from tests.redis_server import RedisServer, running_redis
 
 CLIENTS = 4
 REQUESTS = CLIENTS * int(os.environ.get("FAULTS_REQUESTS_PER_CLIENT", "100")) // 4
+GRPC_CLIENTS = 3
+GRPC_ASKS = 4  # of those that gRPC's plain parameters can say
 SEED = 7
 BACK_S = 120.0
 REDIS_DOWN_S = 30.0
@@ -66,8 +69,13 @@ def check(
     *,
     fault: str,
     what: str,
+    beside: str = "",
 ) -> None:
-    """Every answer is the calm run's, and nothing is held; a row says so."""
+    """Every answer is the calm run's, and nothing is held; a row says so.
+
+    Args:
+        beside: what else was asked, and was right.
+    """
     rounds = len(answers) // len(asks)
     assert rounds >= 1
     assert load.differences(asks * rounds, answers, calm * rounds) == []
@@ -76,7 +84,7 @@ def check(
         rows.Row(
             fault=fault,
             what=what,
-            load=f"{CLIENTS} clients, {len(answers)} requests",
+            load=", ".join(filter(None, [f"{CLIENTS} clients, {len(answers)} requests", beside])),
             identical=len(answers),
             asked=len(answers),
             note=load.told_of(answers),
@@ -300,7 +308,7 @@ def test_another_version_takes_over_under_load(
     asks = load.mixed(REQUESTS, seed=SEED)
     config = config_of(
         small_model,
-        gateway={"replicas": 2, "http_port": cluster_port},
+        gateway={"replicas": 2, "http_port": cluster_port, "grpc_port": free_port()},
         drain_timeout_s=BACK_S,  # longer than a worker takes to start beside all this
     )
     (part, fields) = next(iter(change.items()))
@@ -310,8 +318,16 @@ def test_another_version_takes_over_under_load(
     with deployed(config) as cluster:
         calm = calm_of(cluster, asks)
         before = {worker["pid"] for worker in cluster.status()["workers"]}
-        with load.Endless(cluster.url, asks, clients=CLIENTS) as endless:
+        said = grpc_load.speakable(asks)[:GRPC_ASKS]
+        grpc_port = config.gateway.grpc_port
+        with grpc_load.GrpcEndless(grpc_port, said, clients=1) as calmly:
+            pass
+        with (
+            load.Endless(cluster.url, asks, clients=CLIENTS) as endless,
+            grpc_load.GrpcEndless(grpc_port, said, clients=GRPC_CLIENTS) as streams,
+        ):
             wait_for("a round", lambda: bool(endless.answers), timeout_s=BACK_S)
+            wait_for("streams", lambda: all(streams.answers), timeout_s=BACK_S)
             cluster.deploy_other(other)
             wait_for(
                 "the new version alone",
@@ -321,6 +337,9 @@ def test_another_version_takes_over_under_load(
                 ),
                 timeout_s=BACK_S,
             )
+        for answers in streams.answers:
+            rounds = len(answers) // len(said)
+            assert load.differences(said * rounds, answers, calmly.answers[0] * rounds) == []
         check(
             cluster,
             endless.answers,
@@ -328,6 +347,7 @@ def test_another_version_takes_over_under_load(
             asks,
             fault=fault,
             what=f"every role replaced: another {part}.{next(iter(fields))} deployed",
+            beside=f"{sum(map(len, streams.answers))} gRPC streams on {GRPC_CLIENTS} connections",
         )
 
 

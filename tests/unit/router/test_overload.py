@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
 from pdserve.messages import Refused, Request, ServiceClass
+from pdserve.router.admission import CHECK_NS
 from pdserve.router.core import Command, RouterCore
 from pdserve.router.overload import (
     ANSWERS,
@@ -159,6 +160,16 @@ def test_whoever_is_next_is_taken_whatever_is_predicted() -> None:
     """Or else costs that are believed wrongly would never be put right."""
     core = _core(config_of())
     assert _refused(core.on_submit(request("runs", 900, deadline_ms=100), 0)) == []
+
+
+def test_a_prediction_that_refuses_everybody_is_checked_now_and_then() -> None:
+    core = _core(replace(config_of(), ttft_max_ms={"standard": 100.0}))
+    late = "queue_full"
+    assert _refused(core.on_submit(request("a", 900), 0)) == [late]
+    assert _refused(core.on_submit(request("b", 900), CHECK_NS - 1)) == [late]
+    assert _refused(core.on_submit(request("c", 900), CHECK_NS)) == []
+    assert _refused(core.on_submit(request("d", 900), 3 * CHECK_NS)) == [late]  # c is computed
+    assert _refused(core.on_submit(request("e", 10), 3 * CHECK_NS)) == [late]
 
 
 def test_each_class_has_its_bound() -> None:

@@ -87,6 +87,7 @@ def row_of(test: str, said: Mapping[str, object], passed: bool, date: str) -> Ro
 
 
 CLIENTS = {
+    "anthropic": "anthropic",
     "pydantic_ai": "pydantic-ai-slim",
     "langchain": "langchain-openai",
     "litellm": "litellm",

@@ -12,7 +12,7 @@ trap 'rm -f "$UV_OVERRIDE"' EXIT
 echo certifi >"$UV_OVERRIDE"
 export UV_OVERRIDE
 names=("$@")
-((${#names[@]})) || names=(litellm langchain pydantic_ai tritonclient vllm guidellm aiperf lm_eval)
+((${#names[@]})) || names=(anthropic litellm langchain pydantic_ai tritonclient vllm guidellm aiperf lm_eval)
 
 into() { # NAME ARGUMENT…: of "uv pip install"
   local place=.venv-clients/$1
@@ -37,6 +37,7 @@ vllm() { # of its source, without kernels: a load tool needs none, and the wheel
 
 for name in "${names[@]}"; do
   case $name in
+  anthropic) into anthropic anthropic ;;
   litellm) into litellm litellm mcp ;;
   langchain) into langchain langchain-openai ;;
   pydantic_ai) into pydantic_ai "pydantic-ai-slim[openai]" ;;

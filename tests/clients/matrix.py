@@ -78,6 +78,23 @@ CLIENTS = (
         },
     ),
     Client(
+        "anthropic",
+        "anthropic",
+        "messages: whole, async, streamed, cancelled, a loop with tools whole and streamed, parsed"
+        " schema, counted tokens, its classes of errors",
+        {
+            "whole": TEXT,
+            "async": TEXT,
+            "streamed": TEXT,
+            "cancelled": True,
+            "counted": True,
+            "calls": [CALLS, CALLS],
+            "parsed": "Paris",
+            "refused": "BadRequestError invalid_field",
+            "unknown": "NotFoundError model_not_found",
+        },
+    ),
+    Client(
         "litellm",
         "litellm",
         "whole, streamed, usage, tools, a prompt that is too long, responses",

@@ -48,7 +48,7 @@ class Access:
                 secret_of(headers), admin=admin, counts=scope["method"] == "POST", asked=asked
             )
         except PdserveError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         if key is not None:
             scope.setdefault("state", {})["tenant"] = key.tenant

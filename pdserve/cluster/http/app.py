@@ -27,6 +27,8 @@ from pdserve.cluster.http.embeddings import Embeddings
 from pdserve.cluster.http.errors import error_response, internal_error
 from pdserve.cluster.http.exposition import joined
 from pdserve.cluster.http.generation import Generation
+from pdserve.cluster.http.messages.answering import add_message_counts, message_generation
+from pdserve.cluster.http.messages.errors import PATH as MESSAGES_PATH
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.http.openapi.bodies import Facts
 from pdserve.cluster.http.openapi.document import document
@@ -108,6 +110,7 @@ def create_app(
     )
     _add_generations(app, models, config)
     add_responses(app, models, config, app.state.responses)
+    add_message_counts(app, models, config)
     _add_models(app, models)
     _add_tokenizer(app, models, config)
     _add_operations(app, snapshot, stores, controls)
@@ -158,6 +161,7 @@ def _add_generations(app: FastAPI, models: Models, config: GatewayConfig) -> Non
         ("/v1/chat/completions", chat),
         ("/v1/completions", completion),
         ("/v1/embeddings", embedding),
+        (MESSAGES_PATH, partial(message_generation, models, config, metrics)),
     ):
         app.router.routes.append(Route(path, _Answering(answer), methods=["POST"]))
 
@@ -378,7 +382,7 @@ async def _tell_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PdserveError | HTTPException)
     if isinstance(error, HTTPException) and error.status_code == 405:
         error.headers = {"allow": ", ".join(_methods(request))}
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 def _methods(request: Request) -> list[str]:
@@ -389,5 +393,5 @@ def _methods(request: Request) -> list[str]:
     return sorted({method for some in methods for method in some})
 
 
-async def _tell_bug(_: Request, __: Exception) -> Response:
-    return internal_error()
+async def _tell_bug(request: Request, _: Exception) -> Response:
+    return internal_error(request.url.path)

@@ -1,4 +1,5 @@
-"""Errors in OpenAI's shape, and the headers that tell its clients whether to try again.
+"""Errors in OpenAI's shape, or in that of the API whose path was asked, and the headers that tell
+clients whether to try again.
 
 The status of an error comes from ``pdserve.errors.STATUS``. A shed request says when to come back.
 An expired deadline and a request that kills workers say "do not": OpenAI's clients would send it
@@ -11,6 +12,13 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from pdserve.cluster.http.messages.errors import (
+    message_bug,
+    message_error,
+    message_status,
+    speaks_messages,
+)
+from pdserve.cluster.logs import request_id
 from pdserve.errors import (
     NOT_AGAIN,
     RETRY_AFTER_MS_MAX,
@@ -32,11 +40,15 @@ def error_body(error: PdserveError | HTTPException) -> dict[str, Any]:
     return body
 
 
-def error_status(error: PdserveError | HTTPException) -> int:
+def error_status(error: PdserveError | HTTPException, path: str = "") -> int:
+    """As who asks at ``path`` is told."""
+    if speaks_messages(path):
+        return message_status(error)
     return error.status_code if isinstance(error, HTTPException) else status_of(error).http
 
 
-def error_response(error: PdserveError | HTTPException) -> Response:
+def error_response(error: PdserveError | HTTPException, path: str = "") -> Response:
+    """``path``: that was asked for; each API has a shape of its own."""
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
@@ -48,12 +60,18 @@ def error_response(error: PdserveError | HTTPException) -> Response:
         headers["www-authenticate"] = "Bearer"
     elif isinstance(error, NOT_AGAIN):
         headers["x-should-retry"] = "false"
-    return Response(json.dumps(error_body(error)), error_status(error), headers, "application/json")
+    body = error_body(error)
+    if speaks_messages(path):
+        body = message_error(error, request_id.get())
+    return Response(json.dumps(body), error_status(error, path), headers, "application/json")
 
 
-def internal_error() -> Response:
+def internal_error(path: str = "") -> Response:
     """For a bug of ours: what went wrong is in the log, not in the answer."""
-    body = _body("an error inside the server; its log has the details", "server_error", None, None)
+    said = "an error inside the server; its log has the details"
+    body = _body(said, "server_error", None, None)
+    if speaks_messages(path):
+        body = message_bug(said, request_id.get())
     return Response(json.dumps(body), 500, media_type="application/json")
 
 

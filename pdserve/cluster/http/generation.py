@@ -20,6 +20,7 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -77,13 +78,16 @@ class Generation(Response):
         *,
         operation: str,
         ask: Ask,
+        answer: "type[Answer] | None" = None,
     ) -> None:
+        """``answer``: how it is told where that is not as a completion."""
         super().__init__()
         self._models = models
         self._config = config
         self._metrics = metrics
         self._operation = operation
         self._ask = ask
+        self._answer = answer or Answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._metrics.follow("http", self._operation) as meter:
@@ -95,15 +99,15 @@ class Generation(Response):
                 asked = await self._ask(session, config, tree, headers, tenant_in(scope))
                 asked, trail = resumable(asked, tree, headers, session.identity)
                 meter.calls = asked.calls
-                answer = _Answer(session, asked, meter, trail)
+                answer = self._answer(session, asked, meter, trail)
                 with continued(headers):
                     stayed = await until_gone(receive, answer.tell(scope, receive, send))
                 meter.status = answer.status if stayed else DISCONNECTED
             except ClientDisconnect:
                 meter.status = DISCONNECTED
             except (PdserveError, HTTPException) as error:
-                meter.status = str(error_status(error))
-                await error_response(error)(scope, receive, send)
+                meter.status = str(error_status(error, scope["path"]))
+                await error_response(error, scope["path"])(scope, receive, send)
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
@@ -141,8 +145,10 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-class _Answer:
-    """The answer to one request while it is being told."""
+class Answer:
+    """The answer to one request while it is being told; here as a completion, and what is said of
+    it otherwise is said by whoever overrides ``_keep``, ``_body``, ``_told``, ``_last`` and
+    ``_failed``."""
 
     def __init__(
         self, session: Session, asked: Asked, meter: Meter, trail: Trail | None = None
@@ -169,9 +175,8 @@ class _Answer:
 
     async def _whole(self, gathered: Batches, scope: Scope, receive: Receive, send: Send) -> None:
         async for batch in gathered:
-            for choice, piece in self._note(batch):
-                choice.keep(piece)
-        body = whole(self._asked, self._choices, self._usage())
+            self._keep(batch)
+        body = self._body()
         timing = self._timing()
         headers = {}
         if timing:
@@ -185,26 +190,39 @@ class _Answer:
     async def _stream(self, gathered: Batches, send: Send) -> None:
         started = False
         try:
-            events = Events(self._asked, created=self._trail.created if self._trail else None)
             async for batch in gathered:
-                text = self._told(events, batch)
+                text = self._told(batch)
                 if not started:
                     started = True
-                    headers = [*HEADERS, *self._server_timing()]
+                    headers = [*HEADERS, *self._headers()]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if text:
                     await _write(send, text.encode())
         except PdserveError as error:
             if not started:
                 raise
-            self.status = str(error_status(error))
-            await _write(send, error_event(error_body(error)), more=False)
+            await _write(send, self._failed(error), more=False)
             return
-        await _write(send, self._last(events).encode() + DONE, more=False)
+        await _write(send, self._last(), more=False)
 
-    def _told(self, events: Events, batch: list[Numbered]) -> str:
+    # ── as a completion ──────────────────────────────────────────────────────────────────────────
+
+    def _keep(self, batch: list[Numbered]) -> None:
+        """For an answer that is sent whole."""
+        for choice, piece in self._note(batch):
+            choice.keep(piece)
+
+    def _body(self) -> dict[str, Any]:
+        """Of an answer that is complete."""
+        return whole(self._asked, self._choices, self._usage())
+
+    @cached_property
+    def _events(self) -> Events:
+        return Events(self._asked, created=self._trail.created if self._trail else None)
+
+    def _told(self, batch: list[Numbered]) -> str:
         """The events that a batch makes."""
-        parts = []
+        events, parts = self._events, []
         is_bare = self._trail is None and not self._asked.continuous_usage
         for choice, piece in self._note(batch):
             if is_bare and self._asked.dialect.is_text(choice, piece):
@@ -216,20 +234,29 @@ class _Answer:
                 parts.append(with_id(event, event_id) if event_id else event)
         return "".join(parts)
 
+    def _failed(self, error: PdserveError) -> bytes:
+        """The end of a stream that an error ends."""
+        self.status = str(error_status(error))
+        return error_event(error_body(error))
+
     def _chunks(self, choice: Choice, piece: Piece) -> Iterable[tuple[str, dict[str, Any]]]:
         """With the ids of their events, or none."""
         if self._trail is not None:
             return self._trail.chunks(self._asked.dialect, choice, piece)
         return [("", chunk) for chunk in self._asked.dialect.chunks(choice, piece)]
 
-    def _last(self, events: Events) -> str:
+    def _last(self) -> bytes:
+        """The end of a stream whose pieces are told."""
         asked = self._asked
         used = self._usage()
         if not (asked.include_usage or asked.include_timing or asked.include_why):
-            return ""
-        return events.last(
+            return DONE
+        text = self._events.last(
             used if asked.include_usage else None, self._said_of_itself(self._timing())
         )
+        return text.encode() + DONE
+
+    # ── what is known of it ──────────────────────────────────────────────────────────────────────
 
     def _said_of_itself(self, timing: dict[str, Any] | None) -> dict[str, Any] | None:
         """The ``pdserve`` field, as far as it was asked for."""
@@ -257,7 +284,7 @@ class _Answer:
         self._meter.cached_tokens = used["prompt_tokens_details"]["cached_tokens"]
         return used
 
-    def _server_timing(self) -> list[tuple[bytes, bytes]]:
+    def _headers(self) -> list[tuple[bytes, bytes]]:
         """Of a stream that begins: where the time to its first token went."""
         timing = self._timing()
         if timing is None:

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -42,6 +42,9 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     model: str | None = None
+
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType({})
+    """What one API has beside ``UNSUPPORTED``."""
 
 
 class Extension(BaseModel):
@@ -292,7 +295,7 @@ def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
     Raises:
         InvalidField: naming the path to the first value of a wrong type, or an unsupported field.
     """
-    unsupported = _unsupported_in(kind)
+    unsupported = unsupported_in(kind)
     said = () if unsupported.keys().isdisjoint(tree) else unsupported.items()
     for name, harmless in said:
         value = tree.get(name)
@@ -309,8 +312,10 @@ def checked(kind: type[BodyType], tree: Mapping[str, Any]) -> BodyType:
 
 
 @functools.cache
-def _unsupported_in(kind: type[Body]) -> Mapping[str, Sequence[Any]]:
-    return {name: ok for name, ok in UNSUPPORTED.items() if name not in kind.model_fields}
+def unsupported_in(kind: type[Body]) -> Mapping[str, Sequence[Any]]:
+    """Fields of ``kind`` that are refused, and with which values they are not."""
+    known = {**UNSUPPORTED, **kind.unsupported}
+    return {name: ok for name, ok in known.items() if name not in kind.model_fields}
 
 
 def prompts_of(prompt: Any, *, name: str = "prompt") -> list[str | list[int]]:

@@ -110,14 +110,14 @@ class HttpServer:
             await send(message)
 
         if self._refusal is not None:
-            await error_response(self._refusal)(scope, receive, send_and_see)
+            await error_response(self._refusal, scope["path"])(scope, receive, send_and_see)
             return
         try:
             await self._app(scope, receive, send_and_see)
         except asyncio.CancelledError:
             if has_begun or self._refusal is None:
                 raise
-            await error_response(self._refusal)(scope, receive, send_and_see)
+            await error_response(self._refusal, scope["path"])(scope, receive, send_and_see)
 
 
 class _Server(uvicorn.Server):

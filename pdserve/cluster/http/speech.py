@@ -1,7 +1,7 @@
 """An assistant's text, told apart: what it thinks, what it says, which tools it calls. Pure."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,26 @@ class Speech:
             return parts.reasoning, Told(parts.content)
         told = self._calls.push(parts.content)
         return parts.reasoning, told + self._calls.flush() if last else told
+
+
+def in_order(delta: Mapping[str, Any], open_call: int) -> Iterator[tuple[str, Any]]:
+    """The parts of a stream's delta in the order in which the model wrote them: a text of
+    "reasoning" or of the "message", or a "call".
+
+    A delta does not say that order itself. What goes on with the open call was before all else,
+    and a call ends before text begins.
+
+    Args:
+        open_call: the index of the call that is being told; -1: none is.
+    """
+    calls = list(delta.get("tool_calls") or ())
+    while calls and calls[0]["index"] == open_call:
+        yield "call", calls.pop(0)
+    for kind, field in (("reasoning", "reasoning_content"), ("message", "content")):
+        if delta.get(field):
+            yield kind, delta[field]
+    for call in calls:
+        yield "call", call
 
 
 def _call_delta(call: CallDelta) -> dict[str, Any]:

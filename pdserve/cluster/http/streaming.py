@@ -72,6 +72,11 @@ class Events:
         return f"{self._head}{_encode(said)[1:]}\n\n"
 
 
+def named_event(name: str, line: bytes) -> bytes:
+    """An event of an API whose events have names; ``line`` is its data."""
+    return b"event: " + name.encode() + b"\ndata: " + line + b"\n\n"
+
+
 def with_id(event: str, event_id: str) -> str:
     """The id stands last: clients that know none look for ``data:`` at the beginning."""
     return f"{event[:-1]}id: {event_id}\n\n"

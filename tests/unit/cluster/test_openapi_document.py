@@ -54,6 +54,8 @@ def test_operations_are_the_routes(with_cluster: bool) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
         ("/v1/completions", {"prompt": "hi"}),
         ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
         ("/tokenize", {"prompt": "hi"}),
         ("/detokenize", {"tokens": [1]}),
     ],

@@ -17,13 +17,13 @@ from pdserve.cluster.http.responses import asking as responses
 from pdserve.cluster.http.responses.items import ITEMS_MAX, TEXT_PARTS
 from pdserve.cluster.http.responses.items import ROLES as ITEM_ROLES
 from pdserve.cluster.http.schemas import (
-    UNSUPPORTED,
     Body,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
     TokenizeBody,
+    unsupported_in,
 )
 from pdserve.cluster.http.tools import TOOLS_MAX
 from pdserve.cluster.prompts import ROLES
@@ -79,7 +79,7 @@ def bodies(facts: Facts) -> dict[str, Schema]:
         "DetokenizeRequest": _body(
             DetokenizeBody, {**fields, "tokens": _array(_token(facts))}, ["tokens"]
         ),
-        "ResponseRequest": _response(fields),
+        "ResponseRequest": _response(facts),
         "RoleRequest": {
             "type": "object",
             "properties": {
@@ -100,10 +100,29 @@ def _body(kind: type[Body], fields: Mapping[str, Schema], required: Iterable[str
     }
     properties |= {
         name: {"enum": [None, *harmless], "description": "Its effect is not supported."}
-        for name, harmless in UNSUPPORTED.items()
-        if name not in properties
+        for name, harmless in unsupported_in(kind).items()
     }
     return {"type": "object", "properties": properties, "required": required}
+
+
+def request_schema(
+    facts: Facts,
+    kind: type[Body],
+    own: Mapping[str, Schema],
+    required: Iterable[str],
+    unchanged: Iterable[str] = (),
+) -> Schema:
+    """The body of an API that becomes a chat.
+
+    Args:
+        own: fields that are not as a chat has them.
+        unchanged: the chat's fields that it takes beside those of ``kind``.
+    """
+    fields = _fields(facts)
+    body = _body(kind, {**fields, **own}, required)
+    same = set(unchanged) - set(body["properties"])
+    body["properties"] |= {name: nullable(fields[name]) for name in sorted(same)}
+    return body
 
 
 def nullable(schema: Schema) -> Schema:
@@ -183,7 +202,7 @@ def _fields(facts: Facts) -> dict[str, Schema]:
     }
 
 
-def _response(fields: Mapping[str, Schema]) -> Schema:
+def _response(facts: Facts) -> Schema:
     words = dict.fromkeys(
         ("instructions", "previous_response_id", "prompt_cache_key", "safety_identifier"), TEXT
     )
@@ -215,10 +234,7 @@ def _response(fields: Mapping[str, Schema]) -> Schema:
         "conversation": NULL,
         "prompt": NULL,
     }
-    body = _body(responses.ResponsesBody, {**fields, **own}, ["input"])
-    same = set(responses.UNCHANGED) - set(body["properties"])
-    body["properties"] |= {name: nullable(fields[name]) for name in sorted(same)}
-    return body
+    return request_schema(facts, responses.ResponsesBody, own, ["input"], responses.UNCHANGED)
 
 
 # ── messages and items ───────────────────────────────────────────────────────────────────────────

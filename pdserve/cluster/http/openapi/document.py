@@ -6,8 +6,11 @@ from typing import Any
 from pdserve.cluster.http.access import OPEN_PATHS
 from pdserve.cluster.http.asking import WHY_HEADER
 from pdserve.cluster.http.hints import TIMEOUT_HEADER, TIMEOUT_MS_MAX
+from pdserve.cluster.http.messages.errors import PATH as MESSAGES_PATH
+from pdserve.cluster.http.messages.errors import speaks_messages
 from pdserve.cluster.http.openapi.answers import ANSWERS
 from pdserve.cluster.http.openapi.bodies import Facts, bodies
+from pdserve.cluster.http.openapi.messages import message_schemas
 
 Schema = dict[str, Any]
 
@@ -65,14 +68,17 @@ def document(facts: Facts, *, version: str, paths: Iterable[str], keys: bool) ->
         "openapi": "3.1.0",
         "info": {"title": "pdserve", "version": version},
         "paths": {
-            path: {method: _with_errors(said) for method, said in methods.items()}
+            path: {method: _with_errors(path, said) for method, said in methods.items()}
             for path, methods in operations.items()
         },
-        "components": {"schemas": {**ANSWERS, **bodies(facts)}},
+        "components": {"schemas": {**ANSWERS, **bodies(facts), **message_schemas(facts)}},
     }
     if keys:
-        tree["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        tree["security"] = [{"key": []}]
+        tree["components"]["securitySchemes"] = {
+            "key": {"type": "http", "scheme": "bearer"},
+            "anthropic_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        tree["security"] = [{"key": []}, {"anthropic_key": []}]
         for path in OPEN_PATHS & operations.keys():
             for operation in tree["paths"][path].values():
                 operation["security"] = []
@@ -87,9 +93,10 @@ def _json(name: str) -> Schema:
     return {"application/json": {"schema": _ref(name)}}
 
 
-def _with_errors(operation: Mapping[str, Any]) -> Schema:
-    """The operation with what any of them may answer: an error, in OpenAI's shape."""
-    error = {"description": "What is wrong, and with which field", "content": _json("Error")}
+def _with_errors(path: str, operation: Mapping[str, Any]) -> Schema:
+    """The operation with what any of them may answer: an error, in the shape of its API."""
+    shape = _json("MessageError" if speaks_messages(path) else "Error")
+    error = {"description": "What is wrong, and with which field", "content": shape}
     responses = operation["responses"] | {"4XX": error, "5XX": error}
     return {**operation, "responses": responses}
 
@@ -138,6 +145,10 @@ _OPERATIONS: dict[str, dict[str, Schema]] = {
         "post": _operation(
             "embed", "EmbeddingList", body="EmbeddingRequest", parameters=_GENERATION[:1]
         )
+    },
+    MESSAGES_PATH: {"post": _generation("create_message", "Message", "MessageRequest")},
+    f"{MESSAGES_PATH}/count_tokens": {
+        "post": _operation("count_message_tokens", "MessageCount", body="MessageCountRequest")
     },
     "/v1/responses": {"post": _generation("create_response", "Response", "ResponseRequest")},
     "/v1/responses/input_tokens": {

@@ -126,7 +126,7 @@ async def response_asked(
             session, config, chat_body(body, messages, extras), headers, tenant
         )
     except PdserveError as error:
-        raise renamed(error) from None
+        raise renamed(error, _NAMES) from None
     return ResponseAsked(body, asked, items, messages)
 
 
@@ -154,12 +154,13 @@ def chat_body(
     return {name: value for name, value in chat.items() if value is not None}
 
 
-def renamed(error: PdserveError) -> PdserveError:
-    """The error with this API's name of the field."""
+def renamed(error: PdserveError, names: Sequence[tuple[re.Pattern[str], str]]) -> PdserveError:
+    """The error of a chat with another API's name of the field: ``names`` has, for those that
+    differ, the chat's and what stands in its place."""
     if error.field is None:
         return error
     field = error.field
-    for pattern, name in _NAMES:
+    for pattern, name in names:
         field = pattern.sub(name, field)
     if isinstance(error, InvalidField):
         return type(error)(field, str(error).removeprefix(f"{error.field}: "))

@@ -29,7 +29,7 @@ from pdserve.cluster.http.responses.asking import (
 from pdserve.cluster.http.responses.items import new_id
 from pdserve.cluster.http.responses.keeping import Record, Responses, after, unix_s
 from pdserve.cluster.http.responses.telling import IN_PROGRESS, QUEUED, Event, Teller
-from pdserve.cluster.http.streaming import HEADERS
+from pdserve.cluster.http.streaming import HEADERS, named_event
 from pdserve.cluster.models import Models
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
@@ -259,7 +259,7 @@ class _Telling:
         if not self._started:
             self._started = True
             await _start(send)
-        data = b"".join(_framed(event["type"], _encode(event).encode()) for event in events)
+        data = b"".join(named_event(event["type"], _encode(event).encode()) for event in events)
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
@@ -279,12 +279,12 @@ class _Following(Response):
         await _start(send)
         try:
             async for lines in self._responses.follow(self._response, self._start):
-                data = b"".join(_framed(json.loads(line)["type"], line) for line in lines)
+                data = b"".join(named_event(json.loads(line)["type"], line) for line in lines)
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except PdserveError as error:  # the events stay where they are; the client may come again
             said = {"type": "error", "code": error.kind, "message": str(error), "param": None}
             line = _encode({**said, "sequence_number": self._start}).encode()
-            data = _framed("error", line)
+            data = named_event("error", line)
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -340,7 +340,3 @@ def _json(response: Mapping[str, Any]) -> Response:
 
 async def _start(send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
-
-
-def _framed(name: str, line: bytes) -> bytes:
-    return b"event: " + name.encode() + b"\ndata: " + line + b"\n\n"

@@ -24,6 +24,7 @@ from typing import Any
 from pdserve.cluster.calls import Piece
 from pdserve.cluster.http.answers import Choice, Dialect, cached_tokens
 from pdserve.cluster.http.responses.items import new_id
+from pdserve.cluster.http.speech import in_order
 from pdserve.errors import CapacityError, PdserveError, RequestError
 from pdserve.messages import FinishReason
 
@@ -86,17 +87,8 @@ class Teller:
         for chunk in self._dialect.chunks(self._choice, piece):
             delta = chunk["delta"]
             self._scores += (chunk["logprobs"] or {}).get("content") or ()
-            calls = list(delta.get("tool_calls") or ())
-            # A delta does not say in which order its parts were written. What goes on with the open
-            # call was before all else; a call ends before text begins.
-            while calls and self._open is not None and calls[0]["index"] == self._open.call:
-                events += self._call(calls.pop(0))
-            if delta.get("reasoning_content"):
-                events += self._text("reasoning", delta["reasoning_content"])
-            if delta.get("content"):
-                events += self._text("message", delta["content"])
-            for call in calls:
-                events += self._call(call)
+            for kind, part in in_order(delta, self._open.call if self._open else -1):
+                events += self._call(part) if kind == "call" else self._text(kind, part)
         if self._open is not None and self._open.item["type"] == "reasoning":
             self._reasoning_tokens += len(piece.tokens)
         if piece.finish is not None:

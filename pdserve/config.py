@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pdserve.access_config import AccessConfig
+from pdserve.batch_config import BatchConfig
 from pdserve.checked import Checked
 from pdserve.router_config import RouterConfig
 from pdserve.speculation_config import speculation_problems
@@ -23,12 +24,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 ADAPTERS_MAX = 64
 """Of one model. All are in every worker's memory."""
 
-
 Quantization = Literal["none", "file", "int8", "int4", "fp8"]
 StoredAs = Literal["any", "gguf", "awq", "gptq", "fp8", "compressed-tensors"]
-
 ReasoningStyle = Literal["deepseek_r1", "qwen3"]
-
 ToolCallStyle = Literal["hermes", "llama3_json"]
 
 
@@ -337,6 +335,7 @@ class GatewayConfig(Checked):
     who reaches the gateway may use it."""
 
     access: AccessConfig = field(default_factory=AccessConfig)
+    batches: BatchConfig = field(default_factory=BatchConfig)
     tls_certificate: str | None = None
     """HTTPS and gRPC over TLS, with this certificate and its key, both PEM files."""
 

@@ -2,7 +2,8 @@
 is computed, at a prefill worker, and decode never hears of it.
 
     Pooling   one vector of the whole prompt, for searching and comparing texts
-    Scoring   how likely each of its tokens was where it stands
+    Scoring   how likely each of its tokens was where it stands, from one of them on, and how likely
+              some would be behind the last
 
 Values of these travel in ``messages.Request``; ``PromptDelta`` is the answer's way back.
 """
@@ -33,12 +34,22 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
+    """``PromptScore`` of the tokens from ``first`` on, and one more where there are candidates."""
+
     top: int = 0  # beside each token's own score, the so many best in its place
+    first: int = 1  # of the prompt's tokens; what is cached before it need not be computed
+    candidates: tuple[int, ...] = ()
+    """To be scored behind the prompt: the score's ``top`` has them in this order, whatever else
+    could stand there, and its own logprob and rank are those of the likeliest."""
 
     @property
     def reads_all(self) -> bool:
         """As ``Pooling.reads_all``: cached blocks hold no logits."""
-        return True
+        return self.first <= 1
+
+    def end(self, prompt_tokens: int) -> int:
+        """Behind the last token that has a score, which may be one behind the prompt."""
+        return prompt_tokens + bool(self.candidates)
 
 
 PromptTask = Pooling | Scoring
@@ -50,7 +61,7 @@ class PromptScore:
 
     logprob: float
     rank: int  # among the whole vocabulary, from 1; equals share the best rank of them
-    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first, or as they were asked
 
 
 @dataclass(frozen=True, slots=True)

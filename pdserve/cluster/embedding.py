@@ -1,29 +1,22 @@
 """Texts to vectors: the calls that pool prompts, and what comes back. For both fronts.
 
 Each input is a call of its own, so the router places it, and a long one is computed beside short
-ones, as any prompt. Some of a request's inputs run at once, the others follow: one request must not
-fill the queue that all share.
+ones, as any prompt.
 """
 
-import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.gathering import batches
 from pdserve.cluster.http.metrics import Meter
 from pdserve.cluster.parameters import Limits, shown
+from pdserve.cluster.side_by_side import answered_each
 from pdserve.errors import FrameError, PromptTooLong, UnusableValue
 from pdserve.messages import Sampling, ServiceClass, Stop, Timing
 from pdserve.prompt_tasks import Pooling
-
-AT_ONCE_MAX = 32
-"""Inputs of one request that are under way."""
 
 Vector = NDArray[np.float32]
 
@@ -78,34 +71,13 @@ async def embedded(session: Session, calls: Sequence[Call], meter: Meter) -> lis
     Raises:
         PdserveError: of the first that failed; the others are cancelled.
     """
-    found: list[Embedded | None] = [None] * len(calls)
-    waiting = iter(enumerate(calls))
-    runners = [
-        asyncio.create_task(_run(session, waiting, found, meter))
-        for _ in range(min(AT_ONCE_MAX, len(calls)))
+    answers = await answered_each(session, calls, meter)
+    return [
+        Embedded(vector_of(piece.vector), piece.timing)
+        for pieces in answers
+        for piece in pieces
+        if piece.finish is not None
     ]
-    try:
-        await asyncio.gather(*runners)
-    finally:
-        for runner in runners:
-            runner.cancel()
-        await asyncio.gather(*runners, return_exceptions=True)
-    return cast("list[Embedded]", found)
-
-
-async def _run(
-    session: Session,
-    waiting: Iterator[tuple[int, Call]],
-    found: list[Embedded | None],
-    meter: Meter,
-) -> None:
-    for index, call in waiting:
-        async with aclosing(batches(session, [call])) as gathered:
-            async for batch in gathered:
-                meter.note((index, piece) for _, piece in batch)
-                for _, piece in batch:
-                    if piece.finish is not None:
-                        found[index] = Embedded(vector_of(piece.vector), piece.timing)
 
 
 def vector_of(data: bytes) -> Vector:

@@ -110,6 +110,8 @@ class Front:
             self._exchanging = asyncio.create_task(
                 exchange_for_ever(self._doorkeeper.ledger, self._counts)
             )
+        if self._config.responses_redis is not None:  # there may be work that others left
+            self.app.state.batches.start()
         if self._config.http_port >= 0:
             self._http = HttpServer(self.app, self._config)
             await self._http.start()
@@ -129,6 +131,7 @@ class Front:
     async def stop(self) -> None:
         """Takes no new connection, finishes what it has for as long as ``draining`` allows, and
         ends the rest with an error that says so."""
+        await self.app.state.batches.close()  # others go on with them
         if not await self._drain():
             log.warning("this gateway leaves with %d requests", self._in_flight)
         gone = GatewayLeaving(
@@ -147,6 +150,7 @@ class Front:
         if self._http is not None:
             await self._http.close()
         await self.app.state.responses.close()
+        await self.app.state.batches.documents.close()
         if self._keeping is not None:
             self._keeping.cancel()
         if self._exchanging is not None and self._counts is not None:

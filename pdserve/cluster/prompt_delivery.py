@@ -23,7 +23,8 @@ class PromptDelivery:
         self.request = request
         self.finished = False
         self.timing: Timing | None = None  # once it is finished
-        self._known = 1  # of the prompt's tokens: the first one has no score
+        task = request.task
+        self._known = task.first if isinstance(task, Scoring) else 1  # the first has no score
         self._vector = b""
 
     def next_attempt(self, keys: Sequence[BlockKey]) -> Request:
@@ -68,8 +69,9 @@ class PromptDelivery:
             error: PdserveError = delta.error.to_error()
             raise error
         self.timing = delta.timing
-        if isinstance(self.request.task, Scoring):
-            if self._known < self.request.prompt_tokens:
+        task = self.request.task
+        if isinstance(task, Scoring):
+            if self._known < task.end(self.request.prompt_tokens):
                 raise FrameError(f"{delta.request} ended before its prompt was scored")
             return []
         if not self._vector:

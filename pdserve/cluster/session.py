@@ -64,7 +64,7 @@ from pdserve.messages import (
     TokenBatch,
     TokenDelta,
 )
-from pdserve.prompt_tasks import Pooling, PromptDelta
+from pdserve.prompt_tasks import Pooling, PromptDelta, Scoring
 from pdserve.text.chat import ChatTemplate, chat_template_of
 from pdserve.text.detokenizer import Detokenizer
 from pdserve.text.grammar import Grammars
@@ -256,7 +256,8 @@ class GatewaySession:
         """Submits what is asked of the prompt."""
         call = running.call
         assert call.task is not None
-        if len(call.prompt) == 1 and not isinstance(call.task, Pooling):
+        task = call.task
+        if isinstance(task, Scoring) and task.first >= task.end(len(call.prompt)):
             self._begin_choices(running)  # the first token has no score
             return
         request = replace(

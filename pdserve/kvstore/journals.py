@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pdserve.clock import Clock, S, monotonic
-from pdserve.errors import CapacityError, ConfigError, StoreUnavailable
+from pdserve.errors import CapacityError, StoreUnavailable
+from pdserve.kvstore.redis_client import connected
 
 TIMEOUT_S = 1.0
 """For one call to Redis, which takes about a millisecond."""
-
-CONNECTIONS_MAX = 32
 
 _PREFIX = "pdserve:journal:"
 
@@ -282,21 +281,7 @@ class RedisJournals:
         Raises:
             ConfigError: the address is none, or the client library is not there.
         """
-        try:
-            import redis.asyncio
-            import redis.exceptions
-        except ImportError as error:
-            raise ConfigError("a Redis address is given, and redis is not installed") from error
-        try:
-            self._redis = redis.asyncio.Redis.from_url(
-                url,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                max_connections=CONNECTIONS_MAX,
-            )
-        except ValueError as error:
-            raise ConfigError(f"{url!r} is no Redis address: {error}") from error
-        self._failures = (redis.exceptions.RedisError, OSError)
+        self._redis, self._failures = connected(url, timeout_s=TIMEOUT_S)
         self._make: Any = self._redis.register_script(_MAKE)
         self._append: Any = self._redis.register_script(_APPEND)
         self._find: Any = self._redis.register_script(_FIND)

@@ -25,6 +25,19 @@ def scores_of(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[Prompt
     return scores_on_device(logits_NV, tokens, top)
 
 
+def score_of_candidates(logits_V: Tensor, candidates: Sequence[int]) -> PromptScore:
+    """How likely each of ``candidates`` is under ``logits_V``, float32 on any device; ``top`` has
+    them in their order, and the score is that of the likeliest."""
+    assert candidates, "somebody has to be scored"
+    best = logits_V.max()
+    # float32 for the terms, float64 for their sum, as in the sampler.
+    log_sum = float(best) + float((logits_V - best).exp().sum(dtype=torch.float64).log())
+    asked = torch.tensor(candidates, device=logits_V.device)
+    found = (logits_V[asked].double() - log_sum).tolist()
+    rank = int((logits_V > logits_V[asked].max()).sum()) + 1
+    return PromptScore(max(found), rank, tuple(zip(candidates, found, strict=True)))
+
+
 def _on_host(logits_NV: Tensor, tokens: Sequence[int], top: int) -> list[PromptScore]:
     scores = []
     for logits_V, token in zip(logits_NV.detach().numpy(), tokens, strict=True):

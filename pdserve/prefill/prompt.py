@@ -74,10 +74,11 @@ class Prompt:
     def cacheable(self) -> tuple[BlockKey, ...]:
         """Keys of the blocks that need not be computed. The last token always is: its logits are
         what the first token is drawn from."""
-        if self.reading is not None and self.reading.reads_all:
-            return ()
         sequence = self.sequence
-        return sequence.keys((len(sequence.tokens) - 1) // sequence.table.block_tokens)
+        most = len(sequence.tokens) - 1
+        if self.reading is not None:
+            most = min(most, self.reading.reads_from)
+        return sequence.keys(most // sequence.table.block_tokens)
 
     def note_computed(self, worker: WorkerId) -> None:
         """All of it is: what that took, and what of it was found."""

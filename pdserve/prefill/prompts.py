@@ -398,7 +398,7 @@ class Prompts:
             blocks=sequence.blocks[: self._workplace.blocks_for(end)],
             wants_logits=is_last and reading is None,
             adapter=sequence.request.adapter,
-            reader=reading.reader(last=is_last) if reading is not None else None,
+            reader=reading.reader(start=start, end=end) if reading is not None else None,
         )
 
     def _on_computed(self, prompt: Prompt, chunk: int, share_us: int) -> None:

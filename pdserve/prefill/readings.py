@@ -5,7 +5,8 @@
 
 A reading sees the chunks of its prompt in order, each once. It belongs to one stay at one worker: a
 prompt that is preempted, or lost, is read from its beginning when it comes back, and the gateway
-leaves out what it has. Where each token has to be seen, blocks that are cached are computed again.
+leaves out what it has. What it has to see of a prompt, from ``reads_from`` on, is computed again
+where it is cached.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pdserve.messages import Request
 from pdserve.model.runner import Reader
-from pdserve.model.scoring import scores_of
+from pdserve.model.scoring import score_of_candidates, scores_of
 from pdserve.prompt_tasks import Pooling, PoolingKind, PromptDelta, PromptScore, Scoring
 
 SCORES_MAX = 4096
@@ -31,10 +32,10 @@ Vector = NDArray[np.float64]
 
 
 class Reading(Protocol):
-    reads_all: bool
+    reads_from: int  # the first token that has to be computed, whatever is cached
 
-    def reader(self, *, last: bool) -> Reader | None:
-        """For a run with the next chunk; ``last``: it ends the prompt."""
+    def reader(self, *, start: int, end: int) -> Reader | None:
+        """For a run with the tokens from ``start`` to before ``end``."""
         ...
 
     def deltas(self, *, last: bool) -> Iterator[PromptDelta]:
@@ -55,13 +56,13 @@ def reading_of(request: Request) -> Reading | None:
 
 class PoolingReading:
     def __init__(self, request: Request, task: Pooling) -> None:
-        self.reads_all = task.reads_all
+        self.reads_from = 0 if task.reads_all else request.length - 1
         self._request = request
         self._task = task
         self._parts: list[Tensor] = []  # float64 [C], of each chunk
 
-    def reader(self, *, last: bool) -> Reader | None:
-        wanted = last or self._task.kind is PoolingKind.MEAN
+    def reader(self, *, start: int, end: int) -> Reader | None:  # noqa: ARG002
+        wanted = end == self._request.length or self._task.kind is PoolingKind.MEAN
         return Reader(hidden=self._read) if wanted else None
 
     def _read(self, hidden_NC: Tensor) -> None:
@@ -82,23 +83,28 @@ class PoolingReading:
 
 
 class ScoringReading:
-    reads_all = True
-
     def __init__(self, request: Request, task: Scoring) -> None:
+        self.reads_from = task.first - 1  # its logits are about the next one
         self._request = request
-        self._top = task.top
+        self._task = task
         self._given = request.tokens[: request.prompt_tokens]
-        self._next = 1  # of the prompt, the first token not yet scored
+        self._next = task.first  # of the prompt, the first token not yet told
         self._scores: list[PromptScore] = []
+        self._at = 0  # whose logits come next
 
-    def reader(self, *, last: bool) -> Reader | None:  # noqa: ARG002  # of every chunk
-        return Reader(logits=self._read)
+    def reader(self, *, start: int, end: int) -> Reader | None:
+        self._at = start
+        return Reader(logits=self._read) if end > self.reads_from else None
 
     def _read(self, logits_MV: Tensor) -> None:
         """The last token's logits are about a token that is not there."""
-        known = self._next + len(self._scores)
-        tokens: Sequence[int] = self._given[known : known + len(logits_MV)]
-        self._scores += scores_of(logits_MV[: len(tokens)], tokens, self._top)
+        first, end = max(self._at, self.reads_from), self._at + len(logits_MV)
+        wanted_MV = logits_MV[first - self._at :]
+        self._at = end
+        tokens: Sequence[int] = self._given[first + 1 : end + 1]
+        self._scores += scores_of(wanted_MV[: len(tokens)], tokens, self._task.top)
+        if self._task.candidates and len(tokens) < len(wanted_MV):
+            self._scores.append(score_of_candidates(wanted_MV[-1], self._task.candidates))
 
     def deltas(self, *, last: bool) -> Iterator[PromptDelta]:  # noqa: ARG002
         request, scores = self._request, self._scores

@@ -19,7 +19,14 @@ FOLDERS = {
 }  # fmt: skip
 VOCABULARY = {
     *("checked", "clock", "compiled", "config", "errors", "ids", "lifecycle", "messages"),
-    *("access_config", "prompt_tasks", "router_config", "settings", "settings_schema"),
+    *(
+        "access_config",
+        "batch_config",
+        "prompt_tasks",
+        "router_config",
+        "settings",
+        "settings_schema",
+    ),
     "speculation_config",
     *("storms", "suspicion", "values", "vitals"),
 }

@@ -55,7 +55,17 @@ class Client:
 
     def expects(self, text: str) -> dict[str, Any]:
         """What it must print where the model says ``text``."""
-        return {key: text if value == TEXT else value for key, value in self.says.items()}
+        said: dict[str, Any] = _with_text(dict(self.says), text)
+        return said
+
+
+def _with_text(value: Any, text: str) -> Any:
+    """``value`` with ``text`` wherever it has ``TEXT``."""
+    if isinstance(value, dict):
+        return {key: _with_text(each, text) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_text(each, text) for each in value]
+    return text if value == TEXT else value
 
 
 CLIENTS = (
@@ -63,7 +73,8 @@ CLIENTS = (
         "openai",
         "openai",
         "chat: whole, async, streamed, cancelled, tools whole and streamed, parsed schema, refusal;"
-        " responses: whole, in the background and resumed with starting_after",
+        " responses: whole, in the background and resumed with starting_after; decisions; files and"
+        " batches",
         {
             "served": True,
             "whole": TEXT,
@@ -75,6 +86,10 @@ CLIENTS = (
             "response": TEXT,
             "resumed": TEXT,
             "refused": "max_tokens",
+            "decided": ["predicate", "choice", "score"],
+            "shared": True,
+            "batched": [["a", TEXT], ["b", TEXT]],
+            "failed": [["c", "max_tokens"]],
         },
     ),
     Client(
@@ -97,7 +112,7 @@ CLIENTS = (
     Client(
         "litellm",
         "litellm",
-        "whole, streamed, usage, tools, a prompt that is too long, responses",
+        "whole, streamed, usage, tools, a prompt that is too long, responses, rerank, decisions",
         {
             "whole": TEXT,
             "counted": True,
@@ -105,6 +120,9 @@ CLIENTS = (
             "call": CALLS,
             "too_long": True,
             "response": TEXT,
+            "ranked": [2, True],
+            "decided": ["predicate", "choice"],
+            "shared": True,
         },
     ),
     Client(

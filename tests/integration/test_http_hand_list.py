@@ -73,6 +73,42 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi"},
 }
 
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/decisions", {"input": "x", "questions": [{}] * 100_000}, "questions"),
+        (
+            "/v1/decisions",
+            {"input": "x", "questions": [{"type": ["x"] * 1000}]},
+            "questions.0.type",
+        ),
+        ("/v1/rerank", {"query": "x", "documents": ["x"] * 100_000}, "documents"),
+        ("/v1/score", {"text_1": "x", "text_2": [["x"]]}, "text_2.0"),
+        ("/v1/batches", {"input_file_id": "file-" + "x" * 9999}, "endpoint"),
+    ],
+)
+def test_what_cannot_be_compared_or_decided_is_named(
+    client: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    refused(client.post(path, json=body), param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--x",
+        b"--x\r\n\r\n" * 10_000,
+        b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n',
+        b"--x\r\n" + b"a" * 100_000 + b"\r\n\r\n--x--",
+    ],
+)
+def test_a_form_that_is_none_is_refused(client: httpx.Client, body: bytes) -> None:
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    refused(client.post("/v1/files", content=body, headers=kind), None)
+
+
 BOMB = "((a{1,100}){1,100}){1,100}"
 NESTED: dict[str, Any] = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
 LARGE = {"enum": ["x" * 3_000_000]}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from pdserve.batch_config import BatchConfig
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from tests.integration.http_server import served
@@ -34,7 +35,8 @@ def application() -> FastAPI:
         return {"workers": []}
 
     session = FakeSession(said("Hello", " world"), adapters=[ADAPTER])
-    return create_app(session, config=GatewayConfig(), snapshot=snapshot)
+    many = BatchConfig(files_max=1_000_000, batches_max=1_000_000)  # nobody deletes any
+    return create_app(session, config=GatewayConfig(batches=many), snapshot=snapshot)
 
 
 PATHS = sorted(application().openapi()["paths"])

@@ -197,6 +197,48 @@ def test_a_stream_begins_with_its_scored_echo(cluster: InProcessCluster) -> None
     assert told == whole["logprobs"]["token_logprobs"]
 
 
+# ── texts compared, questions decided ────────────────────────────────────────────────────────────
+
+
+def test_a_score_is_the_cosine_of_the_embeddings(cluster: InProcessCluster) -> None:
+    texts = ["The keeper lit the lamp.", "A lighthouse.", "Seven blue ducks."]
+    data = post(cluster, "/v1/embeddings", input=texts)["data"]
+    query, *documents = (np.array(each["embedding"]) for each in data)
+    truth = [float(query @ each) for each in documents]
+    scores = post(cluster, "/v1/score", text_1=texts[0], text_2=texts[1:])["data"]
+    np.testing.assert_allclose([each["score"] for each in scores], truth, atol=1e-6)
+    ranked = post(cluster, "/v1/rerank", query=texts[0], documents=texts[1:])["results"]
+    assert [each["index"] for each in ranked] == sorted(range(2), key=lambda at: -truth[at])
+
+
+def test_a_decision_is_the_models_own_distribution(cluster: InProcessCluster, network: Any) -> None:
+    values, story = ["red", "green", "blue"], "The lamp was lit, and it shone. " * 6
+    asked = [
+        {
+            "type": "choice",
+            "instructions": "Which?",
+            "choices": [{"value": each} for each in values],
+        },
+        {"type": "predicate", "instructions": "Was it lit?"},
+    ]
+    said = post(cluster, "/v1/decisions", input=story, questions=asked)
+    listed = "\n".join(f"- {each}" for each in values)
+    words = f"{story}\n\nWhich?\nAnswer with one of these, and nothing else:\n{listed}"
+    prompt = post(cluster, "/tokenize", messages=[{"role": "user", "content": words}])["tokens"]
+    logs = []
+    for value in values:
+        label = post(cluster, "/tokenize", prompt=value, add_special_tokens=False)["tokens"]
+        truth = logprobs(network, [*prompt, *label])
+        logs.append(sum(truth[len(prompt) + at - 1, token] for at, token in enumerate(label)))
+    shares = np.exp(np.array(logs) - max(logs))
+    given = [each["probability"] for each in said["answers"][0]["probabilities"]]
+    np.testing.assert_allclose(given, shares / shares.sum(), atol=1e-3)
+    assert 0 < said["answers"][1]["probability"] < 1
+    # The story is computed for the first question, and found by every other pass.
+    tokens = len(post(cluster, "/tokenize", prompt=story)["tokens"])
+    assert said["usage"]["input_tokens_details"]["cached_tokens"] >= tokens // 16 * 16
+
+
 # ── by other ways ────────────────────────────────────────────────────────────────────────────────
 
 

@@ -21,8 +21,11 @@ from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
 from pdserve.cluster.http.access import Access, note_for_audit, tenant_in
 from pdserve.cluster.http.asking import chat_asked, completion_asked
+from pdserve.cluster.http.batches.wiring import add_batch_api
 from pdserve.cluster.http.bodies import read_object
+from pdserve.cluster.http.comparing.routes import add_comparisons
 from pdserve.cluster.http.console import add_console
+from pdserve.cluster.http.decisions.routes import add_decisions
 from pdserve.cluster.http.embeddings import Embeddings
 from pdserve.cluster.http.errors import error_response, internal_error
 from pdserve.cluster.http.exposition import joined
@@ -111,6 +114,9 @@ def create_app(
     _add_generations(app, models, config)
     add_responses(app, models, config, app.state.responses)
     add_message_counts(app, models, config)
+    add_comparisons(app, models, config)
+    add_decisions(app, models, config)
+    app.state.batches = add_batch_api(app, models, config)
     _add_models(app, models)
     _add_tokenizer(app, models, config)
     _add_operations(app, snapshot, stores, controls)

@@ -37,7 +37,7 @@ async def read_object(request: Request, bytes_max: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise HTTPException(415, f"content-type is {shown(kind)}, must be application/json")
-    return parse_object(await _read(request, bytes_max))
+    return parse_object(await read_bytes(request, bytes_max))
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -66,7 +66,12 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return tree
 
 
-async def _read(request: Request, bytes_max: int) -> bytes:
+async def read_bytes(request: Request, bytes_max: int) -> bytes:
+    """The body as it is.
+
+    Raises:
+        HTTPException: too large (413) or too slow (408).
+    """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > bytes_max:
         raise _too_large(int(declared), bytes_max)

@@ -5,38 +5,24 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.embedding import Embedded, Vector, embedded, pooling_call, shortened
-from pdserve.cluster.http.access import tenant_in
-from pdserve.cluster.http.asking import ending_of, limits_of
-from pdserve.cluster.http.bodies import read_object
-from pdserve.cluster.http.errors import error_response, error_status
-from pdserve.cluster.http.generation import until_gone
 from pdserve.cluster.http.hints import retries_of
-from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
+from pdserve.cluster.http.metrics import Meter
+from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of
 from pdserve.cluster.http.schemas import EmbeddingBody, checked, prompts_of
-from pdserve.cluster.models import Models
 from pdserve.cluster.parameters import (
     Parameters,
     check_model,
     service_class_of,
     shown,
-    tenant_of,
     truncated,
 )
 from pdserve.cluster.prompts import text_prompt, token_prompt
-from pdserve.cluster.tracing import continued
-from pdserve.config import GatewayConfig
-from pdserve.errors import InvalidField, PdserveError
+from pdserve.errors import InvalidField
 from pdserve.prompt_tasks import Pooling, PoolingKind
 
 INPUTS_MAX = 2048
@@ -58,52 +44,21 @@ class _Wanted:
     base64: bool
 
 
-class Embeddings(Response):
-    """An ASGI response that does all its work when it is sent."""
+class Embeddings(PromptAnswer[_Wanted]):
+    operation = "embedding"
 
-    def __init__(self, models: Models, config: GatewayConfig, metrics: FrontMetrics) -> None:
-        super().__init__()
-        self._models = models
-        self._config = config
-        self._metrics = metrics
+    async def ask(self, asked: Ask) -> _Wanted:
+        return await _wanted(asked)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._metrics.follow("http", "embedding") as meter:
-            try:
-                request = Request(scope, receive)
-                tree = await read_object(request, self._config.body_bytes_max)
-                session, config = self._models.asked(tree)
-                wanted = await _wanted(session, config, tree, request.headers, tenant_in(scope))
-                meter.calls = wanted.calls
-                with continued(request.headers):
-                    answering = _answer(session, wanted, meter, scope, receive, send)
-                    stayed = await until_gone(receive, answering)
-                meter.status = "200" if stayed else DISCONNECTED
-            except ClientDisconnect:
-                meter.status = DISCONNECTED
-            except (PdserveError, HTTPException) as error:
-                meter.status = str(error_status(error))
-                await error_response(error)(scope, receive, send)
+    async def answer(self, session: Session, wanted: _Wanted, meter: Meter) -> bytes:
+        found = await embedded(session, wanted.calls, meter)
+        note_usage(meter, [each.timing for each in found])
+        return await asyncio.to_thread(_told, wanted, found, meter)  # it may have megabytes
 
 
-async def _answer(
-    session: Session, wanted: _Wanted, meter: Meter, scope: Scope, receive: Receive, send: Send
-) -> None:
-    found = await embedded(session, wanted.calls, meter)
-    meter.prompt_tokens = sum(len(call.prompt) for call in wanted.calls)
-    meter.cached_tokens = sum(each.timing.cached_tokens for each in found if each.timing)
-    data = await asyncio.to_thread(_told, wanted, found, meter)  # it may have megabytes
-    await Response(data, 200, None, "application/json")(scope, receive, send)
-
-
-async def _wanted(
-    session: Session,
-    config: GatewayConfig,
-    tree: Mapping[str, Any],
-    headers: Mapping[str, str],
-    tenant: str | None,
-) -> _Wanted:
-    body = checked(EmbeddingBody, tree)
+async def _wanted(asked: Ask) -> _Wanted:
+    session = asked.session
+    body = checked(EmbeddingBody, asked.tree)
     adapter = check_model(body.model, session)
     encoding = "float" if body.encoding_format is None else body.encoding_format
     if encoding not in ENCODINGS:
@@ -115,11 +70,10 @@ async def _wanted(
             "dimensions", f"is {shown(body.dimensions)}, must be from 1 to what the model has"
         )
     said = body.use_activation if body.normalize is None else body.normalize
-    task = Pooling(PoolingKind(config.pooling), normalize=said is not False)
-    limits = limits_of(session, config)
+    task = Pooling(PoolingKind(asked.config.pooling), normalize=said is not False)
+    limits = asked.limits
     name = f"embd-{secrets.token_hex(12)}"
-    whose = tenant_of(body.user) if tenant is None else tenant
-    ends_unix_ms = ending_of(headers, config, stream=False)
+    ends_unix_ms = asked.ends_unix_ms()
     service_class = service_class_of(Parameters(service_tier=body.service_tier))
     prompts = await _prompts(session, body)
     calls = [
@@ -129,12 +83,12 @@ async def _wanted(
             task,
             limits,
             prompt_field=field,
-            tenant=whose,
+            tenant=asked.whose(body.user),
             service_class=service_class,
             deadline_unix_ms=ends_unix_ms,
             model=session.model_name,
             adapter=adapter,
-            retries=retries_of(headers),
+            retries=retries_of(asked.headers),
         )
         for index, (field, prompt) in enumerate(prompts)
     ]
@@ -182,12 +136,7 @@ def _told(wanted: _Wanted, found: Sequence[Embedded], meter: Meter) -> bytes:
             }
             for index, vector in enumerate(vectors)
         ],
-        "usage": {
-            "prompt_tokens": meter.prompt_tokens,
-            "total_tokens": meter.prompt_tokens,
-            "completion_tokens": 0,
-            "prompt_tokens_details": {"cached_tokens": meter.cached_tokens},
-        },
+        "usage": usage_of(meter),
     }
     return json.dumps(body, allow_nan=False).encode()
 

@@ -1,9 +1,10 @@
 """What stands behind the question mark, as strictly as what stands in a body."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pdserve.cluster.parameters import shown
-from pdserve.errors import InvalidField
+from pdserve.errors import InvalidField, UnusableValue
 
 _DIGITS_MAX = 12
 
@@ -34,3 +35,24 @@ def word_in(query: Mapping[str, str], name: str, words: Sequence[str]) -> str | 
     if text is not None and text not in words:
         raise InvalidField(name, f"is {shown(text)}, must be one of {', '.join(words)}")
     return text
+
+
+def page_of(items: Sequence[Mapping[str, Any]], after_id: str | None, limit: int) -> dict[str, Any]:
+    """OpenAI's page of a list: at most ``limit`` of what follows the item with this id.
+
+    Raises:
+        UnusableValue: ``after`` names none of them.
+    """
+    if after_id is not None:
+        ids = [item["id"] for item in items]
+        if after_id not in ids:
+            raise UnusableValue("after", "names nothing in this list")
+        items = items[ids.index(after_id) + 1 :]
+    page = items[:limit]
+    return {
+        "object": "list",
+        "data": list(page),
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(page) < len(items),
+    }

@@ -1,4 +1,5 @@
-"""LiteLLM, as its users call a vLLM server: whole, streamed, with tools, too long; responses."""
+"""LiteLLM, as its users call a vLLM server: whole, streamed, with tools, too long; responses;
+documents in order, decisions."""
 
 import json
 import sys
@@ -52,6 +53,29 @@ called = litellm.completion(
     **HERE,
 )
 response = litellm.responses(model=f"openai/{MODEL}", input="hi", max_output_tokens=12, **HERE)
+ranked = litellm.rerank(
+    model=f"hosted_vllm/{MODEL}",
+    query="hi",
+    documents=["hi", {"text": "ho"}, "hm"],
+    top_n=2,
+    api_base=URL,
+    api_key="none",
+)
+decided = litellm.decisions(
+    model=f"openai/{MODEL}",
+    input="hi",
+    questions=[
+        {"type": "predicate", "instructions": "Is it a greeting?", "name": "greets"},
+        {
+            "type": "choice",
+            "instructions": "Which language?",
+            "choices": [{"value": "English"}, {"value": "French"}],
+        },
+    ],
+    api_base=URL,
+    api_key="none",
+)
+shares = [each.probability for each in decided.answers[1].probabilities]
 print(
     json.dumps(
         {
@@ -61,6 +85,9 @@ print(
             "call": json.loads(called.choices[0].message.tool_calls[0].function.arguments),
             "too_long": refused(),
             "response": response.output[0].content[0].text,
+            "ranked": [len(ranked.results), ranked.results[0]["document"] is not None],
+            "decided": [each.type for each in decided.answers],
+            "shared": abs(sum(shares) - 1) < 1e-6,
         }
     )
 )

@@ -196,16 +196,20 @@ class FakeSession:
 
 
 def of_the_prompt(call: Call) -> Iterator[Piece]:
-    """Each token's score is -0.25 times its index, and its rank 2."""
+    """Each token's score is -0.25 times its index, and its rank 2; of candidates the first is the
+    likeliest, each next one by half a nat less."""
     match call.task:
         case Pooling():
             yield Piece(0, "", (), FinishReason.STOP, timing=TIMING, vector=VECTOR.tobytes())
-        case Scoring(top=top):
-            for index, token in enumerate(call.prompt[1:], 1):
+        case Scoring(top=top, first=first, candidates=candidates):
+            for index, token in enumerate(call.prompt[first:], first):
                 best = tuple(
                     ((token - i) % VOCAB_SIZE, -0.25 * index - 0.5 * i) for i in range(top)
                 )
                 yield Piece(0, "", (), scores=(PromptScore(-0.25 * index, 2, best),))
+            if candidates:
+                behind = tuple((token, -0.5 * i) for i, token in enumerate(candidates, 1))
+                yield Piece(0, "", (), scores=(PromptScore(-0.5, 1, behind),))
     if call.stop.max_tokens == 0:
         for choice in range(call.n):
             yield Piece(choice, "", (), FinishReason.LENGTH)

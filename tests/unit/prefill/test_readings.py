@@ -17,7 +17,7 @@ from pdserve.messages import Cancel, FinishReason, Preempt, Progress, Request
 from pdserve.model.scoring import scores_of
 from pdserve.prefill.readings import normalized
 from pdserve.prompt_tasks import Pooling, PoolingKind, PromptScore, PromptTask, Scoring
-from tests.unit.engine.fakes import HIDDEN, entry, logits_of
+from tests.unit.engine.fakes import BLOCK_TOKENS, HIDDEN, entry, logits_of
 from tests.unit.engine.rig import Rig, prompt, request
 
 BLOCKS = 64
@@ -93,6 +93,54 @@ def test_each_token_is_scored_once(
     assert [score for piece in found for score in piece.scores] == scores_expected(
         wanted.tokens, top
     )
+
+
+@given(
+    length=st.integers(1, 40),
+    before=st.integers(0, 40),
+    chunk_tokens=st.integers(1, 24),
+    candidates=st.lists(st.integers(0, HIDDEN - 1), max_size=4).map(tuple),
+    preempted_after=st.none() | st.integers(1, 6),
+    is_cached=st.booleans(),
+)
+def test_the_last_tokens_are_scored_and_who_could_follow(
+    length: int,
+    before: int,
+    chunk_tokens: int,
+    candidates: tuple[int, ...],
+    preempted_after: int | None,
+    is_cached: bool,
+) -> None:
+    rig = Rig()
+    rig.prefill(chunk_tokens=chunk_tokens)
+    if is_cached:
+        pieces(rig, asked(LAST, length, "before"))
+    first = min(max(1, before), length)
+    wanted = asked(Scoring(first=first, candidates=candidates), length)
+    found = pieces(rig, wanted, preempted_after=preempted_after)
+    scores = [score for piece in found for score in piece.scores]
+    assert scores[: length - first] == scores_expected(wanted.tokens, 0)[first - 1 :]
+    behind = scores[length - first :]
+    assert len(behind) == bool(candidates)
+    if behind:
+        truth = torch.log_softmax(rows_of(wanted.tokens)[-1].double(), dim=-1)
+        assert [token for token, _ in behind[0].top] == list(candidates)
+        for token, logprob in behind[0].top:
+            assert logprob == pytest.approx(float(truth[token]), abs=1e-5)
+        assert behind[0].logprob == max(logprob for _, logprob in behind[0].top)
+        best = max(candidates, key=lambda token: float(truth[token]))
+        assert behind[0].rank == int((truth > truth[best]).sum()) + 1
+
+
+def test_what_is_cached_before_the_first_score_is_not_computed_again() -> None:
+    rig = Rig()
+    rig.prefill(chunk_tokens=32)
+    pieces(rig, asked(LAST, 18, "before"))
+    for first in (18, 17, 16, 9, 8):
+        pieces(rig, asked(Scoring(first=first, candidates=(1,)), 18, f"from {first}"))
+    computed = [sum(step) for step in rig.runners["p0"].steps]
+    block = BLOCK_TOKENS
+    assert computed == [18] + [18 - (first - 1) // block * block for first in (18, 17, 16, 9, 8)]
 
 
 @given(

@@ -49,7 +49,7 @@ class Facts:
 
 def bodies(facts: Facts) -> dict[str, Schema]:
     """By name."""
-    fields = _fields(facts)
+    fields = fields_of(facts)
     chat = fields | {
         "messages": {"type": "array", "items": _message(), "minItems": 1},
         "logprobs": FLAG,
@@ -58,26 +58,26 @@ def bodies(facts: Facts) -> dict[str, Schema]:
     }
     completion = fields | {
         "prompt": _prompt(facts, most=PROMPTS_MAX),
-        "logprobs": _whole(0, min(parameters.LOGPROBS_MAX, facts.vocab_size)),
-        "max_tokens": _whole(0, facts.context_tokens),
+        "logprobs": whole_number(0, min(parameters.LOGPROBS_MAX, facts.vocab_size)),
+        "max_tokens": whole_number(0, facts.context_tokens),
     }
     embedding = fields | {
         "input": _prompt(facts, most=INPUTS_MAX),
         "encoding_format": {"enum": list(ENCODINGS)},
-        "dimensions": _whole(1, DIMENSIONS_MAX),
+        "dimensions": whole_number(1, DIMENSIONS_MAX),
     }
     tokenize = fields | {
         "prompt": TEXT,
-        "prompt_token_ids": _array(_token(facts)),
+        "prompt_token_ids": array_of(_token(facts)),
         "messages": {"type": "array", "items": _message(), "minItems": 1},
     }
     return {
-        "ChatCompletionRequest": _body(ChatBody, chat, ["messages"]),
-        "CompletionRequest": _body(CompletionBody, completion, ["prompt"]),
-        "EmbeddingRequest": _body(EmbeddingBody, embedding, ["input"]),
-        "TokenizeRequest": _body(TokenizeBody, tokenize, []),
-        "DetokenizeRequest": _body(
-            DetokenizeBody, {**fields, "tokens": _array(_token(facts))}, ["tokens"]
+        "ChatCompletionRequest": body_of(ChatBody, chat, ["messages"]),
+        "CompletionRequest": body_of(CompletionBody, completion, ["prompt"]),
+        "EmbeddingRequest": body_of(EmbeddingBody, embedding, ["input"]),
+        "TokenizeRequest": body_of(TokenizeBody, tokenize, []),
+        "DetokenizeRequest": body_of(
+            DetokenizeBody, {**fields, "tokens": array_of(_token(facts))}, ["tokens"]
         ),
         "ResponseRequest": _response(facts),
         "RoleRequest": {
@@ -91,7 +91,7 @@ def bodies(facts: Facts) -> dict[str, Schema]:
     }
 
 
-def _body(kind: type[Body], fields: Mapping[str, Schema], required: Iterable[str]) -> Schema:
+def body_of(kind: type[Body], fields: Mapping[str, Schema], required: Iterable[str]) -> Schema:
     """An object with the fields of ``kind``; all but the required ones may be null."""
     required = list(required)
     properties = {
@@ -118,8 +118,8 @@ def request_schema(
         own: fields that are not as a chat has them.
         unchanged: the chat's fields that it takes beside those of ``kind``.
     """
-    fields = _fields(facts)
-    body = _body(kind, {**fields, **own}, required)
+    fields = fields_of(facts)
+    body = body_of(kind, {**fields, **own}, required)
     same = set(unchanged) - set(body["properties"])
     body["properties"] |= {name: nullable(fields[name]) for name in sorted(same)}
     return body
@@ -133,7 +133,7 @@ def nullable(schema: Schema) -> Schema:
     return {"anyOf": [schema, NULL]}
 
 
-def _fields(facts: Facts) -> dict[str, Schema]:
+def fields_of(facts: Facts) -> dict[str, Schema]:
     """The fields that more than one body has."""
     p = parameters
     flags = (
@@ -142,39 +142,39 @@ def _fields(facts: Facts) -> dict[str, Schema]:
         *("add_generation_prompt", "parallel_tool_calls", "return_token_strs"),
         *("return_block_keys", "background", "store", "normalize", "use_activation"),
     )
-    count = _whole(1, facts.context_tokens)
+    count = whole_number(1, facts.context_tokens)
     stop = {"type": "string", "minLength": 1, "maxLength": p.STOP_STRING_CHARACTERS_MAX}
     schema: Schema = {"anyOf": [OBJECT, FLAG, TEXT]}
     return dict.fromkeys(flags, FLAG) | {
         "model": {"enum": [*facts.models, ""], "description": "As /v1/models lists them."},
-        "n": _whole(1, facts.n_max),
-        "best_of": _whole(1, facts.n_max),
+        "n": whole_number(1, facts.n_max),
+        "best_of": whole_number(1, facts.n_max),
         "max_tokens": count,
         "max_completion_tokens": count,
         "max_output_tokens": count,
-        "min_tokens": _whole(0, facts.context_tokens),
+        "min_tokens": whole_number(0, facts.context_tokens),
         "temperature": _number(0, 2),
         "top_p": _number(0, 1, above=True),
-        "top_k": _whole(-1, p.TOP_K_MAX),
+        "top_k": whole_number(-1, p.TOP_K_MAX),
         "min_p": _number(0, 1),
         "repetition_penalty": _number(0, 10, above=True),
         "presence_penalty": _number(-2, 2),
         "frequency_penalty": _number(-2, 2),
         "length_penalty": _number(-p.LENGTH_PENALTY_MAX, p.LENGTH_PENALTY_MAX),
-        "no_repeat_ngram_size": _whole(0, p.NO_REPEAT_NGRAM_SIZE_MAX),
+        "no_repeat_ngram_size": whole_number(0, p.NO_REPEAT_NGRAM_SIZE_MAX),
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": f"^({below(facts.vocab_size)})$"},
             "additionalProperties": _number(-100, 100),
             "maxProperties": p.LOGIT_BIAS_MAX,
         },
-        "seed": _whole(p.SEED_MIN, p.SEED_MAX),
-        "stop": {"anyOf": [stop, _array(stop, most=p.STOP_STRINGS_MAX)]},
-        "stop_token_ids": _array(_token(facts), most=p.STOP_TOKENS_MAX),
-        "top_logprobs": _whole(0, min(p.LOGPROBS_MAX, facts.vocab_size)),
-        "prompt_logprobs": _whole(0, min(p.LOGPROBS_MAX, facts.vocab_size)),
+        "seed": whole_number(p.SEED_MIN, p.SEED_MAX),
+        "stop": {"anyOf": [stop, array_of(stop, most=p.STOP_STRINGS_MAX)]},
+        "stop_token_ids": array_of(_token(facts), most=p.STOP_TOKENS_MAX),
+        "top_logprobs": whole_number(0, min(p.LOGPROBS_MAX, facts.vocab_size)),
+        "prompt_logprobs": whole_number(0, min(p.LOGPROBS_MAX, facts.vocab_size)),
         "truncate_prompt_tokens": {
-            "anyOf": [{"const": -1}, _whole(1, facts.context_tokens - 1)],
+            "anyOf": [{"const": -1}, whole_number(1, facts.context_tokens - 1)],
         },
         "user": {"type": "string", "maxLength": p.TENANT_CHARACTERS_MAX},
         "service_tier": {"enum": list(p.SERVICE_TIERS)},
@@ -197,7 +197,7 @@ def _fields(facts: Facts) -> dict[str, Schema]:
         "structured_outputs": _structured_outputs(schema),
         "guided_json": schema,
         "guided_regex": TEXT,
-        "guided_choice": _array(TEXT, least=1, most=CHOICES_MAX),
+        "guided_choice": array_of(TEXT, least=1, most=CHOICES_MAX),
         "guided_grammar": TEXT,
     }
 
@@ -207,19 +207,11 @@ def _response(facts: Facts) -> Schema:
         ("instructions", "previous_response_id", "prompt_cache_key", "safety_identifier"), TEXT
     )
     own = words | {
-        "input": {"anyOf": [TEXT, {**_array(_item(), least=1), "maxItems": ITEMS_MAX}]},
+        "input": {"anyOf": [TEXT, {**array_of(item_of(), least=1), "maxItems": ITEMS_MAX}]},
         "stream_options": OBJECT,
-        "include": _array(TEXT),
+        "include": array_of(TEXT),
         "max_tool_calls": WHOLE,
-        "metadata": {
-            "type": "object",
-            "propertyNames": {"maxLength": responses.METADATA_KEY_CHARACTERS_MAX},
-            "additionalProperties": {
-                "type": "string",
-                "maxLength": responses.METADATA_VALUE_CHARACTERS_MAX,
-            },
-            "maxProperties": responses.METADATA_PAIRS_MAX,
-        },
+        "metadata": metadata(),
         "reasoning": {
             "type": "object",
             "properties": {"effort": nullable({"enum": list(responses.EFFORTS)})},
@@ -237,18 +229,30 @@ def _response(facts: Facts) -> Schema:
     return request_schema(facts, responses.ResponsesBody, own, ["input"], responses.UNCHANGED)
 
 
+def metadata() -> Schema:
+    return {
+        "type": "object",
+        "propertyNames": {"maxLength": responses.METADATA_KEY_CHARACTERS_MAX},
+        "additionalProperties": {
+            "type": "string",
+            "maxLength": responses.METADATA_VALUE_CHARACTERS_MAX,
+        },
+        "maxProperties": responses.METADATA_PAIRS_MAX,
+    }
+
+
 # ── messages and items ───────────────────────────────────────────────────────────────────────────
 
 
 def _message() -> Schema:
-    part = _object({"type": {"const": "text"}, "text": TEXT})
-    content: Schema = {"anyOf": [TEXT, _array({"anyOf": [TEXT, part]})]}
+    part = object_of({"type": {"const": "text"}, "text": TEXT})
+    content: Schema = {"anyOf": [TEXT, array_of({"anyOf": [TEXT, part]})]}
     function = {
         "type": "object",
         "properties": {"name": TEXT, "arguments": {"anyOf": [TEXT, OBJECT, NULL]}},
         "required": ["name"],
     }
-    calls = _array(_object({"function": function}))
+    calls = array_of(object_of({"function": function}))
     said = {
         "type": "object",
         "properties": {
@@ -270,10 +274,10 @@ def _message() -> Schema:
     return {"anyOf": [said, called]}
 
 
-def _item() -> Schema:
-    text = _object({"type": {"enum": list(TEXT_PARTS)}, "text": TEXT})
-    refusal = _object({"type": {"const": "refusal"}, "refusal": TEXT})
-    content: Schema = {"anyOf": [TEXT, _array({"anyOf": [text, refusal]})]}
+def item_of() -> Schema:
+    text = object_of({"type": {"enum": list(TEXT_PARTS)}, "text": TEXT})
+    refusal = object_of({"type": {"const": "refusal"}, "refusal": TEXT})
+    content: Schema = {"anyOf": [TEXT, array_of({"anyOf": [text, refusal]})]}
     kinds: dict[str, dict[str, Schema]] = {
         "message": {"role": {"enum": list(ITEM_ROLES)}, "content": content},
         "function_call": {"call_id": TEXT, "name": TEXT, "arguments": TEXT},
@@ -282,18 +286,18 @@ def _item() -> Schema:
     }
     items = []
     for kind, fields in kinds.items():
-        item = _object({"type": {"const": kind}, **fields})
+        item = object_of({"type": {"const": kind}, **fields})
         item["properties"]["id"] = nullable(TEXT)
         items.append(item)
     items[0]["properties"]["type"] = {"enum": ["message", None]}
     items[0]["required"].remove("type")
-    items[3]["properties"]["content"] = nullable(_array(_object({"text": TEXT})))
+    items[3]["properties"]["content"] = nullable(array_of(object_of({"text": TEXT})))
     return {"anyOf": items}
 
 
 def _prompt(facts: Facts, *, most: int) -> Schema:
-    tokens = _array(_token(facts), least=1)
-    several = _array({"anyOf": [TEXT, tokens]}, least=1, most=most)
+    tokens = array_of(_token(facts), least=1)
+    several = array_of({"anyOf": [TEXT, tokens]}, least=1, most=most)
     return {"anyOf": [TEXT, tokens, several]}
 
 
@@ -314,23 +318,23 @@ def _tool(*, nested: bool) -> Schema:
         "required": ["name"],
     }
     if nested:
-        return _object({"type": {"const": "function"}, "function": function})
+        return object_of({"type": {"const": "function"}, "function": function})
     function["properties"]["type"] = {"const": "function"}
     return function | {"required": ["type", "name"]}
 
 
 def _tool_choice(*, nested: bool) -> Schema:
     kind = {"type": {"const": "function"}}
-    named = _object(
-        {**kind, **({"function": _object({"name": _NAME})} if nested else {"name": _NAME})}
+    named = object_of(
+        {**kind, **({"function": object_of({"name": _NAME})} if nested else {"name": _NAME})}
     )
-    listed = _object({"function": _object({"name": _NAME})}) if nested else named
+    listed = object_of({"function": object_of({"name": _NAME})}) if nested else named
     allowed: dict[str, Schema] = {
         "mode": {"enum": ["auto", "required"]},
-        "tools": _array(listed),
+        "tools": array_of(listed),
     }
-    inner = {"allowed_tools": _object(allowed)} if nested else allowed
-    several = _object({"type": {"const": "allowed_tools"}, **inner})
+    inner = {"allowed_tools": object_of(allowed)} if nested else allowed
+    several = object_of({"type": {"const": "allowed_tools"}, **inner})
     return {"anyOf": [{"enum": ["auto", "none", "required"]}, named, several]}
 
 
@@ -346,11 +350,11 @@ def _response_format(*, nested: bool) -> Schema:
     }
     kind = {"type": {"const": "json_schema"}}
     if nested:
-        schema = _object({**kind, "json_schema": named})
+        schema = object_of({**kind, "json_schema": named})
     else:
         schema = named | {"required": ["type", "name", "schema"]}
         schema["properties"] = named["properties"] | kind
-    plain = _object({"type": {"enum": ["text", "json_object"]}})
+    plain = object_of({"type": {"enum": ["text", "json_object"]}})
     return {"anyOf": [plain, schema]}
 
 
@@ -359,7 +363,7 @@ def _structured_outputs(schema: Schema) -> Schema:
         "json": schema,
         "json_object": {"const": True},
         "regex": TEXT,
-        "choice": _array(TEXT, least=1, most=CHOICES_MAX),
+        "choice": array_of(TEXT, least=1, most=CHOICES_MAX),
         "grammar": TEXT,
     }
     return {
@@ -378,17 +382,17 @@ def _structured_outputs(schema: Schema) -> Schema:
 # ── small pieces ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _object(properties: dict[str, Schema]) -> Schema:
+def object_of(properties: dict[str, Schema]) -> Schema:
     """All of which are required."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _array(items: Schema, *, least: int = 0, most: int | None = None) -> Schema:
+def array_of(items: Schema, *, least: int = 0, most: int | None = None) -> Schema:
     bounds = {"minItems": least} if least else {}
     return {"type": "array", "items": items, **bounds, **({"maxItems": most} if most else {})}
 
 
-def _whole(low: int, high: int) -> Schema:
+def whole_number(low: int, high: int) -> Schema:
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
@@ -398,7 +402,7 @@ def _number(low: float, high: float, *, above: bool = False) -> Schema:
 
 
 def _token(facts: Facts) -> Schema:
-    return _whole(0, facts.vocab_size - 1)
+    return whole_number(0, facts.vocab_size - 1)
 
 
 def below(limit: int) -> str:

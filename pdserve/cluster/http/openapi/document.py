@@ -8,6 +8,7 @@ from pdserve.cluster.http.asking import WHY_HEADER
 from pdserve.cluster.http.hints import TIMEOUT_HEADER, TIMEOUT_MS_MAX
 from pdserve.cluster.http.messages.errors import PATH as MESSAGES_PATH
 from pdserve.cluster.http.messages.errors import speaks_messages
+from pdserve.cluster.http.openapi import batches, comparing, decisions
 from pdserve.cluster.http.openapi.answers import ANSWERS
 from pdserve.cluster.http.openapi.bodies import Facts, bodies
 from pdserve.cluster.http.openapi.messages import message_schemas
@@ -71,7 +72,15 @@ def document(facts: Facts, *, version: str, paths: Iterable[str], keys: bool) ->
             path: {method: _with_errors(path, said) for method, said in methods.items()}
             for path, methods in operations.items()
         },
-        "components": {"schemas": {**ANSWERS, **bodies(facts), **message_schemas(facts)}},
+        "components": {
+            "schemas": {
+                **ANSWERS,
+                **bodies(facts),
+                **comparing.schemas(facts),
+                **decisions.schemas(facts),
+                **message_schemas(facts),
+            }
+        },
     }
     if keys:
         tree["components"]["securitySchemes"] = {
@@ -223,3 +232,5 @@ _OPERATIONS: dict[str, dict[str, Schema]] = {
     },
     "/cluster/role": {"post": _operation("assign_role", "Figures", body="RoleRequest")},
 }
+_OPERATIONS |= comparing.operations(_operation) | decisions.operations(_operation)
+_OPERATIONS |= batches.operations(_operation)

@@ -96,7 +96,7 @@ def checked_body(tree: Mapping[str, Any]) -> ResponsesBody:
         raise ConflictingFields("stream_options", "is for streams only; set stream to true")
     if body.truncation not in (None, "disabled", "auto"):
         raise InvalidField("truncation", f"is {shown(body.truncation)}, must be disabled or auto")
-    _check_metadata(body.metadata or {})
+    check_metadata(body.metadata or {})
     return body
 
 
@@ -235,7 +235,7 @@ def _template_arguments(body: ResponsesBody) -> dict[str, Any] | None:
     return said | (body.chat_template_kwargs or {})
 
 
-def _check_metadata(metadata: Mapping[str, str]) -> None:
+def check_metadata(metadata: Mapping[str, str]) -> None:
     if len(metadata) > METADATA_PAIRS_MAX:
         raise InvalidField(
             "metadata", f"has {len(metadata)} pairs, at most {METADATA_PAIRS_MAX} are allowed"

@@ -18,7 +18,7 @@ from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_response, error_status
 from pdserve.cluster.http.generation import until_gone
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
-from pdserve.cluster.http.queries import flag_in, number_in, word_in
+from pdserve.cluster.http.queries import flag_in, number_in, page_of, word_in
 from pdserve.cluster.http.responses.asking import (
     INCLUDES_LOGPROBS,
     ResponseAsked,
@@ -55,7 +55,7 @@ def add_responses(
 
     @app.post(PATH)
     async def create_response() -> Response:
-        return _Creation(models, config, metrics, responses)
+        return Creation(models, config, metrics, responses)
 
     @app.post(f"{PATH}/input_tokens")
     async def count_input_tokens(request: Request) -> Response:
@@ -97,23 +97,7 @@ def add_responses(
         order = word_in(query, "order", ("asc", "desc")) or "desc"
         record = await responses.found(response_id, _owner(request.scope))
         items = record.items if order == "asc" else record.items[::-1]
-        return JSONResponse(_page(items, query.get("after"), limit))
-
-
-def _page(items: Sequence[Mapping[str, Any]], after_id: str | None, limit: int) -> dict[str, Any]:
-    if after_id is not None:
-        ids = [item["id"] for item in items]
-        if after_id not in ids:
-            raise UnusableValue("after", "names none of the input's items")
-        items = items[ids.index(after_id) + 1 :]
-    page = items[:limit]
-    return {
-        "object": "list",
-        "data": list(page),
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(page) < len(items),
-    }
+        return JSONResponse(page_of(items, query.get("after"), limit))
 
 
 async def _asked(
@@ -136,7 +120,7 @@ async def _asked(
     )
 
 
-class _Creation(Response):
+class Creation(Response):
     """An ASGI response that does all its work when it is sent."""
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Uploaded files, and batches of the requests that they hold."""

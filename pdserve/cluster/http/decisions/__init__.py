@@ -1,0 +1,1 @@
+"""Decisions: questions about an input, answered by probabilities instead of text."""

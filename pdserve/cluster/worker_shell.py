@@ -405,14 +405,15 @@ class WorkerShell:
             log.exception("%s cannot tell the router", self.worker)
 
     def _undelivered(self, address: Address, messages: list[object]) -> None:
-        """A peer takes nothing more: hand-offs go back to the router, streams end."""
+        """A peer takes nothing more: hand-offs go back to the router, streams end. A later attempt
+        may be here already, and is nobody's to end for the one before it."""
         for message in messages:
             if isinstance(message, Handoff):
                 request = message.request
                 error = ErrorInfo("worker_lost", f"decode at {address.host} did not take it")
                 self._to_router(Failed(request.request, request.attempt, error))
             elif isinstance(message, PromptDelta):
-                self._submit(Cancel(message.request))
+                self._submit(Cancel(message.request, message.attempt))
                 error = ErrorInfo("worker_lost", f"the gateway at {address.host} did not take it")
                 self._to_router(Failed(message.request, message.attempt, error))
             elif isinstance(message, TokenBatch):
@@ -423,7 +424,7 @@ class WorkerShell:
 
     def _cancel_all(self, deltas: Sequence[TokenDelta]) -> None:
         for delta in deltas:
-            self._submit(Cancel(delta.request))
+            self._submit(Cancel(delta.request, delta.attempt))
 
     # ── watching ─────────────────────────────────────────────────────────────────────────────────
 

@@ -64,7 +64,7 @@ class Admission:
         self.set_workers(0)  # nobody has come yet
 
     def set_workers(self, count: int) -> None:
-        """So many prefill now."""
+        """So many begin prompts now."""
         self._pace.set_workers(count)
 
     def answered(self, tokens: int, elapsed_ns: int) -> None:

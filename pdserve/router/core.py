@@ -222,7 +222,10 @@ class RouterCore:
         worker = self._heard(report.worker, now_ns)
         if worker is None:
             return []
+        was_draining = worker.draining
         self.state.fleet.apply(report, worker)
+        if worker.draining != was_draining:
+            self._count_workers()
         for chunk in report.chunks:
             self._on_chunk(worker, chunk, now_ns)
         for attained in report.attained:
@@ -481,7 +484,7 @@ class RouterCore:
             if isinstance(order, SkipJoin):
                 order.set_workers(self.state.fleet.prefill_count)
         self._goal.set_workers(self.state.fleet.prefill_count)
-        self._admission.set_workers(self.state.fleet.prefill_count)
+        self._admission.set_workers(self.state.fleet.serving_count())
 
 
 def _may_fail(entry: Entry) -> tuple[WorkerId | None, ...]:

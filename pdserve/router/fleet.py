@@ -455,6 +455,14 @@ class Fleet:
         self.settle()
         return self._openings.bits(now_ns)
 
+    def serving_count(self) -> int:
+        """Workers that begin prompts now: none where all of them leave, and none while nobody takes
+        streams, since a prompt is dispatched together with its way on. Linear."""
+        staying = [worker for worker in self._ordered if not worker.draining]
+        if not any(worker.decodes for worker in staying):
+            return 0
+        return sum(worker.prefills for worker in staying)
+
     def has_store(self, store: Address) -> bool:
         """Whether any worker still speaks for that store node's host."""
         return any(worker.hello.store == store for worker in self._workers.values())

@@ -66,8 +66,8 @@ class Pace:
             samples.popleft()
 
     def set_workers(self, count: int) -> None:
-        """So many there are now. While there is none, what waits says nothing of how fast those
-        are who come next."""
+        """So many serve now. While there is none, what waits says nothing of how fast those are who
+        come next."""
         if count == 0:
             self._samples.clear()
         self._is_served = count > 0

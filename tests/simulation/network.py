@@ -6,6 +6,9 @@ it; what was under way is lost. Duplicates and another order are what the layers
 end: they connect again and repeat what has no receipt, while other connections go on.
 
 A partition is of one direction between two hosts. Processes of one host always reach each other.
+The end of a connection crosses it as little as bytes do: who hung up, or died, has ended, and the
+other side goes on with a connection that leads nowhere until the way is open, or until its own
+kernel has had no answer for ``UNACKNOWLEDGED_NS``. What it writes meanwhile is lost.
 
 A kernel takes ``SOCKET_BYTES`` for who does not read; then the writer has to wait, as over TCP, and
 where nothing is read for ``UNACKNOWLEDGED_NS`` a connection to another host ends.
@@ -45,6 +48,18 @@ class Network:
 
     def block(self, source: str, target: str, until_ns: int) -> None:
         self._blocked[source, target] = until_ns
+        unanswered_ns = self.loop.now_ns + UNACKNOWLEDGED_NS
+        if until_ns > unanswered_ns:
+            crossing = [p for p in self.pairs if p.is_open and p.hosts == {source, target}]
+            self.loop.at(unanswered_ns, lambda: self._give_up(crossing), None)
+
+    def _give_up(self, pairs: list["Pair"]) -> None:
+        """No kernel has had an answer, quiet as the connection may have been. One direction is
+        enough for that: an answer needs both."""
+        for pair in pairs:
+            if pair.is_open and self.is_apart(*pair.hosts):
+                for end in pair.ends:
+                    end.fail(TimeoutError(110, "Connection timed out"))
 
     def heal(self) -> None:
         self._blocked.clear()
@@ -73,7 +88,7 @@ class Network:
     def cut_off(self, host: str) -> None:
         """Its processes are about to die, and no kernel is left to tell anybody elsewhere."""
         for pair in self.pairs:
-            if pair.is_open and {host} < {end.process.host for end in pair.ends}:
+            if pair.is_open and {host} < pair.hosts:
                 pair.cut_off()
 
     def break_all_to(self, process: SimProcess) -> None:
@@ -165,8 +180,9 @@ class Pair:
         self._is_cut_off = False
         self.ends = (End(self, client), End(self, server))
         self.ends[0].peer, self.ends[1].peer = self.ends[1], self.ends[0]
-        for process in (client, server):
-            process.on_death.append(self._died)
+        self.hosts = {client.host, server.host}
+        for end in self.ends:
+            end.process.on_death.append(partial(self._died, end))
 
     def open(self, protocol: Any, server_factory: Callable[[], Any]) -> None:
         client, server = self.ends
@@ -184,9 +200,9 @@ class Pair:
         loop = self.network.loop
         loop.at(loop.now_ns + UNACKNOWLEDGED_NS, self.reset, None)
 
-    def _died(self) -> None:
+    def _died(self, end: "End") -> None:
         if not self._is_cut_off:
-            self.reset()
+            end.fail(None)
 
     def reset(self) -> None:
         """Both ends learn of it; of what is under way a prefix arrives."""
@@ -194,7 +210,7 @@ class Pair:
             return
         self.is_open = False
         for end in self.ends:
-            end.lose(ConnectionResetError(104, "Connection reset by peer"))
+            end.hear_of_end()
 
 
 class End:
@@ -228,7 +244,8 @@ class End:
         blocked_ns = network.blocked_until_ns(source, target)
         if blocked_ns > now_ns + UNACKNOWLEDGED_NS and not self._severed:
             self._severed = True
-            network.loop.at(now_ns + UNACKNOWLEDGED_NS, self.pair.reset, None)
+            timed_out = TimeoutError(110, "Connection timed out")
+            network.loop.at(now_ns + UNACKNOWLEDGED_NS, lambda: self.fail(timed_out), None)
         if self._severed:  # a stream has no gaps: what follows the lost is lost, healed or not
             return
         when_ns = max(now_ns, blocked_ns) + network.delay_ns(source, target)
@@ -253,24 +270,28 @@ class End:
 
     def _reset_if_stuck(self, read_count: int) -> None:
         if self._unread > SOCKET_BYTES and self._read_count == read_count:
-            self.pair.reset()
+            self.peer.fail(TimeoutError(110, "Connection timed out"))
 
     def close(self) -> None:
         """What was written still arrives, then the peer sees the end."""
         if self._closing or self.lost:
             return
         self._closing = True
-        loop = self._network.loop
-        loop.at(
-            max(loop.now_ns, self.peer.arrives_ns) + 1, self.peer.end_of_file, self.peer.process
-        )
-        loop.at(loop.now_ns, lambda: self.lose(None), self.process)
+        network, peer, now_ns = self._network, self.peer, self._network.loop.now_ns
+        way_ns = network.blocked_until_ns(self.process.host, peer.process.host)
+        if self._severed or way_ns > now_ns + UNACKNOWLEDGED_NS:
+            network.loop.at(now_ns + UNACKNOWLEDGED_NS, peer.hear_of_end, None)
+        else:
+            network.loop.at(
+                max(way_ns, now_ns, peer.arrives_ns) + 1, peer.end_of_file, peer.process
+            )
+        network.loop.at(now_ns, lambda: self._lost(None), self.process)
 
     def abort(self) -> None:
-        self.pair.reset()
+        self.fail(None)
 
     def is_closing(self) -> bool:
-        return self._closing or self.lost or not self.pair.is_open
+        return self._closing or self.lost
 
     def pause_reading(self) -> None:
         self._paused = True
@@ -319,23 +340,43 @@ class End:
             self.protocol.buffer_updated(count)
             data = data[count:]
 
+    # ── how it ends ──────────────────────────────────────────────────────────────────────────────
+
     def end_of_file(self) -> None:
         self.pair.is_open = False
-        self.lose(None)
+        self._lost(None)
 
-    def lose(self, error: Exception | None) -> None:
-        """Once; what has not arrived by then never does."""
-        if self.lost:
-            return
+    def fail(self, error: Exception | None) -> None:
+        """This side has ended, now: it hung up, died, or has had no answer for too long."""
+        if self.pair.is_open and not self._closing:
+            self.pair.is_open = False
+            self.peer.hear_of_end()
+        self._closing = True
         loop = self._network.loop
-        if error is not None and self.peer.process.alive and self._network.dice.random() < 0.5:
-            when_ns = max(loop.now_ns, self.arrives_ns)  # all of it came before the end
+        loop.at(loop.now_ns, lambda: self._lost(error), self.process)
+
+    def hear_of_end(self) -> None:
+        """Some time; what has not arrived by then never does."""
+        network, now_ns = self._network, self._network.loop.now_ns
+        here, there = self.process.host, self.peer.process.host
+        way_ns, unanswered_ns = network.blocked_until_ns(there, here), now_ns + UNACKNOWLEDGED_NS
+        if way_ns > now_ns:
+            # What waits behind a partition is in the kernel of who has ended, and goes on only
+            # where that one has closed in order. Its end is not said twice: it may take until
+            # somebody asks.
+            self.is_deaf = self.is_deaf or network.dice.random() < 0.5
+            when_ns = way_ns + network.delay_ns(there, here)
+            if network.dice.random() < 0.5 and when_ns < unanswered_ns:
+                when_ns = network.dice.randrange(when_ns, unanswered_ns)
+            when_ns = min(when_ns, unanswered_ns)
+        elif self.peer.process.alive and network.dice.random() < 0.5:
+            when_ns = max(now_ns, self.arrives_ns)  # all of it came before the end
         else:
             # The news of a death travels as bytes do: two at once are not heard of at once.
-            here, there = self.process.host, self.peer.process.host
             source = here if self.peer.process.alive else there
-            when_ns = loop.now_ns + self._network.delay_ns(source, here)
-        loop.at(when_ns, lambda: self._lost(error), self.process)
+            when_ns = now_ns + network.delay_ns(source, here)
+        error = ConnectionResetError(104, "Connection reset by peer")
+        network.loop.at(when_ns, lambda: self._lost(error), self.process)
 
     def _lost(self, error: Exception | None) -> None:
         if not self.lost:

@@ -14,6 +14,9 @@ Who runs is not stopped for a claim: at full load there are always claims, and e
 prefill called back that had only just begun.
 
 A claim does not take the entry from its level: if its turn comes there first, so much the better.
+Such a dispatch stands until something of it is computed (``SkipJoin.yields``). Were it taken back
+before that for somebody shorter, the claim would begin again behind all that have come up since, as
+often as anybody shorter comes.
 """
 
 import math
@@ -59,8 +62,12 @@ class Rescue:
     def set_workers(self, count: int) -> None:
         self._workers = max(1, count)
 
+    def due_ns(self, entry: Entry) -> int:
+        """From when on it has a claim if it waits."""
+        return entry.arrived_ns + self._after_ns + round(self._ratio * entry.work_ns)
+
     def add(self, entry: Entry) -> None:
-        due_ns = entry.arrived_ns + self._after_ns + round(self._ratio * entry.work_ns)
+        due_ns = self.due_ns(entry)
         self._waiting[entry.id] = Claim(entry, entry.work_ns, due_ns)
         self._due.add(entry.id, due_ns)
         self._next_due_ns = min(self._next_due_ns, due_ns)

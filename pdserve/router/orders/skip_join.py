@@ -193,6 +193,8 @@ class SkipJoin(Order):
         standing = self._standings.get(running.id)
         if standing is not None and standing.rescued:
             return False
+        if not running.begun and self.preempts and self._rescue.due_ns(running) <= now_ns:
+            return False  # its turn came, and being taken back unbegun would be none
         if waiting.request.tenant == running.request.tenant:
             gain_ns = self._own_key_ns(running) - self._own_key_ns(waiting)
         else:

@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.cluster.worker_shell import BATCH_TOKENS_MAX, WorkerShell, in_batches
 from pdserve.config import ClusterConfig
-from pdserve.engine.outputs import Load, Output, ToDecode, ToGateway, ToRouter
+from pdserve.engine.outputs import Load, OfPrompt, Output, ToDecode, ToGateway, ToRouter
 from pdserve.errors import CapacityError, RankLost
 from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.lifecycle import Event
@@ -31,6 +31,7 @@ from pdserve.messages import (
     TokenDelta,
     WorkerFailed,
 )
+from pdserve.prompt_tasks import PromptDelta
 from pdserve.router_config import RouterConfig
 from tests.unit.router.build import address, hello, request
 from tests.unit.router.build import handoff as handoff_of
@@ -138,9 +139,23 @@ def test_tokens_that_find_no_room_end_their_streams_and_the_router_is_told() -> 
     """Or the gateway would wait for them until the deadline."""
     delta = TokenDelta(RequestId("r"), 2, 5, (Token(1),))
     submitted, (failed,) = refused(ToGateway(address("g"), delta))
-    assert submitted == [Cancel(RequestId("r"))]
+    assert submitted == [Cancel(RequestId("r"), 2)]
     assert isinstance(failed, WorkerFailed)
     assert (failed.request, failed.attempt, failed.error.kind) == ("r", 2, "worker_lost")
+
+
+def test_what_is_left_over_of_an_attempt_ends_no_later_one() -> None:
+    """Found by ``tests.simulation``: the gateway had asked again by the time its letters were given
+    up, and the attempt that then ran here was ended with the one before it."""
+    delta = TokenDelta(RequestId("r"), 0, 5, (Token(1),))
+    known = PromptDelta(RequestId("r"), 0)
+    outputs: list[Output] = [ToGateway(address("g"), delta), OfPrompt(address("g"), known)]
+    for output in outputs:
+        submitted, _ = refused(output)
+        (cancel,) = submitted
+        assert isinstance(cancel, Cancel)
+        assert cancel.covers(0)
+        assert not cancel.covers(1)
 
 
 def test_an_end_that_finds_no_room_is_told_before_the_report_of_it() -> None:

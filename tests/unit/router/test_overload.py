@@ -80,6 +80,22 @@ def test_who_comes_when_a_pool_is_back_is_not_refused_for_the_time_that_it_was_a
     assert not refused, refused[0].error
 
 
+@pytest.mark.parametrize("leaves", ["p0", "d0"])
+def test_a_pool_that_drains_has_no_pace_though_it_is_still_there(leaves: str) -> None:
+    """Found by ``tests.simulation``: the only worker left and waited for another one to take over
+    what it had parked, and who came meanwhile was predicted to wait for a minute."""
+    core, reporters = core_with(hello("p0"), hello("d0"))
+    leaver = next(each for each in reporters if each.hello.worker == leaves)
+    leaver.report(draining=True)
+    for number in range(20):
+        core.on_submit(request(f"r{number}", 600, deadline_ms=40_000), number * 100 * MS)
+    core.on_submit(request("later", 600, deadline_ms=40_000), 6 * S)
+    core.on_hello(hello(f"{leaves[0]}1"), 6 * S)
+    commands = core.on_submit(request("probe", 600, deadline_ms=40_000), 6 * S + 100 * MS)
+    refused = [c.message for c in commands if isinstance(c.message, Refused)]
+    assert not refused, refused[0].error
+
+
 def test_an_answers_time_is_the_usual_one_unless_it_may_have_fewer_tokens() -> None:
     answers = Answers()
     for _ in range(ANSWERS - 1):

@@ -151,6 +151,20 @@ def test_nobody_yields_to_a_claim_and_who_was_rescued_yields_to_nobody() -> None
     assert not order.yields(waiting, tiny, 0, 5000 * MS)
 
 
+def test_one_that_is_due_is_not_taken_back_before_anything_of_it_is_computed() -> None:
+    """Found by ``tests.simulation``: its turn had come before its claim was served, again and again
+    somebody shorter was sent in its place, and each time its claim was the youngest of all."""
+    order = _order()
+    long, tiny = entry("long", 500, order=0), entry("tiny", 1, at_ms=1999, order=1)
+    wait(order, long)
+    dispatch(order, long, 100)  # in its turn: due at 2000
+    wait(order, tiny)
+    assert order.yields(long, tiny, 0, 1999 * MS)
+    assert not order.yields(long, tiny, 0, 2000 * MS)
+    long.begun = True
+    assert order.yields(long, tiny, 0, 2000 * MS), "at a chunk's border it makes way as ever"
+
+
 # ── bounds ───────────────────────────────────────────────────────────────────────────────────────
 
 SIZES_MS = (1, 5, 20, 100, 500, 2000)

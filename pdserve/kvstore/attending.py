@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pdserve.errors import FrameError, PdserveError, StoreUnavailable
+from pdserve.ids import BlockKey
 from pdserve.kvstore import protocol
-from pdserve.kvstore.answers import WriteGrant
+from pdserve.kvstore.answers import ClaimGrant, WriteGrant
 from pdserve.kvstore.arena import Arena
 from pdserve.kvstore.arena_memory import ArenaMemory
 from pdserve.kvstore.core import StoreCore
@@ -111,16 +112,17 @@ def read_blocks(
 def fetch_blocks(
     core: StoreCore, arena: Arena, owner: OwnerId, message: protocol.FetchBlocks
 ) -> tuple[protocol.BlockHeaders, Body, Sent]:
-    """With what releases the blocks once their bytes are with the kernel."""
+    """With what notes the prompt, and releases the blocks, once their bytes are with the kernel."""
     if not 0 <= message.first <= len(message.keys) or message.count < 0:
         raise FrameError(
             f"{message.count} blocks from {message.first} on, of {len(message.keys)} keys"
         )
-    grant = core.claim(owner, message.keys)
+    grant = core.hold(owner, message.keys)
     count = min(message.count, max(0, len(grant.slots) - message.first))
     indices = range(message.first, message.first + count)
 
     def release() -> None:
+        note_asked(core, owner, message.keys, grant)
         if grant.claim and core.knows(owner):
             core.release(owner, grant.claim)
 
@@ -130,6 +132,13 @@ def fetch_blocks(
         release()
         raise
     return headers, body, release
+
+
+def note_asked(core: StoreCore, owner: OwnerId, keys: Sequence[BlockKey], held: ClaimGrant) -> None:
+    """A prompt asked for ``keys`` and got ``held``, which its connection holds as long as it lives:
+    a claim's second half, which changes the order of eviction, and which no answer waits for."""
+    if core.knows(owner):
+        core.slots.asked(keys, held.slots)
 
 
 async def send_late(connection: Connection, frame: Frame, answer: object, body: Body = ()) -> None:

@@ -461,8 +461,7 @@ class StoreCore:
             return ClaimGrant(0, (), (), has_tail=False)
         claim = self._new_id()
         self._owners[owner].claims[claim] = slots
-        generations = tuple(self._slots.generation(slot) for slot in slots)
-        return ClaimGrant(claim, tuple(slots), generations, has_tail)
+        return ClaimGrant(claim, tuple(slots), self._slots.generations(slots), has_tail)
 
     def _new_write(self, owner: OwnerId, write: Write, stored_count: int) -> WriteGrant:
         write_id = self._new_id()

@@ -15,6 +15,7 @@ so keys cannot be chosen so that they meet. A slot's lane is kept: removal looks
 import struct
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,10 +56,9 @@ class KeyMap:
         key: BlockKey = _KEY.unpack_from(self._keys, slot * BLOCK_KEY_BYTES)[0]
         return key
 
-    def joined(self, slots: NDArray[np.intp]) -> bytes:
+    def joined(self, slots: NDArray[np.integer[Any]]) -> bytes:
         """The keys of these slots, one behind the other."""
-        keys = np.frombuffer(self._keys, np.uint8).reshape(-1, BLOCK_KEY_BYTES)
-        return keys[slots].tobytes()
+        return np.frombuffer(self._keys, f"V{BLOCK_KEY_BYTES}").take(slots).tobytes()
 
     def set_key(self, slot: SlotId, key: BlockKey) -> None:
         """Of a slot that cannot be found."""
@@ -99,11 +99,20 @@ class KeyMap:
         """Whether one of ``keys``, which have the right length, can be found."""
         if len(keys) < BATCH_MIN:
             return any(self.find(key) is not None for key in keys)
-        _, _, there = self._candidates(keys)
+        _, _, there = self._candidates(keys, b"".join(keys))
         return bool(there.any()) or not self._overflow.keys().isdisjoint(keys)
 
     def _find_batch(self, keys: Sequence[BlockKey]) -> list[int]:
-        rows, slots, there = self._candidates(keys)
+        joined = b"".join(keys)
+        lanes = self._tagged(keys)[1]
+        if len(lanes) == len(keys):
+            # One candidate for each key, the usual case of a prefix that is stored: then all the
+            # keys are compared at once. Candidates in another order have other keys.
+            candidates = np.frombuffer(self._slots, np.uint32).take(lanes)
+            if self.joined(candidates) == joined:
+                usual: list[int] = candidates.tolist()
+                return usual
+        rows, slots, there = self._candidates(keys, joined)
         by_row = np.full(len(keys), -1, np.int64)
         by_row[rows[there]] = slots[there]
         found: list[int] = by_row.tolist()
@@ -115,19 +124,22 @@ class KeyMap:
             found[index] = slot
         return found
 
-    def _candidates(
-        self, keys: Sequence[BlockKey]
-    ) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.bool_]]:
-        """Whose tags are in their buckets: the key's place in ``keys``, the slot, and whether its
-        key is that one; three columns."""
-        wanted = np.frombuffer(b"".join(keys), np.uint64)
+    def _tagged(self, keys: Sequence[BlockKey]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """Whose tags are in their buckets: the key's place in ``keys``, and the lane."""
         hashes = np.fromiter(map(hash, keys), np.int64, len(keys))
         buckets = hashes % self._bucket_count
         tags = ((hashes >> _TAG_SHIFT) % _TAGS + 1).astype(np.uint8)
         words = np.frombuffer(self._tags, np.uint64).take(buckets)
         hits = (words.view(np.uint8).reshape(-1, LANES) == tags[:, None]).ravel().nonzero()[0]
         rows = hits >> 3
-        lanes = (buckets.take(rows) << 3) + (hits & 7)
+        return rows, (buckets.take(rows) << 3) + (hits & 7)
+
+    def _candidates(
+        self, keys: Sequence[BlockKey], joined: bytes
+    ) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.bool_]]:
+        """``_tagged``, with the slot in each lane, and whether its key is that one."""
+        wanted = np.frombuffer(joined, np.uint64)
+        rows, lanes = self._tagged(keys)
         slots = np.frombuffer(self._slots, np.uint32).take(lanes).astype(np.int64)
         column = np.frombuffer(self._keys, np.uint64)
         places, rows_at = 2 * slots, 2 * rows

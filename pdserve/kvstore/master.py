@@ -58,6 +58,9 @@ RETRY_S = 0.1
 MEMBERS_S = 0.25
 COPY_S = 30.0
 COPIES_LOOK_S = 1.0
+DRAINING_HEARD_S = 2.0
+"""Until a node that drains has said so itself; one that does not drain is not waited for longer."""
+
 LOCATE_KEYS_MAX = 65_536
 """Blocks of a million tokens."""
 
@@ -174,6 +177,7 @@ class Leader:
         source = self.core.host(message.store_id)
         if source is None:
             raise StoreError(f"{message.store_id} is no member of the store")
+        await self._draining_heard(message.store_id, until_s)
         moved = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + _left(until_s)):
@@ -186,6 +190,15 @@ class Leader:
                         moved += await self._copy(copy, until_s)
         self.core.counters["moved"] += moved
         return Vacated(moved, len(self.core.only_at(message.store_id)))
+
+    async def _draining_heard(self, store_id: StoreId, until_s: float) -> None:
+        """Until the node's own word is that it drains: its last blocks were told of before that, or
+        with it. Without this, what came a moment before the drain would be taken for moved."""
+        until_s = min(until_s, time.monotonic() + DRAINING_HEARD_S)
+        while (host := self.core.host(store_id)) is not None and not host.is_draining:
+            if time.monotonic() >= until_s:
+                break
+            await asyncio.sleep(POLL_S / 4)
 
     # ── members ──────────────────────────────────────────────────────────────────────────────────
 

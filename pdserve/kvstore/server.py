@@ -33,6 +33,7 @@ from pdserve.kvstore.attending import (
     Sent,
     fetch_blocks,
     lent,
+    note_asked,
     read_blocks,
     send_late,
 )
@@ -187,8 +188,10 @@ class StoreServer:
             match frame.message:
                 case protocol.OpenTicket():
                     answer = self._open_ticket(owner, connection, frame)
-                case protocol.ClaimPrefix():
-                    answer = self._claim(owner, connection, frame)
+                case protocol.ClaimPrefix(keys):
+                    answer = grant = self._claim(owner, connection, frame)
+                    if grant is not None and not self._operations.draining:
+                        sent = partial(note_asked, self._core, owner, keys, grant)
                 case admin.Prefetch(keys, tenant):
                     self._start(self._prefetch(keys, tenant))
                     answer = protocol.Done()
@@ -203,10 +206,8 @@ class StoreServer:
                     if self._ssd is not None and self._ssd.has_more(keys):
                         self._start(self._fetch_from_below(self._ssd, owner, connection, frame))
                         return None, (), None
-                    answer, body, release = fetch_blocks(
-                        self._core, self._arena, owner, frame.message
-                    )
-                    sent = partial(self._released, release)
+                    answer, body, sent = fetch_blocks(self._core, self._arena, owner, frame.message)
+                    sent = partial(self._released, sent)
                     if self._ssd is not None:
                         self._ssd.found(keys[: frame.message.first + len(answer.headers)])
                 case protocol.Fill():
@@ -328,9 +329,9 @@ class StoreServer:
     def _claim_present(
         self, owner: OwnerId, keys: Sequence[BlockKey], *, fetched: int = 0
     ) -> ClaimGrant:
-        """``fetched``: blocks that came up for it."""
+        """``fetched``: blocks that came up for it. The caller notes that they were asked for."""
         began_ns = time.perf_counter_ns()
-        grant = self._core.claim(owner, keys)
+        grant = self._core.hold(owner, keys)
         if self._ssd is not None:
             self._ssd.found(keys[: len(grant.slots)])
         self._operations.note_claim(
@@ -354,7 +355,8 @@ class StoreServer:
             return  # its connection has ended meanwhile
         answer: object
         try:
-            answer = self._claim_present(owner, message.keys, fetched=fetched)
+            answer = grant = self._claim_present(owner, message.keys, fetched=fetched)
+            note_asked(self._core, owner, message.keys, grant)
         except PdserveError as error:
             answer = ErrorInfo.of(error)
         self.settle()

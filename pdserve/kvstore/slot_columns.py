@@ -5,6 +5,7 @@ arrays do fastest; what looks at all slots uses numpy, over the same memory.
 """
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,9 @@ class SlotColumns:
 
     def generation(self, slot: SlotId) -> int:
         return self._generations[slot]
+
+    def generations(self, slots: Sequence[SlotId]) -> tuple[int, ...]:
+        return tuple(map(self._generations.__getitem__, slots))
 
     def parent(self, slot: SlotId) -> SlotId | None:
         parent = self._parents[slot]

@@ -155,15 +155,15 @@ class SlotTable(SlotColumns):
     def lookup(self, keys: Sequence[BlockKey]) -> list[SlotId]:
         """The slots of the longest prefix of ``keys`` that is in the index."""
         found = self._map.find_each(keys)
-        parents = self._parents
-        above = NO_PARENT
-        for index, slot in enumerate(found):
-            # The parent differs only where a caller mixes up its keys; pins must stay whole.
-            if slot < 0 or parents[slot] != above:
-                del found[index:]
-                break
-            above = slot
-        return found  # type: ignore[return-value]  # they are slots now
+        if found and found[-1] < 0:
+            found.pop()
+        # The parent differs only where a caller mixes up its keys; pins must stay whole.
+        parents = list(map(self._parents.__getitem__, found))
+        above = [NO_PARENT, *found[:-1]]
+        if parents != above[: len(parents)]:
+            is_wrong = [parent != slot for parent, slot in zip(parents, above, strict=True)]
+            del found[is_wrong.index(True) :]
+        return found  # type: ignore[return-value]  # they are slots
 
     def asked(self, keys: Sequence[BlockKey], prefix: Sequence[SlotId]) -> None:
         """A prompt asks for ``keys``, of which ``prefix`` is here, pinned."""
@@ -291,12 +291,13 @@ class SlotTable(SlotColumns):
 
     def pin(self, slots: Sequence[SlotId]) -> None:
         """One more pin for each; the slots are a whole prefix, or have pins already."""
-        states, pins = self._states, self._pins
+        states, pins, is_pinnable = self._states, self._pins, _IS_PINNABLE
         for slot in slots:
-            assert _IS_PINNABLE[states[slot]], self.state(slot)
-            if pins[slot] == 0:
+            assert is_pinnable[states[slot]], self.state(slot)
+            before = pins[slot]
+            if before == 0:
                 self._idle_count -= 1
-            pins[slot] += 1
+            pins[slot] = before + 1
 
     def unpin(self, slots: Sequence[SlotId]) -> None:
         """One pin fewer for each; what nobody can find and nobody holds becomes free."""

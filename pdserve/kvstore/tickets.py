@@ -206,7 +206,9 @@ class TicketBook:
         return expired
 
     def next_deadline_ns(self) -> int | None:
-        return min((ticket.deadline_ns for ticket in self._queue), default=None)
+        if not self._queue:  # as after nearly every event
+            return None
+        return min(ticket.deadline_ns for ticket in self._queue)
 
     def _free_reserved(self, ticket: Ticket) -> None:
         while ticket.reserved:

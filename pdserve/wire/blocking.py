@@ -58,6 +58,7 @@ _AHEAD_BYTES = 20 << 10
 """A frame's start is read with so much of what follows, which is copied: cheaper than another call
 of the kernel for a block of 16 KiB, and not much for a large one."""
 _DROP_BYTES = 256 << 10
+_NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Wait:
 
     def for_all(self) -> "Wait":
         """The same for what cannot be cancelled half-way."""
-        return Wait(self.until_s, self.limit_s)
+        return self if self.cancelled is None else Wait(self.until_s, self.limit_s)
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded."""
@@ -109,7 +110,7 @@ class BlockingConnection:
         self._body_left = 0  # of the answer that was begun
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._ahead_start = self._ahead_end = 0
-        self._unsent = memoryview(b"")  # of a post
+        self._unsent = _NOTHING  # of a post
         self._files: list[int] | None = None  # where those go that come with an awaited answer
         self._poll = select.poll()
         self._poll.register(connected, select.POLLRDHUP)
@@ -174,7 +175,7 @@ class BlockingConnection:
         head = pack_head(Kind.MESSAGE, call, data, sum(map(len, views)))
         name = type(message).__name__
         with self._ends_on_failure(name, wait):
-            unsent, self._unsent = self._unsent, memoryview(b"")
+            unsent, self._unsent = self._unsent, _NOTHING
             self._send_all([*body_views([unsent]), memoryview(head), *views], wait.for_all())
         self._awaited.append((call, name))
         return call
@@ -274,7 +275,10 @@ class BlockingConnection:
 
     def _read_ahead(self, count: int, wait: Wait) -> None:
         """Have ``count`` bytes in the buffer. What is there already survives a cancellation."""
-        if len(self._ahead) - self._ahead_start < count:
+        if self._ahead_start == self._ahead_end:
+            # Empty: its whole length takes what comes, or half of all small blocks would not fit.
+            self._ahead_start = self._ahead_end = 0
+        elif len(self._ahead) - self._ahead_start < count:
             rest = bytes(self._ahead[self._ahead_start : self._ahead_end])
             self._ahead[: len(rest)] = rest
             self._ahead_start, self._ahead_end = 0, len(rest)

@@ -109,8 +109,8 @@ class ForgetsClaims(StoreCore):
         super().__init__(*arguments, **options)
         self._promised: dict[int, list[SlotId]] = {}
 
-    def claim(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
-        return self._granted(owner, super().claim(owner, keys))
+    def hold(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
+        return self._granted(owner, super().hold(owner, keys))
 
     def adopt(self, owner: OwnerId, ticket_id: TicketId) -> ClaimGrant:
         return self._granted(owner, super().adopt(owner, ticket_id))

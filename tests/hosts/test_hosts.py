@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,10 @@ def secrets_of_hosts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextlib.contextmanager
-def node_on(host: Host, network: Network, name: str, *secrets: str) -> Iterator[str]:
-    """A store node; its address as JSON."""
+def node_on(
+    host: Host, network: Network, name: str, *secrets: str, more: Sequence[str] = ()
+) -> Iterator[str]:
+    """A store node; its address as JSON. ``more``: of its command line."""
     files = {"authority": "authority.pem", "certificate": "member.pem", "key": "member.key"}
     arguments = [
         word
@@ -61,12 +63,34 @@ def node_on(host: Host, network: Network, name: str, *secrets: str) -> Iterator[
         *("--directory", str(network.local / name), "--tcp-host", host.address),
         *("--arena-bytes", str(ARENA_BYTES), "--block-bytes", str(BLOCK_BYTES)),
         *arguments,
+        *more,
         environment=ENVIRONMENT,
     )
-    with _ends(node):
-        assert node.stdout is not None
-        line = node.stdout.readline()
-        assert line, f"the node ended with {node.wait(60)}"
+    with _address_of(node) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def master_on(host: Host, network: Network) -> Iterator[str]:
+    """A master of stores; where it listens, as host:port."""
+    directory = network.local / "master"
+    master = host.start(
+        *(sys.executable, "-m", "pdserve.kvstore.master_process"),
+        *("--directory", str(directory), "--metadata", str(network.local / "members.sqlite")),
+        *("--tcp-host", host.address),
+        environment=ENVIRONMENT,
+    )
+    with _address_of(master) as address:
+        yield json.loads(address)["tcp"]
+
+
+@contextlib.contextmanager
+def _address_of(process: subprocess.Popen[str]) -> Iterator[str]:
+    """As JSON, which it says once it serves."""
+    with _ends(process):
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"it ended with {process.wait(60)}"
         yield json.dumps(json.loads(line)["address"])
 
 
@@ -139,6 +163,43 @@ def test_blocks_cross_hosts_and_only_tls_hides_them(
         if tls:
             with peer_on(two, address) as stranger:
                 assert stranger("read near 12")["error"] == "StoreUnavailable"
+
+
+def test_a_host_that_is_drained_leaves_its_blocks_to_the_other_and_may_lose_its_power(
+    hosts: Network,
+) -> None:
+    """By the command, a moment after the last blocks came."""
+    one, two = hosts.hosts["one"], hosts.hosts["two"]
+    with contextlib.ExitStack() as ending:
+        begin = ending.enter_context
+        master = begin(master_on(two, hosts))
+        first, second = (
+            begin(node_on(host, hosts, name, more=("--store-id", name, "--masters", master)))
+            for host, name in ((one, "goes"), (two, "stays"))
+        )
+        writer, reader = begin(peer_on(one, first)), begin(peer_on(two, second))
+        assert reader("put own 12") == BLOCKS
+        wait_for("both to be members", lambda: "2 members" in _stat(two, second))
+        assert writer("put hot 12") == BLOCKS
+        assert reader("read hot 12") == 0
+        said = _kv(two, "drain", "goes", "--timeout-s", "60", "--node", json.loads(first)["tcp"])
+        assert "12 blocks of goes were copied" in said, said
+        assert "goes" in said.splitlines()[-1], said
+        assert writer("read hot 12") == 0, "it finds nothing while it drains"
+        assert reader("read hot 12") == reader("read own 12") == BLOCKS
+        one.power_off()
+        assert reader("read hot 12") == BLOCKS
+    one.boot()
+
+
+def _kv(host: Host, *words: str) -> str:
+    """What ``pdserve kv`` prints there."""
+    command = (sys.executable, "-m", "pdserve.cluster.cli", "kv", *words)
+    return host.run(*command, environment=ENVIRONMENT)
+
+
+def _stat(host: Host, address: str) -> str:
+    return _kv(host, "stat", "--node", json.loads(address)["tcp"])
 
 
 def test_a_lossy_network_delays_blocks_and_changes_none(hosts: Network) -> None:

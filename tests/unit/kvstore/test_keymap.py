@@ -109,3 +109,17 @@ def test_keys_of_a_full_bucket_are_found_alone_and_together_until_they_are_remov
         assert known.find_each(keys[slot:]) == [-1]
         assert not known.has_any([keys[slot]] * BATCH_MIN)
     known.check([])
+
+
+def test_who_has_the_bucket_and_the_tag_of_another_is_not_taken_for_it() -> None:
+    """Of 4,000 strangers some sixty have both: as many candidates as keys, and the bytes decide."""
+    there = KeyMap(SLOTS)
+    for slot in map(SlotId, range(SLOTS)):
+        there.set_key(slot, key(slot))
+        there.add(slot)
+    expected = [slot % SLOTS for slot in range(BATCH_MIN)]
+    known = [key(slot) for slot in expected]
+    assert there.find_each(known) == expected
+    for number in range(1000, 5000):
+        assert there.find_each([*known, key(number)]) == [*expected, -1]
+        assert there.find_each([key(number), *known]) == [-1]

@@ -6,9 +6,8 @@
     gateway ◄───────────────── TokenBatch ─────────────────── decode ◄──Resume── router
 
 Only dataclasses, enums, tuples, dicts of plain values and optional fields: ``wire.codec`` turns
-them into msgpack and checks every type on the way back. Those that are made for every request or
-report are frozen to the type checker alone (``values``). KV data never travels in a message; keys,
-tickets and addresses do.
+them into msgpack and checks every type on the way back. Those made for every request or report are
+frozen to the type checker alone (``values``). KV never travels in a message, only who has it where.
 
 Token indices: ``tokens[:prompt_tokens]`` is the client's prompt; what follows was generated.
 *Offset* 0 is the first generated token of the request, over all attempts.
@@ -392,6 +391,7 @@ class Hello:
     chunk_tokens: int
     pid: int
     store_has_disk: bool = False
+    fetches: bool = False  # prefixes from the stores of other hosts, where that is sooner
     place: tuple[str, ...] = ()  # of its host, coarse to fine: zone, rack; empty: nobody said
 
 

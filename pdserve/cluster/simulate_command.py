@@ -106,6 +106,7 @@ def settings_of(
         store_tokens=(
             config.store.arena_bytes // costs.kv_token_bytes if config.store.offload else 0
         ),
+        fetches=config.store.master != "off",
         contention=profile.contention,
         timeout_s=config.gateway.request_timeout_s,
         seed=seed,

@@ -157,6 +157,7 @@ class WorkerShell:
             pid=os.getpid(),
             store_has_disk=self._config.store.ssd_directory is not None,
             place=self._place,
+            fetches=remote is not None,
         )
         self._ahead = FetchingAhead(store, self._host)
         self._watching = client

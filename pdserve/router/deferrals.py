@@ -46,8 +46,7 @@ class Deferrals:
         self._serial = 0
         self._key_basis: object = None  # of all keys looked up
         self._next_ns: float = math.inf  # nobody has waited enough before
-        self._awaited_bits = 0  # no other worker is waited for
-        self._some_group_left = False  # so that fewer may be
+        self._awaited_bits = 0  # no other worker is waited for; some of these perhaps no more
 
     def __len__(self) -> int:
         return len(self._aside)
@@ -77,7 +76,6 @@ class Deferrals:
         self._next_ns = min(self._next_ns, until_ns)
 
     def remove(self, entry: Entry) -> None:
-        """What was waited for because of it is forgotten with the next who goes back."""
         self._take(entry.id)
         self._ends.remove(entry.id)
 
@@ -96,13 +94,10 @@ class Deferrals:
             if wanting is not None:
                 due = [self._take(wanting.id)]
                 self._ends.remove(wanting.id)
+            else:
+                self._forget_unwanted()
         next_ns = self._ends.next_ns()
         self._next_ns = math.inf if next_ns is None else next_ns
-        if self._some_group_left:
-            self._some_group_left = False
-            self._awaited_bits = 0
-            for awaited_bits in self._groups:
-                self._awaited_bits |= awaited_bits
         return [one.entry for one in due]
 
     def _take(self, request: RequestId) -> _Aside:
@@ -113,8 +108,14 @@ class Deferrals:
         group.count -= 1
         if not group.count:
             del self._groups[group.awaited_bits]
-            self._some_group_left = True
         return one
+
+    def _forget_unwanted(self) -> None:
+        """Workers for which nobody waits any more. Groups come and go all the time, so this is done
+        only where one of those workers is open, and has been taken for waited for."""
+        self._awaited_bits = 0
+        for awaited_bits in self._groups:
+            self._awaited_bits |= awaited_bits
 
     def _first_for(self, open_bits: int) -> Entry | None:
         """The one with the least key of those who wait for any of these workers."""

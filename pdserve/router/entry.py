@@ -36,6 +36,7 @@ class Entry:
     preempting: bool = False  # a Preempt is on its way
     hits: Hits | None = None  # while it waits: who has how much of it, by that version of the index
     hits_version: int = -1
+    stored_blocks: int = 0  # by that version: leading ones that workers of other hosts may fetch
     watched: BlockKey | None = None  # while it waits: the next block that nobody has
     bound_to: WorkerId | None = None  # chosen on arrival, where placement is not late
     prefill: WorkerId | None = None

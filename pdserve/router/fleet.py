@@ -154,6 +154,7 @@ class Fleet:
         self.shares = settings.mode != "disaggregated"  # some workers do both
         self.mixed = False  # more than one namespace
         self.is_placed = False  # somebody says where it is
+        self.fetches = False  # everybody fetches from other hosts' stores what that is sooner for
         self.far_ratio = settings.far_ratio
         self.distances: dict[int, Floats] = {}
         """Of all slots from a slot; ``pairing`` writes them, and they are forgotten when somebody
@@ -228,6 +229,7 @@ class Fleet:
         others = (self._ordered[0], self._ordered[-1])  # unless it is alone, one is another
         self.mixed |= any(other.hello.namespace != hello.namespace for other in others)
         self.is_placed |= bool(hello.place)
+        self.fetches = hello.fetches and (self.fetches or len(self._ordered) == 1)
         self.distances.clear()
         self.block_tokens = hello.block_tokens
         self._recount_prefilling(worker)
@@ -265,7 +267,6 @@ class Fleet:
     ) -> None:
         """From now on it does this. What it has of its former work is the caller's to move."""
         slot = worker.slot
-        worker.stands_in = stands_in
         self._by_role[worker.hello.role].remove(worker)
         worker.hello = replace(worker.hello, role=role)
         insort(self._by_role[role], worker, key=_id_of)
@@ -276,9 +277,10 @@ class Fleet:
         self.index.version += 1  # of whom it is asked has changed
         if prefills != worker.prefills:
             self.index.forget(slot)  # it did not listen, or will not
-        worker.prefills, worker.decodes = prefills, decodes
+        worker.prefills, worker.decodes, worker.stands_in = prefills, decodes, stands_in
         self._clear(slot)
-        self.hands_off[slot] = prefills and role is Role.PREFILL and not stands_in
+        does_both = stands_in or self.aggregated
+        self.hands_off[slot] = prefills and role is Role.PREFILL and not does_both
         for other in self._ordered:  # when others are open depends on whether there are several
             self.changed(other)
         self._recount()
@@ -311,6 +313,7 @@ class Fleet:
         self.shares = self._mode != "disaggregated" or somebody_stands_in
         self.mixed = len({worker.hello.namespace for worker in self._ordered}) > 1
         self.is_placed = any(worker.hello.place for worker in self._ordered)
+        self.fetches = all(worker.hello.fetches for worker in self._ordered)
         self.distances.clear()
         self._set_largest(max(decoding, key=_pool_tokens, default=None))
 
@@ -410,6 +413,11 @@ class Fleet:
         return self._lasts.slot()
 
     @property
+    def prefill_end(self) -> int:
+        """Behind the last slot that prefills: what is asked of those alone looks no further."""
+        return self.prefill_bits.bit_length()
+
+    @property
     def open_ns(self) -> Floats:
         """When each slot takes a prompt, as far as it is settled; infinite: it has no room."""
         return self._openings.opens_ns
@@ -432,7 +440,7 @@ class Fleet:
     def open_slots(self, instant_ns: float) -> NDArray[np.intp]:
         """Of those who take another prompt by then, ascending."""
         self.settle()
-        return (self.open_ns <= instant_ns).nonzero()[0]
+        return (self.open_ns[: self.prefill_end] <= instant_ns).nonzero()[0]
 
     def is_another_open_by(self, instant_ns: float, *, but: int) -> bool:
         """Whether a worker takes another prompt by then, the one at a slot left aside."""

@@ -1,10 +1,14 @@
 """Where a request goes: one price, in time, for every prefill worker; then a decode worker.
 
-    price(w) = wait at w + prefill of what w has not cached
+    price(w) = wait at w + the least of  prefill of what w has not cached
+                                         fetch of what another host has + prefill of the rest
                + hand-off, if another worker is to decode + what its streams lose, if w decodes too
 
 Cache hits, load, speed and interference in one currency, so none of them needs a weight. What a
-worker has cached is what its device pool and its host's store have together.
+worker has cached is what its device pool and its host's store have together. What only another
+host's store has it fetches where that is sooner than computing it (``engine.restoring``); so the
+price is that of what the worker will do. Mooncake's Algorithm 1 decides this by a ratio of prefix
+lengths, set by hand; here it follows from what the two take.
 
 Prices are compared over all workers at once, free or not. Where one that is not free yet would do
 the request cheaper and sooner (it has the prefix, say), the request is *deferred*: it waits for
@@ -161,35 +165,62 @@ def _paired(
 
 
 def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floats:
-    """What the request costs at each worker from the moment it begins there; infinite at those
-    that take no prompts."""
-    if len(hits) == 1:
-        works_ns: Floats | float = float(_work_ns(fleet, entry, hits[0][0], block_tokens))
-    else:
-        # The widest group first; only what differs from it needs to be written one by one.
-        widest = max(hits, key=_width)
-        works_ns = np.empty(len(fleet.slow))
-        works_ns.fill(_work_ns(fleet, entry, widest[0], block_tokens))  # faster than np.full
-        for hit in hits:
-            if hit is not widest:
-                works_ns[slots_of(hit[1])] = _work_ns(fleet, entry, hit[0], block_tokens)
-    if not fleet.shares:
-        return fleet.slow * works_ns
-    kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
-    own_ns = (fleet.slow + fleet.streams) * works_ns
-    if entry.request.task is not None:
-        return own_ns
-    own_ns += fleet.hands_off * fleet.costs.handoff.time_ns(kv_bytes)
+    """What the request costs at each worker from the moment it begins there, by slot, up to the
+    last of those that take prompts; infinite at those that take none."""
+    count = fleet.prefill_end
+    supplies = [supply(fleet, entry, hit[0], block_tokens) for hit in hits]
+    slow = fleet.slow[:count]
+    if fleet.shares:
+        slow = slow + fleet.streams[:count]
+    own_ns: Floats = slow * _by_slot(count, hits, [one.work_ns for one in supplies])
+    if any(one.fetch_ns for one in supplies):
+        own_ns += _by_slot(count, hits, [one.fetch_ns for one in supplies])
+    if fleet.shares and entry.request.task is None:
+        kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
+        own_ns += fleet.hands_off[:count] * fleet.costs.handoff.time_ns(kv_bytes)
     return own_ns
 
 
-def _width(hit: tuple[int, int]) -> int:
-    return hit[1].bit_count()
+def _by_slot(count: int, hits: Hits, values: list[int]) -> Floats | float:
+    """``values``: one for each group of ``hits``."""
+    if len(hits) == 1:
+        return float(values[0])
+    widths = [bits.bit_count() for _, bits in hits]
+    widest = widths.index(max(widths))
+    spread = np.empty(count)
+    spread.fill(values[widest])  # faster than np.full; what differs is written one by one
+    for index, hit in enumerate(hits):
+        if values[index] != values[widest]:
+            spread[slots_of(hit[1])] = values[index]
+    return spread
 
 
-def _work_ns(fleet: Fleet, entry: Entry, blocks: int, block_tokens: int) -> int:
+class Supply:
+    """How a worker comes by a prompt's KV. No dataclass, for the reason of ``Choice``."""
+
+    __slots__ = ("cached_tokens", "fetch_ns", "work_ns")
+
+    def __init__(self, cached_tokens: int, work_ns: int, fetch_ns: int) -> None:
+        self.cached_tokens = cached_tokens  # that it does not compute
+        self.work_ns = work_ns  # of computing the others
+        self.fetch_ns = fetch_ns  # of those that another host has; 0: nothing is fetched
+
+
+def supply(fleet: Fleet, entry: Entry, blocks: int, block_tokens: int) -> Supply:
+    """Of a worker that has so many leading blocks: it fetches or recomputes, whichever is sooner.
+    Of equals it fetches, as workers do, which leaves them free."""
+    costs, total_tokens = fleet.costs, entry.total_tokens
     cached_tokens = usable_tokens(entry, blocks, block_tokens)
-    return fleet.costs.prefill_ns(entry.total_tokens - cached_tokens, cached_tokens)
+    work_ns = costs.prefill_ns(total_tokens - cached_tokens, cached_tokens)
+    if entry.stored_blocks > blocks:
+        stored_tokens = usable_tokens(entry, entry.stored_blocks, block_tokens)
+        fetched_bytes = costs.kv_token_bytes * (stored_tokens - cached_tokens)
+        if fetched_bytes > 0:
+            fetch_ns = costs.handoff.time_ns(fetched_bytes)
+            rest_ns = costs.prefill_ns(total_tokens - stored_tokens, stored_tokens)
+            if fetch_ns + rest_ns <= work_ns:
+                return Supply(stored_tokens, rest_ns, fetch_ns)
+    return Supply(cached_tokens, work_ns, 0)
 
 
 def lead_ns(fleet: Fleet, entry: Entry) -> int:
@@ -230,21 +261,21 @@ def place(
     one = fleet.only_open_slot(open_by_ns) if only is None else only.slot
     others: tuple[tuple[WorkerId, int], ...] = ()
     if len(hits) == 1 and not (fleet.shares or fleet.mixed or fleet.is_explained):
-        slot, price_ns = _first_done_alike(
-            fleet, float(_work_ns(fleet, entry, hits[0][0], block_tokens)), now, one, open_by_ns
-        )
+        alike = supply(fleet, entry, hits[0][0], block_tokens)
+        slot, price_ns = _first_done_alike(fleet, alike, now, one, open_by_ns)
         if price_ns == math.inf:
             return None
     else:
         own_ns = own_costs(fleet, entry, hits, block_tokens)
         _rule_out(fleet, own_ns, decode, least_blocks, ends=ends)
         done_ns = _done_ns(fleet, own_ns, now)
-        slot = _first_done(fleet, done_ns, open_by_ns) if one is None else one
+        best = int(done_ns.argmin())
+        slot = _first_done(fleet, done_ns, best, open_by_ns) if one is None else one
         price_ns = own_ns.item(slot)
         if price_ns == math.inf:
             return None
-        if only is None and (len(hits) > 1 or fleet.shares):
-            deferred = _deferred(fleet, entry, own_ns, done_ns, slot, open_by_ns, now_ns)
+        if only is None and slot != best and (len(hits) > 1 or fleet.shares):
+            deferred = _deferred(fleet, entry, own_ns, done_ns, slot, best, open_by_ns, now_ns)
             if deferred is not None:
                 return deferred
         others = _others(fleet, done_ns, slot, now_ns)
@@ -263,14 +294,15 @@ def place(
     blocks = hits[0][0]
     if len(hits) > 1:
         blocks = next(blocks for blocks, bits in hits if bits >> slot & 1)
-    cached_tokens = usable_tokens(entry, blocks, block_tokens)
-    work_ns = fleet.costs.prefill_ns(entry.total_tokens - cached_tokens, cached_tokens)
+    supplied = supply(fleet, entry, blocks, block_tokens)
+    cached_tokens, fetch_ns = supplied.cached_tokens, supplied.fetch_ns
+    reason += ", fetches from another host" * (fetch_ns > 0)
     return Choice(
         prefill=prefill,
         decode=decode,
         cached_tokens=cached_tokens,
         uncached_tokens=entry.total_tokens - cached_tokens,
-        work_ns=round(work_ns * prefill.correction.factor),
+        work_ns=round(supplied.work_ns * prefill.correction.factor) + fetch_ns,
         price_ns=round(max(0.0, fleet.start_ns.item(slot) - now) + price_ns),
         reason=reason,
         others=others,
@@ -278,27 +310,32 @@ def place(
 
 
 def _first_done_alike(
-    fleet: Fleet, work_ns: float, now: float, one: int | None, open_by_ns: float
+    fleet: Fleet, alike: Supply, now: float, one: int | None, open_by_ns: float
 ) -> tuple[int, float]:
     """Where as much is cached everywhere: the slot where it would be done first, and its price
     there. Only those that are open are priced, and ``one`` alone if it is given."""
+    work_ns, fetch_ns = float(alike.work_ns), float(alike.fetch_ns)
     if one is not None:
-        return one, fleet.slow.item(one) * work_ns
+        return one, fleet.slow.item(one) * work_ns + fetch_ns
     slots = fleet.open_slots(open_by_ns)
     prices_ns: Floats = fleet.slow[slots] * work_ns
+    if fetch_ns:
+        prices_ns += fetch_ns
     first = int((np.maximum(fleet.start_ns[slots], now) + prices_ns).argmin())
     return int(slots[first]), prices_ns.item(first)
 
 
-def _first_done(fleet: Fleet, done_ns: Floats, open_by_ns: float) -> int:
-    """Of those that are open."""
+def _first_done(fleet: Fleet, done_ns: Floats, best: int, open_by_ns: float) -> int:
+    """Of those that are open; ``best``: of all."""
+    if fleet.open_ns.item(best) <= open_by_ns:
+        return best
     slots = fleet.open_slots(open_by_ns)
     return int(slots[done_ns[slots].argmin()])
 
 
 def _done_ns(fleet: Fleet, own_ns: Floats, now: float) -> Floats:
     """When the request would be done at each worker, once that is done with what it has."""
-    done_ns: Floats = np.maximum(fleet.start_ns, now)
+    done_ns: Floats = np.maximum(fleet.start_ns[: len(own_ns)], now)
     done_ns += own_ns
     return done_ns
 
@@ -309,7 +346,8 @@ def _others(
     """For people to read, so not where there are more workers than people look at."""
     if not fleet.is_explained:
         return ()
-    rest = [w for w in fleet.all() if w.slot != slot and done_ns[w.slot] < np.inf]
+    priced = (w for w in fleet.all() if w.slot < len(done_ns))
+    rest = [w for w in priced if w.slot != slot and done_ns[w.slot] < np.inf]
     rest.sort(key=lambda worker: done_ns[worker.slot])
     return tuple((w.id, int(done_ns[w.slot]) - now_ns) for w in rest[:OTHERS_MAX])
 
@@ -318,15 +356,16 @@ def _rule_out(
     fleet: Fleet, own_ns: Floats, decode: Worker | None, least_blocks: int, *, ends: bool
 ) -> None:
     """Price out the workers from which it could not go on; ``ends``: nor need it."""
+    count = len(own_ns)
     if fleet.shares:
         # Who decodes it itself needs the room for it; who does not, needs somebody who has.
-        own_ns[(fleet.hands_off == 0) & (fleet.room < least_blocks)] = np.inf
+        own_ns[(fleet.hands_off[:count] == 0) & (fleet.room[:count] < least_blocks)] = np.inf
         if decode is None and not ends:
-            own_ns[fleet.hands_off == 1] = np.inf
+            own_ns[fleet.hands_off[:count] == 1] = np.inf
     elif fleet.mixed and not ends:
         assert decode is not None
         for worker in fleet.all():
-            if worker.hello.namespace != decode.hello.namespace:
+            if worker.slot < count and worker.hello.namespace != decode.hello.namespace:
                 own_ns[worker.slot] = np.inf
 
 
@@ -336,16 +375,16 @@ def _deferred(
     own_ns: Floats,
     done_ns: Floats,
     slot: int,
+    best: int,
     open_by_ns: float,
     now_ns: int,
 ) -> Deferred | None:
-    """That it had better wait for a worker that is not open, rather than take ``slot``; None: not.
+    """That it had better wait for ``best``, which is not open, than take ``slot``; None: not.
 
     Worth it is only what makes the request itself cheaper: its prefix, or no streams to hold up. A
     shorter wait alone is a prediction, and being free is a fact. It waits for the best one, and for
     all that save at least half of what that one saves.
     """
-    best = int(done_ns.argmin())
     gain_ns = int(done_ns.item(slot) - done_ns.item(best))
     saved_ns = own_ns.item(slot) - own_ns.item(best)
     if gain_ns < MS or saved_ns <= 0:
@@ -356,7 +395,7 @@ def _deferred(
     if until_ns <= now_ns:
         return None
     saves = own_ns <= own_ns.item(best) + saved_ns / 2
-    return Deferred(until_ns, bits_of(saves & (fleet.open_ns > open_by_ns)))
+    return Deferred(until_ns, bits_of(saves & (fleet.open_ns[: len(own_ns)] > open_by_ns)))
 
 
 def _keeps(fleet: Fleet, entry: Entry, prefill: Worker, decode: Worker) -> bool:

@@ -120,6 +120,16 @@ class PrefixIndex:
             found.append((blocks, left))
         return tuple(found)
 
+    def stored_blocks(self, keys: Sequence[BlockKey]) -> int:
+        """How many leading blocks one store has, of the store that has most of them."""
+        in_stores = self._in_stores.get
+        having = -1  # bit set of the slots whose store has all so far: everybody's
+        for blocks, key in enumerate(keys):
+            having &= in_stores(key, 0)
+            if not having:
+                return blocks
+        return len(keys)
+
     def key_count(self, location: int | StoreId) -> int:
         at = self._locations.get(location)
         return 0 if at is None else len(at.keys)

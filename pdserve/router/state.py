@@ -113,7 +113,9 @@ class RouterState:
         """Who has how much of it. Whoever waits is asked again and again, so it is remembered."""
         hits, version = entry.hits, self.fleet.index.version
         if hits is None or entry.hits_version != version:
-            hits = entry.hits = self.fleet.hits(entry.request.block_keys)
+            keys = entry.request.block_keys
+            hits = entry.hits = self.fleet.hits(keys)
+            entry.stored_blocks = self.fleet.index.stored_blocks(keys) if self.fleet.fetches else 0
             entry.hits_version = version
         return hits
 

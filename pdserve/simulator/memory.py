@@ -1,19 +1,29 @@
 """A worker's device memory in blocks: what prompts hold, what streams may, what is cached."""
 
+from collections.abc import Sequence
+
 from pdserve.ids import BlockKey
 from pdserve.messages import Hello
+from pdserve.router.costs import CostModel
 from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
 from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.stores import HostStore
 
 
 class Memory:
     def __init__(
-        self, hello: Hello, cache: BlockCache, batch: Batch, store: BlockCache | None
+        self,
+        hello: Hello,
+        costs: CostModel,
+        cache: BlockCache,
+        batch: Batch,
+        store: HostStore | None,
     ) -> None:
         """``store``: of its host; None where it keeps nothing."""
         self.batch_blocks = hello.block_count  # what all others leave to the streams
         self._block_tokens = hello.block_tokens
+        self._costs = costs
         self._store = store
         self._cache = cache
         self._batch = batch
@@ -41,17 +51,48 @@ class Memory:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)  # ceil
 
-    def restore(self, attempt: Attempt) -> int:
-        """Tokens of its prefix that the host's store has, beyond the device's cache."""
+    def restore(self, attempt: Attempt, known_tokens: int | None, slow: float) -> int:
+        """Nanoseconds until what stores have of its prefix, beyond the device's cache, is here.
+
+        Args:
+            known_tokens: of its prefix, that the router knew of anywhere; None: it may know less
+                than there is.
+            slow: how many times as long as it should computing takes here.
+        """
         if self._store is None:
             return 0
         keys = self.cacheable(attempt)
-        own_blocks, store_blocks = self._cache.prefix_blocks(keys), self._store.prefix_blocks(keys)
-        if store_blocks <= own_blocks:
+        cached_blocks, blocks = self._cache.prefix_blocks(keys), self._store.prefix_blocks(keys)
+        restoring_ns = 0
+        if blocks > cached_blocks:
+            self._store.touch(keys[:blocks])
+            attempt.restored_blocks = blocks
+            restoring_ns = self._costs.host.time_ns(self._bytes(blocks - cached_blocks))
+        known_blocks = len(keys) if known_tokens is None else known_tokens // self._block_tokens
+        if max(blocks, cached_blocks) < known_blocks and self._store.others:
+            restoring_ns += self._fetch(attempt, keys, max(blocks, cached_blocks), slow)
+        return restoring_ns
+
+    def _fetch(
+        self, attempt: Attempt, keys: Sequence[BlockKey], own_blocks: int, slow: float
+    ) -> int:
+        """Nanoseconds that the blocks after its own take from another host; 0: none has more, or
+        computing them is sooner."""
+        assert self._store is not None
+        blocks = self._store.blocks_elsewhere(keys)
+        if blocks <= own_blocks:
             return 0
-        self._store.touch(keys[:store_blocks])
-        attempt.restored_blocks = store_blocks
-        return (store_blocks - own_blocks) * self._block_tokens
+        costs, size, tokens = self._costs, self._block_tokens, attempt.tokens
+        fetch_ns = costs.handoff.time_ns(self._bytes(blocks - own_blocks))
+        saved_ns = costs.prefill_ns(tokens - own_blocks * size, own_blocks * size)
+        saved_ns -= costs.prefill_ns(tokens - blocks * size, blocks * size)
+        if fetch_ns > saved_ns * slow:
+            return 0
+        attempt.restored_blocks = blocks
+        return fetch_ns
+
+    def _bytes(self, blocks: int) -> int:
+        return blocks * self._block_tokens * self._costs.kv_token_bytes
 
     def cacheable(self, attempt: Attempt) -> tuple[BlockKey, ...]:
         """The last token is always computed: its logits are what the first token is drawn from."""

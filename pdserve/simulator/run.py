@@ -14,7 +14,6 @@ where its chunks are reported, its last blocks travel, or it is preempted or par
 
 import gc
 import hashlib
-import heapq
 import math
 import random
 from collections.abc import Iterable
@@ -40,8 +39,8 @@ from pdserve.messages import (
     WorkerFailed,
 )
 from pdserve.router.core import Command, RouterCore, ToWorker
+from pdserve.simulator.agenda import Agenda
 from pdserve.simulator.attempt import Attempt, Job, Keys, Outcome
-from pdserve.simulator.caches import BlockCache
 from pdserve.simulator.neighbours import Neighbours
 from pdserve.simulator.pools import Pools
 from pdserve.simulator.result import Result, Sample, columns
@@ -52,6 +51,7 @@ from pdserve.simulator.settings import (
     SimulationSettings,
     Slowdown,
 )
+from pdserve.simulator.stores import stores_of
 from pdserve.simulator.surroundings import Action
 from pdserve.simulator.traces import Trace, some_tokens
 from pdserve.simulator.worker import Worker
@@ -100,8 +100,7 @@ class Simulation:
         self.now_ns = 0
         self._trace = trace
         self._settings = settings
-        self._heap: list[tuple[int, int, Action, Any]] = []
-        self._order = 0
+        self._agenda = Agenda()
         self._keys = Keys()
         self._chance = random.Random(settings.seed)
         self._stop = Stop(max_tokens=settings.max_tokens)
@@ -111,7 +110,7 @@ class Simulation:
         self._places: dict[tuple[Role, int], Worker] = {}  # who is there now, or was last
         self._busy_ns = 0  # of prefill workers that died
         self._came_count = 0
-        self._stores = [self._store() for _ in range(settings.hosts)]
+        self._stores = stores_of(settings, trace.block_tokens)
         crowded = range(settings.hosts if settings.contention > 1 else 0)
         self._neighbours = {host: Neighbours(settings.contention, self.at) for host in crowded}
         self._samples: list[Sample] = []
@@ -139,10 +138,10 @@ class Simulation:
 
     def run(self) -> Result:
         self._set_up()
-        heap, at_once = self._heap, 0
+        agenda, at_once = self._agenda, 0
         at_once_max = AT_ONCE_MAX + 10 * len(self._trace.requests)
-        while heap:
-            now_ns, _, action, argument = heapq.heappop(heap)
+        while len(agenda):
+            now_ns, action, argument = agenda.take()
             if now_ns == self.now_ns:
                 at_once += 1
                 assert at_once < at_once_max, f"time stands still: {''.join(self._log[-8:])}"
@@ -170,8 +169,7 @@ class Simulation:
             self.at(0, self._scale, self._pools)
 
     def at(self, when_ns: int, action: Action, argument: object) -> None:
-        self._order += 1
-        heapq.heappush(self._heap, (when_ns, self._order, action, argument))
+        self._agenda.add(when_ns, action, argument)
 
     @property
     def _over(self) -> bool:
@@ -188,7 +186,7 @@ class Simulation:
         if due_ns is None:
             due_ns = latest_ns
         elif (
-            len(self._heap) <= self._sampling
+            len(self._agenda) <= self._sampling
         ):  # nothing else is going to happen: only a deadline can end it
             latest_ns = due_ns
         self.at(max(now_ns + MS, min(due_ns, latest_ns)), self._tick, None)
@@ -201,7 +199,7 @@ class Simulation:
         if len(self._samples) >= SAMPLES_MAX:
             self._samples = self._samples[::2]
             self._sample_ns *= 2
-        self._sampling = len(self._heap) > self._ticking
+        self._sampling = len(self._agenda) > self._ticking
         if self._sampling:
             self.at(now_ns + self._sample_ns, self._sample, None)
 
@@ -369,6 +367,7 @@ class Simulation:
 
     def _add_worker(self, role: Role, index: int, *, slow: float) -> None:
         settings, host = self._settings, index % self._settings.hosts
+        store = self._stores[host]
         name = f"{role[0]}{index:05}" + (f"-{self._came_count}" if self.now_ns else "")
         self._came_count += 1
         hello = Hello(
@@ -383,8 +382,9 @@ class Simulation:
             running_max=settings.running_max if settings.decode else UNLIMITED_BLOCKS,
             chunk_tokens=settings.chunk_tokens,
             pid=self._came_count,
+            fetches=store is not None and bool(store.others),
         )
-        worker = Worker(hello, settings, self, self._stores[host], slow=slow)
+        worker = Worker(hello, settings, self, store, slow=slow)
         self._workers[hello.worker] = self._places[role, index] = worker
         if self._neighbours:
             self._neighbours[host].add(worker, self.now_ns)
@@ -396,12 +396,6 @@ class Simulation:
         if limit is None or (role is Role.DECODE and not settings.decode):
             return UNLIMITED_BLOCKS
         return max(2, limit // self._trace.block_tokens)
-
-    def _store(self) -> BlockCache | None:
-        limit = self._settings.store_tokens
-        if limit == 0:
-            return None
-        return BlockCache(None if limit is None else limit // self._trace.block_tokens)
 
     def _fail(self, now_ns: int, failure: Failure) -> None:
         if self._over:

@@ -99,6 +99,10 @@ class SimulationSettings:
     store_tokens: int | None = 0
     """KV that a host's store keeps for the workers there; None: no limit, 0: no store."""
 
+    fetches: bool = True
+    """Whether workers fetch from the stores of other hosts what that is sooner for than computing
+    it, as they do where the store has a master."""
+
     contention: float = 1.0
     """How many times as long everything takes at a worker while all others of its host work."""
 

@@ -38,6 +38,7 @@ from pdserve.simulator.engine import Engine
 from pdserve.simulator.memory import Memory
 from pdserve.simulator.reports import REPORT_NS_MAX, Reporter, Said, out_of_blocks, parked
 from pdserve.simulator.settings import UNLIMITED_BLOCKS, SimulationSettings
+from pdserve.simulator.stores import HostStore
 from pdserve.simulator.surroundings import Surroundings
 
 
@@ -47,7 +48,7 @@ class Worker:
         hello: Hello,
         settings: SimulationSettings,
         surroundings: Surroundings,
-        store: BlockCache | None,
+        store: HostStore | None,
         *,
         slow: float = 1.0,
     ) -> None:
@@ -69,7 +70,7 @@ class Worker:
         self._prompts: deque[Attempt] = deque()
         self._waiting: deque[Attempt] = deque()
         self._adopting = 0
-        self._memory = Memory(hello, self.cache, self._batch, store)
+        self._memory = Memory(hello, settings.costs, self.cache, self._batch, store)
         self._version = 0  # of the plan; the events of older ones are void
         self._watched = False  # a regular report is scheduled
 
@@ -127,7 +128,7 @@ class Worker:
         self._plan()
 
     def die(self, now_ns: int) -> None:
-        """With everything it holds. Clients keep what was sent by then."""
+        """With all that it holds. Clients keep what was sent by then."""
         self.engine.advance_before(now_ns)
         self.alive = False
         self._version += 1
@@ -157,9 +158,8 @@ class Worker:
         self._hold(attempt, now_ns)
         if not self._fits(attempt, now_ns):
             return
-        restored_tokens = self._memory.restore(attempt)
-        if restored_tokens:  # it comes in while others compute
-            attempt.ready_ns = now_ns + self._host_ns(restored_tokens)
+        restoring_ns = self._memory.restore(attempt, dispatch.cached_tokens, self.engine.slow)
+        attempt.ready_ns = now_ns + restoring_ns  # it comes in while others compute
         attempt.ahead_of = dispatch.ahead_of
         self._line_up(attempt)
         if self._go_ahead(attempt, now_ns) or self._begin_next(now_ns):

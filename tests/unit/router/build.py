@@ -108,6 +108,7 @@ def hello(
     block_count: int = 1000,
     running_max: int = 64,
     disk: bool = False,
+    fetches: bool = False,
 ) -> Hello:
     """A worker called p… prefills, one called d… decodes."""
     return Hello(
@@ -123,6 +124,7 @@ def hello(
         chunk_tokens=chunk_tokens,
         pid=1,
         store_has_disk=disk,
+        fetches=fetches,
     )
 
 

@@ -45,6 +45,17 @@ def test_another_hosts_store_is_nothing_to_a_worker() -> None:
     assert index.hits(DOCUMENT, BOTH) == ((0, 0b01), (8, 0b10))
 
 
+def test_one_store_has_a_prefix_and_not_two_together() -> None:
+    index = _index(8)
+    index.join(1, OTHER)
+    index.update(STORE, DOCUMENT[:3], ())
+    index.update(OTHER, DOCUMENT[3:], ())
+    assert index.stored_blocks(DOCUMENT) == 3  # nor does the pool count that has all
+    index.update(OTHER, DOCUMENT[:3], ())
+    assert index.stored_blocks(DOCUMENT) == 8
+    assert index.stored_blocks(()) == 0
+
+
 def test_everything_may_be_there_and_nothing() -> None:
     assert _index(8).hits(DOCUMENT, 1) == ((8, 1),)
     assert _index(8).hits((), 1) == ((0, 1),)
@@ -183,6 +194,11 @@ class IndexMachine(RuleBasedStateMachine):
     def _ask(self, prompt: tuple[bytes, ...]) -> None:
         slots = sum(1 << slot for slot in self.store_of)
         assert self.index.hits(prompt, slots) == self._expected(prompt)  # type: ignore[arg-type]
+        stores = [set(self.held[store]) for store in set(self.store_of.values())]
+        stored = [
+            next((i for i, k in enumerate(prompt) if k not in s), len(prompt)) for s in stores
+        ]
+        assert self.index.stored_blocks(prompt) == max(stored, default=0) or not stores  # type: ignore[arg-type]
 
     def _expected(self, prompt: tuple[bytes, ...]) -> Hits:
         bits: dict[int, int] = {}

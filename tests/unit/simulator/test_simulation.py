@@ -125,6 +125,25 @@ def test_a_store_shares_prefixes_between_the_workers_of_its_host_and_fetching_ta
     assert without.ttft_s[1] == pytest.approx(0.170, abs=1e-6)
 
 
+def test_what_another_host_has_is_fetched_where_that_is_sooner_than_computing_it() -> None:
+    blocks = tuple(range(10))
+    # The second prompt keeps the worker busy that computed the first; the third goes to the other.
+    trace = trace_of((0.0, 170, 1), (1.0, 500, 1), (1.001, 170, 1), blocks=(blocks, (), blocks))
+
+    def last_ttft_s(fetch_s: float, **changes: object) -> float:
+        costs = replace(COSTS, handoff=MoveCost(fixed_s=fetch_s, bytes_per_s=1e15))
+        base = settings(costs=costs, prefill_workers=2, hosts=2, store_tokens=None, decode=False)
+        result = simulate(trace, replace(base, **changes))  # type: ignore[arg-type]
+        return float(result.ttft_s[2])
+
+    assert last_ttft_s(0.020) == pytest.approx(0.020 + 0.010, abs=1e-6)
+    assert last_ttft_s(0.161) == pytest.approx(0.170, abs=1e-6)  # computing takes 160 ms
+    assert last_ttft_s(0.020, fetches=False) == pytest.approx(0.170, abs=1e-6)
+    assert last_ttft_s(0.020, store_tokens=0) == pytest.approx(0.170, abs=1e-6)
+    # The router believes that fetching takes no time; the worker knows better.
+    assert last_ttft_s(0.161, predicted=COSTS) == pytest.approx(0.170, abs=1e-6)
+
+
 def test_when_memory_is_short_the_latest_stream_is_parked_and_ends_all_the_same() -> None:
     trace = trace_of((0.0, 32, 200), (0.0, 32, 200))
     result = simulate(trace, settings(decode_tokens=16 * 16))

@@ -79,6 +79,7 @@ def document(facts: Facts, *, version: str, paths: Iterable[str], keys: bool) ->
                 **comparing.schemas(facts),
                 **decisions.schemas(facts),
                 **message_schemas(facts),
+                **batches.schemas(),
             }
         },
     }

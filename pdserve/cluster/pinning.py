@@ -27,7 +27,8 @@ UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 WAITING_MAX = 256
 """Prompts of one gateway that wait for their pin; more go without."""
 
-ANSWER_S = 2.0
+ANSWER_S = 10.0
+"""Of a store that is busy; nobody waits for it."""
 
 
 def lifetime_ms_of(text: str) -> int | None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from pdserve import clock
 from pdserve.clock import MS, US, S
-from pdserve.errors import ConfigError, DeadlineExceeded, ErrorInfo, PdserveError, StepFailed
+from pdserve.errors import ConfigError, DeadlineExceeded, ErrorInfo, PdserveError
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import (
@@ -47,9 +47,9 @@ from pdserve.router.duties import Duty
 from pdserve.router.ended import EndedBook
 from pdserve.router.endings import (
     drop,
+    fail,
     free_orphans,
     free_ticket,
-    lose,
     lose_storeless,
     lose_with,
 )
@@ -270,8 +270,7 @@ class RouterCore:
             self.state.counters["stale_events"] += 1
             return self._ended.undelivered(failed.request, failed.attempt, worker)
         self.state.counters["worker_failures"] += 1
-        by_step = failed.error.kind == StepFailed.kind
-        commands = lose(self.state, entry, worker, now_ns, implicated=by_step, alone=failed.alone)
+        commands = fail(self.state, entry, failed, worker, now_ns)
         return commands + planner.plan(self.state, now_ns)
 
     def on_worker_lost(self, worker: WorkerId, now_ns: int, *, left: bool = False) -> list[Command]:

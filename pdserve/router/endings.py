@@ -3,15 +3,17 @@
 A cancel goes to every worker that may have something of the request; one that has nothing ignores
 it. Parked is the exception: no worker has it, and its blocks stay pinned in a store until somebody
 uses their ticket. Only decode workers do that, so one is made to take the request up and told to
-stop, in one breath; where there is none, the next to come is.
+stop, in one breath; where there is none, the next to come is. A request may end while its ticket is
+on the way to who takes it up: who that was is remembered, in case that it dies first.
 """
 
-from pdserve.ids import WorkerId
+from pdserve.errors import StepFailed
+from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event, Phase
-from pdserve.messages import Cancel, Handoff, Lost, Resume
+from pdserve.messages import Cancel, Handoff, Lost, Resume, WorkerFailed
 from pdserve.router.commands import Command, ToGateway, ToWorker
-from pdserve.router.ended import EndedBook
-from pdserve.router.entry import Entry
+from pdserve.router.ended import KEPT_NS, EndedBook
+from pdserve.router.entry import Entry, Unconfirmed
 from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
 from pdserve.router.suspicion import deaths_in_place, implicated
@@ -26,6 +28,8 @@ def drop(
     holders = dict.fromkeys(h for h in (entry.prefill, entry.decode) if h is not None)
     handoff = entry.handoff
     attempt = entry.request.attempt
+    if entry.resumed is not None and entry.decode is not None:
+        state.unconfirmed.append(Unconfirmed(entry.resumed, entry.decode, now_ns))
     state.leave(entry, event, counter, now_ns)
     if handoff is not None:
         return free_ticket(state, handoff)
@@ -44,23 +48,30 @@ def lose(
     *,
     implicated: bool = False,
     alone: bool = False,
+    lives: bool = False,
 ) -> list[Command]:
     """Its worker cannot go on with it: the gateway is told, and the other end, if any.
 
     Args:
         implicated, alone: as in ``Lost``.
+        lives: the worker said so itself.
     """
-    # With whom it was to be resumed: its ticket may be unused, and is its writer's, who lives.
-    resumed = entry.resumed if entry.decode == worker else None
     commands: list[Command] = [
         command
         for command in drop(state, entry, Event.WORKER_LOST, "lost", now_ns)
         if not (isinstance(command, ToWorker) and command.worker == worker)
     ]
-    if resumed is not None:
-        commands += free_ticket(state, resumed, but=worker)
+    commands += _free_unconfirmed(state, worker, now_ns, request=entry.id, lives=lives)
     lost = Lost(entry.id, entry.request.attempt, worker, implicated, alone)
     return [*commands, ToGateway(entry.request.reply_to, lost)]
+
+
+def fail(
+    state: RouterState, entry: Entry, failed: WorkerFailed, worker: WorkerId, now_ns: int
+) -> list[Command]:
+    """Its worker says that it cannot go on with it."""
+    by_step = failed.error.kind == StepFailed.kind
+    return lose(state, entry, worker, now_ns, implicated=by_step, alone=failed.alone, lives=True)
 
 
 def lose_with(
@@ -72,10 +83,10 @@ def lose_with(
         ended: of all workers.
         died: of something that it had, perhaps; else it lives, and was only not heard.
     """
+    commands = _free_unconfirmed(state, worker.id, now_ns)
     has_drained = worker.draining and not worker.held
     held = [state.entries[request] for request in worker.held]
     suspects = {e.id: deaths_in_place(e) for e in implicated(held, worker.id)} if died else {}
-    commands: list[Command] = []
     for entry in held:
         others = (deaths for other, deaths in suspects.items() if other != entry.id)
         commands += lose(
@@ -116,13 +127,17 @@ def lose_storeless(state: RouterState, now_ns: int) -> list[Command]:
 
 
 def free_ticket(
-    state: RouterState, handoff: Handoff, *, but: WorkerId | None = None
+    state: RouterState,
+    handoff: Handoff,
+    *,
+    failed_by: WorkerId | None = None,
+    lives: bool = False,
 ) -> list[Command]:
     """Nobody will resume this. Preferably not at a worker that drains, which might hand it back
-    before it reads the cancel, nor where a later attempt is to run; never at ``but``, which is
-    lost."""
+    before it reads the cancel, nor where a later attempt is to run, nor where it has failed; never
+    there unless that worker ``lives``."""
     request = handoff.request
-    workers = [worker for worker in state.fleet.all() if worker.decodes and worker.id != but]
+    workers = [w for w in state.fleet.all() if w.decodes and (lives or w.id != failed_by)]
     if not workers:
         state.orphans.append(handoff)
         return []
@@ -131,6 +146,7 @@ def free_ticket(
         key=lambda w: (
             w.draining,
             request.request in w.streams,
+            w.id == failed_by,
             w.id != handoff.route.decode,
             w.id,
         ),
@@ -138,6 +154,36 @@ def free_ticket(
     return [
         ToWorker(choice.id, Resume(handoff)),
         ToWorker(choice.id, Cancel(request.request, request.attempt)),
+    ]
+
+
+def _free_unconfirmed(
+    state: RouterState,
+    worker: WorkerId,
+    now_ns: int,
+    *,
+    request: RequestId | None = None,
+    lives: bool = False,
+) -> list[Command]:
+    """Tickets that ``worker`` was to take up and may not have: they are their writers', who live.
+    Linear in those.
+
+    Args:
+        request: whose; None: all of that worker.
+    """
+    found: list[Unconfirmed] = []
+    for _ in range(len(state.unconfirmed)):
+        each = state.unconfirmed.popleft()
+        if each.at_ns + KEPT_NS <= now_ns:
+            continue
+        if each.worker == worker and request in (None, each.handoff.request.request):
+            found.append(each)
+        else:
+            state.unconfirmed.append(each)
+    return [
+        command
+        for each in found
+        for command in free_ticket(state, each.handoff, failed_by=worker, lives=lives)
     ]
 
 

@@ -60,3 +60,13 @@ class Entry:
     def uncomputed_tokens(self) -> int:
         """Of its prefill; at least 1, because the last token is always computed."""
         return max(1, self.total_tokens - max(self.computed_tokens, self.cached_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Unconfirmed:
+    """A parked request's ticket that ``worker`` was sent and has not said to have adopted; the
+    request itself has ended, or has another attempt."""
+
+    handoff: Handoff
+    worker: WorkerId
+    at_ns: int

@@ -83,7 +83,8 @@ def _make_way(state: RouterState, now_ns: int) -> list[Command]:
         keys_ns[slot] = -math.inf
         is_short = first.uncached_tokens <= worker.chunk_tokens
         if is_short and _may_give_way(state, last, worker):
-            if _tokens_ahead(first, last, worker) > worker.chunk_tokens:
+            share = 1 - state.lines.of(last).kept_share(last, now_ns)
+            if _tokens_ahead(first, last, worker) > share * worker.chunk_tokens:
                 continue  # in a chunk's time it is its turn
             step = _ahead(state, first, last, worker, now_ns)
             if step is not None:

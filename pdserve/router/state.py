@@ -22,7 +22,7 @@ from pdserve.messages import ChunkDone, Decision, Handoff, Request, ServiceClass
 from pdserve.router.costs import CostModel
 from pdserve.router.deadlines import Deadlines
 from pdserve.router.decode_base import DecodeOrder
-from pdserve.router.entry import Entry
+from pdserve.router.entry import Entry, Unconfirmed
 from pdserve.router.fleet import Fleet, Worker
 from pdserve.router.growth import Growth
 from pdserve.router.lines import Lines
@@ -82,6 +82,7 @@ class RouterState:
         self.look_again_ns: int | None = None  # when somebody has waited enough for a better worker
         self.deadlines = Deadlines()
         self.orphans: deque[Handoff] = deque(maxlen=ORPHANS_MAX)  # tickets to be freed
+        self.unconfirmed: deque[Unconfirmed] = deque(maxlen=ORPHANS_MAX)  # their requests are gone
         self.patience = Deadlines()  # of those who wait for their first dispatch
         self.tenants = TenantQueues(settings.tenant_weights)
         self.dispatched_work_ns = 0  # predicted, of all dispatches so far

@@ -7,6 +7,7 @@ that need a real server, a real grammar or a socket.
 
 import json
 import logging
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,10 @@ def goes_on(
 def refused(answer: httpx.Response, field: str | None, status: int = 400) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
+    if answer.request.url.path.startswith("/v1/messages"):
+        assert set(error) - {"details"} == {"message", "type"}
+        assert field is None or field in error["message"], error
+        return
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == field, error
 
@@ -234,7 +239,7 @@ def test_no_path_is_open_that_should_not_be(tmp_path: Path) -> None:
         ]
         operations += [("get", path, [{}]) for path in ("/openapi.json", "/docs", "/redoc", "/no")]
         for method, path_, security in operations:
-            target = path_.format(response_id="x", model="x")
+            target = re.sub(r"\{\w+\}", "x", path_)
             for headers in ({}, {"authorization": "Bearer wrong"}):
                 answer = client.request(method, target, headers=headers)
                 if security == []:

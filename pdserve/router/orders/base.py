@@ -62,6 +62,10 @@ class Order(ABC):
     def key_ns(self, entry: Entry, now_ns: int) -> float:
         """Where it would stand if it waited now with what it has left: smaller goes first."""
 
+    def kept_share(self, running: Entry, now_ns: int) -> float:
+        """The part of every chunk that ``running`` keeps while it lets others go first."""
+        return 0.0
+
     @abstractmethod
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
         """Whether ``running`` should stop at its next chunk boundary so that ``waiting`` goes

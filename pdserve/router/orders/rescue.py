@@ -48,7 +48,7 @@ class Rescue:
     def __init__(self, *, after_ns: int, ratio: float, share: float) -> None:
         self._after_ns = after_ns
         self._ratio = ratio
-        self._share = share
+        self.share = share
         self._workers = 1
         self._due = Deadlines()
         self._next_due_ns = math.inf  # nobody is due before
@@ -109,7 +109,7 @@ class Rescue:
         for claim in sorted(claims, key=lambda claim: (claim.due_ns, claim.entry.order)):
             self._refill(max(claim.due_ns, self._credit_at_ns))
             debt_ns = max(0.0, -self._credit_ns)
-            rate = self._share * self._workers
+            rate = self.share * self._workers
             claim.bound_ns = self._credit_at_ns + round((self._claimed_ns + debt_ns) / rate)
             self._claims[claim.entry.id] = claim
             self._claimed_ns += claim.work_ns
@@ -120,7 +120,7 @@ class Rescue:
     def _refill(self, now_ns: int) -> None:
         """Credit does not pile up: an idle hour must not pay for a storm of rescues. But what is
         earned while a claim waits for the pieces that run is not lost to those behind it."""
-        rate = self._share * self._workers
+        rate = self.share * self._workers
         most_ns = rate * PIECE_MAX_NS if self._claims else 0.0
         self._credit_ns = min(most_ns, self._credit_ns + (now_ns - self._credit_at_ns) * rate)
         self._credit_at_ns = now_ns

@@ -189,6 +189,11 @@ class SkipJoin(Order):
         """Among its tenant's. It falls as its work shrinks, and its level with it."""
         return max(entry.virtual_ns, tag_ns) - self.ladder.boosts_ns[entry.level]
 
+    def kept_share(self, running: Entry, now_ns: int) -> float:
+        """Who waited would have a claim by now, to as much of the pool's time; who has begun has no
+        claim, and others that come for ever would leave it nothing."""
+        return self._rescue.share if self._rescue.due_ns(running) <= now_ns else 0.0
+
     def yields(self, running: Entry, waiting: Entry, margin_ns: int, now_ns: int) -> bool:
         standing = self._standings.get(running.id)
         if standing is not None and standing.rescued:

@@ -7,7 +7,8 @@ from pdserve.clock import S
 from pdserve.errors import ErrorInfo
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event
-from pdserve.messages import WorkerFailed
+from pdserve.messages import Request, WorkerFailed
+from pdserve.router.core import RouterCore
 from pdserve.router.ended import ENDED_MAX, KEPT_NS, EndedBook
 from tests.unit.router.build import (
     add,
@@ -81,6 +82,37 @@ def test_a_ticket_is_freed_elsewhere_where_its_taker_is_lost_until_that_one_has_
             "g0 <- lost r/0 with d1",
         ]
         core.state.check()
+
+
+def _resumed_at_d1() -> tuple[RouterCore, Request]:
+    """Parked at d0, which is open again, and on its way to d1."""
+    core, (p0, d0) = core_with(hello("p0"), hello("d0"))
+    asked = request("r", 32)
+    core.on_submit(asked, 0)
+    p0.event(asked, Event.PREFILL_DONE)
+    d0.report(draining=True)
+    core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
+    add(core, hello("d1"))
+    d0.report()
+    return core, asked
+
+
+def test_a_ticket_on_its_way_is_freed_after_its_request_has_ended_if_its_taker_is_lost() -> None:
+    for lost_ns, is_freed in ((S, True), (KEPT_NS, False)):
+        core, asked = _resumed_at_d1()
+        assert told(core.on_cancel(asked.request, 0)) == ["d1 <- cancel r/0"]
+        freed = ["d0 <- resume r, decode d0", "d0 <- cancel r/0"]
+        assert told(core.on_worker_lost(WorkerId("d1"), lost_ns)) == (freed if is_freed else [])
+        assert not core.state.unconfirmed
+
+
+def test_a_ticket_is_freed_by_who_failed_to_take_it_up_if_nobody_else_can() -> None:
+    core, asked = _resumed_at_d1()
+    core.on_worker_lost(WorkerId("d0"), 0)
+    failed = WorkerFailed(asked.request, 0, ErrorInfo("store_unavailable", "x"))
+    commands = told(core.on_failed(failed, WorkerId("d1"), 0))
+    assert commands[:2] == ["d1 <- resume r, decode d0", "d1 <- cancel r/0"]
+    assert not core.state.orphans
 
 
 def test_a_worker_that_has_drained_takes_nothing_with_it() -> None:

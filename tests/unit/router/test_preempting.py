@@ -2,11 +2,14 @@
 
 import pytest
 
+from pdserve.clock import MS, S
 from pdserve.ids import RequestId
 from pdserve.lifecycle import Event
 from pdserve.router import state
 from pdserve.router.core import RouterCore
+from pdserve.router_config import RouterConfig
 from tests.unit.router.build import (
+    FAR_MS,
     Reporter,
     core_with,
     hello,
@@ -137,3 +140,45 @@ def test_one_that_took_more_than_its_quantum_falls_a_level() -> None:
     assert entry.level == 7
     p0.chunk(asked, 1400, elapsed_ms=1)
     assert entry.level == 7, "it rose above a level it was demoted to"
+
+
+CHUNK_TOKENS, SHORT_TOKENS = 128, 64
+
+
+def test_who_has_begun_is_computed_however_many_shorter_ones_come() -> None:
+    """Two that fill a chunk come with every chunk; from its claim's instant on it keeps a part."""
+    believed = RouterConfig(
+        prefill_tokens_per_s=1000,
+        gamma_per_s=0.001,
+        worker_silence_ms=FAR_MS,
+        rescue_after_ms=1000,
+        rescue_ratio=1.0,
+    )
+    core, (p0, _) = core_with(hello("p0", chunk_tokens=CHUNK_TOKENS), hello("d0"), config=believed)
+    long = request("long", 1500)
+    core.on_submit(long, 0)
+    left = {long.request: 1500}
+    known = {long.request: long}
+    now_ns = 0
+    for round_ in range(200):
+        budget = CHUNK_TOKENS
+        worker = core.state.fleet.get(p0.hello.worker)
+        assert worker is not None
+        now_ns += CHUNK_TOKENS * MS
+        for name in list(worker.prompts):
+            computed = min(budget, left[name])
+            budget -= computed
+            left[name] -= computed
+            if left[name] == 0:
+                core.on_cancel(name, now_ns)  # it is prefilled: for this test, gone
+            elif computed:
+                done = len(known[name].tokens) - left[name]
+                p0.chunk(known[name], done, elapsed_ms=computed, now_ns=now_ns)
+        if left[long.request] == 0:
+            break
+        for half in range(2):
+            short = request(f"s{round_}-{half}", SHORT_TOKENS)
+            left[short.request], known[short.request] = SHORT_TOKENS, short
+            core.on_submit(short, now_ns)
+    assert left[long.request] == 0, f"{left[long.request]} tokens are left after {now_ns / S:.0f} s"
+    assert now_ns < 10 * S

@@ -69,7 +69,7 @@ def _field(part: bytes) -> tuple[str, Field]:
     if value.partition(";")[0].strip().lower() != "form-data":
         raise RequestError("a field of the form is not form-data")
     said = {key.lower(): _plain(quoted, bare) for key, quoted, bare in _PARAMETER.findall(value)}
-    if not said.get("name"):
+    if "name" not in said:  # one that is empty is some field that nobody asks for
         raise RequestError("a field of the form has no name")
     return said["name"], Field(data, said.get("filename"))
 

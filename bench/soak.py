@@ -221,12 +221,13 @@ def measure_for(minutes: float, rate_per_s: float) -> Iterator[Row]:
         serve_for(url, min(1.0, minutes / 4), rate_per_s=PEAK * rate_per_s, seed=0)
         held_at_rest(url)
         pids = pids_of(url)
-        before = count(pids, url, kept)
+        before, looks = count(pids, url, kept), {pid: look_at(pid) for pid in pids}
         watch = Watch(pids)
         counts = serve_for(url, minutes, rate_per_s=rate_per_s, seed=SEED)
         watch.close()
         held = held_at_rest(url)
         after = count(pids, url, kept)
+        say_grown(pids, looks)
         failed = {what: times for what, times in counts.items() if what.startswith("failed")}
         for what, times in failed.items():
             say(f"{times} × {what}")
@@ -244,6 +245,17 @@ def measure_for(minutes: float, rate_per_s: float) -> Iterator[Row]:
             yield Row(title, now, "", "before", was, bar="≤ its value", holds=now <= was)
         left = sum(held.values())
         yield Row("held at rest", left, "", bar="≤ 0", holds=left == 0)
+
+
+def say_grown(pids: Mapping[int, str], before: Mapping[int, Look | None]) -> None:
+    """Which processes have more than they had."""
+    for pid, role in pids.items():
+        was, now = before[pid], look_at(pid)
+        if was is None or now is None:
+            continue
+        for name in ("files", "threads"):
+            if getattr(now, name) > getattr(was, name):
+                say(f"{role} {pid}: {getattr(was, name)} {name}, then {getattr(now, name)}")
 
 
 def slope_row(role: str, pid: int, points: Sequence[tuple[float, float]], minutes: float) -> Row:

@@ -21,6 +21,7 @@ from pdserve.cluster.http.batches.lines import (
     lines_of,
     written,
 )
+from pdserve.cluster.http.batches.routes import FORM_FIELDS
 from pdserve.cluster.http.batches.running import cancelled
 from pdserve.cluster.http.batches.states import (
     BatchState,
@@ -55,7 +56,7 @@ data = st.binary(max_size=60).filter(lambda each: BOUNDARY.encode() not in each)
 
 @given(fields=st.dictionaries(names, st.tuples(st.none() | names, data), min_size=1, max_size=5))
 def test_a_form_is_what_was_put_into_it(fields: dict[str, tuple[str | None, bytes]]) -> None:
-    found = fields_of_form(FORM, form(fields))
+    found = fields_of_form(FORM, form(fields), fields)
     assert {name: (each.filename, each.data) for name, each in found.items()} == fields
 
 
@@ -71,14 +72,23 @@ def test_a_broken_form_is_refused_or_read(
     cut = at % len(whole)
     for body in (whole[:cut], whole[:cut] + noise + whole[cut:]):
         with suppress(PdserveError):
-            fields_of_form(FORM, body)
+            fields_of_form(FORM, body, FORM_FIELDS)
+
+
+def test_of_a_form_only_known_fields_are_read_and_each_of_them_once() -> None:
+    once = form({"purpose": (None, b"batch"), "": (None, b"x")})
+    assert fields_of_form(FORM, once, FORM_FIELDS).keys() == {"purpose"}
+    twice = once.removesuffix(f"--{BOUNDARY}--\r\n".encode()) + once
+    assert fields_of_form(FORM, twice, ["no"]) == {}
+    with pytest.raises(PdserveError, match="purpose: appears twice"):
+        fields_of_form(FORM, twice, FORM_FIELDS)
 
 
 def test_a_form_that_is_cut_off_is_none() -> None:
     whole = form({"purpose": (None, b"batch"), "file": ("a", b"{}")})
     for end in range(len(whole) - len("--\r\n")):
         with pytest.raises(PdserveError):
-            fields_of_form(FORM, whole[:end])
+            fields_of_form(FORM, whole[:end], FORM_FIELDS)
 
 
 # ── lines ────────────────────────────────────────────────────────────────────────────────────────

@@ -3,12 +3,13 @@ and bounded: what two readers could understand differently is refused.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from pdserve.cluster.parameters import shown
 from pdserve.errors import InvalidField, RequestError
 
-PARTS_MAX = 32
+PARTS_MAX = 1000
 HEAD_BYTES_MAX = 4096
 
 _BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))\s*(?:;|$)', re.IGNORECASE)
@@ -31,8 +32,8 @@ class Field:
             raise InvalidField(name, "is not UTF-8") from None
 
 
-def fields_of_form(content_type: str, body: bytes) -> dict[str, Field]:
-    """By name.
+def fields_of_form(content_type: str, body: bytes, known: Collection[str]) -> dict[str, Field]:
+    """By name, those that are ``known``. As with other bodies, what nobody asks for is passed over.
 
     Raises:
         RequestError: it is no such form, or one that is cut off.
@@ -50,6 +51,8 @@ def fields_of_form(content_type: str, body: bytes) -> dict[str, Field]:
     fields: dict[str, Field] = {}
     for part in parts[:-1]:
         name, field = _field(part)
+        if name not in known:
+            continue
         if name in fields:
             raise InvalidField(shown(name).strip("'\""), "appears twice in the form")
         fields[name] = field

@@ -34,6 +34,7 @@ BATCHES_PAGE, BATCHES_PAGE_MAX = 20, 100
 KEEP_S_MIN, KEEP_S_MAX = 3600, 30 * 24 * 3600
 """Of a file that is uploaded with ``expires_after``."""
 
+FORM_FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 FILENAME_CHARACTERS_MAX = 255
 FORM_BYTES = 64 * 1024
 """What a form may have beside its file."""
@@ -54,7 +55,7 @@ def add_files(app: FastAPI, files: Files, config: GatewayConfig) -> None:
         if kind.partition(";")[0].strip().lower() != "multipart/form-data":
             raise HTTPException(415, f"content-type is {shown(kind)}, must be multipart/form-data")
         body = await read_bytes(request, config.batches.file_bytes_max + FORM_BYTES)
-        form = fields_of_form(kind, body)
+        form = fields_of_form(kind, body, FORM_FIELDS)
         for name in ("file", "purpose"):
             if name not in form:
                 raise InvalidField(name, "is missing")

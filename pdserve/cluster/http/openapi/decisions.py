@@ -46,7 +46,7 @@ def _only(required: dict[str, Schema], optional: dict[str, Schema]) -> Schema:
 _PART: Schema = {
     "anyOf": [
         object_of({"type": {"const": "input_text"}, "text": TEXT}),
-        object_of({"type": {"const": "input_json"}, "data": {"anyOf": [OBJECT, array_of(OBJECT)]}}),
+        object_of({"type": {"const": "input_json"}, "data": {"type": ["object", "array"]}}),
     ]
 }
 _MESSAGE = object_of({"role": {"enum": list(ROLES)}, "content": array_of(_PART)})

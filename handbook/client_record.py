@@ -105,6 +105,7 @@ CLIENTS = {
 
 
 def client_of(words: str) -> str:
+    words = words.replace("-", "_")
     return next((package for word, package in CLIENTS.items() if word in words), "")
 
 

@@ -126,6 +126,7 @@ def test_of_several_cases_of_a_test_the_worst_counts() -> None:
     ("test", "client", "kept"),
     [
         ("t.py::test_an_unchanged_client_works[litellm_client-x]", "litellm", "[litellm_client-x]"),
+        ("t.py::test_it_works[pydantic-ai-slim]", "pydantic-ai-slim", "works[pydantic-ai-slim]"),
         ("t.py::test_the_openai_sdk_streams[3-4]", "openai", "streams"),
         ("t.py::test_sixty_threads[a]", None, ""),
     ],

@@ -48,20 +48,17 @@ def lose(
     *,
     implicated: bool = False,
     alone: bool = False,
-    lives: bool = False,
 ) -> list[Command]:
     """Its worker cannot go on with it: the gateway is told, and the other end, if any.
 
     Args:
         implicated, alone: as in ``Lost``.
-        lives: the worker said so itself.
     """
     commands: list[Command] = [
         command
         for command in drop(state, entry, Event.WORKER_LOST, "lost", now_ns)
         if not (isinstance(command, ToWorker) and command.worker == worker)
     ]
-    commands += _free_unconfirmed(state, worker, now_ns, request=entry.id, lives=lives)
     lost = Lost(entry.id, entry.request.attempt, worker, implicated, alone)
     return [*commands, ToGateway(entry.request.reply_to, lost)]
 
@@ -71,7 +68,8 @@ def fail(
 ) -> list[Command]:
     """Its worker says that it cannot go on with it."""
     by_step = failed.error.kind == StepFailed.kind
-    return lose(state, entry, worker, now_ns, implicated=by_step, alone=failed.alone, lives=True)
+    commands = lose(state, entry, worker, now_ns, implicated=by_step, alone=failed.alone)
+    return _free_unconfirmed(state, worker, now_ns, request=entry.id) + commands
 
 
 def lose_with(
@@ -83,10 +81,10 @@ def lose_with(
         ended: of all workers.
         died: of something that it had, perhaps; else it lives, and was only not heard.
     """
-    commands = _free_unconfirmed(state, worker.id, now_ns)
     has_drained = worker.draining and not worker.held
     held = [state.entries[request] for request in worker.held]
     suspects = {e.id: deaths_in_place(e) for e in implicated(held, worker.id)} if died else {}
+    commands: list[Command] = []
     for entry in held:
         others = (deaths for other, deaths in suspects.items() if other != entry.id)
         commands += lose(
@@ -97,6 +95,7 @@ def lose_with(
             implicated=entry.id in suspects,
             alone=entry.id in suspects and is_alone(suspects[entry.id], others),
         )
+    commands = _free_unconfirmed(state, worker.id, now_ns) + commands
     if not has_drained:  # who has, went when all it had said had arrived
         for entry in _handed_over_by(state, worker.id):
             commands += lose(state, entry, worker.id, now_ns)
@@ -158,18 +157,13 @@ def free_ticket(
 
 
 def _free_unconfirmed(
-    state: RouterState,
-    worker: WorkerId,
-    now_ns: int,
-    *,
-    request: RequestId | None = None,
-    lives: bool = False,
+    state: RouterState, worker: WorkerId, now_ns: int, *, request: RequestId | None = None
 ) -> list[Command]:
     """Tickets that ``worker`` was to take up and may not have: they are their writers', who live.
     Linear in those.
 
     Args:
-        request: whose; None: all of that worker.
+        request: the one that it says to have failed; None: it is lost, with all of them.
     """
     found: list[Unconfirmed] = []
     for _ in range(len(state.unconfirmed)):
@@ -180,6 +174,7 @@ def _free_unconfirmed(
             found.append(each)
         else:
             state.unconfirmed.append(each)
+    lives = request is not None
     return [
         command
         for each in found

@@ -11,6 +11,7 @@ from pdserve.messages import Request, WorkerFailed
 from pdserve.router.core import RouterCore
 from pdserve.router.ended import ENDED_MAX, KEPT_NS, EndedBook
 from tests.unit.router.build import (
+    Reporter,
     add,
     address,
     core_with,
@@ -61,19 +62,25 @@ def test_a_hand_off_is_lost_with_the_worker_that_sent_it_until_decode_has_it() -
     core.state.check()
 
 
+def _resumed_at_d1() -> tuple[RouterCore, Request, Reporter]:
+    """Parked at d0, which is open again, and on its way to d1."""
+    core, (p0, d0) = core_with(hello("p0"), hello("d0"))
+    asked = request("r", 32)
+    core.on_submit(asked, 0)
+    p0.event(asked, Event.PREFILL_DONE)
+    d0.report(draining=True)
+    core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
+    d1 = add(core, hello("d1"))
+    d0.report()
+    core.state.check()
+    return core, asked, d1
+
+
 def test_a_ticket_is_freed_elsewhere_where_its_taker_is_lost_until_that_one_has_adopted_it() -> (
     None
 ):
     for adopted in (False, True):
-        core, (p0, d0) = core_with(hello("p0"), hello("d0"))
-        asked = request("r", 32)
-        core.on_submit(asked, 0)
-        p0.event(asked, Event.PREFILL_DONE)
-        d0.report(draining=True)
-        core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
-        d1 = add(core, hello("d1"))
-        d0.report()
-        core.state.check()
+        core, asked, d1 = _resumed_at_d1()
         if adopted:
             d1.event(asked, Event.ADOPTED)
         freed = ["d0 <- resume r, decode d0", "d0 <- cancel r/0"]
@@ -84,22 +91,9 @@ def test_a_ticket_is_freed_elsewhere_where_its_taker_is_lost_until_that_one_has_
         core.state.check()
 
 
-def _resumed_at_d1() -> tuple[RouterCore, Request]:
-    """Parked at d0, which is open again, and on its way to d1."""
-    core, (p0, d0) = core_with(hello("p0"), hello("d0"))
-    asked = request("r", 32)
-    core.on_submit(asked, 0)
-    p0.event(asked, Event.PREFILL_DONE)
-    d0.report(draining=True)
-    core.on_parked(handoff(asked, d0.hello), WorkerId("d0"), 0)
-    add(core, hello("d1"))
-    d0.report()
-    return core, asked
-
-
 def test_a_ticket_on_its_way_is_freed_after_its_request_has_ended_if_its_taker_is_lost() -> None:
     for lost_ns, is_freed in ((S, True), (KEPT_NS, False)):
-        core, asked = _resumed_at_d1()
+        core, asked, _ = _resumed_at_d1()
         assert told(core.on_cancel(asked.request, 0)) == ["d1 <- cancel r/0"]
         freed = ["d0 <- resume r, decode d0", "d0 <- cancel r/0"]
         assert told(core.on_worker_lost(WorkerId("d1"), lost_ns)) == (freed if is_freed else [])
@@ -107,7 +101,7 @@ def test_a_ticket_on_its_way_is_freed_after_its_request_has_ended_if_its_taker_i
 
 
 def test_a_ticket_is_freed_by_who_failed_to_take_it_up_if_nobody_else_can() -> None:
-    core, asked = _resumed_at_d1()
+    core, asked, _ = _resumed_at_d1()
     core.on_worker_lost(WorkerId("d0"), 0)
     failed = WorkerFailed(asked.request, 0, ErrorInfo("store_unavailable", "x"))
     commands = told(core.on_failed(failed, WorkerId("d1"), 0))

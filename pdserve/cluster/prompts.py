@@ -6,7 +6,7 @@ a thread, so that it does not hold up every stream of the gateway.
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pdserve.cluster.calls import Session
@@ -84,7 +84,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
             content = ""  # an assistant that called a tool need not have said anything
     # The developer role is OpenAI's newer word for system; templates know the older one.
     known = {"role": "system" if role == "developer" else role}
-    return {**message, **known, "content": _text(f"{where}.content", content)}
+    return {**message, **known, "content": joined_text(f"{where}.content", content, _part)}
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -114,12 +114,17 @@ def _call(where: str, call: Any) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _text(where: str, content: Any) -> str:
+def joined_text(where: str, content: Any, part_of: Callable[[str, Any], str]) -> str:
+    """A text, or a list of parts, each of which ``part_of`` makes text, given its path.
+
+    Raises:
+        InvalidField: it is neither.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise InvalidField(where, f"is {shown(content)}, must be text or a list of text parts")
-    return "\n".join(_part(f"{where}.{index}", part) for index, part in enumerate(content))
+    return "\n".join(part_of(f"{where}.{index}", part) for index, part in enumerate(content))
 
 
 def _part(where: str, part: Any) -> str:

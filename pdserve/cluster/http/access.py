@@ -105,6 +105,11 @@ def tenant_in(scope: Scope) -> str | None:
     return state.get("tenant")
 
 
+def owner_in(scope: Scope) -> str:
+    """Of what is kept for who asks; empty where there are no keys, and all is everybody's."""
+    return tenant_in(scope) or ""
+
+
 def _asked(scope: Scope) -> dict[str, str]:
     client = scope.get("client")
     return {

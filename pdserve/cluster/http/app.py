@@ -21,6 +21,7 @@ from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.calls import Session
 from pdserve.cluster.http.access import Access, note_for_audit, tenant_in
 from pdserve.cluster.http.asking import chat_asked, completion_asked
+from pdserve.cluster.http.batches.asking import Endpoints
 from pdserve.cluster.http.batches.wiring import add_batch_api
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.comparing.routes import add_comparisons
@@ -37,7 +38,8 @@ from pdserve.cluster.http.openapi.bodies import Facts
 from pdserve.cluster.http.openapi.document import document
 from pdserve.cluster.http.request_ids import RequestIds
 from pdserve.cluster.http.responses.keeping import Responses, journals_of
-from pdserve.cluster.http.responses.routes import add_responses
+from pdserve.cluster.http.responses.routes import PATH as RESPONSES_PATH
+from pdserve.cluster.http.responses.routes import Creation, add_responses
 from pdserve.cluster.http.schemas import (
     DetokenizeBody,
     TokenizeBody,
@@ -111,12 +113,11 @@ def create_app(
     app.state.responses = Responses(
         models, app.state.metrics, journals_of(config), running_max=config.streams_max
     )
-    _add_generations(app, models, config)
+    _add_answers(app, models, config)
     add_responses(app, models, config, app.state.responses)
     add_message_counts(app, models, config)
     add_comparisons(app, models, config)
     add_decisions(app, models, config)
-    app.state.batches = add_batch_api(app, models, config)
     _add_models(app, models)
     _add_tokenizer(app, models, config)
     _add_operations(app, snapshot, stores, controls)
@@ -151,25 +152,26 @@ def _add_document(app: FastAPI, models: Models, config: GatewayConfig, *, keys: 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _add_generations(app: FastAPI, models: Models, config: GatewayConfig) -> None:
-    metrics: FrontMetrics = app.state.metrics
-
-    def chat() -> Response:
-        return Generation(models, config, metrics, operation="chat", ask=chat_asked)
-
-    def completion() -> Response:
-        return Generation(models, config, metrics, operation="completion", ask=completion_asked)
-
-    def embedding() -> Response:
-        return Embeddings(models, config, metrics)
-
-    for path, answer in (
-        ("/v1/chat/completions", chat),
-        ("/v1/completions", completion),
-        ("/v1/embeddings", embedding),
-        (MESSAGES_PATH, partial(message_generation, models, config, metrics)),
-    ):
+def _add_answers(app: FastAPI, models: Models, config: GatewayConfig) -> None:
+    """What generates or embeds, for clients and for the lines of their batches."""
+    metrics, responses = app.state.metrics, app.state.responses
+    endpoints: Endpoints = {
+        "/v1/chat/completions": partial(
+            Generation, models, config, metrics, operation="chat", ask=chat_asked
+        ),
+        "/v1/completions": partial(
+            Generation, models, config, metrics, operation="completion", ask=completion_asked
+        ),
+        "/v1/embeddings": partial(Embeddings, models, config, metrics),
+        RESPONSES_PATH: partial(Creation, models, config, metrics, responses),
+    }
+    answers: Endpoints = {
+        **endpoints,
+        MESSAGES_PATH: partial(message_generation, models, config, metrics),
+    }
+    for path, answer in answers.items():
         app.router.routes.append(Route(path, _Answering(answer), methods=["POST"]))
+    app.state.batches = add_batch_api(app, endpoints, config)
 
 
 class _Answering:

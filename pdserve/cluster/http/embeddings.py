@@ -10,14 +10,11 @@ from dataclasses import dataclass
 
 from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.embedding import Embedded, Vector, embedded, pooling_call, shortened
-from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import Meter
 from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of
 from pdserve.cluster.http.schemas import EmbeddingBody, checked, prompts_of
 from pdserve.cluster.parameters import (
-    Parameters,
     check_model,
-    service_class_of,
     shown,
     truncated,
 )
@@ -73,8 +70,7 @@ async def _wanted(asked: Ask) -> _Wanted:
     task = Pooling(PoolingKind(asked.config.pooling), normalize=said is not False)
     limits = asked.limits
     name = f"embd-{secrets.token_hex(12)}"
-    ends_unix_ms = asked.ends_unix_ms()
-    service_class = service_class_of(Parameters(service_tier=body.service_tier))
+    shared = asked.shared(body, adapter)
     prompts = await _prompts(session, body)
     calls = [
         pooling_call(
@@ -83,12 +79,7 @@ async def _wanted(asked: Ask) -> _Wanted:
             task,
             limits,
             prompt_field=field,
-            tenant=asked.whose(body.user),
-            service_class=service_class,
-            deadline_unix_ms=ends_unix_ms,
-            model=session.model_name,
-            adapter=adapter,
-            retries=retries_of(asked.headers),
+            **shared,
         )
         for index, (field, prompt) in enumerate(prompts)
     ]

@@ -60,18 +60,18 @@ def error_response(error: PdserveError | HTTPException, path: str = "") -> Respo
         headers["www-authenticate"] = "Bearer"
     elif isinstance(error, NOT_AGAIN):
         headers["x-should-retry"] = "false"
-    body = error_body(error)
-    if speaks_messages(path):
-        body = message_error(error, request_id.get())
+    is_message = speaks_messages(path)
+    body = message_error(error, request_id.get()) if is_message else error_body(error)
     return Response(json.dumps(body), error_status(error, path), headers, "application/json")
 
 
 def internal_error(path: str = "") -> Response:
     """For a bug of ours: what went wrong is in the log, not in the answer."""
     said = "an error inside the server; its log has the details"
-    body = _body(said, "server_error", None, None)
     if speaks_messages(path):
         body = message_bug(said, request_id.get())
+    else:
+        body = _body(said, "server_error", None, None)
     return Response(json.dumps(body), 500, media_type="application/json")
 
 

@@ -20,13 +20,21 @@ from pdserve.cluster.http.asking import ending_of, limits_of
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_response, error_status
 from pdserve.cluster.http.generation import until_gone
+from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.models import Models
-from pdserve.cluster.parameters import Limits, tenant_of
+from pdserve.cluster.parameters import Limits, Parameters, service_class_of, tenant_of
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
 from pdserve.messages import Timing
+
+
+class Sent(Protocol):
+    """Of every body."""
+
+    user: str | None
+    service_tier: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +51,20 @@ class Ask:
     def limits(self) -> Limits:
         return limits_of(self.session, self.config)
 
-    def whose(self, user: str | None) -> str:
-        return tenant_of(user) if self.tenant is None else self.tenant
+    def shared(self, body: Sent, adapter: str | None) -> dict[str, Any]:
+        """What all calls of a request that has come now have in common, as ``Call`` names it.
 
-    def ends_unix_ms(self) -> int:
-        """The deadline, of a request that has come now."""
-        return ending_of(self.headers, self.config, stream=False)
+        Raises:
+            InvalidField: ``service_tier`` is none.
+        """
+        return {
+            "tenant": tenant_of(body.user) if self.tenant is None else self.tenant,
+            "service_class": service_class_of(Parameters(service_tier=body.service_tier)),
+            "deadline_unix_ms": ending_of(self.headers, self.config, stream=False),
+            "model": self.session.model_name,
+            "adapter": adapter,
+            "retries": retries_of(self.headers),
+        }
 
 
 class Wanted(Protocol):

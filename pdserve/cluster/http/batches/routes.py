@@ -8,10 +8,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import Scope
 
 from pdserve.clock import unix_ms
-from pdserve.cluster.http.access import tenant_in
+from pdserve.cluster.http.access import owner_in
 from pdserve.cluster.http.batches.files import PURPOSE, Files, unknown
 from pdserve.cluster.http.batches.form import fields_of_form
 from pdserve.cluster.http.batches.lines import ENDPOINTS
@@ -74,14 +73,16 @@ def add_files(app: FastAPI, files: Files, config: GatewayConfig) -> None:
                 f"has {len(file.data)} bytes, must have 1 to {config.batches.file_bytes_max}",
             )
         keep_s = _keep_s({name: each.text(name) for name, each in form.items() if name != "file"})
-        return _json(await files.upload(_owner(request.scope), filename, file.data, keep_s=keep_s))
+        return _json(
+            await files.upload(owner_in(request.scope), filename, file.data, keep_s=keep_s)
+        )
 
     @app.get(FILES)
     async def list_files(request: Request) -> Response:
         query = request.query_params
         limit = number_in(query, "limit", 1, FILES_PAGE_MAX) or FILES_PAGE_MAX
         order = word_in(query, "order", ("asc", "desc")) or "desc"
-        found = await files.listed(_owner(request.scope))
+        found = await files.listed(owner_in(request.scope))
         if (purpose := query.get("purpose")) is not None:
             found = [file for file in found if file["purpose"] == purpose]
         return _json(page_of(found if order == "asc" else found[::-1], query.get("after"), limit))
@@ -90,16 +91,16 @@ def add_files(app: FastAPI, files: Files, config: GatewayConfig) -> None:
 
     @app.get(one)
     async def retrieve_file(file_id: str, request: Request) -> Response:
-        return _json(await files.found(file_id, _owner(request.scope)))
+        return _json(await files.found(file_id, owner_in(request.scope)))
 
     @app.delete(one)
     async def delete_file(file_id: str, request: Request) -> Response:
-        await files.remove(file_id, _owner(request.scope))
+        await files.remove(file_id, owner_in(request.scope))
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     @app.get(f"{one}/content")
     async def file_content(file_id: str, request: Request) -> Response:
-        data = await files.content(file_id, _owner(request.scope))
+        data = await files.content(file_id, owner_in(request.scope))
         return Response(data, media_type="application/octet-stream")
 
 
@@ -116,7 +117,7 @@ def add_batches(
     @app.post(BATCHES)
     async def create_batch(request: Request) -> Response:
         body = checked(BatchBody, await read_object(request, config.body_bytes_max))
-        owner = _owner(request.scope)
+        owner = owner_in(request.scope)
         record = await _new_batch(body, owner, files)
         await documents.make(
             New(
@@ -132,7 +133,7 @@ def add_batches(
 
     @app.get(BATCHES)
     async def list_batches(request: Request) -> Response:
-        query, owner = request.query_params, _owner(request.scope)
+        query, owner = request.query_params, owner_in(request.scope)
         limit = number_in(query, "limit", 1, BATCHES_PAGE_MAX) or BATCHES_PAGE
         names = await documents.names(f"batches:{owner}")
         records = [await batches.record(name) for name in reversed(names)]
@@ -143,11 +144,11 @@ def add_batches(
 
     @app.get(one)
     async def retrieve_batch(batch_id: str, request: Request) -> Response:
-        return _json((await found(batch_id, _owner(request.scope))).batch)
+        return _json((await found(batch_id, owner_in(request.scope))).batch)
 
     @app.post(f"{one}/cancel")
     async def cancel_batch(batch_id: str, request: Request) -> Response:
-        await found(batch_id, _owner(request.scope))
+        await found(batch_id, owner_in(request.scope))
         now_s = unix_ms() // 1000
         try:
             record = await batches.update(batch_id, lambda each: cancelled(each, now_s))
@@ -214,10 +215,6 @@ def _keep_s(form: Mapping[str, str]) -> float | None:
             f"is {shown(seconds)}, must be from {KEEP_S_MIN} to {KEEP_S_MAX}",
         )
     return float(text)
-
-
-def _owner(scope: Scope) -> str:
-    return tenant_in(scope) or ""
 
 
 def _json(tree: Mapping[str, Any]) -> Response:

@@ -16,15 +16,12 @@ from pdserve.cluster.calls import Call, Session
 from pdserve.cluster.embedding import Vector, embedded, pooling_call
 from pdserve.cluster.http.comparing.asking import RerankBody, ScoreBody, Text
 from pdserve.cluster.http.comparing.similarity import ranked, scores_of_pairs
-from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import FrontMetrics, Meter
 from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of
 from pdserve.cluster.http.schemas import checked
 from pdserve.cluster.models import Models
 from pdserve.cluster.parameters import (
-    Parameters,
     check_model,
-    service_class_of,
     truncated,
 )
 from pdserve.cluster.prompts import text_prompt
@@ -123,8 +120,7 @@ def _written(wanted: _Wanted, vectors: Sequence[Vector], meter: Meter) -> bytes:
 async def _calls(asked: Ask, body: Body, texts: Sequence[Text], name: str) -> list[Call]:
     session, limits = asked.session, asked.limits
     adapter = check_model(body.model, session)
-    service_class = service_class_of(Parameters(service_tier=body.service_tier))
-    ends_unix_ms = asked.ends_unix_ms()
+    shared = asked.shared(body, adapter)
     special = body.add_special_tokens is not False
     calls = []
     for index, text in enumerate(texts):
@@ -137,12 +133,7 @@ async def _calls(asked: Ask, body: Body, texts: Sequence[Text], name: str) -> li
                 Pooling(PoolingKind(asked.config.pooling)),
                 limits,
                 prompt_field=text.field,
-                tenant=asked.whose(body.user),
-                service_class=service_class,
-                deadline_unix_ms=ends_unix_ms,
-                model=session.model_name,
-                adapter=adapter,
-                retries=retries_of(asked.headers),
+                **shared,
             )
         )
     return calls

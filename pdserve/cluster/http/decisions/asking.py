@@ -17,6 +17,7 @@ from pdserve.cluster.http.decisions.labels import Label, UnclearLabels, Value, l
 from pdserve.cluster.http.responses.items import items_of, messages_of
 from pdserve.cluster.http.schemas import Body, checked
 from pdserve.cluster.parameters import shown
+from pdserve.cluster.prompts import joined_text
 from pdserve.errors import ConflictingFields, InvalidField, UnusableValue
 
 QUESTIONS_MAX = 200
@@ -191,11 +192,7 @@ def text_of(where: str, said: Any) -> str:
     Raises:
         InvalidField
     """
-    if isinstance(said, str):
-        return said
-    if not isinstance(said, list):
-        raise InvalidField(where, f"is {shown(said)}, must be text or a list of text parts")
-    return "\n".join(_part(f"{where}.{index}", part) for index, part in enumerate(said))
+    return joined_text(where, said, _part)
 
 
 def _part(where: str, part: Any) -> str:

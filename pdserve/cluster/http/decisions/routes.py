@@ -27,11 +27,10 @@ from pdserve.cluster.http.decisions.asking import (
     with_question,
 )
 from pdserve.cluster.http.decisions.labels import Tokens, expected, probabilities, stems_of
-from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import FrontMetrics, Meter
 from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage
 from pdserve.cluster.models import Models
-from pdserve.cluster.parameters import Parameters, check_model, service_class_of
+from pdserve.cluster.parameters import check_model
 from pdserve.cluster.prompts import chat_prompt
 from pdserve.cluster.side_by_side import answered_each
 from pdserve.config import GatewayConfig
@@ -99,8 +98,7 @@ async def _wanted(asked: Ask) -> _Wanted:
             f"most {PASSES_MAX} are done; ask fewer questions at once, or shorten the labels",
         )
     name = f"decn-{secrets.token_hex(12)}"
-    service_class = service_class_of(Parameters(service_tier=body.service_tier))
-    ends_unix_ms = asked.ends_unix_ms()
+    shared = asked.shared(body, adapter)
     passes: list[_Pass] = []
     for index, (question, behind) in enumerate(zip(questions, stems, strict=True)):
         prompt = await chat_prompt(session, with_question(messages, question))
@@ -116,13 +114,8 @@ async def _wanted(asked: Ask) -> _Wanted:
                 sampling=Sampling(),
                 stop=Stop(max_tokens=0),
                 seed=0,
-                tenant=asked.whose(body.user),
-                service_class=service_class,
-                deadline_unix_ms=ends_unix_ms,
                 prompt_field=f"questions.{index}",
-                model=session.model_name,
-                adapter=adapter,
-                retries=retries_of(asked.headers),
+                **shared,
                 task=Scoring(first=len(prompt), candidates=candidates),
             )
             passes.append(_Pass(index, stem, call))

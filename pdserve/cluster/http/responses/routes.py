@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdserve.cluster.calls import Session
 from pdserve.cluster.gathering import batches
-from pdserve.cluster.http.access import tenant_in
+from pdserve.cluster.http.access import owner_in, tenant_in
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_response, error_status
 from pdserve.cluster.http.generation import until_gone
@@ -51,11 +51,7 @@ def add_responses(
     config: GatewayConfig,
     responses: Responses,
 ) -> None:
-    metrics: FrontMetrics = app.state.metrics
-
-    @app.post(PATH)
-    async def create_response() -> Response:
-        return Creation(models, config, metrics, responses)
+    """All but ``Creation``'s."""
 
     @app.post(f"{PATH}/input_tokens")
     async def count_input_tokens(request: Request) -> Response:
@@ -71,7 +67,7 @@ def add_responses(
         query = request.query_params
         stream = flag_in(query, "stream")
         after_number = number_in(query, "starting_after", 0, 2**31)
-        record = await responses.found(response_id, _owner(request.scope))
+        record = await responses.found(response_id, owner_in(request.scope))
         if not stream:
             if after_number is not None:
                 raise ConflictingFields("starting_after", "is for streams; set stream to true")
@@ -82,12 +78,12 @@ def add_responses(
 
     @app.delete(one)
     async def delete_response(response_id: str, request: Request) -> Response:
-        await responses.remove(response_id, _owner(request.scope))
+        await responses.remove(response_id, owner_in(request.scope))
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     @app.post(f"{one}/cancel")
     async def cancel_response(response_id: str, request: Request) -> Response:
-        record = await responses.cancelled(response_id, _owner(request.scope))
+        record = await responses.cancelled(response_id, owner_in(request.scope))
         return _json(record.response)
 
     @app.get(f"{one}/input_items")
@@ -95,7 +91,7 @@ def add_responses(
         query = request.query_params
         limit = number_in(query, "limit", 1, ITEMS_PAGE_MAX) or ITEMS_PAGE
         order = word_in(query, "order", ("asc", "desc")) or "desc"
-        record = await responses.found(response_id, _owner(request.scope))
+        record = await responses.found(response_id, owner_in(request.scope))
         items = record.items if order == "asc" else record.items[::-1]
         return JSONResponse(page_of(items, query.get("after"), limit))
 
@@ -108,7 +104,7 @@ async def _asked(
 ) -> ResponseAsked:
     body = checked_body(tree)
     session, config = models.asked(tree)
-    before = await responses.before(body.previous_response_id, _owner(request.scope))
+    before = await responses.before(body.previous_response_id, owner_in(request.scope))
     return await response_asked(
         session,
         config,
@@ -147,7 +143,7 @@ class Creation(Response):
                 prompt_tokens=asked.asked.prompt_tokens,
                 logprobs=INCLUDES_LOGPROBS in (asked.body.include or ()),
             )
-            record = Record(_owner(scope), teller.response, asked.items, asked.messages)
+            record = Record(owner_in(scope), teller.response, asked.items, asked.messages)
             if asked.body.background:
                 with continued(request.headers):
                     await self._responses.start(record, teller, asked)
@@ -312,10 +308,6 @@ def new_response(body: ResponsesBody, model: str) -> dict[str, Any]:
         "usage": None,
         "user": body.user,
     }
-
-
-def _owner(scope: Scope) -> str:
-    return tenant_in(scope) or ""
 
 
 def _json(response: Mapping[str, Any]) -> Response:

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class Look:
 
     rss_mb: float
     files: int
-    threads: int
+    threads: Counter[str]  # by name
 
 
 def look_at(pid: int) -> Look | None:
@@ -112,9 +112,14 @@ def look_at(pid: int) -> Look | None:
         return Look(
             sum(map(int, resident)) / 1024,
             len(list((proc / "fd").iterdir())),
-            len(list((proc / "task").iterdir())),
+            Counter((task / "comm").read_text().strip() for task in (proc / "task").iterdir()),
         )
     return None
+
+
+def look_at_all(pids: Iterable[int]) -> dict[int, Look]:
+    """Of those that are there."""
+    return {pid: look for pid in pids if (look := look_at(pid)) is not None}
 
 
 class Watch:
@@ -131,10 +136,8 @@ class Watch:
     def _run(self) -> None:
         while not self._over.wait(LOOK_S):
             minute = (time.monotonic() - self._began_s) / 60
-            for pid in self._pids:
-                look = look_at(pid)
-                if look is not None:
-                    self.points[pid].append((minute, look.rss_mb))
+            for pid, look in look_at_all(self._pids).items():
+                self.points[pid].append((minute, look.rss_mb))
 
     def close(self) -> None:
         self._over.set()
@@ -152,15 +155,14 @@ class Counts:
     actors: int
 
 
-def count(pids: Mapping[int, str], url: str, kept: redis.Redis) -> Counts:
+def count(looks: Mapping[int, Look], url: str, kept: redis.Redis) -> Counts:
     """At rest."""
     from ray.util import list_named_actors
 
-    looks = [look for look in map(look_at, pids) if look is not None]
     shared = Path(f"/dev/shm/pdserve-{os.getuid()}")
     return Counts(
-        files=sum(look.files for look in looks),
-        threads=sum(look.threads for look in looks),
+        files=sum(look.files for look in looks.values()),
+        threads=sum(look.threads.total() for look in looks.values()),
         processes=len(pids_of(url)),
         tasks=tasks_in(url),
         redis_keys=kept.dbsize(),
@@ -221,13 +223,15 @@ def measure_for(minutes: float, rate_per_s: float) -> Iterator[Row]:
         serve_for(url, min(1.0, minutes / 4), rate_per_s=PEAK * rate_per_s, seed=0)
         held_at_rest(url)
         pids = pids_of(url)
-        before, looks = count(pids, url, kept), {pid: look_at(pid) for pid in pids}
+        looks_before = look_at_all(pids)
+        before = count(looks_before, url, kept)
         watch = Watch(pids)
         counts = serve_for(url, minutes, rate_per_s=rate_per_s, seed=SEED)
         watch.close()
         held = held_at_rest(url)
-        after = count(pids, url, kept)
-        say_grown(pids, looks)
+        looks_after = look_at_all(pids)
+        after = count(looks_after, url, kept)
+        say_grown(pids, looks_before, looks_after)
         failed = {what: times for what, times in counts.items() if what.startswith("failed")}
         for what, times in failed.items():
             say(f"{times} × {what}")
@@ -247,15 +251,16 @@ def measure_for(minutes: float, rate_per_s: float) -> Iterator[Row]:
         yield Row("held at rest", left, "", bar="≤ 0", holds=left == 0)
 
 
-def say_grown(pids: Mapping[int, str], before: Mapping[int, Look | None]) -> None:
-    """Which processes have more than they had."""
-    for pid, role in pids.items():
-        was, now = before[pid], look_at(pid)
-        if was is None or now is None:
-            continue
-        for name in ("files", "threads"):
-            if getattr(now, name) > getattr(was, name):
-                say(f"{role} {pid}: {getattr(was, name)} {name}, then {getattr(now, name)}")
+def say_grown(
+    pids: Mapping[int, str], before: Mapping[int, Look], after: Mapping[int, Look]
+) -> None:
+    """Which processes have more files or threads than they had."""
+    for pid in before.keys() & after.keys():
+        was, now = before[pid], after[pid]
+        if now.files > was.files:
+            say(f"{pids[pid]} {pid}: {was.files} files, then {now.files}")
+        for name, more in (now.threads - was.threads).items():
+            say(f"{pids[pid]} {pid}: {more} more threads of the name {name}")
 
 
 def slope_row(role: str, pid: int, points: Sequence[tuple[float, float]], minutes: float) -> Row:

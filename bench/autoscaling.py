@@ -33,10 +33,10 @@ from bench.peers.mixed_load import Arrival, Lengths, Outcome
 from bench.runs import default_directory
 from bench.servers import Ours, serving
 from pdserve.clock import S
-from pdserve.cluster.autoscaled import mean_workers
+from pdserve.cluster.commands.autoscaled import mean_workers
+from pdserve.cluster.commands.simulate import settings_of
 from pdserve.cluster.profiles import read_profile
 from pdserve.cluster.scaler import plan_of
-from pdserve.cluster.simulate_command import settings_of
 from pdserve.config import ClusterConfig
 from pdserve.messages import Role
 from pdserve.settings import from_tree

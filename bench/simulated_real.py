@@ -30,8 +30,8 @@ from bench.peers.mixed_load import CHAT, Arrival, Outcome, mixed
 from bench.runs import Work, default_directory, take_turns
 from bench.servers import Ours, serving
 from pdserve.clock import S
+from pdserve.cluster.commands.simulate import settings_of
 from pdserve.cluster.profiles import Profile, read_profile
-from pdserve.cluster.simulate_command import settings_of
 from pdserve.settings import from_tree
 from pdserve.simulator.run import simulate
 from pdserve.simulator.traces import Trace, TraceRequest

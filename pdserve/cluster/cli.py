@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pdserve.cluster.autoscaler_cli import app as autoscaler_app
-from pdserve.cluster.config_command import app as config_app
-from pdserve.cluster.helping_cli import completion, support_bundle
-from pdserve.cluster.keys_command import app as keys_app
-from pdserve.cluster.kv_cli import DEFAULT_URL, OfModel, Url, kv
-from pdserve.cluster.vllm_flags import NOTES, ServeCommand
+from pdserve.cluster.commands.autoscaler_cli import app as autoscaler_app
+from pdserve.cluster.commands.config import app as config_app
+from pdserve.cluster.commands.helping_cli import completion, support_bundle
+from pdserve.cluster.commands.keys import app as keys_app
+from pdserve.cluster.commands.kv_cli import DEFAULT_URL, OfModel, Url, kv
+from pdserve.cluster.commands.vllm_flags import NOTES, ServeCommand
 from pdserve.errors import ConfigError, PdserveError
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def serve(
     first_chat: Annotated[bool, typer.Option(help="Send one chat and show its timing.")] = True,
 ) -> None:
     """Start a cluster and serve until Ctrl-C. Takes the flags of vllm serve, too."""
-    from pdserve.cluster.serve_command import run
+    from pdserve.cluster.commands.serve import run
 
     flags: dict[str, Any] = {
         "model.dtype": dtype,
@@ -89,7 +89,7 @@ def deploy(
     ] = None,
 ) -> None:
     """Put it on a running Ray cluster, or change what runs there; what stays as it is goes on."""
-    from pdserve.cluster.deploy_command import deploy as put
+    from pdserve.cluster.commands.deploy import deploy as put
 
     put(_config(config, {}, assignments or []), ray_address=address)
 
@@ -105,7 +105,7 @@ def chat(
     model: OfModel = None,
 ) -> None:
     """Talk to a running cluster."""
-    from pdserve.cluster.chat_command import dialogue
+    from pdserve.cluster.commands.chat import dialogue
 
     dialogue(url, message, temperature=temperature, max_tokens=max_tokens, model=model)
 
@@ -117,7 +117,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Show workers, queues and counters once."""
-    from pdserve.cluster.status_command import fetch, render
+    from pdserve.cluster.commands.status import fetch, render
 
     snapshot = fetch(url, model)
     if as_json:
@@ -131,7 +131,7 @@ def status(
 @app.command()
 def top(url: Url = DEFAULT_URL, every_s: Annotated[float, typer.Option()] = 0.5) -> None:
     """Show rates, KV stores, workers and queues, live, until Ctrl-C."""
-    from pdserve.cluster.top_command import watch
+    from pdserve.cluster.commands.top import watch
 
     watch(url, every_s=every_s)
 
@@ -157,7 +157,7 @@ def doctor(
     assignments: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> None:
     """Look for what would keep a cluster from running well here, and say what to do."""
-    from pdserve.cluster.doctor_command import examine
+    from pdserve.cluster.commands.doctor import examine
 
     raise typer.Exit(code=0 if examine(_config(model, {}, assignments or [])) else 1)
 
@@ -174,7 +174,7 @@ Assignments = Annotated[
 @app.command(name="compile")
 def compile_() -> None:
     """Compile the router and the simulator for this machine, once: about a minute."""
-    from pdserve.cluster.compile_command import compile_and_tell
+    from pdserve.cluster.commands.compile import compile_and_tell
 
     compile_and_tell()
 
@@ -189,7 +189,7 @@ def profile(
     assignments: Assignments = None,
 ) -> None:
     """Measure what prefills, steps and moves cost here; up to two minutes."""
-    from pdserve.cluster.profile_command import profile as measure
+    from pdserve.cluster.commands.profile import profile as measure
 
     measure(_config(model, {}, assignments or []), out=out, neighbours=neighbours)
 
@@ -202,7 +202,7 @@ def record(
     model: OfModel = None,
 ) -> None:
     """Record what arrives at a running cluster, as a trace to simulate."""
-    from pdserve.cluster.record_command import record as fetch
+    from pdserve.cluster.commands.record import record as fetch
 
     fetch(url, file, seconds=seconds, model=model)
 
@@ -234,7 +234,7 @@ def simulate(
     assignments: Assignments = None,
 ) -> None:
     """Play a trace through the production router, without a model, and show what it would do."""
-    from pdserve.cluster.simulate_command import Wish, run_simulations
+    from pdserve.cluster.commands.simulate import Wish, run_simulations
 
     wish = Wish(
         policies=tuple(policy or ()),
@@ -271,7 +271,7 @@ def plan(
     assignments: Assignments = None,
 ) -> None:
     """Find the cheapest pools that keep the objectives on a trace."""
-    from pdserve.cluster.plan_command import plan as search
+    from pdserve.cluster.commands.plan import plan as search
 
     held = search(
         trace,
@@ -304,7 +304,7 @@ def chaos(
     assignments: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> None:
     """Strike a running cluster at random, under load, and check every token of every answer."""
-    from pdserve.cluster.chaos_command import chaos as strike
+    from pdserve.cluster.commands.chaos import chaos as strike
 
     good = strike(
         _config(model, {}, assignments or []),

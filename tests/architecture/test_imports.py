@@ -75,6 +75,9 @@ PURE = {"router": {"asyncio", "socket", "threading", "time", "random", "subproce
 """Folders of pure decisions, and what a decision needs none of."""
 
 
+ONE_DOOR = {"pdserve.cluster.commands": "cluster/cli.py"}
+"""Rooms within a folder of which others need nothing, and the one file that leads in."""
+
 FRONT_DOOR = PACKAGE / "__init__.py"
 """Offers programs what they import from ``pdserve``, by names that load it when they are used."""
 
@@ -89,6 +92,7 @@ def violations(path: Path, source: str) -> Iterator[str]:
             yield where + "a relative import; write it in full"
         elif item.top == "pdserve":
             yield from (where + problem for problem in _folder_problems(folder, item))
+            yield from (where + problem for problem in _door_problems(path, item))
         elif item.top in FOLDERS:
             yield where + f"import through the link {item.top}/; write pdserve.{item.module}"
         else:
@@ -112,6 +116,13 @@ def _folder_problems(folder: str | None, item: Import) -> Iterator[str]:
         yield f"the shared vocabulary imports {target}"
     elif target not in MAY_IMPORT[folder]:
         yield f"{folder} imports {target}"
+
+
+def _door_problems(path: Path, item: Import) -> Iterator[str]:
+    for room, door in ONE_DOOR.items():
+        within = path.is_relative_to(ROOT / room.replace(".", "/"))
+        if item.module.startswith(f"{room}.") and not within and path != PACKAGE / door:
+            yield f"{item.module} is behind {door}"
 
 
 def _package_problems(folder: str | None, item: Import) -> Iterator[str]:
@@ -173,6 +184,7 @@ def test_every_folder_and_every_module_is_in_the_table() -> None:
         ("cluster/x.py", "import ray\nray.put(1)", "no data through Ray's object store"),
         ("cluster/x.py", "from ray import ObjectRef", "no object references"),
         ("engine/x.py", "ray.get(1)", "ray.get outside cluster"),
+        ("cluster/x.py", "import pdserve.cluster.commands.chat", "is behind cluster/cli.py"),
     ],
 )
 def test_a_planted_violation_is_found(file: str, source: str, problem: str) -> None:
@@ -186,6 +198,8 @@ def test_a_planted_violation_is_found(file: str, source: str, problem: str) -> N
         ("prefill/x.py", "import torch\nfrom pdserve.engine.mover import Mover"),
         ("cluster/x.py", "import ray\nfrom pdserve.decode.loop import DecodeLoop\nray.get(1)"),
         ("router/x.py", "from pdserve.messages import Request\nfrom pdserve.router.core import X"),
+        ("cluster/cli.py", "from pdserve.cluster.commands.chat import chat"),
+        ("cluster/commands/x.py", "from pdserve.cluster.commands.chat import chat"),
     ],
 )
 def test_what_the_table_allows_passes(file: str, source: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from pdserve.cluster.access import Doorkeeper
 from pdserve.cluster.audit import Audit
+from pdserve.cluster.commands.key_edits import new_key
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.console import PATHS
 from pdserve.cluster.http.metrics import FrontMetrics
-from pdserve.cluster.key_edits import new_key
 from pdserve.cluster.store_metrics import render
 from pdserve.config import GatewayConfig
 from pdserve.kvstore.phases import Phases

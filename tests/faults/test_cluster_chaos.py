@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.cluster.chaos import load, plan
 from pdserve.cluster.chaos.run import ChaosReport, find, strike_cluster
-from pdserve.cluster.chaos_command import chaos
+from pdserve.cluster.commands.chaos import chaos
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from tests.faults import rows

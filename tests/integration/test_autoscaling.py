@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pdserve.cluster.autoscaler_command import render
+from pdserve.cluster.commands.autoscaler import render
 from pdserve.cluster.http_client import post_json
 from pdserve.errors import PdserveError
 from tests.integration.harness import (

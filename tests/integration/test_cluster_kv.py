@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdserve.cluster.kv_command import audit, drain, evict, show_stat
-from pdserve.cluster.warm_command import warm
+from pdserve.cluster.commands.kv import audit, drain, evict, show_stat
+from pdserve.cluster.commands.warm import warm
 from pdserve.vitals import METRICS
 from tests.integration.harness import TestCluster, running, settings, wait_until_equal
 

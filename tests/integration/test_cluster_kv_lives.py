@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from pdserve.cluster.kv_command import drain, evict, show_stat
-from pdserve.cluster.warm_command import warm
+from pdserve.cluster.commands.kv import drain, evict, show_stat
+from pdserve.cluster.commands.warm import warm
 from tests.integration.harness import TestCluster, running, settings, wait_for, wait_until_equal
 
 pytestmark = pytest.mark.slow

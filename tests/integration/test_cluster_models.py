@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from pdserve.cluster.deploy_command import deploy
+from pdserve.cluster.commands.deploy import deploy
 from pdserve.config import ClusterConfig
 from pdserve.proto.kserve import inference_pb2 as kserve
 from pdserve.proto.kserve.inference_pb2_grpc import GRPCInferenceServiceStub

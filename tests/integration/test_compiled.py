@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdserve import compiled
-from pdserve.cluster.compile_command import compile_here
+from pdserve.cluster.commands.compile import compile_here
 from pdserve.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

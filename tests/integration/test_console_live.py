@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.cluster.key_edits import new_key
+from pdserve.cluster.commands.key_edits import new_key
 from tests.console.browser import LOOK_MS, has_looked, opened, running_chromium
 from tests.integration.harness import running, settings
 from tests.models.small import write_small_model

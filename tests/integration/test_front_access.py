@@ -14,9 +14,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from pdserve.cluster.commands.key_edits import new_key
 from pdserve.cluster.front import Front
 from pdserve.cluster.http_client import KEY_VARIABLE, get_json
-from pdserve.cluster.key_edits import new_key
 from pdserve.cluster.models import Control
 from pdserve.cluster.session import GatewaySession
 from pdserve.config import ClusterConfig, GatewayConfig

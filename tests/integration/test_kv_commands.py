@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from pdserve.cluster.calls import Call
+from pdserve.cluster.commands.kv import audit, evict, show_stat
+from pdserve.cluster.commands.warm import warm
 from pdserve.cluster.http.app import create_app
-from pdserve.cluster.kv_command import audit, evict, show_stat
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.store_metrics import render, reports_of
-from pdserve.cluster.warm_command import warm
 from pdserve.config import GatewayConfig
 from pdserve.kvstore.admin_client import StoreAdmin
 from pdserve.kvstore.client import StoreClient

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pdserve.cluster.kv_cli import kv
+from pdserve.cluster.commands.kv_cli import kv
 from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.store_metrics import reports_of
 from pdserve.errors import AccessDenied, StoreUnavailable

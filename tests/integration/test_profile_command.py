@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdserve.cluster import contention, profiling
-from pdserve.cluster.profile_command import profile
+from pdserve.cluster.commands import contention, profiling
+from pdserve.cluster.commands.profile import profile
 from pdserve.cluster.profiles import read_profile
 from pdserve.config import ClusterConfig, ModelConfig, PoolConfig
 from pdserve.errors import ConfigError

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.cluster.kv_command import audit, drain, show_stat
-from pdserve.cluster.kv_command import evict as evict_command
-from pdserve.cluster.replay_command import Wish, play
+from pdserve.cluster.commands.kv import audit, drain, show_stat
+from pdserve.cluster.commands.kv import evict as evict_command
+from pdserve.cluster.commands.replay import Wish, play
 from pdserve.errors import CapacityError, ConfigError
 from pdserve.ids import RequestId
 from pdserve.kvstore.admin_client import StoreAdmin

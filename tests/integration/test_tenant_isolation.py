@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pdserve.cluster.key_edits import new_key
+from pdserve.cluster.commands.key_edits import new_key
 from tests.integration.harness import TestCluster, running, settings
 
 PROMPT_TOKENS = 200

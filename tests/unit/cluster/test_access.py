@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pdserve.clock import S
 from pdserve.cluster.access import BURST_S, Doorkeeper, digest_of, read_keys, secret_of
+from pdserve.cluster.commands.key_edits import new_key, remove_key
 from pdserve.cluster.http import console
 from pdserve.cluster.http.app import create_app
-from pdserve.cluster.key_edits import new_key, remove_key
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError, Forbidden, RateLimited, Unauthorized
 from tests.unit.cluster.asgi import Reply, ask

@@ -1,0 +1,1 @@
+"""What the command line decides: settings, tables, plans."""

@@ -217,9 +217,9 @@ def _fleet(
 
 def _gateway(pipe: Pipe, record: Record, router: Address, directory: Path) -> None:
     import pdserve.cluster.app  # noqa: F401  (a gateway's memory holds Ray as well)
-    from pdserve.cluster.front import Front
-    from pdserve.cluster.models import Control
-    from pdserve.cluster.session import GatewaySession, Served
+    from pdserve.cluster.gateway.front import Front
+    from pdserve.cluster.gateway.models import Control
+    from pdserve.cluster.gateway.session import GatewaySession, Served
     from pdserve.config import ModelConfig
     from pdserve.model.source import locate
     from pdserve.text.tokenizer import load_tokenizer

@@ -39,7 +39,7 @@ class Stage:
     at_end: bool = False  # of a plain function only
 
 
-_APP, _SESSION = "pdserve.cluster.http.app", "pdserve.cluster.session"
+_APP, _SESSION = "pdserve.cluster.http.app", "pdserve.cluster.gateway.session"
 _ANSWER, _FLEET = "pdserve.cluster.http.generation", "bench.surface_fleet"
 
 STAGES = (

@@ -33,8 +33,8 @@ from ray.serve.handle import DeploymentHandle
 from pdserve.cluster.autoscaling import METRIC, metric_of
 from pdserve.cluster.collecting import collect_rarely
 from pdserve.cluster.compute_threads import set_threads
+from pdserve.cluster.gateway.opening import find_router
 from pdserve.cluster.logs import start_logging
-from pdserve.cluster.opening import find_router
 from pdserve.cluster.places import directory_of, place_of, tcp_host_of
 from pdserve.cluster.router_service import RouterService
 from pdserve.cluster.scaler import Scaler, plan_of
@@ -346,8 +346,13 @@ class Gateway:
     async def __init__(  # type: ignore[misc]  # Serve awaits
         self, tree: dict[str, Any], router: DeploymentHandle, *_pools: DeploymentHandle
     ) -> None:
-        from pdserve.cluster.front import Front
-        from pdserve.cluster.opening import FurtherModels, control_of, follow_blocks, open_session
+        from pdserve.cluster.gateway.front import Front
+        from pdserve.cluster.gateway.opening import (
+            FurtherModels,
+            control_of,
+            follow_blocks,
+            open_session,
+        )
         from pdserve.cluster.tracing import start_tracing
 
         start_logging()

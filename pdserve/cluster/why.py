@@ -11,7 +11,7 @@ import logging
 import time
 from typing import Any
 
-from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.gateway.calls import Call, Piece
 from pdserve.cluster.tracing import is_tracing, tell_choice
 from pdserve.errors import PdserveError
 from pdserve.messages import Decision, Timing

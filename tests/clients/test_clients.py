@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.cluster.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.config import GatewayConfig

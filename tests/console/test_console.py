@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.audit import Audit
 from pdserve.cluster.commands.key_edits import new_key
+from pdserve.cluster.gateway.access import Doorkeeper
+from pdserve.cluster.gateway.audit import Audit
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.console import PATHS
 from pdserve.cluster.http.metrics import FrontMetrics

@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pdserve.cluster.front import Front
-from pdserve.cluster.models import Control
+from pdserve.cluster.gateway.front import Front
+from pdserve.cluster.gateway.models import Control
+from pdserve.cluster.gateway.session import GatewaySession, Served
 from pdserve.cluster.router_service import RouterService
-from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.terms import MemoryTerms
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.config import ClusterConfig

@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pdserve.cluster.commands.key_edits import new_key
-from pdserve.cluster.front import Front
+from pdserve.cluster.gateway.front import Front
+from pdserve.cluster.gateway.models import Control
+from pdserve.cluster.gateway.session import GatewaySession
 from pdserve.cluster.http_client import KEY_VARIABLE, get_json
-from pdserve.cluster.models import Control
-from pdserve.cluster.session import GatewaySession
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.proto.v1 import inference_pb2 as pb

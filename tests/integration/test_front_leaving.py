@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from pdserve.clock import MS
-from pdserve.cluster import draining
-from pdserve.cluster.front import Front
+from pdserve.cluster.gateway import draining
+from pdserve.cluster.gateway.front import Front
+from pdserve.cluster.gateway.models import Control
+from pdserve.cluster.gateway.session import GatewaySession
 from pdserve.cluster.http import server
-from pdserve.cluster.models import Control
-from pdserve.cluster.session import GatewaySession
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.messages import FinishReason
 from pdserve.proto.v1 import inference_pb2 as pb

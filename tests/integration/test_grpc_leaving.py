@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from pdserve.clock import MS, S
-from pdserve.cluster import draining, front
+from pdserve.cluster.gateway import draining, front
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import InferenceStub
 from tests.integration.harness import wait_for

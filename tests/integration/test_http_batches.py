@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from pdserve.batch_config import BatchConfig
-from pdserve.cluster.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.batches import running
 from pdserve.config import GatewayConfig

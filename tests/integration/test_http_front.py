@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.errors import QueueFull, WorkerLost

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from pdserve.cluster.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
+from pdserve.cluster.gateway.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
 from pdserve.cluster.http import patience
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.patience import PatientHTTP

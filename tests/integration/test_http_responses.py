@@ -15,7 +15,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from pdserve.cluster.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
+from pdserve.cluster.gateway.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.errors import QueueFull, WorkerLost

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from pdserve.cluster.calls import Call
 from pdserve.cluster.commands.kv import audit, evict, show_stat
 from pdserve.cluster.commands.warm import warm
+from pdserve.cluster.gateway.calls import Call
+from pdserve.cluster.gateway.pinning import Pinning
 from pdserve.cluster.http.app import create_app
-from pdserve.cluster.pinning import Pinning
 from pdserve.cluster.store_metrics import render, reports_of
 from pdserve.config import GatewayConfig
 from pdserve.kvstore.admin_client import StoreAdmin

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdserve.cluster.commands.kv_cli import kv
-from pdserve.cluster.pinning import Pinning
+from pdserve.cluster.gateway.pinning import Pinning
 from pdserve.cluster.store_metrics import reports_of
 from pdserve.errors import AccessDenied, StoreUnavailable
 from pdserve.kvstore.admin_client import StoreAdmin

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from pdserve.clock import unix_ms
-from pdserve.cluster.quota_exchange import exchange
-from pdserve.cluster.quotas import Ledger, Quota
+from pdserve.cluster.gateway.quota_exchange import exchange
+from pdserve.cluster.gateway.quotas import Ledger, Quota
 from pdserve.errors import ConfigError, RateLimited, StoreUnavailable
 from pdserve.kvstore.shared_counts import SharedCounts
 from tests.redis_server import RedisServer

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from pdserve.clock import MS, S
-from pdserve.cluster.calls import Call
-from pdserve.cluster.session import DEADLINE_GRACE_S, GatewaySession
+from pdserve.cluster.gateway.calls import Call
+from pdserve.cluster.gateway.session import DEADLINE_GRACE_S, GatewaySession
 from pdserve.errors import PdserveError
 from pdserve.messages import FinishReason, Sampling, ServiceClass, Stop
 from tests.simulation.loop import SimProcess

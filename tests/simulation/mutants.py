@@ -113,7 +113,7 @@ def _epoch_not_checked_on_leaving() -> contextlib.AbstractContextManager[None]:
 def _token_twice_after_a_retry() -> contextlib.AbstractContextManager[None]:
     from dataclasses import replace
 
-    from pdserve.cluster.delivery import Delivery
+    from pdserve.cluster.gateway.delivery import Delivery
 
     original = Delivery._accept
 
@@ -126,7 +126,7 @@ def _token_twice_after_a_retry() -> contextlib.AbstractContextManager[None]:
 
 
 def _gap_not_held() -> contextlib.AbstractContextManager[None]:
-    from pdserve.cluster.session import GatewaySession
+    from pdserve.cluster.gateway.session import GatewaySession
 
     original = GatewaySession._again
 
@@ -172,7 +172,7 @@ def _silent_worker_never_comes_back() -> contextlib.AbstractContextManager[None]
 
 
 def _new_router_changes_nothing() -> contextlib.AbstractContextManager[None]:
-    from pdserve.cluster.session import GatewaySession
+    from pdserve.cluster.gateway.session import GatewaySession
 
     return instead(GatewaySession, "reconnected", _nothing)
 
@@ -217,7 +217,7 @@ def _blocks_not_given_back() -> contextlib.AbstractContextManager[None]:
 def _salt_left_out() -> contextlib.AbstractContextManager[None]:
     """At gateways and at workers: a worker does not believe a gateway's keys that are not its own,
     so one of the two alone would only find less (``engine.sequence``)."""
-    from pdserve.cluster import session
+    from pdserve.cluster.gateway import session
     from pdserve.engine import sequence
     from pdserve.kvstore import keys
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.clock import MS, S
+from pdserve.cluster.gateway.session import GatewaySession, Served
 from pdserve.cluster.router_service import RouterService
-from pdserve.cluster.session import GatewaySession, Served
 from pdserve.cluster.worker_shell import WorkerShell
 from pdserve.errors import Disconnected, StoreError, StoreUnavailable
 from pdserve.ids import HostId, RequestId, WorkerId

@@ -4,8 +4,8 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from pdserve.cluster.access import NAME, Key, KeyFile, digest_of, read_keys, write_keys
-from pdserve.cluster.quotas import NO_QUOTA, Quota
+from pdserve.cluster.gateway.access import NAME, Key, KeyFile, digest_of, read_keys, write_keys
+from pdserve.cluster.gateway.quotas import NO_QUOTA, Quota
 from pdserve.errors import ConfigError
 
 KEY_PREFIX = "pd-"

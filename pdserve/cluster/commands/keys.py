@@ -46,7 +46,7 @@ def quota(
 ) -> None:
     """Bound a tenant's tokens, prompt and answer together; without a bound, lift what it has."""
     from pdserve.cluster.commands.key_edits import set_quota
-    from pdserve.cluster.quotas import Quota
+    from pdserve.cluster.gateway.quotas import Quota
 
     set_quota(file, tenant, Quota(tokens_per_min, tokens_per_day))
 
@@ -57,7 +57,7 @@ def list_(file: File) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pdserve.cluster.access import read_keys
+    from pdserve.cluster.gateway.access import read_keys
 
     table = Table("name", "tenant", "admin", "requests per minute")
     found = read_keys(file)

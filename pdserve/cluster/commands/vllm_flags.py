@@ -193,7 +193,7 @@ def _served_name(text: str) -> Effect:
 
 
 def _logprobs(text: str) -> Effect:
-    from pdserve.cluster.parameters import LOGPROBS_MAX
+    from pdserve.cluster.gateway.parameters import LOGPROBS_MAX
 
     if not (text.isdigit() and int(text) <= LOGPROBS_MAX):
         raise ConfigError(f"is {text}, can be at most {LOGPROBS_MAX}; lower it, or leave it out")

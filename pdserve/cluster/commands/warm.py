@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pdserve.cluster.commands.kv import keys_of
+from pdserve.cluster.gateway.pinning import lifetime_ms_of
 from pdserve.cluster.http_client import post_json
 from pdserve.cluster.kv_stores import stores_of
-from pdserve.cluster.pinning import lifetime_ms_of
 from pdserve.errors import ConfigError, PdserveError
 from pdserve.kvstore.security import Credentials
 

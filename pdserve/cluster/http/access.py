@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdserve.cluster.access import Doorkeeper, Key, secret_of
+from pdserve.cluster.gateway.access import Doorkeeper, Key, secret_of
 from pdserve.cluster.http import console
 from pdserve.cluster.http.errors import error_response
 from pdserve.errors import Forbidden, PdserveError

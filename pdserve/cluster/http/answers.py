@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.speech import PLAIN, Manner, Speech
 from pdserve.cluster.why import US_PER_MS, decision_report, time_report
 from pdserve.messages import FinishReason, Timing, Token, TokenLogprob

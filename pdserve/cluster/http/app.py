@@ -17,8 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.calls import Session
+from pdserve.cluster.gateway.access import Doorkeeper
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.models import Ask, Assign, Control, Controls, Models
+from pdserve.cluster.gateway.parameters import check_model, check_tokens, shown, tenant_of
+from pdserve.cluster.gateway.prompts import chat_prompt
 from pdserve.cluster.http.access import Access, note_for_audit, tenant_in
 from pdserve.cluster.http.asking import chat_asked, completion_asked
 from pdserve.cluster.http.batches.asking import Endpoints
@@ -46,9 +49,6 @@ from pdserve.cluster.http.schemas import (
     checked,
 )
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
-from pdserve.cluster.models import Ask, Assign, Control, Controls, Models
-from pdserve.cluster.parameters import check_model, check_tokens, shown, tenant_of
-from pdserve.cluster.prompts import chat_prompt
 from pdserve.cluster.version import installed_version
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, InvalidField, PdserveError

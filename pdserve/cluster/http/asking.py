@@ -7,14 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from pdserve.clock import steady_unix_ms, unix_ms
-from pdserve.cluster import constraints
-from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.http.answers import Chat, Completion, Dialect, Echo, Scored
-from pdserve.cluster.http.hints import deadline_unix_ms, retries_of
-from pdserve.cluster.http.schemas import ChatBody, CompletionBody, checked, prompts_of
-from pdserve.cluster.http.speech import Manner
-from pdserve.cluster.http.tools import Tools, tools_of
-from pdserve.cluster.parameters import (
+from pdserve.cluster.gateway import constraints
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.parameters import (
     Limits,
     Parameters,
     call_of,
@@ -23,7 +18,12 @@ from pdserve.cluster.parameters import (
     shown,
     truncated,
 )
-from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
+from pdserve.cluster.gateway.prompts import chat_prompt, text_prompt, token_prompt
+from pdserve.cluster.http.answers import Chat, Completion, Dialect, Echo, Scored
+from pdserve.cluster.http.hints import deadline_unix_ms, retries_of
+from pdserve.cluster.http.schemas import ChatBody, CompletionBody, checked, prompts_of
+from pdserve.cluster.http.speech import Manner
+from pdserve.cluster.http.tools import Tools, tools_of
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
 from pdserve.prompt_tasks import Scoring

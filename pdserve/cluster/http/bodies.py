@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from pdserve.cluster.parameters import shown
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.errors import InvalidField, RequestError
 
 BODY_WAIT_S = 30.0

@@ -8,17 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.embedding import Embedded, Vector, embedded, pooling_call, shortened
-from pdserve.cluster.http.metrics import Meter
-from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of
-from pdserve.cluster.http.schemas import EmbeddingBody, checked, prompts_of
-from pdserve.cluster.parameters import (
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.embedding import Embedded, Vector, embedded, pooling_call, shortened
+from pdserve.cluster.gateway.parameters import (
     check_model,
     shown,
     truncated,
 )
-from pdserve.cluster.prompts import text_prompt, token_prompt
+from pdserve.cluster.gateway.prompts import text_prompt, token_prompt
+from pdserve.cluster.http.metrics import Meter
+from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of
+from pdserve.cluster.http.schemas import EmbeddingBody, checked, prompts_of
 from pdserve.errors import InvalidField
 from pdserve.prompt_tasks import Pooling, PoolingKind
 

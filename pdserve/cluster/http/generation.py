@@ -28,8 +28,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pdserve.cluster.calls import Piece, Session
-from pdserve.cluster.gathering import Numbered, batches
+from pdserve.cluster.gateway.calls import Piece, Session
+from pdserve.cluster.gateway.gathering import Numbered, batches
+from pdserve.cluster.gateway.models import Models
 from pdserve.cluster.http.access import tenant_in
 from pdserve.cluster.http.answers import (
     Choice,
@@ -52,7 +53,6 @@ from pdserve.cluster.http.streaming import (
     whole,
     with_id,
 )
-from pdserve.cluster.models import Models
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError

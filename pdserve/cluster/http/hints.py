@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from starlette.types import Scope
 
-from pdserve.cluster.parameters import shown
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.errors import InvalidField
 
 TIMEOUT_HEADER = "x-request-timeout-ms"

@@ -14,14 +14,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from pdserve.clock import unix_ms
-from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.gateway.calls import Call, Piece
+from pdserve.cluster.gateway.models import by_model
+from pdserve.cluster.gateway.quotas import Ledger
 from pdserve.cluster.http.exposition import joined
 from pdserve.cluster.http.processes import own_process, processes_in, text_of
 from pdserve.cluster.http.recent import Ended, Recent
 from pdserve.cluster.http.tallies import Tally, TallyCounter, TallyHistogram
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
-from pdserve.cluster.models import by_model
-from pdserve.cluster.quotas import Ledger
 from pdserve.messages import Timing
 
 SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)

@@ -14,7 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.models import Models
+from pdserve.cluster.gateway.parameters import Limits, Parameters, service_class_of, tenant_of
 from pdserve.cluster.http.access import tenant_in
 from pdserve.cluster.http.asking import ending_of, limits_of
 from pdserve.cluster.http.bodies import read_object
@@ -22,8 +24,6 @@ from pdserve.cluster.http.errors import error_response, error_status
 from pdserve.cluster.http.generation import until_gone
 from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
-from pdserve.cluster.models import Models
-from pdserve.cluster.parameters import Limits, Parameters, service_class_of, tenant_of
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdserve.cluster.parameters import shown
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.errors import InvalidField, UnusableValue
 
 _DIGITS_MAX = 12

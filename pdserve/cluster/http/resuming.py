@@ -22,10 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.answers import Choice, Dialect
 from pdserve.cluster.http.asking import Asked, flag_of
-from pdserve.cluster.parameters import shown
 from pdserve.errors import InvalidField
 
 HEADER = "Last-Event-ID"

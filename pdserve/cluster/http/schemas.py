@@ -1,7 +1,7 @@
 """The request bodies: which fields there are, of which type, and which of them we refuse.
 
 Types are checked here, strictly (no text for a number, no true for 1); values in
-``pdserve.cluster.parameters``. ``null`` means "not said" for every optional field. A field that
+``gateway.parameters``. ``null`` means "not said" for every optional field. A field that
 nobody knows is accepted and ignored, as clients send extras of many servers. A known field whose
 effect we do not have is refused by ``UNSUPPORTED`` where its value would change the answer: a
 *constraint* that is silently dropped is a wrong answer; a mere hint is not.
@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from pdserve.cluster.constraints import Wanted, constraint_of
-from pdserve.cluster.parameters import Parameters, shown
+from pdserve.cluster.gateway.constraints import Wanted, constraint_of
+from pdserve.cluster.gateway.parameters import Parameters, shown
 from pdserve.errors import ConflictingFields, InvalidField
 
 Texts = Annotated[list[str], Field(fail_fast=True)]

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdserve.cluster.certificates import certificate_of
+from pdserve.cluster.gateway.certificates import certificate_of
 from pdserve.cluster.http.errors import error_response
 from pdserve.cluster.http.slow_readers import SEND_BUFFER_BYTES, cutting
 from pdserve.config import GatewayConfig

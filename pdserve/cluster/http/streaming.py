@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.answers import Choice
 from pdserve.cluster.http.asking import Asked
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.cluster.constraints import Wanted
-from pdserve.cluster.parameters import shown
+from pdserve.cluster.gateway.constraints import Wanted
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.errors import ConflictingFields, InvalidField
 from pdserve.messages import Constraint, ConstraintKind
 from pdserve.text.tool_calls import CALLS_MAX

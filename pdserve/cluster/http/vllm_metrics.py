@@ -18,7 +18,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.tallies import Tally, TallyCounter, TallyHistogram
 from pdserve.messages import Timing
 

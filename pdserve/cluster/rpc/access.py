@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from pdserve.cluster.access import Doorkeeper, secret_of
+from pdserve.cluster.gateway.access import Doorkeeper, secret_of
 from pdserve.cluster.rpc.aborting import refusing
 from pdserve.errors import PdserveError
 

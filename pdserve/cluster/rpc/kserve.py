@@ -4,8 +4,8 @@ import asyncio
 from importlib.metadata import version
 from typing import Any
 
-from pdserve.cluster.calls import Call
-from pdserve.cluster.parameters import check_model
+from pdserve.cluster.gateway.calls import Call
+from pdserve.cluster.gateway.parameters import check_model
 from pdserve.cluster.rpc.aborting import aborting
 from pdserve.cluster.rpc.kserve_requests import (
     FINAL,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.cluster.parameters import shown
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.rpc.tensors import BYTES, inputs_of, raw_strings
 from pdserve.errors import InvalidField
 from pdserve.proto.kserve import inference_pb2 as kserve

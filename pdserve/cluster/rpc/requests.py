@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pdserve.clock import steady_unix_ms
-from pdserve.cluster import constraints
-from pdserve.cluster.calls import Call, Piece, Session
-from pdserve.cluster.parameters import Limits, Parameters, call_of, check_model, shown
-from pdserve.cluster.prompts import chat_prompt, text_prompt, token_prompt
+from pdserve.cluster.gateway import constraints
+from pdserve.cluster.gateway.calls import Call, Piece, Session
+from pdserve.cluster.gateway.parameters import Limits, Parameters, call_of, check_model, shown
+from pdserve.cluster.gateway.prompts import chat_prompt, text_prompt, token_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField
 from pdserve.messages import Decision, FinishReason, ServiceClass, Timing, Token, TokenLogprob

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.asking import flag_of
 from pdserve.cluster.http.resuming import CHOICES_MAX, Trail, begin_of, digest_of
 from pdserve.errors import InvalidField

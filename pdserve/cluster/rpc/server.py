@@ -8,11 +8,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from pdserve.clock import MS, monotonic
-from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.calls import Session
-from pdserve.cluster.draining import CONNECTION_AGE_NS_MAX
+from pdserve.cluster.gateway.access import Doorkeeper
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.draining import CONNECTION_AGE_NS_MAX
+from pdserve.cluster.gateway.models import Models
 from pdserve.cluster.http.metrics import FrontMetrics
-from pdserve.cluster.models import Models
 from pdserve.cluster.rpc import kserve, vllm_engine
 from pdserve.cluster.rpc.access import AccessInterceptor
 from pdserve.cluster.rpc.reflecting import add_reflection

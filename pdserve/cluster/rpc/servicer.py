@@ -6,7 +6,7 @@ headers and body.
 
 from typing import Any
 
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.resuming import Trail
 from pdserve.cluster.rpc.aborting import aborting
 from pdserve.cluster.rpc.requests import chat_call, generate_call

@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 
 import grpc
 
-from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.calls import Call, Piece, Session
-from pdserve.cluster.embedding import Embedded, embedded
-from pdserve.cluster.gathering import batches
+from pdserve.cluster.gateway.access import Doorkeeper
+from pdserve.cluster.gateway.calls import Call, Piece, Session
+from pdserve.cluster.gateway.embedding import Embedded, embedded
+from pdserve.cluster.gateway.gathering import batches
+from pdserve.cluster.gateway.models import Models
 from pdserve.cluster.http.answers import cached_tokens
 from pdserve.cluster.http.hints import retries_of
 from pdserve.cluster.http.metrics import DISCONNECTED, FrontMetrics, Meter
 from pdserve.cluster.http.resuming import Trail
-from pdserve.cluster.models import Models
 from pdserve.cluster.rpc.access import secret_in
 from pdserve.cluster.rpc.requests import chunk_of, timing_of
 from pdserve.cluster.tracing import continued, is_tracing

@@ -6,7 +6,7 @@ Its requests name no model: where a gateway has several, this service is the fir
 from typing import Any
 
 from pdserve.clock import S, monotonic
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.rpc.aborting import aborting
 from pdserve.cluster.rpc.requests import generate_call
 from pdserve.cluster.rpc.serving import Serving

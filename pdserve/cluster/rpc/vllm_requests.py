@@ -5,10 +5,10 @@ would name blocks that are somebody else's.
 """
 
 from pdserve.clock import steady_unix_ms
-from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.embedding import pooling_call
-from pdserve.cluster.parameters import Limits, Parameters, service_class_of, tenant_of
-from pdserve.cluster.prompts import token_prompt
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.embedding import pooling_call
+from pdserve.cluster.gateway.parameters import Limits, Parameters, service_class_of, tenant_of
+from pdserve.cluster.gateway.prompts import token_prompt
 from pdserve.cluster.rpc.requests import call_id
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField

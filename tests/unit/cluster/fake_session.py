@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from pdserve.cluster.calls import Call, Piece
+from pdserve.cluster.gateway.calls import Call, Piece
 from pdserve.errors import PdserveError
 from pdserve.ids import BlockKey, WorkerId
 from pdserve.kvstore.keys import adapter_namespace, block_keys, namespace_digest

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from pdserve.clock import steady_unix_ms
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.errors import (

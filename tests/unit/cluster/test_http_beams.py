@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from pdserve.cluster.calls import Call
+from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.messages import Beams, FinishReason, Token, TokenLogprob

@@ -6,13 +6,13 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
+from pdserve.cluster.gateway.models import Controls, Models
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
-from pdserve.cluster.models import Controls, Models
 from pdserve.config import GatewayConfig
 from tests.unit.cluster.asgi import get, post
 from tests.unit.cluster.fake_session import FakeSession, said
-from tests.unit.cluster.test_models import FakeRouter
+from tests.unit.cluster.gateway.test_models import FakeRouter
 
 CONFIG = GatewayConfig()
 ASKS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.errors import QueueFull

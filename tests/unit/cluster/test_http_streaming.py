@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.answers import Chat, Choice, Completion
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.asking import Asked

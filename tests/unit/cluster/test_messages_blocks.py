@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.cluster.gateway.prompts import checked_messages
 from pdserve.cluster.http.messages.asking import CountBody, MessageBody, chat_body, check_thinking
 from pdserve.cluster.http.messages.blocks import FAILED, turns_of
 from pdserve.cluster.http.schemas import ChatBody, checked
 from pdserve.cluster.http.tools import tools_of
-from pdserve.cluster.prompts import checked_messages
 from pdserve.errors import ConflictingFields, InvalidField, UnusableValue
 
 HI = [{"role": "user", "content": "hi"}]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.answers import Chat, Choice
 from pdserve.cluster.http.messages.telling import Event, Teller
 from pdserve.cluster.http.speech import Manner, Speech

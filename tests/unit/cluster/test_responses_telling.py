@@ -9,7 +9,7 @@ from hypothesis import given
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.answers import Chat
 from pdserve.cluster.http.responses.asking import ResponsesBody
 from pdserve.cluster.http.responses.routes import new_response

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.rpc.servicer import Servicer

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.cluster.calls import Piece
-from pdserve.cluster.prompt_delivery import PromptDelivery
+from pdserve.cluster.gateway.calls import Piece
+from pdserve.cluster.gateway.prompt_delivery import PromptDelivery
 from pdserve.lifecycle import Event, Phase
 from pdserve.messages import Cancel, FinishReason, Preempt, Progress, Request
 from pdserve.model.scoring import scores_of

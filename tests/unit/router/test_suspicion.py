@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.clock import MS
-from pdserve.cluster.poison import Suspicion
+from pdserve.cluster.gateway.poison import Suspicion
 from pdserve.errors import ErrorInfo, StepFailed
 from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import Event

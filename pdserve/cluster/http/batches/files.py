@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdserve.clock import unix_ms
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.batches.states import Record
-from pdserve.cluster.parameters import shown
 from pdserve.config import GatewayConfig
 from pdserve.errors import UnknownRequest
 from pdserve.kvstore.documents import Documents, MemoryDocuments, New, RedisDocuments

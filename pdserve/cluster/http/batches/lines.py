@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.bodies import parse_object
-from pdserve.cluster.parameters import shown
 from pdserve.errors import PdserveError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from pdserve.clock import unix_ms
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.access import owner_in
 from pdserve.cluster.http.batches.files import PURPOSE, Files, unknown
 from pdserve.cluster.http.batches.form import fields_of_form
@@ -20,7 +21,6 @@ from pdserve.cluster.http.bodies import read_bytes, read_object
 from pdserve.cluster.http.queries import number_in, page_of, word_in
 from pdserve.cluster.http.responses.asking import check_metadata
 from pdserve.cluster.http.schemas import Body, checked
-from pdserve.cluster.parameters import shown
 from pdserve.config import GatewayConfig
 from pdserve.errors import IllegalTransition, InvalidField, UnknownRequest, UnusableValue
 from pdserve.kvstore.documents import Documents, New

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.schemas import Body, Texts
-from pdserve.cluster.parameters import shown
 from pdserve.errors import ConflictingFields, InvalidField
 
 TEXTS_MAX = 2048

@@ -12,19 +12,19 @@ from typing import Any, ClassVar
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.embedding import Vector, embedded, pooling_call
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.embedding import Vector, embedded, pooling_call
+from pdserve.cluster.gateway.models import Models
+from pdserve.cluster.gateway.parameters import (
+    check_model,
+    truncated,
+)
+from pdserve.cluster.gateway.prompts import text_prompt
 from pdserve.cluster.http.comparing.asking import RerankBody, ScoreBody, Text
 from pdserve.cluster.http.comparing.similarity import ranked, scores_of_pairs
 from pdserve.cluster.http.metrics import FrontMetrics, Meter
 from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of
 from pdserve.cluster.http.schemas import checked
-from pdserve.cluster.models import Models
-from pdserve.cluster.parameters import (
-    check_model,
-    truncated,
-)
-from pdserve.cluster.prompts import text_prompt
 from pdserve.config import GatewayConfig
 from pdserve.prompt_tasks import Pooling, PoolingKind
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pdserve.cluster.embedding import Vector
+from pdserve.cluster.gateway.embedding import Vector
 
 
 def cosine(one: Vector, other: Vector) -> float:

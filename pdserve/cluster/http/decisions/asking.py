@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
+from pdserve.cluster.gateway.parameters import shown
+from pdserve.cluster.gateway.prompts import joined_text
 from pdserve.cluster.http.decisions.labels import Label, UnclearLabels, Value, labels_of
 from pdserve.cluster.http.responses.items import items_of, messages_of
 from pdserve.cluster.http.schemas import Body, checked
-from pdserve.cluster.parameters import shown
-from pdserve.cluster.prompts import joined_text
 from pdserve.errors import ConflictingFields, InvalidField, UnusableValue
 
 QUESTIONS_MAX = 200

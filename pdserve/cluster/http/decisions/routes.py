@@ -18,7 +18,11 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.cluster.gateway.calls import Call, Piece, Session
+from pdserve.cluster.gateway.models import Models
+from pdserve.cluster.gateway.parameters import check_model
+from pdserve.cluster.gateway.prompts import chat_prompt
+from pdserve.cluster.gateway.side_by_side import answered_each
 from pdserve.cluster.http.decisions.asking import (
     Question,
     decision_body,
@@ -29,10 +33,6 @@ from pdserve.cluster.http.decisions.asking import (
 from pdserve.cluster.http.decisions.labels import Tokens, expected, probabilities, stems_of
 from pdserve.cluster.http.metrics import FrontMetrics, Meter
 from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage
-from pdserve.cluster.models import Models
-from pdserve.cluster.parameters import check_model
-from pdserve.cluster.prompts import chat_prompt
-from pdserve.cluster.side_by_side import answered_each
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, FrameError, PromptTooLong
 from pdserve.messages import Sampling, Stop

@@ -15,8 +15,9 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Send
 
-from pdserve.cluster.calls import Session
-from pdserve.cluster.gathering import Numbered
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.gathering import Numbered
+from pdserve.cluster.gateway.models import Models
 from pdserve.cluster.http.asking import Asked
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_status
@@ -28,7 +29,6 @@ from pdserve.cluster.http.metrics import FrontMetrics, Meter
 from pdserve.cluster.http.resuming import Trail
 from pdserve.cluster.http.streaming import named_event
 from pdserve.cluster.logs import request_id
-from pdserve.cluster.models import Models
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError
 from pdserve.messages import ServiceClass

@@ -11,15 +11,15 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from pdserve.cluster.calls import Session
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.parameters import SERVICE_TIERS, shown
+from pdserve.cluster.gateway.prompts import chat_prompt
 from pdserve.cluster.http.asking import Asked, chat_asked, flag_of
 from pdserve.cluster.http.messages.blocks import turns_of
 from pdserve.cluster.http.responses.asking import renamed
 from pdserve.cluster.http.resuming import HEADER, WANTED_HEADER
 from pdserve.cluster.http.schemas import Body, ChatBody, Objects, Texts, checked
 from pdserve.cluster.http.tools import tools_of
-from pdserve.cluster.parameters import SERVICE_TIERS, shown
-from pdserve.cluster.prompts import chat_prompt
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, InvalidField, PdserveError, UnusableValue
 

@@ -14,7 +14,7 @@ parts of a chat's message are.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pdserve.cluster.parameters import shown
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.errors import InvalidField
 
 ROLES = ("user", "assistant", "system")

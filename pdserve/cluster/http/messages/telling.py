@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.answers import Choice, Dialect
 from pdserve.cluster.http.speech import in_order
 from pdserve.errors import Cancelled

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.cluster import parameters
-from pdserve.cluster.constraints import CHOICES_MAX
+from pdserve.cluster.gateway import parameters
+from pdserve.cluster.gateway.constraints import CHOICES_MAX
+from pdserve.cluster.gateway.prompts import ROLES
 from pdserve.cluster.http.asking import PROMPTS_MAX
 from pdserve.cluster.http.embeddings import DIMENSIONS_MAX, ENCODINGS, INPUTS_MAX
 from pdserve.cluster.http.responses import asking as responses
@@ -26,7 +27,6 @@ from pdserve.cluster.http.schemas import (
     unsupported_in,
 )
 from pdserve.cluster.http.tools import TOOLS_MAX
-from pdserve.cluster.prompts import ROLES
 
 Schema = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pdserve.cluster import parameters
+from pdserve.cluster.gateway import parameters
 from pdserve.cluster.http.messages import asking
 from pdserve.cluster.http.messages.blocks import ROLES
 from pdserve.cluster.http.openapi.bodies import (

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import Field
 
-from pdserve.cluster.calls import Session
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.asking import Asked, chat_asked
 from pdserve.cluster.http.responses.items import items_of, messages_of
 from pdserve.cluster.http.schemas import Body, ChatBody, Extension, checked
-from pdserve.cluster.parameters import shown
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, InvalidField, PdserveError
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdserve.clock import MS, S, unix_ms
-from pdserve.cluster.gathering import batches
+from pdserve.cluster.gateway.gathering import batches
+from pdserve.cluster.gateway.models import Models
+from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.http.errors import error_status
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.http.responses.asking import ResponseAsked
@@ -31,8 +33,6 @@ from pdserve.cluster.http.responses.telling import (
     Event,
     Teller,
 )
-from pdserve.cluster.models import Models
-from pdserve.cluster.parameters import shown
 from pdserve.config import GatewayConfig
 from pdserve.errors import PdserveError, QueueFull, UnknownRequest, UnusableValue
 from pdserve.kvstore.journals import Found, Journals, MemoryJournals, RedisJournals

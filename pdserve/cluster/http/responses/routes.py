@@ -11,8 +11,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from pdserve.cluster.calls import Session
-from pdserve.cluster.gathering import batches
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.gathering import batches
+from pdserve.cluster.gateway.models import Models
 from pdserve.cluster.http.access import owner_in, tenant_in
 from pdserve.cluster.http.bodies import read_object
 from pdserve.cluster.http.errors import error_response, error_status
@@ -30,7 +31,6 @@ from pdserve.cluster.http.responses.items import new_id
 from pdserve.cluster.http.responses.keeping import Record, Responses, after, unix_s
 from pdserve.cluster.http.responses.telling import IN_PROGRESS, QUEUED, Event, Teller
 from pdserve.cluster.http.streaming import HEADERS, named_event
-from pdserve.cluster.models import Models
 from pdserve.cluster.tracing import continued
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConflictingFields, PdserveError, UnusableValue

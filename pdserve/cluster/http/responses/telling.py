@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.cluster.http.answers import Choice, Dialect, cached_tokens
 from pdserve.cluster.http.responses.items import new_id
 from pdserve.cluster.http.speech import in_order

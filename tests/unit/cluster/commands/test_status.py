@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from pdserve.cluster.commands.status import render
+from pdserve.cluster.gateway.models import merged
 from pdserve.cluster.http_client import of_model
-from pdserve.cluster.models import merged
 
 
 def snapshot(worker: str, waiting: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.clock import S
-from pdserve.cluster.access import BURST_S, Doorkeeper, digest_of, read_keys, secret_of
 from pdserve.cluster.commands.key_edits import new_key, remove_key
+from pdserve.cluster.gateway.access import BURST_S, Doorkeeper, digest_of, read_keys, secret_of
 from pdserve.cluster.http import console
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig

@@ -16,8 +16,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from pdserve.cluster.calls import Call, Piece, Session
-from pdserve.cluster.ranking import answered
+from pdserve.cluster.gateway.calls import Call, Piece, Session
+from pdserve.cluster.gateway.ranking import answered
 from pdserve.cluster.why import WhyLog, why_log
 from pdserve.errors import PdserveError
 

@@ -5,8 +5,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 
-from pdserve.cluster.calls import Call, Piece, Session
-from pdserve.cluster.gathering import batches
+from pdserve.cluster.gateway.calls import Call, Piece, Session
+from pdserve.cluster.gateway.gathering import batches
 from pdserve.cluster.http.metrics import Meter
 
 AT_ONCE_MAX = 32

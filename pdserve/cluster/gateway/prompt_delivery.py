@@ -8,7 +8,7 @@ out, and is equal anyway, since a score depends on the tokens before it alone.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.errors import FrameError, PdserveError
 from pdserve.ids import BlockKey
 from pdserve.messages import Request, Timing, TokenDelta

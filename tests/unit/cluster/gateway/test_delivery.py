@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pdserve.cluster.delivery import HELD_MAX, BeamDelivery, Delivery
+from pdserve.cluster.gateway.delivery import HELD_MAX, BeamDelivery, Delivery
 from pdserve.errors import ErrorInfo, OutOfBlocks
 from pdserve.ids import BlockKey, HostId, RequestId
 from pdserve.messages import (

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from pdserve.cluster.calls import Call, Piece, Session
+from pdserve.cluster.gateway.calls import Call, Piece, Session
 
 
 def answered(session: Session, call: Call) -> AsyncGenerator[Sequence[Piece]]:

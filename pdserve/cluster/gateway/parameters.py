@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from pdserve.cluster.calls import Call, Session
-from pdserve.cluster.pinning import lifetime_ms_of
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.pinning import lifetime_ms_of
 from pdserve.errors import (
     ConflictingFields,
     InvalidField,

@@ -32,13 +32,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pdserve.clock import steady_unix_ms
-from pdserve.cluster.calls import Call, Piece
-from pdserve.cluster.delivery import BeamDelivery, Delivery
-from pdserve.cluster.gaps import GapWatch
+from pdserve.cluster.gateway.calls import Call, Piece
+from pdserve.cluster.gateway.delivery import BeamDelivery, Delivery
+from pdserve.cluster.gateway.gaps import GapWatch
+from pdserve.cluster.gateway.pinning import Pinning
+from pdserve.cluster.gateway.poison import Suspicion
+from pdserve.cluster.gateway.prompt_delivery import PromptDelivery, with_task
 from pdserve.cluster.link import RouterLink
-from pdserve.cluster.pinning import Pinning
-from pdserve.cluster.poison import Suspicion
-from pdserve.cluster.prompt_delivery import PromptDelivery, with_task
 from pdserve.errors import (
     CapacityError,
     DeadlineExceeded,

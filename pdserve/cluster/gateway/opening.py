@@ -20,9 +20,9 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from pdserve.cluster.models import Control
+from pdserve.cluster.gateway.models import Control
+from pdserve.cluster.gateway.session import GatewaySession, Served
 from pdserve.cluster.places import directory_of, tcp_host_of
-from pdserve.cluster.session import GatewaySession, Served
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import HostId
@@ -32,7 +32,7 @@ from pdserve.settings import deployment_suffix, from_tree
 from pdserve.wire.hosts import local_host_id
 
 if TYPE_CHECKING:
-    from pdserve.cluster.front import Front
+    from pdserve.cluster.gateway.front import Front
 
 log = logging.getLogger(__name__)
 

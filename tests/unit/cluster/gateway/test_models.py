@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pdserve.cluster.calls import Session
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.models import Control, Controls, Models, by_model, merged
 from pdserve.cluster.http.exposition import joined
-from pdserve.cluster.models import Control, Controls, Models, by_model, merged
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError, InvalidField, StoreUnavailable, UnknownModel
 from tests.unit.cluster.fake_session import FakeSession

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from pdserve.cluster.delivery import Delivery
+from pdserve.cluster.gateway.delivery import Delivery
 from pdserve.ids import RequestId
 
 log = logging.getLogger(__name__)

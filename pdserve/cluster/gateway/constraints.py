@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pdserve.cluster.parameters import Parameters, shown
+from pdserve.cluster.gateway.parameters import Parameters, shown
 from pdserve.errors import ConflictingFields, ConstraintFailed, InvalidField, UnusableValue
 from pdserve.messages import Constraint, ConstraintKind
 from pdserve.text.grammar import Grammars

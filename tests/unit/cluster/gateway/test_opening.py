@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from pdserve.cluster import opening
-from pdserve.cluster.front import Front
-from pdserve.cluster.opening import FurtherModels, follow_blocks
+from pdserve.cluster.gateway import opening
+from pdserve.cluster.gateway.front import Front
+from pdserve.cluster.gateway.opening import FurtherModels, follow_blocks
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from pdserve.settings import from_tree, further_models, to_tree

@@ -15,18 +15,18 @@ from fastapi import FastAPI
 
 from pdserve.access_config import AccessConfig
 from pdserve.clock import S, monotonic
-from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.audit import Audit, AuditFile
-from pdserve.cluster.certificates import grpc_credentials
-from pdserve.cluster.draining import Seen, connection_age_ns, left_ns
+from pdserve.cluster.gateway.access import Doorkeeper
+from pdserve.cluster.gateway.audit import Audit, AuditFile
+from pdserve.cluster.gateway.certificates import grpc_credentials
+from pdserve.cluster.gateway.draining import Seen, connection_age_ns, left_ns
+from pdserve.cluster.gateway.models import Control, Controls, Models
+from pdserve.cluster.gateway.pinning import Pinning
+from pdserve.cluster.gateway.quota_exchange import exchange_for_ever
+from pdserve.cluster.gateway.session import GatewaySession
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.server import HttpServer
 from pdserve.cluster.http.vllm_metrics import VllmMetrics
-from pdserve.cluster.models import Control, Controls, Models
-from pdserve.cluster.pinning import Pinning
-from pdserve.cluster.quota_exchange import exchange_for_ever
 from pdserve.cluster.rpc.server import GrpcServer, serve_grpc
-from pdserve.cluster.session import GatewaySession
 from pdserve.cluster.store_metrics import master_of, render, reports_of
 from pdserve.config import ClusterConfig, GatewayConfig
 from pdserve.errors import GatewayLeaving

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.clock import unix_ms
-from pdserve.cluster.calls import Call, Piece
-from pdserve.cluster.session import (
+from pdserve.cluster.gateway.calls import Call, Piece
+from pdserve.cluster.gateway.session import (
     BURST_MAX,
     DEADLINE_GRACE_S,
     _expire_in_time,

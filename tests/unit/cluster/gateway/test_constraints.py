@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from pdserve.cluster import constraints
+from pdserve.cluster.gateway import constraints
+from pdserve.cluster.gateway.parameters import Parameters
 from pdserve.cluster.http.app import create_app
-from pdserve.cluster.parameters import Parameters
 from pdserve.cluster.rpc.requests import chat_call, generate_call
 from pdserve.config import GatewayConfig
 from pdserve.errors import InvalidField

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pdserve.clock import unix_ms
-from pdserve.cluster.calls import Call, Piece
-from pdserve.cluster.session import GatewaySession, Served
+from pdserve.cluster.gateway.calls import Call, Piece
+from pdserve.cluster.gateway.session import GatewaySession, Served
 from pdserve.errors import PromptTooLong
 from pdserve.ids import HostId, WorkerId
 from pdserve.kvstore.keys import namespace_digest

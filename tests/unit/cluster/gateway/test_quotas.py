@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pdserve.clock import S
-from pdserve.cluster.access import Doorkeeper, read_keys
 from pdserve.cluster.commands.key_edits import new_key, remove_key, set_quota
+from pdserve.cluster.gateway.access import Doorkeeper, read_keys
+from pdserve.cluster.gateway.quotas import MINUTE_MS, NO_QUOTA, Ledger, Period, Quota
 from pdserve.cluster.http.app import create_app
-from pdserve.cluster.quotas import MINUTE_MS, NO_QUOTA, Ledger, Period, Quota
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError, RateLimited
 from tests.unit.cluster.asgi import Reply, ask

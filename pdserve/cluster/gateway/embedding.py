@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.cluster.calls import Call, Session
+from pdserve.cluster.gateway.calls import Call, Session
+from pdserve.cluster.gateway.parameters import Limits, shown
+from pdserve.cluster.gateway.side_by_side import answered_each
 from pdserve.cluster.http.metrics import Meter
-from pdserve.cluster.parameters import Limits, shown
-from pdserve.cluster.side_by_side import answered_each
 from pdserve.errors import FrameError, PromptTooLong, UnusableValue
 from pdserve.messages import Sampling, ServiceClass, Stop, Timing
 from pdserve.prompt_tasks import Pooling

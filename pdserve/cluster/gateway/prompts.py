@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pdserve.cluster.calls import Session
-from pdserve.cluster.parameters import check_tokens, shown
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.parameters import check_tokens, shown
 from pdserve.errors import InvalidField, UnusableValue
 
 INLINE_CHARACTERS_MAX = 8192

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
-from pdserve.cluster.draining import (
+from pdserve.cluster.gateway.draining import (
     CONNECTION_AGE_NS_MAX,
     CONNECTION_AGE_NS_MIN,
     LINGER_NS,

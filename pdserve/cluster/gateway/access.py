@@ -23,9 +23,9 @@ from types import MappingProxyType
 from typing import Any
 
 from pdserve.clock import MS, Clock, S, monotonic, unix_ms
-from pdserve.cluster.audit import Audit
-from pdserve.cluster.parameters import TENANT_CHARACTERS_MAX, shown
-from pdserve.cluster.quotas import TOKENS_MAX, Ledger, Quota
+from pdserve.cluster.gateway.audit import Audit
+from pdserve.cluster.gateway.parameters import TENANT_CHARACTERS_MAX, shown
+from pdserve.cluster.gateway.quotas import TOKENS_MAX, Ledger, Quota
 from pdserve.errors import ConfigError, Forbidden, RateLimited, Unauthorized
 
 KEYS_MAX = 100_000

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pdserve.cluster.calls import Call, Piece
-from pdserve.cluster.gathering import PENDING_PIECES_MAX, batches
+from pdserve.cluster.gateway.calls import Call, Piece
+from pdserve.cluster.gateway.gathering import PENDING_PIECES_MAX, batches
 from pdserve.errors import PdserveError, WorkerLost
 from pdserve.messages import FinishReason, Sampling, ServiceClass, Stop
 from tests.unit.cluster.fake_session import HANG, FakeSession, Step, piece, said, steps

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pdserve.cluster.prompt_delivery import PromptDelivery
+from pdserve.cluster.gateway.prompt_delivery import PromptDelivery
 from pdserve.errors import ErrorInfo, FrameError, OutOfBlocks
 from pdserve.ids import BlockKey, HostId, RequestId
 from pdserve.messages import (

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from pdserve.cluster.calls import Session
-from pdserve.cluster.parameters import check_name
+from pdserve.cluster.gateway.calls import Session
+from pdserve.cluster.gateway.parameters import check_name
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError, PdserveError, StoreUnavailable, UnknownModel
 

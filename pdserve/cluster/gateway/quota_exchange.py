@@ -9,7 +9,7 @@ import asyncio
 import logging
 
 from pdserve.clock import unix_ms
-from pdserve.cluster.quotas import Entry, Ledger
+from pdserve.cluster.gateway.quotas import Entry, Ledger
 from pdserve.errors import StoreUnavailable
 from pdserve.kvstore.shared_counts import SharedCounts
 

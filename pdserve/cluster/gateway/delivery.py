@@ -19,7 +19,7 @@ next attempt begins at the prompt, and finds the same answers: those delivered b
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pdserve.cluster.calls import Piece
+from pdserve.cluster.gateway.calls import Piece
 from pdserve.errors import PdserveError
 from pdserve.ids import BlockKey
 from pdserve.messages import FinishReason, Request, Token, TokenDelta

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import S
-from pdserve.cluster.access import Doorkeeper
-from pdserve.cluster.audit import LOOK_S, Audit, AuditFile
 from pdserve.cluster.commands.key_edits import new_key, remove_key
+from pdserve.cluster.gateway.access import Doorkeeper
+from pdserve.cluster.gateway.audit import LOOK_S, Audit, AuditFile
 from pdserve.cluster.http.app import create_app
 from pdserve.config import GatewayConfig
 from pdserve.errors import ConfigError, Forbidden, Unauthorized

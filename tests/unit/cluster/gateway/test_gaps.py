@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from pdserve.cluster import gaps
-from pdserve.cluster.session import GatewaySession
+from pdserve.cluster.gateway import gaps
+from pdserve.cluster.gateway.session import GatewaySession
 from pdserve.messages import FinishReason, Request, Token, TokenDelta
-from tests.unit.cluster.test_session_prompts import Gateway, call
+from tests.unit.cluster.gateway.test_session_prompts import Gateway, call
 
 
 def said(gateway: GatewaySession, request: Request, offset: int, *tokens: int) -> None:

@@ -1,0 +1,1 @@
+"""What a gateway decides: access, bounds, deliveries, gaps."""

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from pdserve.cluster.worker_parts import WorkerParts
     from pdserve.engine.outputs import Load, Output, ToDecode
     from pdserve.engine.thread import EngineThread
+    from pdserve.kvstore.answers import StoreChanges, StoreStat
     from pdserve.kvstore.client import StoreClient
 
 log = logging.getLogger(__name__)
@@ -444,14 +445,11 @@ class WorkerShell:
 
     async def _watch_store(self) -> None:
         """The store's changes go to the router's prefix index; its death ends this worker."""
-        assert self._watching is not None
         after = 0
         while True:
             await asyncio.sleep(STORE_CHANGES_S)
             try:
-                changes = await asyncio.to_thread(self._watching.changes, after)
-                asked_ns = monotonic()
-                stat = await asyncio.to_thread(self._watching.stat)
+                changes, asked_ns, stat = await asyncio.to_thread(self._ask_store, after)
             except PdserveError as error:
                 await self._leave(str(error))
                 return
@@ -462,6 +460,10 @@ class WorkerShell:
             self._store_stat = counters
             if self._tells_of_store() and (changes.added or changes.removed or stirred):
                 self._report(store_added=changes.added, store_removed=changes.removed)
+
+    def _ask_store(self, after: int) -> "tuple[StoreChanges, int, StoreStat]":
+        assert self._watching is not None
+        return self._watching.changes(after), monotonic(), self._watching.stat()
 
     def _tells_of_store(self) -> bool:
         """Whoever may be given prompts says which prefixes its host has; others need not repeat."""

@@ -10,13 +10,13 @@ another goes on with what is not answered yet. For a while both may answer: the 
 that nothing is answered twice, whatever leases and clocks do.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from pdserve.clock import Clock, S, monotonic
-from pdserve.errors import CapacityError, RateLimited, StoreUnavailable
-from pdserve.kvstore.redis_client import connected
+from pdserve.errors import CapacityError, RateLimited
+from pdserve.kvstore.redis_client import RedisClient
 
 TIMEOUT_S = 10.0
 """For one call to Redis; a content of 64 MiB takes a tenth of a second on one host."""
@@ -47,6 +47,10 @@ class Documents(Protocol):
         ...
 
     async def state(self, name: str) -> bytes | None: ...
+
+    async def states(self, group: str) -> list[bytes]:
+        """Of the documents that it lists, the oldest first, in one question."""
+        ...
 
     async def swap(self, name: str, old: bytes, new: bytes) -> bool:
         """Replaces the state; False: it is not ``old`` any more."""
@@ -126,6 +130,10 @@ class MemoryDocuments:
     async def state(self, name: str) -> bytes | None:
         document = self._find(name)
         return None if document is None else document.state
+
+    async def states(self, group: str) -> list[bytes]:
+        self._expire()
+        return [each.state for each in self._documents.values() if group in each.groups]
 
     async def swap(self, name: str, old: bytes, new: bytes) -> bool:
         document = self._find(name)
@@ -247,10 +255,22 @@ for i = 5, #KEYS do redis.call('ZADD', KEYS[i], number, ARGV[2]) end
 return 1
 """
 _LIST = f"{_NAMES} return names(KEYS[1])"
+_STATES = f"""
+{_NAMES}
+local found = {{}}
+for i, name in ipairs(names(KEYS[1])) do
+  found[i] = redis.call('HGET', ARGV[1] .. name, 'state')
+end
+return found
+"""
 _SWAP = """
 if redis.call('HGET', KEYS[1], 'state') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
 return 1
+"""
+_REMOVE = """
+redis.call('DEL', KEYS[2], KEYS[3], KEYS[4])
+return redis.call('DEL', KEYS[1])
 """
 _ANSWER = """
 local left = redis.call('PTTL', KEYS[1])
@@ -284,9 +304,10 @@ class RedisDocuments:
         Raises:
             ConfigError: the address is none, or the client library is not there.
         """
-        self._redis, self._failures = connected(url, timeout_s=TIMEOUT_S)
+        self._redis = RedisClient(
+            url, timeout_s=TIMEOUT_S, keeps="the files", setting="gateway.responses_redis"
+        )
         self._bytes_max = bytes_max
-        self._scripts: dict[str, Any] = {}
 
     async def make(self, new: New) -> None:
         if len(new.content) > self._bytes_max:
@@ -298,79 +319,52 @@ class RedisDocuments:
         most = -1 if new.count_max is None else new.count_max
         keep_ms = max(1000, round(new.keep_s * 1000))
         arguments = [_PREFIX, new.name, new.state, new.content, keep_ms, most]
-        if not await self._run(_MAKE, keys, arguments):
+        if not await self._redis.run(_MAKE, keys, arguments):
             raise full(most)
 
     async def state(self, name: str) -> bytes | None:
-        async def ask() -> Any:
-            return await self._redis.hget(_PREFIX + name, "state")
+        asking = self._redis.commands.hget(_PREFIX + name, "state")
+        found: bytes | None = await self._redis.asked(asking)
+        return found
 
-        found: bytes | None = await self._asked(ask)
+    async def states(self, group: str) -> list[bytes]:
+        found: list[bytes] = await self._redis.run(_STATES, [_group(group)], [_PREFIX])
         return found
 
     async def swap(self, name: str, old: bytes, new: bytes) -> bool:
-        return bool(await self._run(_SWAP, _keys(name), [old, new]))
+        return bool(await self._redis.run(_SWAP, _keys(name), [old, new]))
 
     async def content(self, name: str) -> bytes | None:
-        async def ask() -> Any:
-            return await self._redis.get(_keys(name)[1])
-
-        found: bytes | None = await self._asked(ask)
+        found: bytes | None = await self._redis.asked(self._redis.commands.get(_keys(name)[1]))
         return found
 
     async def names(self, group: str) -> list[str]:
-        found: list[bytes] = await self._run(_LIST, [_group(group)], [_PREFIX])
+        found: list[bytes] = await self._redis.run(_LIST, [_group(group)], [_PREFIX])
         return [name.decode() for name in found]
 
     async def leave(self, name: str, group: str) -> None:
-        async def ask() -> Any:
-            return await self._redis.zrem(_group(group), name)
-
-        await self._asked(ask)
+        await self._redis.asked(self._redis.commands.zrem(_group(group), name))
 
     async def remove(self, name: str) -> bool:
-        async def ask() -> Any:
-            document, *others = _keys(name)
-            await self._redis.delete(*others)
-            return await self._redis.delete(document)
-
-        removed: int = await self._asked(ask)
-        return removed == 1
+        return bool(await self._redis.run(_REMOVE, _keys(name)))
 
     async def answer(self, name: str, number: int, answer: bytes) -> bool:
-        return bool(await self._run(_ANSWER, _keys(name), [number, answer]))
+        return bool(await self._redis.run(_ANSWER, _keys(name), [number, answer]))
 
     async def answers(self, name: str) -> dict[int, bytes]:
-        async def ask() -> Any:
-            return await self._redis.hgetall(_keys(name)[2])
-
-        found: dict[bytes, bytes] = await self._asked(ask)
+        asking = self._redis.commands.hgetall(_keys(name)[2])
+        found: dict[bytes, bytes] = await self._redis.asked(asking)
         return {int(number): answer for number, answer in found.items()}
 
     async def claim(self, name: str, who: str, lease_s: float) -> bool:
-        return bool(await self._run(_CLAIM, _keys(name), [who, max(1, round(lease_s * 1000))]))
+        lease_ms = max(1, round(lease_s * 1000))
+        return bool(await self._redis.run(_CLAIM, _keys(name), [who, lease_ms]))
 
     async def release(self, name: str, who: str) -> None:
-        await self._run(_RELEASE, _keys(name), [who])
+        await self._redis.run(_RELEASE, _keys(name), [who])
 
     async def close(self) -> None:
-        await self._redis.aclose()
-
-    async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        if script not in self._scripts:
-            self._scripts[script] = self._redis.register_script(script)
-        registered = self._scripts[script]
-
-        async def ask() -> Any:
-            return await registered(keys=keys, args=arguments)
-
-        return await self._asked(ask)
-
-    async def _asked(self, ask: Callable[[], Awaitable[Any]]) -> Any:
-        try:
-            return await ask()
-        except self._failures as error:
-            raise StoreUnavailable(f"Redis, which keeps the files, fails: {error}") from error
+        await self._redis.close()
 
 
 def _keys(name: str) -> list[str]:

@@ -13,13 +13,13 @@ bytes. In Redis each has a time to live, and each has a bound in bytes.
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from pdserve.clock import Clock, S, monotonic
-from pdserve.errors import CapacityError, StoreUnavailable
-from pdserve.kvstore.redis_client import connected
+from pdserve.errors import CapacityError
+from pdserve.kvstore.redis_client import RedisClient
 
 TIMEOUT_S = 1.0
 """For one call to Redis, which takes about a millisecond."""
@@ -281,72 +281,43 @@ class RedisJournals:
         Raises:
             ConfigError: the address is none, or the client library is not there.
         """
-        self._redis, self._failures = connected(url, timeout_s=TIMEOUT_S)
-        self._make: Any = self._redis.register_script(_MAKE)
-        self._append: Any = self._redis.register_script(_APPEND)
-        self._find: Any = self._redis.register_script(_FIND)
-        self._write: Any = self._redis.register_script(_WRITE)
-        self._ask_end: Any = self._redis.register_script(_ASK_END)
-        self._remove: Any = self._redis.register_script(_REMOVE)
+        self._redis = RedisClient(
+            url, timeout_s=TIMEOUT_S, keeps="the responses", setting="gateway.responses_redis"
+        )
         self._bytes_max = bytes_max
         self._keep_ms = max(1000, round(keep_s * 1000))
 
     async def make(self, name: str, state: bytes, *, alive_s: float = 0.0) -> None:
         self._check(state)
-
-        async def run() -> None:
-            await self._make(keys=_keys(name), args=[state, self._keep_ms, _ms(alive_s)])
-
-        await self._asked(run)
+        await self._redis.run(_MAKE, _keys(name), [state, self._keep_ms, _ms(alive_s)])
 
     async def write(self, name: str, state: bytes, *, alive_s: float = 0.0) -> None:
         self._check(state)
-
-        async def run() -> None:
-            await self._write(keys=_keys(name), args=[_ms(alive_s), state])
-
-        await self._asked(run)
+        await self._redis.run(_WRITE, _keys(name), [_ms(alive_s), state])
 
     async def append(self, name: str, lines: Sequence[bytes], *, alive_s: float) -> bool:
-        arguments = [_ms(alive_s), *lines]
-
-        async def run() -> Any:
-            return await self._append(keys=_keys(name), args=arguments)
-
-        return bool(await self._asked(run))
+        return bool(await self._redis.run(_APPEND, _keys(name), [_ms(alive_s), *lines]))
 
     async def find(self, name: str) -> Found | None:
-        async def run() -> Any:
-            return await self._find(keys=_keys(name), args=[])
-
-        found: tuple[bytes, int, int] | None = await self._asked(run)
+        found: tuple[bytes, int, int] | None = await self._redis.run(_FIND, _keys(name))
         if found is None:
             return None
         state, is_alive, end_asked = found
         return Found(state, is_alive == 1, end_asked == 1)
 
     async def lines(self, name: str, start: int, count: int) -> list[bytes]:
-        async def run() -> Any:
-            return await self._redis.lrange(f"{_PREFIX}{name}:lines", start, start + count - 1)
-
-        found: list[bytes] = await self._asked(run)
+        asking = self._redis.commands.lrange(f"{_PREFIX}{name}:lines", start, start + count - 1)
+        found: list[bytes] = await self._redis.asked(asking)
         return found
 
     async def ask_end(self, name: str) -> None:
-        async def run() -> None:
-            await self._ask_end(keys=[_PREFIX + name], args=[])
-
-        await self._asked(run)
+        await self._redis.run(_ASK_END, [_PREFIX + name])
 
     async def remove(self, name: str) -> bool:
-        async def run() -> Any:
-            return await self._remove(keys=_keys(name), args=[])
-
-        removed: int = await self._asked(run)
-        return removed == 1
+        return bool(await self._redis.run(_REMOVE, _keys(name)))
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await self._redis.close()
 
     def _check(self, state: bytes) -> None:
         if len(state) > self._bytes_max:
@@ -354,12 +325,6 @@ class RedisJournals:
                 f"a response of {len(state)} bytes cannot be kept; at most {self._bytes_max} pass",
                 retry_after_ms=1000,
             )
-
-    async def _asked(self, run: Callable[[], Awaitable[Any]]) -> Any:
-        try:
-            return await run()
-        except self._failures as error:
-            raise StoreUnavailable(f"Redis, which keeps the responses, fails: {error}") from error
 
 
 def _keys(name: str) -> list[str]:

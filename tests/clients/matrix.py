@@ -95,14 +95,15 @@ CLIENTS = (
     Client(
         "anthropic",
         "anthropic",
-        "messages: whole, async, streamed, cancelled, a loop with tools whole and streamed, parsed"
-        " schema, counted tokens, its classes of errors",
+        "models; messages: whole, async, streamed, cancelled, a loop with tools whole and streamed,"
+        " parsed schema, counted tokens, its classes of errors",
         {
             "whole": TEXT,
             "async": TEXT,
             "streamed": TEXT,
             "cancelled": True,
             "counted": True,
+            "listed": ["model", True],
             "calls": [CALLS, CALLS],
             "parsed": "Paris",
             "refused": "BadRequestError invalid_field",

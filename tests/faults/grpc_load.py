@@ -5,7 +5,6 @@ resumed here: a gateway that leaves on purpose ends what it has begun, and what 
 is for gRPC's own policy to send again.
 """
 
-import json
 import threading
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,15 +14,9 @@ import grpc
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import InferenceStub
 from tests.faults.load import COMPLETION, END_S, Answer, Ask
+from tests.grpc_channels import own_connection
 
 DEADLINE_S = 120.0
-RETRIES = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.1s",
-    "maxBackoff": "2s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
-}
 PLAIN = ("temperature", "top_p", "seed", "max_tokens", "min_tokens", "ignore_eos", "n", "stop")
 """Of a completion's parameters, those that gRPC has under the same name."""
 
@@ -67,11 +60,7 @@ class GrpcEndless:
         ]
 
     def _run(self, answers: list[Answer]) -> None:
-        policy = {"methodConfig": [{"name": [{}], "retryPolicy": RETRIES}]}
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),  # a connection for each of them
-            ("grpc.service_config", json.dumps(policy)),
-        ]
+        options = own_connection(retries=True)
         with grpc.insecure_channel(self._target, options=options) as channel:
             stub = cast(Any, InferenceStub)(channel)
             while not (answers and self._stop.is_set()):

@@ -3,7 +3,6 @@ that leaves: none of them gets a status that it would not send again."""
 
 import asyncio
 import contextlib
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pdserve.clock import MS, S
 from pdserve.cluster.gateway import draining, front
 from pdserve.proto.v1 import inference_pb2 as pb
 from pdserve.proto.v1.inference_pb2_grpc import InferenceStub
+from tests.grpc_channels import own_connection
 from tests.integration.harness import wait_for
 from tests.integration.test_front_leaving import BRIEF_S, LONG_S, WAIT_S, Leaving, leaving
 from tests.unit.cluster.fake_session import MODEL, said
@@ -23,14 +23,6 @@ from tests.unit.cluster.fake_session import MODEL, said
 CLIENTS = 8
 ON_ITS_WAY_S = 0.03
 """Longer than a server takes to answer, so that nearly always a request is on its way."""
-
-RETRIES = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.05s",
-    "maxBackoff": "1s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
-}
 
 
 class Relay:
@@ -98,11 +90,7 @@ class Clients:
 
     def _ask(self, number: int) -> None:
         streams, retries = number % 2 == 0, number % 4 < 2
-        config = {"methodConfig": [{"name": [{}], "retryPolicy": RETRIES}]} if retries else {}
-        options = [
-            ("grpc.use_local_subchannel_pool", 1),  # a connection for each of them
-            ("grpc.service_config", json.dumps(config)),
-        ]
+        options = own_connection(retries=retries)
         with grpc.insecure_channel(self._target, options=options) as channel:
             stub = cast(Any, InferenceStub)(channel)
             while not self._is_ending.is_set():

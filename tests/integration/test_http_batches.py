@@ -9,12 +9,14 @@ from typing import Any
 
 import openai
 import pytest
+from redis.asyncio.connection import Connection
 
 from pdserve.batch_config import BatchConfig
 from pdserve.cluster.gateway.access import Doorkeeper, Key, KeyFile, digest_of, write_keys
 from pdserve.cluster.gateway.calls import Call
 from pdserve.cluster.http.app import create_app
 from pdserve.cluster.http.batches import running
+from pdserve.cluster.http.batches.running import OPEN
 from pdserve.config import GatewayConfig
 from pdserve.errors import QueueFull
 from pdserve.messages import ServiceClass
@@ -219,6 +221,50 @@ def test_a_tenant_sees_its_own_alone(tmp_path: Path) -> None:
         assert list(two.files.list()) == []
         assert list(two.batches.list()) == []
         assert batch.status == "completed"
+
+
+def test_a_tenants_name_is_no_other_list(tmp_path: Path) -> None:
+    """Whatever it is called: the gateway's own list of batches that are open is not its own."""
+    keys = tmp_path / "keys.json"
+    names = ("one", "open")
+    write_keys(keys, KeyFile(tuple(Key(name, name, digest_of(name)) for name in names)))
+    session = FakeSession(hanging_at("wait"))
+    app = create_app(session, config=GatewayConfig(), doorkeeper=Doorkeeper(keys))
+    with served(app) as url:
+        batch = begun(client(url, "one"), [chat("a", "wait")])
+        wait_for("it is asked", lambda: len(session.open) == 1, timeout_s=WAIT_S)
+        assert [each.id for each in client(url, "one").batches.list()] == [batch.id]
+        assert list(client(url, "open").batches.list()) == []
+        client(url, "one").batches.cancel(batch.id)
+        ended(client(url, "one"), batch)
+
+
+def test_a_list_asks_redis_once_however_long_it_is(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+    send = Connection.send_packed_command
+
+    async def noted(self: Any, command: Any, **others: Any) -> None:
+        asked.append(command if isinstance(command, bytes) else b"".join(command))
+        await send(self, command, **others)
+
+    def round_trips(listed: Callable[[], Any], count: int) -> int:
+        """Without those of the gateway that looks for work."""
+        asked.clear()
+        assert len(list(listed())) == count
+        of_lists = [each for each in asked if b":document:" in each]
+        return sum(f"group:{OPEN}".encode() not in each for each in of_lists)
+
+    config = GatewayConfig(responses_redis=redis_server.url)
+    with served(create_app(FakeSession(), config=config)) as url:
+        ours = client(url)
+        for _ in range(4):
+            ended(ours, begun(ours, [chat("a")]))
+        monkeypatch.setattr(Connection, "send_packed_command", noted)
+        for listed, count in ((ours.files.list, 8), (ours.batches.list, 4)):
+            round_trips(listed, count)  # the first one tells Redis the script
+            assert round_trips(listed, count) == 1
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_without_redis_each_counts_for_itself_and_nothing_is_lost(
 
     async def work() -> None:
         counts = SharedCounts(redis_server.url)
-        with pytest.raises(StoreUnavailable, match="Redis does not answer"):
+        with pytest.raises(StoreUnavailable, match="Redis, which keeps the counts"):
             await exchange(ledger, counts)
         await counts.close()
 

@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.errors import CapacityError, StoreUnavailable
 from pdserve.kvstore.documents import Documents, MemoryDocuments, New, RedisDocuments
+from tests.integration.harness import WAIT_S
 from tests.redis_server import RedisServer
 
 SEED = int(os.environ.get("SEED", "5"))
@@ -110,6 +111,30 @@ def test_a_redis_that_is_not_there_says_so() -> None:
         documents = RedisDocuments("redis://127.0.0.1:1/0", bytes_max=100)
         with pytest.raises(StoreUnavailable):
             await documents.names("g")
+        await documents.close()
+
+    asyncio.run(play())
+
+
+def test_who_is_cancelled_while_redis_answers_is_cancelled(redis_server: RedisServer) -> None:
+    """Else a loop that is told to end goes on, and so does whoever waits for it."""
+    print(f"seed {SEED}")
+    chance = random.Random(SEED)
+
+    async def ask_on(documents: Documents) -> None:
+        while True:
+            await documents.swap("a", await documents.state("a") or b"", b"s")
+
+    async def play() -> None:
+        documents = RedisDocuments(redis_server.url, bytes_max=100)
+        await documents.make(new("a"))
+        for _ in range(100):
+            asking = asyncio.create_task(ask_on(documents))
+            for _ in range(chance.randrange(12)):
+                await asyncio.sleep(0)
+            asking.cancel()
+            _, goes_on = await asyncio.wait([asking], timeout=WAIT_S)
+            assert not goes_on
         await documents.close()
 
     asyncio.run(play())

@@ -7,6 +7,7 @@ session. Routes here are thin; a generation is in ``generation``.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import Any
 
@@ -39,6 +40,7 @@ from pdserve.cluster.http.messages.errors import PATH as MESSAGES_PATH
 from pdserve.cluster.http.metrics import FrontMetrics
 from pdserve.cluster.http.openapi.bodies import Facts
 from pdserve.cluster.http.openapi.document import document
+from pdserve.cluster.http.queries import page_of
 from pdserve.cluster.http.request_ids import RequestIds
 from pdserve.cluster.http.responses.keeping import Responses, journals_of
 from pdserve.cluster.http.responses.routes import PATH as RESPONSES_PATH
@@ -187,13 +189,18 @@ class _Answering:
 
 def _add_models(app: FastAPI, models: Models) -> None:
     created = int(time.time())
+    created_at = datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def card(session: Session, name: str) -> dict[str, Any]:
+        """In the words of OpenAI, of Anthropic, and of vLLM."""
         base = session.model_name
         return {
             "id": name,
             "object": "model",
+            "type": "model",
+            "display_name": name,
             "created": created,
+            "created_at": created_at,
             "owned_by": "pdserve",
             "root": name,
             "parent": None if name == base else base,
@@ -207,7 +214,7 @@ def _add_models(app: FastAPI, models: Models) -> None:
             for session in models
             for name in (session.model_name, *session.adapters)
         ]
-        return JSONResponse({"object": "list", "data": cards})
+        return JSONResponse(page_of(cards, None, len(cards)))
 
     @app.get("/v1/models/{model:anytext}")
     async def model(model: str) -> Response:

@@ -364,8 +364,15 @@ def _first_problem(error: ValidationError) -> InvalidField:
     where = ".".join(map(str, path))
     if deepest["type"] == "missing":
         return InvalidField(where, "is missing")
-    reasons = dict.fromkeys(p["msg"] for p in same if _path(p["loc"]) == path)
+    reasons = dict.fromkeys(reason_of(p) for p in same if _path(p["loc"]) == path)
     return InvalidField(where, f"is {shown(deepest['input'])}: {' or '.join(reasons)}")
+
+
+def reason_of(problem: Mapping[str, object]) -> str:
+    """Pydantic's, without the names of our classes."""
+    if problem["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
+        return "Input should be an object"
+    return str(problem["msg"])
 
 
 def _path(location: Sequence[str | int]) -> list[str | int]:

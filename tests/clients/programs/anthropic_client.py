@@ -1,5 +1,5 @@
-"""Anthropic's library: whole, async, streamed and cancelled, a loop with tools, a parsed schema,
-counted tokens, and its classes of errors.
+"""Anthropic's library: models, and messages whole, async, streamed and cancelled, a loop with
+tools, a parsed schema, counted tokens, and its classes of errors.
 
 What a schema must match leaves one answer, so the answer is known whatever the model.
 """
@@ -80,6 +80,9 @@ assert [events[0], events[-1]] == ["message_start", "message_stop"]
 assert streamed.usage.output_tokens == used.output_tokens
 with client.messages.create(**SHORT, stream=True) as stream:
     first = next(event for event in stream if event.type == "content_block_delta")
+listed = {each.id: each for each in client.models.list()}
+about = client.models.retrieve(MODEL)
+assert about.created_at == listed[MODEL].created_at
 parsed = client.messages.parse(**LONGER, output_format=Place)
 print(
     json.dumps(
@@ -89,6 +92,7 @@ print(
             "streamed": streamed.content[0].text,
             "cancelled": streamed.content[0].text.startswith(first.delta.text),
             "counted": counted.input_tokens == used.input_tokens + used.cache_read_input_tokens,
+            "listed": [about.type, about.display_name == MODEL],
             "calls": [called(stream=False), called(stream=True)],
             "parsed": parsed.parsed_output.city,
             "refused": refused(max_tokens=-1),

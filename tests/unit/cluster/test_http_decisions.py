@@ -224,6 +224,11 @@ def levels(*given: Any) -> dict[str, Any]:
         (choices("a", "x" * 257), "questions.0.choices.1.value", "at most 256"),
         (choices("a", 1), "questions.0.choices.1.value", "valid"),
         (choices("a", "b", "a"), "questions.0.choices.2", "no answer of its own"),
+        (
+            question(type="choice", instructions="?", choices=["a", "b"]),
+            "questions.0.choices.0",
+            "Input should be an object",
+        ),
         (levels("a"), "questions.0.levels", "at least 2"),
         (levels(*map(str, range(11))), "questions.0.levels", "at most 10"),
         (levels("a", "a"), "questions.0.levels.1", "no answer of its own"),

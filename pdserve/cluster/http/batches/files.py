@@ -86,12 +86,8 @@ class Files:
 
     async def listed(self, owner: str) -> list[Mapping[str, Any]]:
         """The oldest first."""
-        found = []
-        for name in await self._documents.names(f"files:{owner}"):
-            data = await self._documents.state(name)
-            if data is not None:
-                found.append(File(**json.loads(data)).file)
-        return found
+        states = await self._documents.states(f"files:{owner}")
+        return [File(**json.loads(state)).file for state in states]
 
     async def content(self, name: str, owner: str) -> bytes:
         await self.found(name, owner)

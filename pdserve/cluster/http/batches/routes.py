@@ -16,7 +16,7 @@ from pdserve.cluster.http.batches.files import PURPOSE, Files, unknown
 from pdserve.cluster.http.batches.form import fields_of_form
 from pdserve.cluster.http.batches.lines import ENDPOINTS
 from pdserve.cluster.http.batches.running import OPEN, Batches, cancelled
-from pdserve.cluster.http.batches.states import Record, new_batch, window_s_of
+from pdserve.cluster.http.batches.states import Record, decoded, new_batch, window_s_of
 from pdserve.cluster.http.bodies import read_bytes, read_object
 from pdserve.cluster.http.queries import number_in, page_of, word_in
 from pdserve.cluster.http.responses.asking import check_metadata
@@ -135,9 +135,8 @@ def add_batches(
     async def list_batches(request: Request) -> Response:
         query, owner = request.query_params, owner_in(request.scope)
         limit = number_in(query, "limit", 1, BATCHES_PAGE_MAX) or BATCHES_PAGE
-        names = await documents.names(f"batches:{owner}")
-        records = [await batches.record(name) for name in reversed(names)]
-        known = [record.batch for record in records if record is not None]
+        states = await documents.states(f"batches:{owner}")
+        known = [decoded(state).batch for state in reversed(states)]
         return _json(page_of(known, query.get("after"), limit))
 
     one = f"{BATCHES}/{{batch_id}}"

@@ -12,7 +12,9 @@ service class, and few at a time, so the router runs them in what others leave.
 import asyncio
 import json
 import logging
+import os
 import secrets
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -61,7 +63,8 @@ BACK_OFF_MS_MIN, BACK_OFF_MS_MAX = 250, 10_000
 SWAPS_MAX = 50
 """How often a record that others change too is written before it is given up."""
 
-OPEN = "batches:open"
+OPEN = "open"
+"""The group of batches that are not over; those of tenants have a colon in their names."""
 
 Change = Callable[[Record], Record]
 
@@ -82,7 +85,7 @@ class Batches:
         self.endpoints = endpoints
         self.metrics = metrics
         self.config = config.batches
-        self._who = secrets.token_hex(12)
+        self._who = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(12)}"
         self._working: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()

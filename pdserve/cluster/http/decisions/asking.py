@@ -17,7 +17,7 @@ from pdserve.cluster.gateway.parameters import shown
 from pdserve.cluster.gateway.prompts import joined_text
 from pdserve.cluster.http.decisions.labels import Label, UnclearLabels, Value, labels_of
 from pdserve.cluster.http.responses.items import items_of, messages_of
-from pdserve.cluster.http.schemas import Body, checked
+from pdserve.cluster.http.schemas import Body, checked, reason_of
 from pdserve.errors import ConflictingFields, InvalidField, UnusableValue
 
 QUESTIONS_MAX = 200
@@ -243,7 +243,7 @@ def _problem(where: str, error: ValidationError) -> InvalidField:
         return InvalidField(field, "is missing")
     if extra:
         return InvalidField(field, "is not known here; leave it out")
-    return InvalidField(field, f"is {shown(first['input'])}: {first['msg']}")
+    return InvalidField(field, f"is {shown(first['input'])}: {reason_of(first)}")
 
 
 def _named(name: str) -> str:

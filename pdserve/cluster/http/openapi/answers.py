@@ -96,7 +96,10 @@ _MODEL = _object(
     {
         "id": TEXT,
         "object": {"const": "model"},
+        "type": {"const": "model"},
+        "display_name": TEXT,
         "created": WHOLE,
+        "created_at": TEXT,
         "owned_by": TEXT,
         "root": TEXT,
         "parent": nullable(TEXT),
@@ -239,7 +242,15 @@ ANSWERS: dict[str, Schema] = {
         }
     ),
     "Model": _MODEL,
-    "ModelList": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
+    "ModelList": _object(
+        {
+            "object": {"const": "list"},
+            "data": _list(_ref("Model")),
+            "first_id": nullable(TEXT),
+            "last_id": nullable(TEXT),
+            "has_more": {"const": False},
+        }
+    ),
     "Response": _RESPONSE,
     "InputTokens": _object({"object": {"const": "response.input_tokens"}, "input_tokens": WHOLE}),
     "ResponseDeleted": _object(

@@ -95,8 +95,10 @@ def move_away(
     finally:
         client.close()
     said = f"{vacated.moved:,} blocks of {store_id} were copied to other hosts"
-    if vacated.left:
-        said += f"; {vacated.left:,} are there alone, for which there was no room or no time"
+    if vacated.outweighed:
+        said += f"; {vacated.outweighed:,} stay, since what the others have is worth more"
+    if left := vacated.left - vacated.outweighed:
+        said += f"; {left:,} are there alone, for which there was no room or no time"
     console.print(said)
 
 

@@ -16,27 +16,34 @@ somebody else: they become free when the writer says that it is done, or its con
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from pdserve.errors import BlockMissing, CapacityError, FrameError, TicketGone
+from pdserve.errors import BlockMissing, FrameError, TicketGone
 from pdserve.ids import BlockKey, RequestId, SlotId, TicketId
 from pdserve.kvstore.answers import ClaimGrant, StoreChanges, StoreStat, WriteGrant
 from pdserve.kvstore.audit import misfits, stat_of
 from pdserve.kvstore.contents import Contents
+from pdserve.kvstore.entering import make_room_for
 from pdserve.kvstore.eviction import EvictionName, eviction_of
 from pdserve.kvstore.feed import CHANGES_MAX, ChangeFeed
 from pdserve.kvstore.inheritance import Inheritance
 from pdserve.kvstore.pins import PinBook
 from pdserve.kvstore.readers import NOBODY, Readers, Room
-from pdserve.kvstore.slot_states import Evicted, Slot, SlotState
+from pdserve.kvstore.slot_states import Evicted, Past, Slot, SlotState
 from pdserve.kvstore.slots import SlotTable
 from pdserve.kvstore.tickets import (
     ANYBODY,
-    RETRY_AFTER_MS,
     OwnerId,
     Ticket,
     TicketBook,
     TicketState,
 )
-from pdserve.kvstore.writes import Owner, Write, check_keys, commit_write, drop_write
+from pdserve.kvstore.writes import (
+    Owner,
+    Write,
+    check_keys,
+    commit_write,
+    drop_write,
+    refuse_if_full,
+)
 
 CLAIMS_MAX = 4096
 """Claims that one connection may hold."""
@@ -128,7 +135,7 @@ class StoreCore:
         """``claim``, but for no prompt: what is known of its conversation stays as it is."""
         slots = self._slots.lookup(keys)
         if slots:
-            self._refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
+            refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
             self._slots.pin(slots)
         return self._new_claim(owner, slots, has_tail=False)
 
@@ -184,25 +191,34 @@ class StoreCore:
         *,
         tenant: str = "",
         between_tiers: bool = False,
+        pasts: Sequence[Past] = (),
     ) -> WriteGrant:
         """Slots for those of ``keys[first:]`` that are not stored; fewer when memory is short.
 
         None at all when the parent of ``keys[first]`` is not stored, or hand-offs wait for memory.
         ``tenant``: on whose account; it gets no slots that are within another's share.
-        ``between_tiers``: as in ``hold``, no conversation goes on.
+        ``between_tiers``: as in ``hold``, no conversation goes on. ``pasts``: of ``keys``, which
+        come from a node that is emptied, and enter as ``entering`` says.
         """
         check_keys(keys, first)
-        self._refuse_if_full(len(self._owners[owner].writes), WRITES_MAX, "writes")
+        refuse_if_full(len(self._owners[owner].writes), WRITES_MAX, "writes")
         prefix = self._slots.lookup(keys)
         present = len(prefix)
         stored = max(0, present - first)
         wanted = len(keys) - present
+        kept = [self._slots.past(slot) for slot in prefix] if pasts else []
         self._slots.pin(prefix)  # before anything is evicted for what continues it
         may_write = present >= first and not self.tickets.queued_count
         reach = self._slots.free_count + self._slots.order.reach(tenant)
-        count = self.room.make(min(wanted, reach), tenant) if may_write else 0
+        if pasts and may_write:
+            count = make_room_for(self.room, self._slots, pasts[present:], tenant)
+        else:
+            count = self.room.make(min(wanted, reach), tenant) if may_write else 0
         if count == 0:
-            self._slots.unpin(prefix)
+            if pasts:
+                self._slots.unpin_unused(prefix, kept)
+            else:
+                self._slots.unpin(prefix)
             return WriteGrant(0, present, (), stored)
         slots = tuple(self._slots.reserve(count, tenant))
         return self._new_write(
@@ -213,9 +229,8 @@ class StoreCore:
                 first_index=present,
                 slots=slots,
                 prefix=prefix,
-                ticket=None,
-                checksums=[None] * count,
                 between_tiers=between_tiers,
+                pasts=pasts,
             ),
             stored,
         )
@@ -251,9 +266,7 @@ class StoreCore:
                 asked_index=first,
                 first_index=first + len(present),
                 slots=slots,
-                prefix=[],  # the ticket has it pinned
-                ticket=ticket,
-                checksums=[None] * len(slots),
+                ticket=ticket,  # which has the prefix pinned
             ),
             len(present),
         )
@@ -267,15 +280,7 @@ class StoreCore:
                 f"a tail block for ticket {ticket_id}, which has "
                 + ("one already" if ticket.tail is not None else "no slot left")
             )
-        write = Write(
-            keys=(),
-            asked_index=0,
-            first_index=0,
-            slots=(ticket.reserved.popleft(),),
-            prefix=[],
-            ticket=ticket,
-            checksums=[None],
-        )
+        write = Write(slots=(ticket.reserved.popleft(),), ticket=ticket)
         return self._new_write(owner, write, 0)
 
     def to_fill(
@@ -397,7 +402,7 @@ class StoreCore:
             raise TicketGone(f"ticket {ticket_id} is for {ticket.reader}, not for {name}")
         if ticket.state is not TicketState.SEALED:
             raise TicketGone(f"ticket {ticket_id} is {ticket.state}, it can be adopted once sealed")
-        self._refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
+        refuse_if_full(len(self._owners[owner].claims), CLAIMS_MAX, "claims")
         slots = self.tickets.adopt(ticket)
         return self._new_claim(owner, slots, has_tail=ticket.tail is not None)
 
@@ -437,14 +442,6 @@ class StoreCore:
 
     def _is_connected(self, name: str) -> bool:
         return any(owner.name == name for owner in self._owners.values())
-
-    @staticmethod
-    def _refuse_if_full(count: int, count_max: int, what: str) -> None:
-        if count >= count_max:
-            raise CapacityError(
-                f"{count} {what} are held, the limit is {count_max}; release some first",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
 
     def _let_go_of_condemned(self) -> None:
         self.pins.drop_condemned()

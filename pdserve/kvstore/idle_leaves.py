@@ -40,6 +40,10 @@ IsCurrent = Callable[[SlotId, int, int], bool]
 since."""
 
 
+Worth = tuple[float, int]
+"""By the policy, and of equals by last use."""
+
+
 def rank_of(slot: int, depth: int) -> int:
     """Of those used at the same time the deepest goes first, then the first slot."""
     return (_DEPTH_MAX - depth) << 32 | slot
@@ -215,6 +219,22 @@ class IdleLeaves:
 
     def take(self, now: int, is_current: IsCurrent) -> SlotId | None:
         """The one worth least; None when there is none."""
+        best = self._best(now, is_current)
+        if best is None:
+            return None
+        _, rank = self._turns[best[2]].pop()
+        return SlotId(rank & _SLOT_MASK)
+
+    def first(self, now: int, is_current: IsCurrent) -> tuple[Worth, SlotId] | None:
+        """What ``take`` would take, and what it is worth."""
+        best = self._best(now, is_current)
+        if best is None:
+            return None
+        worth, last_use, turn = best
+        return (worth, last_use), SlotId(self._turns[turn].front[0][1] & _SLOT_MASK)
+
+    def _best(self, now: int, is_current: IsCurrent) -> tuple[float, int, int] | None:
+        """Worth, last use and turn of the one worth least."""
         best: tuple[float, int, int] | None = None
         for turn, entries in self._turns.items():
             front = entries.front
@@ -225,10 +245,7 @@ class IdleLeaves:
                 last_use = front[0][0]
                 worth = self._eviction.worth(turn, now - last_use), last_use, turn
                 best = worth if best is None else min(best, worth)
-        if best is None:
-            return None
-        _, rank = self._turns[best[2]].pop()
-        return SlotId(rank & _SLOT_MASK)
+        return best
 
     def _of_turn(self, turn: int) -> _Turn:
         entries = self._turns.get(turn)

@@ -35,12 +35,21 @@ from pdserve.kvstore.master_protocol import (
     Vacate,
     Vacated,
 )
-from pdserve.kvstore.mastering import AskDeltas, AskParents, Copied, CopyChain, Deltas, Parents
+from pdserve.kvstore.mastering import (
+    AskDeltas,
+    AskParents,
+    Copied,
+    CopyChain,
+    Deltas,
+    Parents,
+    children_in,
+    pack_ages,
+)
 from pdserve.kvstore.mastering import Refused as RefusedByNode
 from pdserve.kvstore.metadata import Member, Metadata, Seat
 from pdserve.kvstore.replication import Copy, Replication
 from pdserve.kvstore.security import Credentials
-from pdserve.kvstore.vacating import Chains, copies_of, ends_of
+from pdserve.kvstore.vacating import Chains, Vacating
 from pdserve.wire.connection import Connection, connect
 from pdserve.wire.frame import Frame
 
@@ -178,18 +187,29 @@ class Leader:
         if source is None:
             raise StoreError(f"{message.store_id} is no member of the store")
         await self._draining_heard(message.store_id, until_s)
-        moved = 0
+        vacating = Vacating(source)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + _left(until_s)):
-                async with self._vacating:
-                    alone = self.core.only_at(message.store_id)
-                    chains = await self._chains(source) if alone else Chains({})
-                    for copy in copies_of(
-                        source, ends_of(chains, alone), self.core.holders, self.core.hosts
-                    ):
-                        moved += await self._copy(copy, until_s)
-        self.core.counters["moved"] += moved
-        return Vacated(moved, len(self.core.only_at(message.store_id)))
+                while self.core.host(message.store_id) is source:
+                    # Looked at before what is there, which is then all that those before brought.
+                    may_bring_more = source.is_draining and source.under_way
+                    async with self._vacating:
+                        await self._move(vacating, source, until_s)
+                    if not may_bring_more:
+                        break
+                    await asyncio.sleep(POLL_S / 4)
+        self.core.counters["moved"] += vacating.moved
+        left = self.core.only_at(message.store_id)
+        return Vacated(vacating.moved, len(left), len(vacating.outweighed.intersection(left)))
+
+    async def _move(self, vacating: Vacating, source: Host, until_s: float) -> None:
+        """What only this node has, as far as it was not tried before."""
+        alone = self.core.only_at(source.member.store_id)
+        if not vacating.unseen(alone):
+            return
+        vacating.begin(await self._chains(source), alone)
+        while (copy := vacating.next_copy(self.core.holders, self.core.hosts)) is not None:
+            vacating.done(copy, await self._copy(copy, until_s))
 
     async def _draining_heard(self, store_id: StoreId, until_s: float) -> None:
         """Until the node's own word is that it drains: its last blocks were told of before that, or
@@ -308,34 +328,37 @@ class Leader:
             await asyncio.sleep(COPIES_LOOK_S)
             copy = self._replication.next_copy(self.core.holders, self.core.hosts, self._clock())
             if copy is not None:
-                blocks = await self._copy(copy, time.monotonic() + COPY_S)
+                copied = await self._copy(copy, time.monotonic() + COPY_S)
+                blocks = 0 if copied is None else copied.blocks
                 self.core.counters["replicas"] += blocks
                 self._replication.done(copy, blocks, self._clock())
 
-    async def _copy(self, copy: Copy, until_s: float) -> int:
-        """How many blocks; 0 where it did not come to anything."""
+    async def _copy(self, copy: Copy, until_s: float) -> Copied | None:
+        """None where it did not come to anything."""
         target = copy.target.member
         connection = self._connections.get(target.store_id)
         deadline_s = min(_left(until_s), COPY_S)
         if connection is None or deadline_s <= 0:
-            return 0
+            return None
         message = CopyChain(
             self.epoch,
             target.epoch,
             b"".join(copy.keys),
             copy.source.member.address,
             max(1, int(deadline_s * S / MS)),
+            pack_ages(copy.remembered),
+            copy.tenant,
         )
         try:
             frame = await self._call(connection, message, deadline_s + ANSWER_S)
             copied = _expected(frame, Copied)
         except PdserveError as error:
             _log.info("nothing was copied to %s: %s", target.store_id, error)
-            return 0
+            return None
         async with self._building:
             if self._is_current(target):
                 self.core.copied(target.store_id, copy.keys[: copied.present], copied.blocks)
-        return copied.blocks
+        return copied
 
     async def _chains(self, source: Host) -> Chains:
         member = source.member
@@ -343,9 +366,8 @@ class Leader:
         if connection is None:
             raise StoreError(f"{member.store_id} does not answer just now")
         frame = await self._call(connection, AskParents(self.epoch, member.epoch), INVENTORY_S)
-        _expected(frame, Parents)
-        pairs = split_keys(bytes(frame.body))
-        return Chains(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+        parents = _expected(frame, Parents)
+        return Chains.of(children_in(bytes(frame.body)), parents.tenants)
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────
 

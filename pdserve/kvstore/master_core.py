@@ -37,6 +37,7 @@ class Host:
     block_bytes: int = 0
     codec: int = 0
     is_draining: bool = False
+    under_way: int = 0  # that may bring blocks still, where it drains
 
     @property
     def is_in(self) -> bool:
@@ -48,7 +49,7 @@ class Host:
         self.sequence = deltas.sequence
         self.slots_free = deltas.slots_free
         self.block_bytes, self.codec = deltas.block_bytes, deltas.codec
-        self.is_draining = deltas.is_draining
+        self.is_draining, self.under_way = deltas.is_draining, deltas.under_way
 
     def takes_blocks_of(self, other: "Host") -> bool:
         return (

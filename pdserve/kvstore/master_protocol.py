@@ -46,7 +46,8 @@ class NotLeading:
 
 @dataclass(frozen=True, slots=True)
 class Vacate:
-    """Copy what only this node has to others, until it is done or the time is up. ``Vacated``."""
+    """Copy what only this node has to others, what writes and hand-offs under way bring included,
+    until it is done or the time is up. ``Vacated``."""
 
     store_id: StoreId
     deadline_ms: int
@@ -55,7 +56,8 @@ class Vacate:
 @dataclass(frozen=True, slots=True)
 class Vacated:
     moved: int  # blocks copied
-    left: int  # that only this node has now: no room elsewhere, or no time
+    left: int  # that only this node has now
+    outweighed: int  # of those: all that might have gone for them elsewhere was worth more
 
 
 @dataclass(frozen=True, slots=True)

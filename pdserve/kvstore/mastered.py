@@ -4,9 +4,10 @@ Two epochs decide whether a master is heard: its own, which must not be lower th
 node was spoken to under, and the node's, which must be the one it is a member under now. A node
 that has joined anew answers nothing that was meant for what it was before.
 
-A copy evicts nothing. It is fetched piece by piece by a thread, over a socket, and goes into slots
-that are free when the piece is there; when there are none left the copy ends, and what it has
-brought so far is a prefix like any other.
+A copy evicts nothing, unless it is of a node that is emptied: then it says how old its blocks are,
+and may have the slots of what is worth less (``entering``). It is fetched piece by piece by a
+thread, over a socket, and goes into slots that can be had when the piece is there; when there are
+none left the copy ends, and what it has brought so far is a prefix like any other.
 """
 
 import asyncio
@@ -28,19 +29,26 @@ from pdserve.kvstore.attending import Body
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.election import Fence
+from pdserve.kvstore.entering import may_enter
+from pdserve.kvstore.eviction import TURNS
 from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.mastering import (
     AskDeltas,
     AskParents,
+    Child,
     Copied,
     CopyChain,
     Deltas,
     Parents,
     Refused,
+    Remembered,
+    ages_in,
+    pack_child,
 )
 from pdserve.kvstore.operations import Operations
-from pdserve.kvstore.slot_states import SlotState
-from pdserve.kvstore.tickets import RETRY_AFTER_MS, OwnerId
+from pdserve.kvstore.slot_states import Past, SlotState
+from pdserve.kvstore.tickets import RETRY_AFTER_MS, OwnerId, TicketState
+from pdserve.kvstore.use_times import UseTimes
 from pdserve.messages import Address
 
 PIECE_BYTES = 4 << 20
@@ -50,7 +58,7 @@ COPY_MS_MAX = 600_000
 PARENTS_AT_ONCE = 4096
 """Slots looked at between two looks at the sockets."""
 
-NO_PARENT = bytes(16)
+NO_PARENT = BlockKey(bytes(16))
 
 Connect = Callable[[Address, float], StoreClient]
 """``connect(address, timeout_s)``; raises StoreUnavailable."""
@@ -77,11 +85,13 @@ class Mastered:
         self._connect = connect
         self._fence = Fence()
         self._is_copying = False
+        self._use_times = UseTimes(core.slots.uses, operations.clock())
 
     def deltas(self, message: AskDeltas) -> tuple[Deltas | Refused, Body]:
         refused = self._refused(message)
         if refused is not None:
             return refused, ()
+        self._look()
         sequence, changes = self._core.contents.since(message.after)
         geometry = self._arena.geometry
         if changes is None:
@@ -102,6 +112,7 @@ class Mastered:
             block_bytes=geometry.block_bytes,
             codec=self._arena.codec,
             is_draining=self._operations.draining,
+            under_way=self._under_way() if self._operations.draining else 0,
         )
         return deltas, (body,) if body else ()
 
@@ -119,17 +130,26 @@ class Mastered:
         refused = self._refused(message)
         if refused is not None:
             return refused, ()
-        slots = self._core.slots
-        pairs: list[bytes] = []
+        self._look()
+        slots, now_ns = self._core.slots, self._operations.clock()
+        accounts = slots.order.accounts
+        children: list[bytes] = []
         for first in range(0, slots.slot_count, PARENTS_AT_ONCE):
             for slot in range(first, min(first + PARENTS_AT_ONCE, slots.slot_count)):
                 record = slots[SlotId(slot)]
                 if record.state is not SlotState.COMMITTED or record.key is None:
                     continue
                 parent = None if record.parent is None else slots[record.parent].key
-                pairs += (record.key, NO_PARENT if parent is None else parent)
+                remembered = Remembered(
+                    self._use_times.age_ns(record.last_use, now_ns) // MS,
+                    record.turn,
+                    slots.worth_of(Past(record.last_use, record.turn))[0],
+                    accounts.number_of(SlotId(slot)),
+                )
+                children.append(pack_child(Child(record.key, parent or NO_PARENT, remembered)))
             await asyncio.sleep(0)
-        return Parents(len(pairs) // 2), (b"".join(pairs),) if pairs else ()
+        body = (b"".join(children),) if children else ()
+        return Parents(len(children), accounts.tenants()), body
 
     async def copy(self, message: CopyChain) -> Copied | Refused:
         """One at a time. What could not be had in time, or has no room, is left out.
@@ -144,25 +164,32 @@ class Mastered:
         keys = split_keys(message.keys)
         if not keys or not 0 < message.deadline_ms <= COPY_MS_MAX:
             raise FrameError(f"a copy of {len(keys)} blocks within {message.deadline_ms} ms")
+        ages = ages_in(message.ages, len(keys))
         self._operations.refuse_if_draining()
         if self._is_copying or self._connect is None:
             raise CapacityError("a copy is under way already", retry_after_ms=RETRY_AFTER_MS)
         self._is_copying = True
         try:
-            return await self._copy(keys, message.source, message.deadline_ms * MS / S)
+            return await self._copy(keys, self._pasts(ages), message)
         finally:
             self._is_copying = False
 
-    async def _copy(self, keys: list[BlockKey], source: Address, deadline_s: float) -> Copied:
+    async def _copy(
+        self, keys: list[BlockKey], pasts: Sequence[Past], message: CopyChain
+    ) -> Copied:
+        """``pasts``: of each block; none for a copy that evicts nothing."""
         assert self._connect is not None
+        deadline_s = message.deadline_ms * MS / S
         until_s = time.monotonic() + deadline_s
-        if self._core.prefix_count(keys) == len(keys):
-            return Copied(0, len(keys))
-        client = await asyncio.to_thread(self._connect, source, deadline_s)
+        if not self._copyable(keys, pasts, message.tenant):
+            return self._copied(0, keys, pasts, message.tenant)
+        client = await asyncio.to_thread(self._connect, message.source, deadline_s)
         owner = self._core.connect("copy")
         copied = 0
         try:
-            while (count := self._copyable(keys)) and (left_s := until_s - time.monotonic()) > 0:
+            while (count := self._copyable(keys, pasts, message.tenant)) and (
+                left_s := until_s - time.monotonic()
+            ) > 0:
                 first = self._core.prefix_count(keys)
                 wanted = keys[: first + count]
                 try:
@@ -171,7 +198,8 @@ class Mastered:
                     if copied == 0:
                         raise
                     break
-                stored = self._store(owner, wanted[: first + len(blocks)], first, blocks)
+                wanted = wanted[: first + len(blocks)]
+                stored = self._store(owner, wanted, first, blocks, pasts, message.tenant)
                 copied += stored
                 if stored < count:
                     break
@@ -179,21 +207,44 @@ class Mastered:
             self._core.disconnect(owner)
             self._settle()
             client.close()
-        return Copied(copied, self._core.prefix_count(keys))
+        return self._copied(copied, keys, pasts, message.tenant)
 
-    def _copyable(self, keys: Sequence[BlockKey]) -> int:
+    def _copied(
+        self, copied: int, keys: Sequence[BlockKey], pasts: Sequence[Past], tenant: str
+    ) -> Copied:
+        present = self._core.prefix_count(keys)
+        is_short = bool(pasts) and present < len(keys) and not self._core.tickets.queued_count
+        return Copied(copied, present, is_short and not self._copyable(keys, pasts, tenant))
+
+    def _copyable(self, keys: Sequence[BlockKey], pasts: Sequence[Past], tenant: str) -> int:
         """How many blocks the next piece has."""
         piece = max(1, PIECE_BYTES // self._arena.geometry.block_bytes)
-        missing = len(keys) - self._core.prefix_count(keys)
-        return min(piece, missing, self._core.slots.free_count)
+        present = self._core.prefix_count(keys)
+        piece = min(piece, len(keys) - present)
+        if not pasts or not piece:
+            return min(piece, self._core.slots.free_count)
+        return piece * may_enter(self._core.room, self._core.slots, pasts[present:], tenant)
 
     def _store(
-        self, owner: OwnerId, keys: Sequence[BlockKey], first: int, blocks: Sequence[memoryview]
+        self,
+        owner: OwnerId,
+        keys: Sequence[BlockKey],
+        first: int,
+        blocks: Sequence[memoryview],
+        pasts: Sequence[Past],
+        tenant: str,
     ) -> int:
         """How many blocks are there now that were not before."""
-        if len(keys) - self._core.prefix_count(keys) > self._core.slots.free_count:
-            return 0  # somebody took the slots meanwhile: nothing is evicted for a copy
-        grant = self._core.reserve(owner, keys, first, between_tiers=True)
+        if not pasts and len(keys) - self._core.prefix_count(keys) > self._core.slots.free_count:
+            return 0  # somebody took the slots meanwhile
+        grant = self._core.reserve(
+            owner,
+            keys,
+            first,
+            tenant=tenant,
+            between_tiers=True,
+            pasts=pasts[: len(keys)],
+        )
         if grant.write == 0:
             return 0
         checksums = []
@@ -204,6 +255,25 @@ class Mastered:
         self._commit(owner, grant.write, checksums)
         self._settle()
         return len(grant.slots)
+
+    def _pasts(self, ages: Sequence[tuple[int, int]]) -> list[Past]:
+        """As this node would know them, had the blocks been used here."""
+        self._look()
+        now_ns = self._operations.clock()
+        return [
+            Past(self._use_times.uses_at(now_ns - age_ms * MS), min(turn, TURNS - 1))
+            for age_ms, turn in ages
+        ]
+
+    def _look(self) -> None:
+        self._use_times.look(self._core.slots.uses, self._operations.clock())
+
+    def _under_way(self) -> int:
+        """What may bring blocks still, of which nobody knows yet."""
+        writes = sum(len(owner.writes) for owner in self._core.owners.values())
+        sealed = TicketState.SEALED
+        pushes = sum(ticket.state is not sealed for ticket in self._core.tickets)
+        return writes + pushes + self._is_copying
 
     def _refused(self, message: AskDeltas | AskParents | CopyChain) -> Refused | None:
         if not self.epoch or message.epoch != self.epoch:

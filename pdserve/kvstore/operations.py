@@ -60,7 +60,7 @@ class Operations:
         self._core = core
         self._arena = arena
         self._ssd = ssd
-        self._clock = clock
+        self.clock = clock
         self._settle = settle
         self.draining = False
         self.epoch = 0
@@ -185,7 +185,7 @@ class Operations:
                 raise FrameError(
                     f"a pin of {lifetime_ms} ms; it must be between 1 and {LIFETIME_MS_MAX}"
                 )
-            until_ns = self._clock() + lifetime_ms * MS
+            until_ns = self.clock() + lifetime_ms * MS
         return self._core.pins.pin(message.keys, hard=message.hard, until_ns=until_ns)
 
     def _is_complete(self, slot: SlotId) -> bool:

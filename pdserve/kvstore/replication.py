@@ -6,7 +6,7 @@ come to a heat of about 1.44 r half-lives. From ``HEAT_MIN`` on a prefix that on
 copied to another, one prefix at a time.
 
 A copy takes nothing from anybody: it goes to a node that has free slots for all of it (which the
-node itself makes sure of, since it evicts nothing for a copy), and all copies together keep to
+node itself makes sure of, since it evicts nothing for such a copy), and all copies together keep to
 ``bytes_per_s``. The books are of ``PREFIXES_MAX`` prefixes; the coldest is forgotten first.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pdserve.clock import S
 from pdserve.ids import BlockKey
 from pdserve.kvstore.master_core import Host
+from pdserve.kvstore.mastering import Remembered
 
 HALF_LIFE_NS = 10 * S
 HEAT_MIN = 20.0
@@ -44,6 +45,8 @@ class Copy:
     source: Host
     target: Host
     blocks: int  # that the target lacks
+    remembered: tuple[Remembered, ...] = ()  # of ``keys``: what is worth less may go for them
+    tenant: str = ""
 
 
 @dataclass(slots=True)

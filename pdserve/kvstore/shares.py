@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from pdserve.ids import SlotId
 from pdserve.kvstore.eviction import Eviction
-from pdserve.kvstore.idle_leaves import IdleLeaves, IsCurrent
+from pdserve.kvstore.idle_leaves import IdleLeaves, IsCurrent, Worth
+from pdserve.kvstore.slot_states import Past
 
 ACCOUNTS_MAX = 128
 """Tenants with an account of their own. While so many have slots, further ones share one."""
@@ -126,6 +127,13 @@ class Accounts:
 
     def numbers_of(self, slots: NDArray[np.int64]) -> NDArray[np.uint8]:
         return np.frombuffer(self._of_slot, np.uint8).take(slots)
+
+    def tenants(self) -> tuple[str, ...]:
+        """By number; no name where there is no account of one tenant alone."""
+        accounts = enumerate(self._accounts)
+        return tuple(
+            "" if each is None or number == OTHERS else each.tenant for number, each in accounts
+        )
 
     def find(self, tenant: str) -> int | None:
         """The number of its own account; None where it has none."""
@@ -258,6 +266,28 @@ class EvictionOrder:
                         return slot
         raise AssertionError("nothing can be evicted")
 
+    def first_below(
+        self, worth: Worth, account: int, now: int, is_current: IsCurrent
+    ) -> SlotId | None:
+        """The block that may give way first to one of an account that is worth so much, and is
+        worth less: of a tenant above its share, or of the same account. None with a soft pin."""
+        numbers = [OTHERS]
+        if self._has_shares:
+            above, _ = self.accounts.ranked()
+            numbers = list(dict.fromkeys([*above, account]))
+        for number in numbers:
+            place = (number, False)
+            leaves = self._leaves.get(place)
+            if leaves is None:
+                continue
+            found = leaves.first(now, self._current_at(place, is_current))
+            if found is not None and found[0] < worth:
+                return found[1]
+        return None
+
+    def worth_of(self, past: Past, now: int) -> Worth:
+        return self._eviction.worth(past.turn, now - past.last_use), past.last_use
+
     def reach(self, tenant: str) -> int:
         """Slots in use that may be evicted for a put, as far as shares have a say."""
         return self.accounts.reach(tenant) if self._has_shares else self.accounts.slot_count
@@ -277,15 +307,18 @@ class EvictionOrder:
         leaves = self._leaves.get(place)
         if leaves is None:
             return None
-
-        # A pin that came or ended, or a new owner, may have put a slot in another place since.
-        def is_here(slot: SlotId, turn: int, last_use: int) -> bool:
-            return self._place_of(slot) == place and is_current(slot, turn, last_use)
-
-        slot = leaves.take(now, is_here)
+        slot = leaves.take(now, self._current_at(place, is_current))
         if slot is None:
             del self._leaves[place]
         return slot
+
+    def _current_at(self, place: tuple[int, bool], is_current: IsCurrent) -> IsCurrent:
+        """A pin that came or ended, or a new owner, may have put a slot in another place since."""
+
+        def is_here(slot: SlotId, turn: int, last_use: int) -> bool:
+            return self._place_of(slot) == place and is_current(slot, turn, last_use)
+
+        return is_here
 
     def _leaves_of(self, place: tuple[int, bool]) -> IdleLeaves:
         leaves = self._leaves.get(place)

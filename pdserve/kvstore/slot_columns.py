@@ -14,7 +14,7 @@ from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId
 from pdserve.kvstore.headers import NO_PARENT
 from pdserve.kvstore.inheritance import Inheritance
 from pdserve.kvstore.keymap import KeyMap
-from pdserve.kvstore.slot_states import COMMITTED, STATES, Slot, SlotState
+from pdserve.kvstore.slot_states import COMMITTED, STATES, Past, Slot, SlotState
 
 
 class SlotColumns:
@@ -65,6 +65,22 @@ class SlotColumns:
 
     def depth(self, slot: SlotId) -> int:
         return self._depths[slot]
+
+    def past(self, slot: SlotId) -> Past:
+        return Past(self._last_uses[slot], self._turns[slot])
+
+    @property
+    def indexed_count(self) -> int:
+        return self._map.count
+
+    def keys_joined(self) -> bytes:
+        """Of all blocks in the index, 16 bytes each, in the order of their slots."""
+        return self._map.joined((np.frombuffer(self._states, np.uint8) == COMMITTED).nonzero()[0])
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        """Of all blocks in the index, parents before children."""
+        return [self._map.key_of(slot) for slot in self._indexed()]
 
     def count(self, state: SlotState) -> int:
         """Linear in the table; for statistics."""

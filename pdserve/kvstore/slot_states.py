@@ -100,6 +100,13 @@ class Slot(NamedTuple):
     turn: int = 0  # of the conversation that used it last
 
 
+class Past(NamedTuple):
+    """What an order of eviction knows of a block."""
+
+    last_use: int
+    turn: int
+
+
 class Evicted(NamedTuple):
     """A block that has just left its slot; its bytes are there until somebody writes."""
 

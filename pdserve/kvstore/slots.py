@@ -23,6 +23,7 @@ from pdserve.kvstore import slot_states
 from pdserve.kvstore.eviction import Eviction
 from pdserve.kvstore.feed import ChangeFeed
 from pdserve.kvstore.headers import NO_PARENT
+from pdserve.kvstore.idle_leaves import Worth
 from pdserve.kvstore.inheritance import Inheritance
 from pdserve.kvstore.shares import EvictionOrder
 from pdserve.kvstore.slot_columns import SlotColumns
@@ -43,6 +44,7 @@ from pdserve.kvstore.slot_states import (
     RESERVED,
     STATES,
     Evicted,
+    Past,
     SlotState,
 )
 
@@ -51,7 +53,6 @@ EVICTED_KEPT_MAX = 4096
 
 STALE_RATIO = 0.25
 """Entries of the order of eviction, beside one per slot, that may be out of date."""
-
 
 _IS_PINNABLE = tuple(state in slot_states.PINNABLE for state in STATES)
 
@@ -122,17 +123,9 @@ class SlotTable(SlotColumns):
         return len(self._free) + self._idle_count
 
     @property
-    def indexed_count(self) -> int:
-        return self._map.count
-
-    def keys_joined(self) -> bytes:
-        """Of all blocks in the index, 16 bytes each, in the order of their slots."""
-        return self._map.joined((np.frombuffer(self._states, np.uint8) == COMMITTED).nonzero()[0])
-
-    @property
-    def keys(self) -> list[BlockKey]:
-        """Of all blocks in the index, parents before children."""
-        return [self._map.key_of(slot) for slot in self._indexed()]
+    def uses(self) -> int:
+        """Of the store, so far: what last uses and ages are counted in."""
+        return self._uses
 
     def take_changed(self) -> set[SlotId]:
         """Slots whose state, generation, key or checksum changed since the last call."""
@@ -318,6 +311,13 @@ class SlotTable(SlotColumns):
                     self._drain(slot)
         self.reap()
 
+    def unpin_unused(self, slots: Sequence[SlotId], pasts: Sequence[Past]) -> None:
+        """``unpin`` of blocks that nobody has used here just now."""
+        self.unpin(slots)
+        for slot, past in zip(slots, pasts, strict=True):
+            self._last_uses[slot], self._turns[slot] = past
+        self.reorder(slots)
+
     def unpin_all(self, slots: Sequence[SlotId]) -> None:
         """``unpin`` of a large part of the table, each slot once."""
         self._uses += 1
@@ -373,6 +373,13 @@ class SlotTable(SlotColumns):
             return False
         self._evict(slot)
         return True
+
+    def worth_of(self, past: Past) -> Worth:
+        return self.order.worth_of(past, self._uses)
+
+    def first_below(self, worth: Worth, account: int) -> SlotId | None:
+        """Of those that may be evicted for a block of an account which is worth so much."""
+        return self.order.first_below(worth, account, self._uses, self._is_current)
 
     def reorder(self, slots: Iterable[SlotId]) -> None:
         """What decides over their order of eviction, beside their use, has changed."""

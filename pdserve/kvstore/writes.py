@@ -10,23 +10,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from pdserve.errors import FrameError, TicketGone
+from pdserve.errors import CapacityError, FrameError, TicketGone
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, SlotId
-from pdserve.kvstore.slot_states import SlotState
+from pdserve.kvstore.slot_states import Past, SlotState
 from pdserve.kvstore.slots import SlotTable
-from pdserve.kvstore.tickets import Ticket, TicketState
+from pdserve.kvstore.tickets import RETRY_AFTER_MS, Ticket, TicketState
 
 
 @dataclass(slots=True, kw_only=True)
 class Write:
-    keys: tuple[BlockKey, ...]  # from the chain's first; empty for a tail block
-    asked_index: int  # the caller's ``first``
-    first_index: int  # of the first key that gets a slot
+    keys: tuple[BlockKey, ...] = ()  # from the chain's first; empty for a tail block
+    asked_index: int = 0  # the caller's ``first``
+    first_index: int = 0  # of the first key that gets a slot
     slots: tuple[SlotId, ...]
-    prefix: list[SlotId]  # pinned until the commit, so that parents stay
-    ticket: Ticket | None
-    checksums: list[int | None]
+    prefix: list[SlotId] = field(default_factory=list)  # pinned until the commit, so parents stay
+    ticket: Ticket | None = None
+    checksums: list[int | None] = field(init=False)
     between_tiers: bool = False
+    pasts: Sequence[Past] = ()  # of ``keys``, for blocks that come from another node
+
+    def __post_init__(self) -> None:
+        self.checksums = [None] * len(self.slots)
 
     @property
     def is_tail(self) -> bool:
@@ -50,6 +54,15 @@ class Owner:
     name: str
     claims: dict[int, list[SlotId]] = field(default_factory=dict)
     writes: dict[int, Write] = field(default_factory=dict)
+
+
+def refuse_if_full(count: int, count_max: int, what: str) -> None:
+    """Raises CapacityError where one connection has as much as it may have."""
+    if count >= count_max:
+        raise CapacityError(
+            f"{count} {what} are held, the limit is {count_max}; release some first",
+            retry_after_ms=RETRY_AFTER_MS,
+        )
 
 
 def check_keys(keys: Sequence[BlockKey], first: int) -> None:
@@ -109,8 +122,18 @@ def _commit_put(slots: SlotTable, write: Write) -> int:
     stored_count = sum(1 for _ in stored)
     if not write.between_tiers:
         slots.wrote(write.keys[: len(chain)], chain)
-    slots.unpin(chain)
+    if write.pasts:
+        slots.unpin_unused(chain, _pasts_of(slots, write, chain))
+    else:
+        slots.unpin(chain)
     return max(0, stored_count - write.asked_index)
+
+
+def _pasts_of(slots: SlotTable, write: Write, chain: Sequence[SlotId]) -> list[Past]:
+    """Of what was there already, the later use counts: here, or where the others come from."""
+    own = set(write.slots)
+    told = zip(chain, write.pasts, strict=False)  # of the chain there may be less than was asked
+    return [past if slot in own else max(past, slots.past(slot)) for slot, past in told]
 
 
 def _commit_push(slots: SlotTable, write: Write, ticket: Ticket) -> None:

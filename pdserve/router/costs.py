@@ -88,6 +88,13 @@ class CostModel:
     def prefill_ns(self, uncached_tokens: int, cached_tokens: int = 0) -> int:
         return self.prefill.time_ns(uncached_tokens, cached_tokens)
 
+    def fetch_ns(self, tokens: int, compute_ns: float) -> int | None:
+        """Of cached tokens that another host has; None where computing them, which takes
+        ``compute_ns``, is sooner. Of equals it is a fetch, as in workers, which leaves them free.
+        """
+        fetch_ns = self.handoff.time_ns(self.kv_token_bytes * tokens)
+        return fetch_ns if fetch_ns <= compute_ns else None
+
 
 def believed(prefill_tokens_per_s: int) -> CostModel:
     """What is taken to hold where nothing has been measured: a rate, and guesses of a laptop."""

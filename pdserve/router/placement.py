@@ -207,18 +207,17 @@ class Supply:
 
 
 def supply(fleet: Fleet, entry: Entry, blocks: int, block_tokens: int) -> Supply:
-    """Of a worker that has so many leading blocks: it fetches or recomputes, whichever is sooner.
-    Of equals it fetches, as workers do, which leaves them free."""
+    """Of a worker that has so many leading blocks: it fetches or recomputes, whichever is sooner
+    (``CostModel.fetch_ns``)."""
     costs, total_tokens = fleet.costs, entry.total_tokens
     cached_tokens = usable_tokens(entry, blocks, block_tokens)
     work_ns = costs.prefill_ns(total_tokens - cached_tokens, cached_tokens)
     if entry.stored_blocks > blocks:
         stored_tokens = usable_tokens(entry, entry.stored_blocks, block_tokens)
-        fetched_bytes = costs.kv_token_bytes * (stored_tokens - cached_tokens)
-        if fetched_bytes > 0:
-            fetch_ns = costs.handoff.time_ns(fetched_bytes)
+        if stored_tokens > cached_tokens:
             rest_ns = costs.prefill_ns(total_tokens - stored_tokens, stored_tokens)
-            if fetch_ns + rest_ns <= work_ns:
+            fetch_ns = costs.fetch_ns(stored_tokens - cached_tokens, work_ns - rest_ns)
+            if fetch_ns is not None:
                 return Supply(stored_tokens, rest_ns, fetch_ns)
     return Supply(cached_tokens, work_ns, 0)
 

@@ -83,10 +83,10 @@ class Memory:
         if blocks <= own_blocks:
             return 0
         costs, size, tokens = self._costs, self._block_tokens, attempt.tokens
-        fetch_ns = costs.handoff.time_ns(self._bytes(blocks - own_blocks))
         saved_ns = costs.prefill_ns(tokens - own_blocks * size, own_blocks * size)
         saved_ns -= costs.prefill_ns(tokens - blocks * size, blocks * size)
-        if fetch_ns > saved_ns * slow:
+        fetch_ns = costs.fetch_ns((blocks - own_blocks) * size, saved_ns * slow)
+        if fetch_ns is None:
             return 0
         attempt.restored_blocks = blocks
         return fetch_ns

@@ -5,6 +5,7 @@
 Each line of input is a command, each line of output its answer, in JSON:
 
     put NAME COUNT      → how many blocks were stored
+    hold NAME COUNT     → 0, with the slots reserved; the next line, whatever it is, ends that put
     read NAME COUNT     → how many blocks came, each of them as it must be
     host                → this process's host id
 
@@ -13,6 +14,7 @@ and {"error": class, "said": message} when a command or the connection fails.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pdserve.errors import PdserveError
@@ -62,9 +64,21 @@ def _do(client: StoreClient, verb: str, rest: list[str]) -> object:
     name, count = rest[0], int(rest[1])
     if verb == "put":
         return client.put(keys_of(name, count), 0, filler(name))
+    if verb == "hold":
+        return client.put(keys_of(name, count), 0, _held(name))
     blocks = read(client, keys_of(name, count))
     assert blocks == [content(name, index) for index in range(len(blocks))], "another's bytes"
     return len(blocks)
+
+
+def _held(name: str) -> Callable[[int, memoryview], None]:
+    def fill(index: int, out: memoryview) -> None:
+        if index == 0:
+            print(0, flush=True)
+            sys.stdin.readline()
+        filler(name)(index, out)
+
+    return fill
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def test_blocks_cross_hosts_and_only_tls_hides_them(
 def test_a_host_that_is_drained_leaves_its_blocks_to_the_other_and_may_lose_its_power(
     hosts: Network,
 ) -> None:
-    """By the command, a moment after the last blocks came."""
+    """By the command, a moment after the last blocks came, and with a put under way, which ends
+    once the others are there."""
     one, two = hosts.hosts["one"], hosts.hosts["two"]
     with contextlib.ExitStack() as ending:
         begin = ending.enter_context
@@ -182,13 +184,22 @@ def test_a_host_that_is_drained_leaves_its_blocks_to_the_other_and_may_lose_its_
         wait_for("both to be members", lambda: "2 members" in _stat(two, second))
         assert writer("put hot 12") == BLOCKS
         assert reader("read hot 12") == 0
-        said = _kv(two, "drain", "goes", "--timeout-s", "60", "--node", json.loads(first)["tcp"])
-        assert "12 blocks of goes were copied" in said, said
+        late = begin(peer_on(one, first))
+        assert late("hold late 3") == 0
+        where = ("--timeout-s", "300", "--node", json.loads(first)["tcp"])
+        with ThreadPoolExecutor(1) as threads:
+            drain = threads.submit(_kv, two, "drain", "goes", *where)
+            try:
+                wait_for("the first copies", lambda: reader("read hot 12") == BLOCKS, timeout_s=180)
+            finally:
+                assert late("go on") == 3
+            said = drain.result()
+        assert "15 blocks of goes were copied" in said, said
         assert "goes" in said.splitlines()[-1], said
         assert writer("read hot 12") == 0, "it finds nothing while it drains"
-        assert reader("read hot 12") == reader("read own 12") == BLOCKS
+        assert reader("read own 12") == BLOCKS
         one.power_off()
-        assert reader("read hot 12") == BLOCKS
+        assert (reader("read hot 12"), reader("read late 3")) == (BLOCKS, 3)
     one.boot()
 
 

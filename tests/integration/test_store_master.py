@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from pdserve.kvstore.admin_client import StoreAdmin
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.locations import RemotePrefixes
 from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import MasterReport
+from pdserve.kvstore.master_protocol import MasterReport, Vacated
 from pdserve.kvstore.metadata import EmbeddedMetadata, Metadata, RedisMetadata
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
 from tests.integration.store_masters import (
+    DEADLINE_S,
     MasterProcess,
     leader_of,
     running_master,
@@ -276,6 +278,42 @@ def test_a_host_is_vacated_and_nothing_is_lost(cluster: Cluster) -> None:
     reader.close()
     client.close()
     admin.close()
+
+
+@_kept(first="file")
+def test_a_full_host_takes_what_is_worth_more_also_what_comes_late(cluster: Cluster) -> None:
+    """Of "a", which is emptied: "hot" is younger than all but the last block of "b", which is full;
+    "late" is written while the drain goes on; "first" is older than all."""
+    source, target = cluster.nodes
+    writer, other = source.client("w"), target.client("w")
+    filled = 4 * BLOCKS - BLOCKS  # of "b", beside "cold"
+    assert other.put(keys_of("own", filled - 1), 0, filler("own")) == filled - 1
+    assert other.put(keys_of("last", 1), 0, filler("last")) == 1
+    cluster.whole(BLOCKS + 4 * BLOCKS)
+    assert writer.put(keys_of("young", 2), 0, filler("young")) == 2
+    cluster.whole(2 + BLOCKS + 4 * BLOCKS)
+    admin, client = StoreAdmin(source.address, host=local_host_id()), cluster.client()
+    vacated: list[Vacated] = []
+    drain = threading.Thread(
+        target=lambda: vacated.append(client.vacate(StoreId("store-a"), deadline_s=DEADLINE_S))
+    )
+
+    def fill(index: int, out: memoryview) -> None:
+        if index == 0:
+            admin.set_draining(True)
+            drain.start()
+            until(lambda: ("store-b", 2) in located(cluster, "young"), "the first copies")
+        filler("late")(index, out)
+
+    assert writer.put(keys_of("late", 3), 0, fill) == 3
+    drain.join(DEADLINE_S)
+    (said,) = vacated
+    assert (said.moved, said.left, said.outweighed) == (5, BLOCKS, BLOCKS), said
+    for prompt, count in (("young", 2), ("late", 3), ("last", 1)):
+        assert read(other, keys_of(prompt, count)) == [content(prompt, i) for i in range(count)]
+    assert len(read(other, keys_of("cold", BLOCKS))) == BLOCKS - 5, "the oldest there went"
+    for each in (writer, other, admin, client):
+        each.close()
 
 
 @_kept(first=None)

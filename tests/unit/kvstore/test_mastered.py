@@ -7,14 +7,24 @@ from typing import Any, cast
 
 import pytest
 
-from pdserve.clock import monotonic
+from pdserve.clock import MS
 from pdserve.errors import CapacityError, FrameError, StoreUnavailable
-from pdserve.ids import BlockKey, HostId, StoreId
+from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId
 from pdserve.kvstore.arena import Geometry, create_arena
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.mastered import Mastered
-from pdserve.kvstore.mastering import AskDeltas, AskParents, Copied, CopyChain, Deltas, Refused
+from pdserve.kvstore.mastering import (
+    AskDeltas,
+    AskParents,
+    Copied,
+    CopyChain,
+    Deltas,
+    Refused,
+    Remembered,
+    children_in,
+    pack_ages,
+)
 from pdserve.kvstore.operations import Operations
 from pdserve.kvstore.tickets import OwnerId
 from pdserve.messages import Address
@@ -58,8 +68,9 @@ class Rig:
         self.arena = create_arena(directory / "arena", Geometry(SLOTS, BLOCK_BYTES), StoreId("s"))
         self.core = StoreCore(SLOTS)
         self.owner = self.core.connect("w")
+        self.now_ns = 10**9
         operations = Operations(
-            self.core, self.arena, None, clock=monotonic, settle=self.core.check
+            self.core, self.arena, None, clock=lambda: self.now_ns, settle=self.core.check
         )
         self.operations = operations
 
@@ -77,14 +88,21 @@ class Rig:
         self.node = Mastered(self.core, self.arena, operations, commit, self.core.check, connect)
         self.node.epoch = 5
 
-    def put(self, keys: Sequence[BlockKey]) -> None:
-        grant = self.core.reserve(self.owner, keys, 0)
+    def heard_at(self, now_ns: int) -> None:
+        """By the master, which asks again and again."""
+        self.now_ns = now_ns
+        self.node.deltas(AskDeltas(1, 5, -1))
+
+    def put(self, keys: Sequence[BlockKey], tenant: str = "") -> None:
+        grant = self.core.reserve(self.owner, keys, 0, tenant=tenant)
         for position in range(len(grant.slots)):
             self.core.filled(self.owner, grant.write, position, 0)
         self.core.commit(self.owner, grant.write)
 
-    def copy(self, keys: Sequence[BlockKey], *, master_epoch: int = 1) -> Copied | Refused:
-        message = CopyChain(master_epoch, 5, b"".join(keys), SOURCE, 60_000)
+    def copy(
+        self, keys: Sequence[BlockKey], *, master_epoch: int = 1, ages: bytes = b""
+    ) -> Copied | Refused:
+        message = CopyChain(master_epoch, 5, b"".join(keys), SOURCE, 60_000, ages)
         return asyncio.run(self.node.copy(message))
 
 
@@ -119,13 +137,16 @@ def test_who_speaks_under_an_old_epoch_is_refused_in_everything(tmp_path: Path) 
 
 def test_parents_are_told(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
-    rig.put(chain(1, 2))
+    rig.put(chain(1, 2), tenant="anna")
     parents, body = asyncio.run(rig.node.parents(AskParents(1, 5)))
     assert not isinstance(parents, Refused)
     first, second = chain(1, 2)
-    pairs = bytes(body[0])
-    found = {pairs[at : at + 16]: pairs[at + 16 : at + 32] for at in range(0, len(pairs), 32)}
-    assert found == {first: bytes(16), second: first}
+    children = list(children_in(bytes(body[0])))
+    assert {child.key: child.parent for child in children} == {first: bytes(16), second: first}
+    tenants = [parents.tenants[child.remembered.account] for child in children]
+    assert tenants == ["anna", "anna"]
+    with pytest.raises(FrameError, match="43 bytes of parents"):
+        list(children_in(bytes(43)))
 
 
 def test_a_copy_brings_what_is_missing_and_can_be_found(tmp_path: Path) -> None:
@@ -153,6 +174,51 @@ def test_nor_when_the_slots_go_while_it_is_fetched(tmp_path: Path) -> None:
     assert rig.copy(chain(2, 3)) == Copied(0, 0)
     assert rig.core.prefix_count(chain(1, 5)) == 5
     assert rig.core.stat().evicted_count == 0
+
+
+def test_a_copy_of_a_node_that_is_emptied_evicts_what_is_older(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, Far(8))
+    rig.put(chain(1, 3))
+    rig.heard_at(1000 * MS)
+    rig.put(chain(2, 3))
+    rig.heard_at(2000 * MS)
+    rig.core.slots.unpin([])
+    rig.heard_at(2500 * MS)
+    rig.now_ns = 3000 * MS
+    ages = pack_ages([Remembered(500, 2)] * 5)
+    assert rig.copy(chain(3, 5), ages=ages) == Copied(5, 5)
+    assert rig.core.prefix_count(chain(1, 3)) == 0
+    assert rig.core.prefix_count(chain(2, 3)) == 1
+    rig.core.release(rig.owner, rig.core.claim(rig.owner, chain(2, 3)).claim)
+    old = pack_ages([Remembered(2500, 0)] * 5)
+    assert rig.copy(chain(4, 5), ages=old) == Copied(0, 0, is_outweighed=True)
+    with pytest.raises(FrameError, match="25 bytes of ages for 4 blocks"):
+        rig.copy(chain(4, 4), ages=old)
+    rig.core.check()
+
+
+def test_a_node_that_drains_says_what_is_under_way(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    grant = rig.core.reserve(rig.owner, chain(1, 2), 0)
+    request, ticket = RequestId("r"), TicketId("t")
+    assert rig.core.open_ticket(
+        rig.owner, ticket, request, 1, reader="*", block_count=1, deadline_ns=0
+    )
+
+    def under_way() -> int:
+        deltas, _ = rig.node.deltas(AskDeltas(1, 5, -1))
+        assert isinstance(deltas, Deltas)
+        return deltas.under_way
+
+    assert under_way() == 0, "nobody asks before it drains"
+    rig.operations.draining = True
+    assert under_way() == 2
+    for position in range(2):
+        rig.core.filled(rig.owner, grant.write, position, 0)
+    rig.core.commit(rig.owner, grant.write)
+    assert under_way() == 1
+    rig.core.seal(rig.owner, ticket)
+    assert under_way() == 0, "its reader waits for it, but no block will come"
 
 
 def test_what_cannot_be_copied_is_said(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """What is copied where: how hot, how much per second, and never into a slot that is in use."""
 
-from collections.abc import Sequence
-from itertools import takewhile
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +9,6 @@ from pdserve.ids import BlockKey, HostId, StoreId
 from pdserve.kvstore.master_core import Host
 from pdserve.kvstore.metadata import Member
 from pdserve.kvstore.replication import HALF_LIFE_NS, HEAT_MIN, RETRY_NS, Holders, Replication
-from pdserve.kvstore.vacating import NO_PARENT, Chains, copies_of, ends_of
 from pdserve.messages import Address
 
 KEYS = [BlockKey(bytes([index + 1]) * 16) for index in range(8)]
@@ -102,72 +98,6 @@ def test_the_books_are_bounded_and_the_coldest_goes() -> None:
     assert seen == {2, 3}
 
 
-# ── emptying a node ──────────────────────────────────────────────────────────────────────────────
-
-TREE = Chains(
-    {
-        KEYS[0]: NO_PARENT,
-        KEYS[1]: KEYS[0],
-        KEYS[2]: KEYS[1],
-        KEYS[3]: KEYS[1],  # a branch
-        KEYS[4]: NO_PARENT,
-        KEYS[6]: KEYS[5],  # its parent is gone
-    }
-)
-
-
-def test_chains_to_what_is_there_alone() -> None:
-    alone = [KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[6]]
-    assert ends_of(TREE, alone) == [
-        (KEYS[0], KEYS[1], KEYS[2]),
-        (KEYS[0], KEYS[1], KEYS[3]),
-        (KEYS[4],),
-    ]
-    assert ends_of(TREE, []) == []
-    assert ends_of(Chains({KEYS[0]: KEYS[1], KEYS[1]: KEYS[0]}), [KEYS[0]]) == []
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.dictionaries(st.integers(1, 7), st.integers(0, 6), max_size=7),
-    st.lists(st.integers(0, 8), min_size=1, max_size=3),
-)
-def test_after_all_copies_nothing_is_alone_that_had_room(
-    parents: dict[int, int], free: list[int]
-) -> None:
-    tree = {KEYS[0]: NO_PARENT}
-    for child in sorted(parents):
-        if parents[child] < child and KEYS[parents[child]] in tree:
-            tree[KEYS[child]] = KEYS[parents[child]]
-    targets = [host(f"t{index}", index + 1, free=count) for index, count in enumerate(free)]
-    source = host("s", 0, free=0, draining=True)
-    has: dict[int, set[BlockKey]] = {source.number: set(tree)}
-    has |= {each.number: set() for each in targets}
-
-    def holding(keys: Sequence[BlockKey]) -> list[tuple[Host, int]]:
-        counts = [
-            (each, len(list(takewhile(has[each.number].__contains__, keys))))
-            for each in (source, *targets)
-        ]
-        return [(each, count) for each, count in counts if count]
-
-    ends = ends_of(Chains(tree), list(tree))
-    assert set().union(*ends) == set(tree)
-    for copy in copies_of(source, ends, holding, (source, *targets)):
-        new = set(copy.keys) - has[copy.target.number]
-        assert len(new) == copy.blocks <= copy.target.slots_free
-        has[copy.target.number] |= new
-        copy.target.slots_free -= len(new)
-    left = set(tree) - set().union(*(has[each.number] for each in targets))
-    if max(free) >= len(tree):
-        assert not left
-    for each in targets:
-        for key in has[each.number]:
-            parent = tree[key]
-            assert parent == NO_PARENT or parent in has[each.number], "parents before children"
-
-
-def test_nothing_goes_where_nothing_is_taken() -> None:
-    assert not list(copies_of(A, [tuple(KEYS)], holders((A, 8)), (A, host("f", 1, free=0))))
+def test_books_of_no_prefix_are_refused() -> None:
     with pytest.raises(AssertionError):
         Replication(prefixes_max=0)

@@ -32,7 +32,7 @@ import redis
 
 from bench.frame import Options, Row
 from bench.frame import run as run_bench
-from bench.soak_load import serve_for
+from bench.soak_load import meet_every_length, serve_for
 from pdserve.cluster.chaos.run import held_at_rest
 from pdserve.cluster.chaos.targets import by_role, processes
 from pdserve.cluster.http_client import get_json, get_text
@@ -220,6 +220,7 @@ def measure_for(minutes: float, rate_per_s: float) -> Iterator[Row]:
     with small_cluster() as (url, kept):
         # All is used once: what is taken at a peak, as the pages of a pool or threads for waiting,
         # is taken before anybody looks.
+        meet_every_length(url, seed=SEED)
         serve_for(url, min(1.0, minutes / 4), rate_per_s=PEAK * rate_per_s, seed=0)
         held_at_rest(url)
         pids = pids_of(url)

@@ -22,6 +22,8 @@ from pdserve.errors import PdserveError
 CLIENTS = 8
 LEAVES_EVERY, KEEPS_EVERY = 10, 10
 TOKENS_BEFORE_LEAVING = 4
+STEP_TOKENS = 512  # the most that a prefill step has
+FEW_ROWS, ROWS_STEP = 16, 16
 ROUNDS = 2
 """How often each prompt is asked for."""
 
@@ -90,6 +92,15 @@ def serve_for(url: str, minutes: float, *, rate_per_s: float, seed: int) -> Coun
     for thread in threads:
         thread.join()
     return counts
+
+
+def meet_every_length(url: str, *, seed: int) -> None:
+    """A worker that computes in float32 keeps machine code for every number of rows that it has met
+    (``model.torch_ops``). The rare ones would be met in the course of hours: here all are."""
+    dice = random.Random(seed)
+    for tokens in (*range(1, FEW_ROWS), *range(FEW_ROWS, STEP_TOKENS + 1, ROWS_STEP)):
+        prompt = [dice.randrange(1000, 40_000) for _ in range(tokens)]
+        post_json(url, "/v1/completions", {"prompt": prompt, "max_tokens": 1})
 
 
 def kind_of(number: int) -> tuple[str, Callable[[str, Question], None]]:

@@ -230,10 +230,12 @@ class RouterCore:
             self._on_chunk(worker, chunk, now_ns)
         for attained in report.attained:
             entry = self._entry(attained.request, attained.attempt)
-            if entry is not None and worker.id not in entry.vouched_by:
+            if entry is None:
+                continue
+            if worker.id not in entry.vouched_by:
                 entry.vouched_by = (*entry.vouched_by, worker.id)
-            if entry is not None and entry.decode == worker.id:
-                self.state.attained(entry, attained.generated_tokens)
+            if entry.decode == worker.id:
+                self.state.attained(entry, worker, attained.generated_tokens)
         commands: list[Command] = []
         for progress in report.progress:
             commands += self._on_progress(worker, progress, now_ns)

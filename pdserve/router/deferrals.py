@@ -12,7 +12,6 @@ many there are in it.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from pdserve.ids import RequestId
 from pdserve.router.deadlines import Deadlines
@@ -21,20 +20,24 @@ from pdserve.router.orders.base import Order
 from pdserve.router.orders.heap import KeyedHeap
 
 
-@dataclass(slots=True, eq=False)
 class _Group:
-    """Those who wait for the same workers."""
+    """Those who wait for the same workers. No dataclass, for the reason of ``Choice``."""
 
-    awaited_bits: int  # bit set of slots
-    count: int = 0
-    ranked: KeyedHeap[float] = field(default_factory=KeyedHeap)  # whose keys were looked up
+    __slots__ = ("awaited_bits", "count", "ranked")
+
+    def __init__(self, awaited_bits: int) -> None:
+        self.awaited_bits = awaited_bits  # bit set of slots
+        self.count = 0
+        self.ranked = KeyedHeap[float]()  # whose keys were looked up
 
 
-@dataclass(slots=True, eq=False)
 class _Aside:
-    entry: Entry
-    serial: int  # of those who ever stood aside
-    group: _Group
+    __slots__ = ("entry", "group", "serial")
+
+    def __init__(self, entry: Entry, serial: int, group: _Group) -> None:
+        self.entry = entry
+        self.serial = serial  # of those who ever stood aside
+        self.group = group
 
 
 class Deferrals:

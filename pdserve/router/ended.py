@@ -8,7 +8,6 @@ tokens ignores it.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Final
 
 from pdserve.clock import S
@@ -23,12 +22,16 @@ ENDED_MAX: Final = 16_384
 """Of all workers together; the oldest are forgotten first."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Ended:
-    attempt: int
-    worker: WorkerId
-    reply_to: Address
-    at_ns: int
+    """No dataclass: the constructor of one is interpreted, and takes a microsecond."""
+
+    __slots__ = ("at_ns", "attempt", "reply_to", "worker")
+
+    def __init__(self, attempt: int, worker: WorkerId, reply_to: Address, at_ns: int) -> None:
+        self.attempt = attempt
+        self.worker = worker
+        self.reply_to = reply_to
+        self.at_ns = at_ns
 
 
 class EndedBook:

@@ -1,22 +1,17 @@
 """One live attempt of one request, as the router knows it. ``state`` moves it; orders rank it."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from pdserve.ids import BlockKey, RequestId, WorkerId
+from pdserve.ids import WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Decision, Handoff, Request
 from pdserve.router.prefix_index import Hits
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
-    request: Request
-    id: RequestId
-    total_tokens: int  # of its prompt and what earlier attempts delivered: what is prefilled
-    order: int  # of arrival: who came first at equal times
-    arrived_ns: int  # kept through preemptions
-    deadline_ns: int
-    queued_at_ns: int  # when the wait now running began
+    """No dataclass, for the reason of ``placement.Choice``. All begin with the figures here."""
+
     phase: Phase = Phase.QUEUED
     level: int = 0
     virtual_ns: int = 0  # its arrival, as its class counts it; written by the order
@@ -37,7 +32,7 @@ class Entry:
     hits: Hits | None = None  # while it waits: who has how much of it, by that version of the index
     hits_version: int = -1
     stored_blocks: int = 0  # by that version: leading ones that workers of other hosts may fetch
-    watched: BlockKey | None = None  # while it waits: the next block that nobody has
+    watched: Hashable | None = None  # while it waits: the next block that nobody has
     bound_to: WorkerId | None = None  # chosen on arrival, where placement is not late
     prefill: WorkerId | None = None
     prefilled_by: WorkerId | None = None  # which may yet fail to hand it over
@@ -49,6 +44,23 @@ class Entry:
     handoff: Handoff | None = None  # while parked
     resumed: Handoff | None = None  # after that, until decode has adopted it
     decisions: tuple[Decision, ...] = ()
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        order: int,
+        arrived_ns: int,
+        deadline_ns: int,
+        queued_at_ns: int,
+    ) -> None:
+        self.request = request
+        self.id = request.request
+        self.total_tokens = request.length  # prompt and what was delivered: what is prefilled
+        self.order = order  # of arrival: who came first at equal times
+        self.arrived_ns = arrived_ns  # kept through preemptions
+        self.deadline_ns = deadline_ns
+        self.queued_at_ns = queued_at_ns  # when the wait now running began
 
     @property
     def beam_blocks(self) -> int:

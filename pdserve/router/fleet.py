@@ -14,7 +14,7 @@ rewrites the elements of those it was told of, once however much happened to the
 import heapq
 import math
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final
@@ -454,9 +454,9 @@ class Fleet:
         predicted_ns = self.costs.prefill_ns(uncached_tokens, cached_tokens)
         return round(predicted_ns * self.correction.factor)
 
-    def hits(self, keys: Sequence[bytes]) -> Hits:
+    def hits(self, keys: Sequence[Hashable]) -> Hits:
         """Leading blocks that the workers which prefill can use."""
-        return self.index.hits(keys, self.prefill_bits)  # type: ignore[arg-type]
+        return self.index.hits(keys, self.prefill_bits)
 
     def open_bits(self, now_ns: int) -> int:
         """Bit set of the slots that take a prompt now."""

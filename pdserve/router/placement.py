@@ -168,31 +168,30 @@ def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floa
     """What the request costs at each worker from the moment it begins there, by slot, up to the
     last of those that take prompts; infinite at those that take none."""
     count = fleet.prefill_end
-    supplies = [supply(fleet, entry, hit[0], block_tokens) for hit in hits]
     slow = fleet.slow[:count]
     if fleet.shares:
         slow = slow + fleet.streams[:count]
-    own_ns: Floats = slow * _by_slot(count, hits, [one.work_ns for one in supplies])
-    if any(one.fetch_ns for one in supplies):
-        own_ns += _by_slot(count, hits, [one.fetch_ns for one in supplies])
+    # Most workers have equally much, so all are priced as those, and then the others once more.
+    widths = [bits.bit_count() for _, bits in hits]
+    widest = widths.index(max(widths))
+    common = supply(fleet, entry, hits[widest][0], block_tokens)
+    own_ns: Floats = slow * float(common.work_ns)
+    if common.fetch_ns:
+        own_ns += float(common.fetch_ns)
+    for index, (blocks, bits) in enumerate(hits):
+        if index == widest:
+            continue
+        one = supply(fleet, entry, blocks, block_tokens)
+        if widths[index] == 1:
+            slot = bits.bit_length() - 1
+            own_ns[slot] = slow.item(slot) * one.work_ns + one.fetch_ns
+        elif one.work_ns != common.work_ns or one.fetch_ns != common.fetch_ns:
+            slots = slots_of(bits)
+            own_ns[slots] = slow[slots] * float(one.work_ns) + float(one.fetch_ns)
     if fleet.shares and entry.request.task is None:
         kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
         own_ns += fleet.hands_off[:count] * fleet.costs.handoff.time_ns(kv_bytes)
     return own_ns
-
-
-def _by_slot(count: int, hits: Hits, values: list[int]) -> Floats | float:
-    """``values``: one for each group of ``hits``."""
-    if len(hits) == 1:
-        return float(values[0])
-    widths = [bits.bit_count() for _, bits in hits]
-    widest = widths.index(max(widths))
-    spread = np.empty(count)
-    spread.fill(values[widest])  # faster than np.full; what differs is written one by one
-    for index, hit in enumerate(hits):
-        if values[index] != values[widest]:
-            spread[slots_of(hit[1])] = values[index]
-    return spread
 
 
 class Supply:

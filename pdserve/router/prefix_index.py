@@ -8,14 +8,17 @@ next block.
 
 Deltas come with a worker's reports; where one was lost, the router forgets the location and learns
 it anew.
+
+A block's name is a ``BlockKey`` in a live cluster. The simulator has numbers in its place, and
+nothing here asks for more than that names can be compared and hashed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from pdserve.ids import BlockKey, StoreId
+from pdserve.ids import StoreId
 
 LOCATION_KEYS_MAX = 1 << 18
 """Keys remembered per location; beyond, those added first are forgotten (which is a miss)."""
@@ -31,7 +34,7 @@ _ABSENT: Final = object()
 @dataclass(slots=True)
 class _Location:
     readers: int  # bit set of slots
-    keys: dict[BlockKey, None]  # oldest first
+    keys: dict[Hashable, None]  # oldest first
 
 
 class PrefixIndex:
@@ -39,8 +42,8 @@ class PrefixIndex:
         assert location_keys_max > 0
         self._location_keys_max = location_keys_max
         self._locations: dict[int | StoreId, _Location] = {}
-        self._in_pools: dict[BlockKey, int] = {}
-        self._in_stores: dict[BlockKey, int] = {}
+        self._in_pools: dict[Hashable, int] = {}
+        self._in_stores: dict[Hashable, int] = {}
         self.version = 0  # as long as it stays the same, so does every answer
 
     # ── locations ────────────────────────────────────────────────────────────────────────────────
@@ -73,7 +76,7 @@ class PrefixIndex:
     # ── deltas ───────────────────────────────────────────────────────────────────────────────────
 
     def update(
-        self, location: int | StoreId, added: Iterable[BlockKey], removed: Iterable[BlockKey]
+        self, location: int | StoreId, added: Iterable[Hashable], removed: Iterable[Hashable]
     ) -> None:
         """Removed first: a block that went and came again within one report is there."""
         at = self._locations.get(location)
@@ -100,7 +103,7 @@ class PrefixIndex:
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────
 
-    def hits(self, keys: Sequence[BlockKey], slots: int) -> Hits:
+    def hits(self, keys: Sequence[Hashable], slots: int) -> Hits:
         """How many leading blocks each of the workers in the bit set ``slots`` can use."""
         in_pools, in_stores = self._in_pools.get, self._in_stores.get
         found = []
@@ -120,7 +123,7 @@ class PrefixIndex:
             found.append((blocks, left))
         return tuple(found)
 
-    def stored_blocks(self, keys: Sequence[BlockKey]) -> int:
+    def stored_blocks(self, keys: Sequence[Hashable]) -> int:
         """How many leading blocks one store has, of the store that has most of them."""
         in_stores = self._in_stores.get
         having = -1  # bit set of the slots whose store has all so far: everybody's
@@ -134,14 +137,14 @@ class PrefixIndex:
         at = self._locations.get(location)
         return 0 if at is None else len(at.keys)
 
-    def _bits_of(self, location: int | StoreId) -> dict[BlockKey, int]:
+    def _bits_of(self, location: int | StoreId) -> dict[Hashable, int]:
         return self._in_pools if isinstance(location, int) else self._in_stores
 
 
 def _take_out(
-    gone: Iterable[BlockKey],
-    keys: dict[BlockKey, None],
-    bits: dict[BlockKey, int],
+    gone: Iterable[Hashable],
+    keys: dict[Hashable, None],
+    bits: dict[Hashable, int],
     readers: int,
 ) -> None:
     """Of one location's keys, with what its readers have by them."""
@@ -151,7 +154,7 @@ def _take_out(
             bits[key] = known
 
 
-def _put(bits: dict[BlockKey, int], key: BlockKey, slots: int) -> None:
+def _put(bits: dict[Hashable, int], key: Hashable, slots: int) -> None:
     if slots:
         bits[key] = slots
     else:

@@ -12,11 +12,11 @@ refused or cancelled leaves through ``leave``, from wherever it is.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Final
 
 from pdserve.clock import MS
-from pdserve.ids import BlockKey, RequestId, WorkerId
+from pdserve.ids import RequestId, WorkerId
 from pdserve.lifecycle import TERMINAL, Event, Phase, advance
 from pdserve.messages import ChunkDone, Decision, Handoff, Request, ServiceClass, Timing
 from pdserve.router.costs import CostModel
@@ -78,7 +78,7 @@ class RouterState:
         self.vacating: dict[
             WorkerId, int
         ] = {}  # workers with work of a former role; ask again when
-        self._watchers: dict[BlockKey, list[Entry]] = {}  # who waits, and lacks this block next
+        self._watchers: dict[Hashable, list[Entry]] = {}  # who waits, and lacks this block next
         self.look_again_ns: int | None = None  # when somebody has waited enough for a better worker
         self.deadlines = Deadlines()
         self.orphans: deque[Handoff] = deque(maxlen=ORPHANS_MAX)  # tickets to be freed
@@ -123,7 +123,7 @@ class RouterState:
     def predict(self, entry: Entry, hits: Hits) -> None:
         """Its work, at the worker that has most of it cached; to be looked at again once somebody
         has the next block."""
-        keys = entry.request.block_keys
+        keys: tuple[Hashable, ...] = entry.request.block_keys
         blocks = hits[-1][0] if hits else 0
         entry.watched = keys[blocks] if blocks < len(keys) else None
         if entry.watched is not None:
@@ -138,9 +138,7 @@ class RouterState:
     def admit(self, request: Request, now_ns: int) -> Entry:
         entry = Entry(
             request,
-            request.request,
-            request.length,
-            self._order,
+            order=self._order,
             arrived_ns=now_ns,
             deadline_ns=self.deadline_ns(request),
             queued_at_ns=now_ns,
@@ -201,7 +199,7 @@ class RouterState:
         self.lines.of(entry).refresh(entry, now_ns)
         return True
 
-    def blocks_came(self, added: Iterable[BlockKey], now_ns: int) -> None:
+    def blocks_came(self, added: Iterable[Hashable], now_ns: int) -> None:
         """Workers have blocks that they did not have: those who wait for them have less to do."""
         for key in added:
             for entry in self._watchers.pop(key, ()):
@@ -311,10 +309,9 @@ class RouterState:
         entry.resumed = None
         self._release_blocks(entry)
 
-    def attained(self, entry: Entry, generated_tokens: int) -> None:
+    def attained(self, entry: Entry, decode: Worker, generated_tokens: int) -> None:
         more = generated_tokens - entry.generated_tokens
-        decode = self.fleet.get(entry.decode)
-        if more > 0 and decode is not None:
+        if more > 0:
             entry.generated_tokens = generated_tokens
             entry.context_tokens += more
             decode.context_tokens += more

@@ -32,5 +32,6 @@ class Agenda:
     def take(self) -> tuple[int, Action, Any]:
         """The next one: its instant, in ns, and what happens then with what."""
         number = heapq.heappop(self._heap)
-        action, argument = self._what.pop(number)
+        action, argument = self._what[number]
+        del self._what[number]
         return number >> ORDER_BITS, action, argument

@@ -9,12 +9,13 @@ too: what resumes is another ``Attempt`` of the same number, made from its hand-
 """
 
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from pdserve.errors import IllegalTransition
-from pdserve.ids import BlockKey, RequestId
+from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Preempt, Request, Route
+from pdserve.simulator.caches import Blocks
 from pdserve.simulator.traces import TraceRequest
 
 
@@ -32,7 +33,7 @@ class Stage(StrEnum):
 
 
 KEYS_MAX: Final = 1 << 20
-"""Blocks whose key objects are remembered, and as many from before."""
+"""Blocks whose objects are remembered, and as many from before."""
 
 _NEXT = {
     Stage.PROMPT: {Stage.COMPUTING, Stage.GONE},
@@ -63,7 +64,7 @@ class Job:
         self,
         index: int,
         trace: TraceRequest,
-        keys: tuple[BlockKey, ...],
+        keys: Blocks,
         *,
         target: int,
         factor: float,
@@ -135,20 +136,24 @@ class Attempt:
 
 
 class Keys:
-    """One key object per block, for all requests: hashed once, compared by identity. Blocks that
-    nobody had for long get another object, which is equal: only time is lost by it."""
+    """The numbers of blocks, in the place of their keys: nobody in router or simulator looks into a
+    key, and numbers that follow one another lie side by side in a map, where hashes lie anywhere.
+
+    One object per number, for all requests, so that most are compared by identity. Blocks that
+    nobody had for long get another object, which is equal: only time is lost by it.
+    """
 
     __slots__ = ("_before", "_known")
 
     def __init__(self) -> None:
-        self._known: dict[int, BlockKey] = {}
-        self._before: dict[int, BlockKey] = {}  # when there were ``KEYS_MAX`` of them
+        self._known: dict[Any, Any] = {}  # Any: an ``int`` would be unpacked, and made anew
+        self._before: dict[Any, Any] = {}  # when there were ``KEYS_MAX`` of them
 
-    def of(self, blocks: tuple[int, ...]) -> tuple[BlockKey, ...]:
+    def of(self, blocks: Blocks) -> Blocks:
         known, before = self._known, self._before
         for block in blocks:
             if block not in known:
-                known[block] = before.get(block) or BlockKey(block.to_bytes(16))
+                known[block] = before.get(block, block)
         keys = tuple([known[block] for block in blocks])
         if len(known) > KEYS_MAX:
             self._known, self._before = {}, known

@@ -5,15 +5,17 @@ one nearer the beginning was always used later. Evicting the least recently used
 children before parents, and what is cached of a prompt is always a prefix of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import islice
-from typing import Final
-
-from pdserve.ids import BlockKey
+from typing import Any, Final
 
 OLDEST_MAX: Final = 256
 """Keys that are known to be the next to go. A dict finds its first key by walking over all that
 were removed before it, thousands of them; so one walk finds many."""
+
+
+Blocks = tuple[Any, ...]
+"""Numbers of blocks, in the place of the ``BlockKey`` of messages: see ``attempt.Keys``."""
 
 
 class BlockCache:
@@ -27,15 +29,15 @@ class BlockCache:
     def __init__(self, block_max: int | None) -> None:
         assert block_max is None or block_max >= 0
         self.block_max = block_max
-        self._keys: dict[BlockKey, None] = {}  # least recently used first
-        self._oldest: dict[BlockKey, None] = {}  # the first of them, or nothing
-        self._added: dict[BlockKey, None] = {}
-        self._removed: dict[BlockKey, None] = {}
+        self._keys: dict[Hashable, None] = {}  # least recently used first
+        self._oldest: dict[Hashable, None] = {}  # the first of them, or nothing
+        self._added: dict[Hashable, None] = {}
+        self._removed: dict[Hashable, None] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def prefix_blocks(self, keys: Sequence[BlockKey]) -> int:
+    def prefix_blocks(self, keys: Sequence[Hashable]) -> int:
         """How many leading blocks are here."""
         known = self._keys
         for count, key in enumerate(keys):
@@ -43,24 +45,27 @@ class BlockCache:
                 return count
         return len(keys)
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
+    def touch(self, keys: Sequence[Hashable]) -> None:
         """These, a prompt's first blocks, were used or computed: they are here from now on."""
         known, added, removed = self._keys, self._added, self._removed
         if self.block_max is None:  # nothing ever leaves, so nobody asks for the order
             fresh = dict.fromkeys([key for key in keys if key not in known])
-            if fresh:
-                known.update(fresh)
-                added.update(fresh)
+            known.update(fresh)
+            added.update(fresh)
+            for key in fresh:
+                self._came(key)
             return
         oldest = self._oldest
         for key in reversed(keys):
             if key in known:
                 del known[key]
                 oldest.pop(key, None)
-            elif key in removed:
-                del removed[key]
             else:
-                added[key] = None
+                if key in removed:
+                    del removed[key]
+                else:
+                    added[key] = None
+                self._came(key)
             known[key] = None
         self.trim(self.block_max)
 
@@ -78,8 +83,15 @@ class BlockCache:
                     del added[key]
                 else:
                     self._removed[key] = None
+                self._left(key)
 
-    def take_changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
+    def _came(self, key: Hashable) -> None:
+        """It is here from now on. For those who tell others."""
+
+    def _left(self, key: Hashable) -> None:
+        """It was evicted."""
+
+    def take_changes(self) -> tuple[Blocks, Blocks]:
         """What was added and what removed since the last call."""
         if not self._added and not self._removed:
             return (), ()

@@ -1,13 +1,12 @@
 """A worker's device memory in blocks: what prompts hold, what streams may, what is cached."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from pdserve.ids import BlockKey
 from pdserve.messages import Hello
 from pdserve.router.costs import CostModel
 from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
-from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.caches import BlockCache, Blocks
 from pdserve.simulator.stores import HostStore
 
 
@@ -51,6 +50,10 @@ class Memory:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)  # ceil
 
+    def host_ns(self, tokens: int) -> int:
+        """Nanoseconds that the KV of so many tokens takes to or from the host's store."""
+        return self._costs.host.time_ns(tokens * self._costs.kv_token_bytes)
+
     def restore(self, attempt: Attempt, known_tokens: int | None, slow: float) -> int:
         """Nanoseconds until what stores have of its prefix, beyond the device's cache, is here.
 
@@ -67,14 +70,14 @@ class Memory:
         if blocks > cached_blocks:
             self._store.touch(keys[:blocks])
             attempt.restored_blocks = blocks
-            restoring_ns = self._costs.host.time_ns(self._bytes(blocks - cached_blocks))
+            restoring_ns = self.host_ns((blocks - cached_blocks) * self._block_tokens)
         known_blocks = len(keys) if known_tokens is None else known_tokens // self._block_tokens
-        if max(blocks, cached_blocks) < known_blocks and self._store.others:
+        if max(blocks, cached_blocks) < known_blocks and self._store.fetches:
             restoring_ns += self._fetch(attempt, keys, max(blocks, cached_blocks), slow)
         return restoring_ns
 
     def _fetch(
-        self, attempt: Attempt, keys: Sequence[BlockKey], own_blocks: int, slow: float
+        self, attempt: Attempt, keys: Sequence[Hashable], own_blocks: int, slow: float
     ) -> int:
         """Nanoseconds that the blocks after its own take from another host; 0: none has more, or
         computing them is sooner."""
@@ -94,7 +97,7 @@ class Memory:
     def _bytes(self, blocks: int) -> int:
         return blocks * self._block_tokens * self._costs.kv_token_bytes
 
-    def cacheable(self, attempt: Attempt) -> tuple[BlockKey, ...]:
+    def cacheable(self, attempt: Attempt) -> Blocks:
         """The last token is always computed: its logits are what the first token is drawn from."""
         return attempt.request.block_keys[: (attempt.tokens - 1) // self._block_tokens]
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from pdserve.clock import S
 from pdserve.errors import ErrorInfo, OutOfBlocks
-from pdserve.ids import BlockKey, TicketId
+from pdserve.ids import TicketId
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Attained,
@@ -22,7 +22,7 @@ from pdserve.messages import (
 )
 from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
-from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.caches import BlockCache, Blocks
 from pdserve.simulator.traces import some_tokens
 
 REPORT_NS_MAX: Final = S
@@ -102,7 +102,7 @@ class Reporter:
         waiting: int,
         free_blocks: int,
     ) -> Report:
-        nothing: tuple[BlockKey, ...] = ()
+        nothing: Blocks = ()
         cache, store = self._cache, self._store
         added, removed = (nothing, nothing) if cache is None else cache.take_changes()
         stored, evicted = (nothing, nothing) if store is None else store.take_changes()

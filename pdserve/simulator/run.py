@@ -52,7 +52,7 @@ from pdserve.simulator.settings import (
     Slowdown,
 )
 from pdserve.simulator.stores import stores_of
-from pdserve.simulator.surroundings import Action
+from pdserve.simulator.surroundings import Action, Surroundings
 from pdserve.simulator.traces import Trace, some_tokens
 from pdserve.simulator.worker import Worker
 
@@ -92,9 +92,7 @@ def simulate(trace: Trace, settings: SimulationSettings) -> Result:
             gc.enable()
 
 
-class Simulation:
-    """Implements ``Surroundings``."""
-
+class Simulation(Surroundings):
     def __init__(self, trace: Trace, settings: SimulationSettings) -> None:
         assert trace.requests
         self.now_ns = 0
@@ -287,7 +285,10 @@ class Simulation:
         """From a prefill worker; where decode is gone, the router hears that it failed."""
         decode = self._workers.get(attempt.decode)
         if decode is not None:
-            self._deliver(now_ns, decode.take, attempt)
+            if self._settings.message_ns:
+                self._deliver(now_ns, decode.take, attempt)
+            else:
+                decode.take(now_ns, attempt)
             return
         lost = ErrorInfo.of(WorkerLost(f"decode {attempt.decode} did not take it"))
         request = attempt.request
@@ -327,8 +328,12 @@ class Simulation:
             if isinstance(command, ToWorker):
                 self._enter(command.worker, command.message)
                 receiver = self._workers.get(command.worker)
-                if receiver is not None:
+                if receiver is None:
+                    continue
+                if self._settings.message_ns:
                     self._deliver(self.now_ns, receiver.receive, command.message)
+                else:  # what is called at once need not be made an object first
+                    receiver.receive(self.now_ns, command.message)
             else:
                 self._enter("gateway", command.message)
                 self._hear(command.message)
@@ -382,7 +387,7 @@ class Simulation:
             running_max=settings.running_max if settings.decode else UNLIMITED_BLOCKS,
             chunk_tokens=settings.chunk_tokens,
             pid=self._came_count,
-            fetches=store is not None and bool(store.others),
+            fetches=store is not None and store.fetches,
         )
         worker = Worker(hello, settings, self, store, slow=slow)
         self._workers[hello.worker] = self._places[role, index] = worker

@@ -1,5 +1,10 @@
-"""What a worker needs of the simulation around it."""
+"""What a worker needs of the simulation around it.
 
+A base class and no ``Protocol``: compiled, a call then goes through a table instead of a search by
+name, dozens of times per request.
+"""
+
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from pdserve.ids import RequestId, WorkerId
@@ -13,18 +18,24 @@ class Action(Protocol):
     def __call__(self, now_ns: int, argument: Any, /) -> None: ...
 
 
-class Surroundings(Protocol):
+class Surroundings(ABC):
+    @abstractmethod
     def at(self, when_ns: int, action: Action, argument: object) -> None: ...
 
+    @abstractmethod
     def job(self, request: RequestId) -> Job: ...
 
+    @abstractmethod
     def hand_off(self, attempt: Attempt, now_ns: int) -> None: ...
 
+    @abstractmethod
     def report(self, report: Report, now_ns: int) -> None:
         """To the router. To be called last, for the router answers at once."""
 
+    @abstractmethod
     def say(self, worker: WorkerId, message: Parked | WorkerFailed, now_ns: int) -> None:
         """The same, of what is rare."""
 
+    @abstractmethod
     def ended(self, job: Job, now_ns: int) -> None:
         """Its last token is out."""

@@ -73,6 +73,8 @@ class Worker:
         self._memory = Memory(hello, settings.costs, self.cache, self._batch, store)
         self._version = 0  # of the plan; the events of older ones are void
         self._watched = False  # a regular report is scheduled
+        # Bound once, since every binding is an object, and these are scheduled for every request.
+        self._due, self._pushed, self._adopted = self._on_time, self._on_pushed, self._on_adopted
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
@@ -243,7 +245,7 @@ class Worker:
         attempt.job.kept_blocks = computed_tokens // self.hello.block_tokens
         stored_ns = self.engine.at_ns
         if self._store is not None:
-            stored_ns += self._host_ns(computed_tokens)
+            stored_ns += self._memory.host_ns(computed_tokens)
         self._around.at(stored_ns, self._say_preempted, attempt)
         self._begin_next(self.engine.at_ns)
 
@@ -277,7 +279,7 @@ class Worker:
         else:
             attempt.move_to(Stage.PUSHING)
             pushed_ns = self.engine.at_ns + self._push_ns(attempt)
-            self._around.at(pushed_ns, self._on_pushed, (attempt, said.chunks))
+            self._around.at(pushed_ns, self._pushed, (attempt, said.chunks))
             said.chunks = []  # reported together with what follows in a moment
 
     def _push_ns(self, attempt: Attempt) -> int:
@@ -332,8 +334,8 @@ class Worker:
             attempt.move_to(Stage.ADOPTING)
             self._adopting += 1
             self._memory.take(attempt, blocks)
-            arrived_ns = max(now_ns, attempt.ready_ns) + self._host_ns(attempt.tokens)
-            self._around.at(arrived_ns, self._on_adopted, attempt)
+            arrived_ns = max(now_ns, attempt.ready_ns) + self._memory.host_ns(attempt.tokens)
+            self._around.at(arrived_ns, self._adopted, attempt)
             if self._batch.used_blocks_max(self.engine.planned) > self._memory.batch_blocks:
                 self.engine.advance(now_ns)  # the streams may run out of memory sooner now
                 self._plan()
@@ -361,7 +363,8 @@ class Worker:
         """After the step at whose end the state stands."""
         self._drop_stream(attempt, self.engine.at_ns)
         attempt.move_to(Stage.PARKING)
-        self._around.at(self.engine.at_ns + self._host_ns(attempt.tokens), self._on_parked, attempt)
+        parked_ns = self.engine.at_ns + self._memory.host_ns(attempt.tokens)
+        self._around.at(parked_ns, self._on_parked, attempt)
 
     def _on_parked(self, now_ns: int, attempt: Attempt) -> None:
         if not self.alive or attempt.stage is not Stage.PARKING:
@@ -379,7 +382,7 @@ class Worker:
         self._version += 1
         when_ns = self.engine.plan(self._memory.batch_blocks)
         if when_ns is not None:
-            self._around.at(when_ns, self._on_time, self._version)
+            self._around.at(when_ns, self._due, self._version)
 
     def _on_time(self, now_ns: int, version: int) -> None:
         if version != self._version or not self.alive:
@@ -417,9 +420,6 @@ class Worker:
             self._adopt_waiting(now_ns)
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────
-
-    def _host_ns(self, tokens: int) -> int:
-        return self._costs.host.time_ns(tokens * self._costs.kv_token_bytes)
 
     def _make_room(self) -> None:
         """Before the next step every stream has a place for its next token: the latest leave."""

@@ -24,8 +24,8 @@ INTERPRETED = {
     "router": {"analytic", "commands", "fitting", "scaling", "signals", "snapshot"},
     # What a report shows, what other processes are sent, what traces become.
     "simulator": {
-        "adversaries", "charts", "page", "report", "result", "settings", "surroundings",
-        "synthetic", "traces", "transformations",
+        "adversaries", "charts", "page", "report", "result", "settings", "synthetic", "traces",
+        "transformations",
     },
 }  # fmt: skip
 

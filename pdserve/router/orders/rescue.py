@@ -21,7 +21,6 @@ often as anybody shorter comes.
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
 from pdserve.clock import S
@@ -36,12 +35,16 @@ DEAD_CLAIMS_MAX: Final = 64
 """Claims of requests that wait no more, kept beyond as many as there are live ones."""
 
 
-@dataclass(slots=True, eq=False)
 class Claim:
-    entry: Entry
-    work_ns: int
-    due_ns: int
-    bound_ns: int = 0  # the instant by which it is dispatched at the latest
+    """No dataclass, for the reason of ``placement.Choice``."""
+
+    __slots__ = ("bound_ns", "due_ns", "entry", "work_ns")
+
+    def __init__(self, entry: Entry, work_ns: int, due_ns: int) -> None:
+        self.entry = entry
+        self.work_ns = work_ns
+        self.due_ns = due_ns
+        self.bound_ns = 0  # the instant by which it is dispatched at the latest
 
 
 class Rescue:

@@ -43,17 +43,16 @@ def entry(
         deadline_unix_ms=deadline_ms,
         reply_to=Address(HostId("h"), "/g", ""),
     )
-    return Entry(
-        request=request,
-        id=request.request,
-        total_tokens=len(request.tokens),
+    made = Entry(
+        request,
         order=order,
         arrived_ns=at_ms * MS,
         deadline_ns=deadline_ms * MS,
         queued_at_ns=at_ms * MS,
-        work_ns=work_ms * MS,
-        uncached_tokens=work_ms,
     )
+    made.work_ns = work_ms * MS
+    made.uncached_tokens = work_ms
+    return made
 
 
 def wait(order: Order, *entries: Entry) -> None:

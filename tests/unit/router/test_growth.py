@@ -36,7 +36,9 @@ class Pool:
 
     def entry(self, name: str, tokens: int, max_tokens: int) -> Entry:
         asked = request(name, tokens, max_tokens=max_tokens)
-        return Entry(asked, asked.request, tokens, 0, 0, S, 0, phase=Phase.DECODING)
+        made = Entry(asked, order=0, arrived_ns=0, deadline_ns=S, queued_at_ns=0)
+        made.phase = Phase.DECODING
+        return made
 
     def run(self, name: str, tokens: int, *, generated: int = 0, max_tokens: int = 1000) -> None:
         one = self.entry(name, tokens, max_tokens)

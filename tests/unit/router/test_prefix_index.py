@@ -162,7 +162,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(location=st.one_of(st.integers(0, SLOTS - 1), HOSTS), added=SOME_KEYS, removed=SOME_KEYS)
     def update(self, location: int | StoreId, added: list[bytes], removed: list[bytes]) -> None:
-        self.index.update(location, added, removed)  # type: ignore[arg-type]
+        self.index.update(location, added, removed)
         held = self.held.get(location)
         if held is not None:
             held[:] = [key for key in held if key not in removed]
@@ -193,12 +193,12 @@ class IndexMachine(RuleBasedStateMachine):
 
     def _ask(self, prompt: tuple[bytes, ...]) -> None:
         slots = sum(1 << slot for slot in self.store_of)
-        assert self.index.hits(prompt, slots) == self._expected(prompt)  # type: ignore[arg-type]
+        assert self.index.hits(prompt, slots) == self._expected(prompt)
         stores = [set(self.held[store]) for store in set(self.store_of.values())]
         stored = [
             next((i for i, k in enumerate(prompt) if k not in s), len(prompt)) for s in stores
         ]
-        assert self.index.stored_blocks(prompt) == max(stored, default=0) or not stores  # type: ignore[arg-type]
+        assert self.index.stored_blocks(prompt) == max(stored, default=0) or not stores
 
     def _expected(self, prompt: tuple[bytes, ...]) -> Hits:
         bits: dict[int, int] = {}

@@ -3,15 +3,14 @@ from unittest.mock import patch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.ids import BlockKey
 from pdserve.simulator import caches
-from pdserve.simulator.caches import BlockCache
+from pdserve.simulator.caches import BlockCache, Blocks
 
 
-def chain(document: int, length: int) -> tuple[BlockKey, ...]:
+def chain(document: int, length: int) -> Blocks:
     """A document's first blocks; documents share the first two."""
     names = [0, 1, *range(100 * document, 100 * document + 98)]
-    return tuple(BlockKey(name.to_bytes(16, "big")) for name in names[:length])
+    return tuple(names[:length])
 
 
 def test_children_are_evicted_before_their_parents() -> None:
@@ -44,7 +43,7 @@ def test_what_is_told_is_what_is_there_and_never_too_much(
     steps: list[tuple[int, int, bool]], block_max: int | None
 ) -> None:
     cache = BlockCache(block_max)
-    told: set[BlockKey] = set()
+    told: set[int] = set()
     for document, length, tells in steps:
         cache.touch(chain(document, length))
         assert block_max is None or len(cache) <= block_max
@@ -66,8 +65,8 @@ def test_it_is_a_list_by_last_use_however_many_are_found_at_once(
     steps: list[tuple[int, int, bool]], block_max: int, oldest_max: int
 ) -> None:
     cache = BlockCache(block_max)
-    used: list[BlockKey] = []
-    told: set[BlockKey] = set()
+    used: list[int] = []
+    told: set[int] = set()
     with patch.object(caches, "OLDEST_MAX", oldest_max):
         for document, length, shrinks in steps:
             keys = chain(document, length)

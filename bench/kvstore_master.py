@@ -32,11 +32,11 @@ from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, StoreId
 from pdserve.kvstore import protocol
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.keys import block_keys, namespace_digest
-from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import AskMaster, MasterReport
-from pdserve.kvstore.mastering import AskDeltas, Deltas
-from pdserve.kvstore.membership import Membership
-from pdserve.kvstore.metadata import EmbeddedMetadata
+from pdserve.kvstore.masters.client import MasterClient
+from pdserve.kvstore.masters.mastering import AskDeltas, Deltas
+from pdserve.kvstore.masters.membership import Membership
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata
+from pdserve.kvstore.masters.protocol import AskMaster, MasterReport
 from pdserve.messages import Address
 from pdserve.wire.connection import Connection
 from pdserve.wire.hosts import local_host_id
@@ -193,7 +193,7 @@ def _started(*command: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _master(directory: Path, name: str) -> Iterator[tuple[int, Address]]:
     where = ("--directory", str(directory / "sockets"), "--master", name)
     with _started(
-        "pdserve.kvstore.master_process",
+        "pdserve.kvstore.masters.process",
         *where,
         *("--metadata", str(directory / "members.sqlite")),
     ) as (pid, said):

@@ -25,11 +25,11 @@ from pdserve.ids import BlockKey, new_store_id
 from pdserve.kvstore.arena import Geometry, block_checksum, create_arena
 from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.disk_file import aligned_buffer, files_of
 from pdserve.kvstore.keys import block_keys, namespace_digest
-from pdserve.kvstore.ssd_format import Kind, batch_bytes
-from pdserve.kvstore.ssd_log import open_log
-from pdserve.kvstore.ssd_tier import SsdTier
+from pdserve.kvstore.ssd.disk_file import aligned_buffer, files_of
+from pdserve.kvstore.ssd.format import Kind, batch_bytes
+from pdserve.kvstore.ssd.log import open_log
+from pdserve.kvstore.ssd.tier import SsdTier
 
 RAW_BYTES = 30 * 2 * 3 * 16 * 64 * 2  # of a block: 16 tokens of SmolLM2 in bfloat16
 CODED_BYTES = 30 * 2 * 3 * 16 * 66  # and in 8 bits: not whole pages

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.errors import StoreUnavailable
-from pdserve.kvstore.metadata import RedisMetadata
+from pdserve.kvstore.masters.metadata import RedisMetadata
 
 PATIENCE_S = 60.0
 

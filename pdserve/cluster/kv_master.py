@@ -15,8 +15,8 @@ from rich.text import Text
 from pdserve.errors import StoreError
 from pdserve.ids import StoreId
 from pdserve.kvstore.admin import StoreReport
-from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import MasterReport
+from pdserve.kvstore.masters.client import MasterClient
+from pdserve.kvstore.masters.protocol import MasterReport
 from pdserve.kvstore.security import Credentials
 
 console = Console(highlight=False, soft_wrap=True)

@@ -92,7 +92,7 @@ class MasterSupervisor:
     def _start(self, number: int, port: int) -> _Process:
         settings = self._settings
         command = [
-            *(sys.executable, "-m", "pdserve.kvstore.master_process"),
+            *(sys.executable, "-m", "pdserve.kvstore.masters.process"),
             *("--directory", str(self._directory), "--socket", f"master-{number}.sock"),
             *("--tcp-port", str(port)),
         ]

@@ -28,7 +28,7 @@ from pdserve.cluster.kv_stores import addresses_in
 from pdserve.errors import PdserveError
 from pdserve.kvstore.admin import StoreReport
 from pdserve.kvstore.admin_client import StoreAdmin
-from pdserve.kvstore.master_protocol import MasterReport
+from pdserve.kvstore.masters.protocol import MasterReport
 from pdserve.kvstore.phases import BOUNDS_S
 from pdserve.kvstore.security import Credentials
 from pdserve.kvstore.shares import ANY_TENANT

@@ -29,7 +29,7 @@ from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.keys import namespace_of
 from pdserve.kvstore.locations import RemotePrefixes
-from pdserve.kvstore.master_client import MasterClient
+from pdserve.kvstore.masters.client import MasterClient
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.model.load import kv_identity

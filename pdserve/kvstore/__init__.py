@@ -11,5 +11,6 @@ node's host find and pin blocks without asking, ``local_reads`` is their side of
 ``readers`` the node's. ``shares`` and ``eviction`` say what goes when memory is short, ``pins``
 what stays; ``operations``, ``admin`` and ``audit`` are for those who run a node. Between hosts:
 ``pipeline`` (several blocks under way), ``one_sided`` (Mooncake's engine), ``failover``,
-``capability`` (who may do what). ``metadata`` and ``master`` know which nodes there are.
+``capability`` (who may do what). ``masters`` know which nodes there are, and who has which block;
+``ssd`` is the disk below an arena.
 """

@@ -35,7 +35,8 @@ from types import MappingProxyType
 from pdserve.clock import Clock, S
 from pdserve.errors import AccessDenied, ConfigError
 from pdserve.ids import BlockKey
-from pdserve.kvstore import admin, mastering, protocol
+from pdserve.kvstore import admin, protocol
+from pdserve.kvstore.masters import mastering
 from pdserve.wire.endpoint import is_local
 from pdserve.wire.frame import Frame
 

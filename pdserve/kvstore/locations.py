@@ -15,8 +15,8 @@ from pdserve.errors import StaleEpoch
 from pdserve.ids import BlockKey, StoreId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.failover import FailoverReader
-from pdserve.kvstore.master_client import QuietAfterFailure
-from pdserve.kvstore.master_protocol import Location
+from pdserve.kvstore.masters.client import QuietAfterFailure
+from pdserve.kvstore.masters.protocol import Location
 from pdserve.messages import Address
 
 FRESH_NS = 1 * S

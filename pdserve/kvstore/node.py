@@ -31,9 +31,9 @@ from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.directory import ARENA_NAME, SHARED, take_directory
 from pdserve.kvstore.eviction import EvictionName
 from pdserve.kvstore.lending import Lending
-from pdserve.kvstore.master_client import MasterMetadata
-from pdserve.kvstore.membership import Membership
-from pdserve.kvstore.metadata import EmbeddedMetadata, Member, Metadata, RedisMetadata
+from pdserve.kvstore.masters.client import MasterMetadata
+from pdserve.kvstore.masters.membership import Membership
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Member, Metadata, RedisMetadata
 from pdserve.kvstore.mooncake import engine_at
 from pdserve.kvstore.one_sided import OneSidedNode
 from pdserve.kvstore.process import REPLACED_STATUS, run_until_told
@@ -41,8 +41,8 @@ from pdserve.kvstore.protocol import PROTOCOL, Welcome
 from pdserve.kvstore.readers import Readers
 from pdserve.kvstore.security import CREDENTIALS, Credentials
 from pdserve.kvstore.server import StoreServer
-from pdserve.kvstore.ssd_log import open_log
-from pdserve.kvstore.ssd_tier import SsdTier, WritePolicy
+from pdserve.kvstore.ssd.log import open_log
+from pdserve.kvstore.ssd.tier import SsdTier, WritePolicy
 from pdserve.messages import Address
 from pdserve.storms import log_to_stderr
 from pdserve.wire.hosts import local_host_id

@@ -23,7 +23,7 @@ from pdserve.kvstore.evicting import blocks_of_all, blocks_of_prompt, blocks_of_
 from pdserve.kvstore.phases import Phases
 from pdserve.kvstore.pins import FOREVER_NS
 from pdserve.kvstore.slot_states import SlotState
-from pdserve.kvstore.ssd_tier import SsdTier
+from pdserve.kvstore.ssd.tier import SsdTier
 from pdserve.kvstore.tickets import RETRY_AFTER_MS
 from pdserve.vitals import Vitals
 

@@ -12,8 +12,9 @@ what a correct client never sends.
 from dataclasses import dataclass
 
 from pdserve.ids import BlockKey, RequestId, SlotId, StoreId, TicketId
-from pdserve.kvstore import admin, mastering
+from pdserve.kvstore import admin
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote, StoreChanges, StoreStat, WriteGrant
+from pdserve.kvstore.masters import mastering
 from pdserve.wire.codec import Codec
 
 

@@ -23,7 +23,7 @@ from pdserve.errors import (
     PdserveError,
 )
 from pdserve.ids import BlockKey, SlotId, TicketId, new_ticket_id
-from pdserve.kvstore import admin, mastering, protocol
+from pdserve.kvstore import admin, protocol
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote
 from pdserve.kvstore.arena import Arena, block_checksum
 from pdserve.kvstore.arena_memory import ArenaMemory
@@ -41,10 +41,11 @@ from pdserve.kvstore.capability import Capability, Gate, is_audited
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.keys import split_keys
 from pdserve.kvstore.lending import Lending
-from pdserve.kvstore.mastered import Connect, Mastered
+from pdserve.kvstore.masters import mastering
+from pdserve.kvstore.masters.mastered import Connect, Mastered
 from pdserve.kvstore.one_sided import OneSidedNode
 from pdserve.kvstore.operations import Operations
-from pdserve.kvstore.ssd_tier import SsdTier
+from pdserve.kvstore.ssd.tier import SsdTier
 from pdserve.kvstore.tickets import OwnerId
 from pdserve.wire.connection import Connection, Frame
 from pdserve.wire.endpoint import is_local
@@ -139,9 +140,8 @@ class StoreServer:
             connection.dismiss()
             self._lending.end(owner)
             self._core.disconnect(owner)
-            for ticket, (waiting, _, _) in list(self._waiting.items()):
-                if waiting is connection:
-                    del self._waiting[ticket]
+            waiting = self._waiting.items()
+            self._waiting = {ticket: late for ticket, late in waiting if late[0] is not connection}
             self.settle()
 
     async def _answer_greeting(

@@ -28,7 +28,7 @@ from pdserve.errors import (
 from pdserve.ids import BlockKey, StoreId
 from pdserve.kvstore.claims import Claim
 from pdserve.kvstore.client import StoreClient
-from pdserve.kvstore.metadata import (
+from pdserve.kvstore.masters.metadata import (
     EmbeddedMetadata,
     Member,
     Metadata,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdserve.kvstore.codecs import PayloadCodec
-from pdserve.kvstore.ssd_format import PAGE_BYTES, Kind, batch_bytes, batch_records
+from pdserve.kvstore.ssd.format import PAGE_BYTES, Kind, batch_bytes, batch_records
 from tests.campaign.world import BLOCK_BYTES
 
 KIND = Kind(BLOCK_BYTES, PayloadCodec.UNSTATED)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import StoreId
-from pdserve.kvstore.metadata import Metadata
+from pdserve.kvstore.masters.metadata import Metadata
 from tests.campaign.actor import Actor, metadata_at
 from tests.campaign.board import Number
 from tests.campaign.masters import late_renewal

@@ -11,8 +11,8 @@ import signal
 import sys
 from typing import Any
 
-from pdserve.kvstore import master_process
-from pdserve.kvstore.metadata import EmbeddedMetadata, RedisMetadata, Seat
+from pdserve.kvstore.masters import process as master_process
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, RedisMetadata, Seat
 
 
 def _stop_before_renewal(cls: Any) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import BlockKey
 from pdserve.kvstore.client import StoreClient
-from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import AskMaster, MasterReport
-from pdserve.kvstore.metadata import EmbeddedMetadata, Seat
+from pdserve.kvstore.masters.client import MasterClient
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Seat
+from pdserve.kvstore.masters.protocol import AskMaster, MasterReport
 from tests.campaign.actor import Actor
 from tests.campaign.board import Number
 from tests.campaign.processes import (

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pdserve.kvstore import block_index, metadata, node, ssd_log, transfer
+from pdserve.kvstore import node, transfer
 from pdserve.kvstore.answers import ClaimGrant
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
+from pdserve.kvstore.masters import block_index, metadata
 from pdserve.kvstore.pipeline import Corrupt
 from pdserve.kvstore.server import StoreServer
+from pdserve.kvstore.ssd import log as ssd_log
 from pdserve.kvstore.tickets import OwnerId
 from pdserve.wire.connection import Frame
 from tests.campaign.cores import (

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from pdserve.kvstore import node
-from pdserve.kvstore.metadata import EmbeddedMetadata, Member, RedisMetadata
-from pdserve.kvstore.ssd_log import open_log
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Member, RedisMetadata
+from pdserve.kvstore.ssd.log import open_log
 
 SEGMENT_BYTES = 4 << 20
 """So that segments are filled, and go, within seconds."""

@@ -15,9 +15,9 @@ from pdserve.ids import BlockKey, StoreId, TicketId, new_request_id
 from pdserve.kvstore.answers import StoreChanges
 from pdserve.kvstore.claims import Claim
 from pdserve.kvstore.client import StoreClient
-from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import Location
-from pdserve.kvstore.metadata import Member
+from pdserve.kvstore.masters.client import MasterClient
+from pdserve.kvstore.masters.metadata import Member
+from pdserve.kvstore.masters.protocol import Location
 from pdserve.kvstore.pipeline import Fill
 from pdserve.kvstore.transfer import CALL_TIMEOUT_S
 from tests.campaign.actor import PAUSES_RATIO, Actor

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pdserve.ids import StoreId
 from pdserve.kvstore.directory import ARENA_NAME
-from pdserve.kvstore.metadata import RedisMetadata
+from pdserve.kvstore.masters.metadata import RedisMetadata
 from tests.campaign.actor import Actor, Conduct, Failed, Place
 from tests.campaign.arenas import damage_arena
 from tests.campaign.board import Board, Number

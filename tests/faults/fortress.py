@@ -54,7 +54,7 @@ ROLES: dict[str, Victims] = {
     ],
     "gateway": lambda _: replicas("gateway"),
     "store": lambda _: processes("pdserve.kvstore.node"),
-    "master": lambda _: processes("pdserve.kvstore.master_process"),
+    "master": lambda _: processes("pdserve.kvstore.masters.process"),
 }
 REPLICAS = {"prefill": 2, "decode": 2, "router": 2, "gateway": 2, "store": 1, "master": 2}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.kvstore.metadata import RedisMetadata
+from pdserve.kvstore.masters.metadata import RedisMetadata
 from tests.integration.harness import (
     Traces,
     end_ray,

@@ -76,7 +76,7 @@ def master_on(host: Host, network: Network) -> Iterator[str]:
     """A master of stores; where it listens, as host:port."""
     directory = network.local / "master"
     master = host.start(
-        *(sys.executable, "-m", "pdserve.kvstore.master_process"),
+        *(sys.executable, "-m", "pdserve.kvstore.masters.process"),
         *("--directory", str(directory), "--metadata", str(network.local / "members.sqlite")),
         *("--tcp-host", host.address),
         environment=ENVIRONMENT,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pdserve.errors import StoreUnavailable
-from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import AskMaster, MasterReport
+from pdserve.kvstore.masters.client import MasterClient
+from pdserve.kvstore.masters.protocol import AskMaster, MasterReport
 from pdserve.messages import Address
 
 DEADLINE_S = 60.0
@@ -48,7 +48,7 @@ class MasterProcess:
 def running_master(directory: Path, name: str, *arguments: str) -> Iterator[MasterProcess]:
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "pdserve.kvstore.master_process"),
+            *(sys.executable, "-m", "pdserve.kvstore.masters.process"),
             *("--directory", str(directory / "masters"), "--master", name),
             *("--tcp-host", "127.0.0.1", *arguments),
         ],

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, StoreId
 from pdserve.kvstore import protocol
-from pdserve.kvstore.mastering import AskDeltas, Deltas
-from pdserve.kvstore.membership import Membership
-from pdserve.kvstore.metadata import Metadata
+from pdserve.kvstore.masters.mastering import AskDeltas, Deltas
+from pdserve.kvstore.masters.membership import Membership
+from pdserve.kvstore.masters.metadata import Metadata
 from pdserve.wire.connection import Connection
 from pdserve.wire.hosts import local_host_id
 from pdserve.wire.listener import Listener

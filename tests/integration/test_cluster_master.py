@@ -10,7 +10,7 @@ import pytest
 from pdserve.cluster.kv_master import master_report, masters_in
 from pdserve.cluster.kv_stores import stores_of
 from pdserve.engine.restorer import TRIED_AGAIN_EVERY
-from pdserve.kvstore.master_protocol import MasterReport
+from pdserve.kvstore.masters.protocol import MasterReport
 from tests.integration.harness import running, settings, wait_for
 from tests.integration.store_masters import until
 from tests.integration.test_cluster_two_hosts import two_hosts

@@ -11,7 +11,7 @@ from pdserve.cluster.kv_master import MasterFigures, master_report, move_away, s
 from pdserve.cluster.master_supervisor import MasterSupervisor
 from pdserve.config import StoreConfig
 from pdserve.ids import StoreId
-from pdserve.kvstore.master_protocol import MasterReport
+from pdserve.kvstore.masters.protocol import MasterReport
 from tests.integration.store_masters import until
 
 

@@ -16,9 +16,9 @@ from pdserve.ids import StoreId
 from pdserve.kvstore.admin_client import StoreAdmin
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.locations import RemotePrefixes
-from pdserve.kvstore.master_client import MasterClient
-from pdserve.kvstore.master_protocol import MasterReport, Vacated
-from pdserve.kvstore.metadata import EmbeddedMetadata, Metadata, RedisMetadata
+from pdserve.kvstore.masters.client import MasterClient
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Metadata, RedisMetadata
+from pdserve.kvstore.masters.protocol import MasterReport, Vacated
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id
 from tests.integration.store_masters import (

@@ -11,17 +11,17 @@ import pytest
 from pdserve.errors import StoreError
 from pdserve.ids import BLOCK_KEY_BYTES
 from pdserve.kvstore import protocol
-from pdserve.kvstore.block_index import Build, Columns
-from pdserve.kvstore.election import BEAT_NS, LEASE_NS
-from pdserve.kvstore.master_process import MasterService, MasterSettings
-from pdserve.kvstore.master_protocol import (
+from pdserve.kvstore.masters.block_index import Build, Columns
+from pdserve.kvstore.masters.election import BEAT_NS, LEASE_NS
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata
+from pdserve.kvstore.masters.process import MasterService, MasterSettings
+from pdserve.kvstore.masters.protocol import (
     MASTER_PROTOCOL,
     AskMaster,
     Locate,
     Located,
     MasterReport,
 )
-from pdserve.kvstore.metadata import EmbeddedMetadata
 from pdserve.messages import Address
 from pdserve.wire.connection import Connection, connect
 from pdserve.wire.hosts import local_host_id

@@ -11,8 +11,8 @@ import pytest
 
 from pdserve.errors import ConfigError, StaleEpoch, StoreError, StoreUnavailable
 from pdserve.ids import HostId, StoreId
-from pdserve.kvstore.membership import Membership
-from pdserve.kvstore.metadata import (
+from pdserve.kvstore.masters.membership import Membership
+from pdserve.kvstore.masters.metadata import (
     TIMEOUT_S,
     EmbeddedMetadata,
     Member,

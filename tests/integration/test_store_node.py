@@ -14,7 +14,7 @@ import pytest
 
 from pdserve.errors import StoreUnavailable
 from pdserve.kvstore.directory import root_of
-from pdserve.kvstore.metadata import EmbeddedMetadata
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata
 from pdserve.kvstore.node import main
 from tests.integration.store_nodes import PATIENCE_S, filler, keys_of, read, running_node
 

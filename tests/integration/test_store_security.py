@@ -18,7 +18,7 @@ from pdserve.kvstore.arena import Geometry, create_arena
 from pdserve.kvstore.capability import ALL_OPERATIONS, Operation, mint
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.lending import Lending
-from pdserve.kvstore.master_client import MasterClient
+from pdserve.kvstore.masters.client import MasterClient
 from pdserve.kvstore.protocol import PROTOCOL, Done, Greet, Welcome
 from pdserve.kvstore.security import Credentials
 from pdserve.kvstore.server import StoreServer

@@ -10,8 +10,8 @@ from pdserve.config import StoreConfig
 from pdserve.ids import HostId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.directory import SHARED, root_of
-from pdserve.kvstore.membership import Membership
-from pdserve.kvstore.metadata import EmbeddedMetadata
+from pdserve.kvstore.masters.membership import Membership
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata
 from pdserve.kvstore.process import REPLACED_STATUS
 from pdserve.messages import Address
 from pdserve.wire.hosts import local_host_id

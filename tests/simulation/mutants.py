@@ -88,7 +88,7 @@ def _claims_outlive_their_owner() -> contextlib.AbstractContextManager[None]:
 
 
 def _epoch_not_checked_on_entry() -> contextlib.AbstractContextManager[None]:
-    from pdserve.kvstore import metadata
+    from pdserve.kvstore.masters import metadata
 
     def register(self: Any, member: Any) -> None:
         with self._transaction() as table:
@@ -101,7 +101,7 @@ def _epoch_not_checked_on_entry() -> contextlib.AbstractContextManager[None]:
 
 
 def _epoch_not_checked_on_leaving() -> contextlib.AbstractContextManager[None]:
-    from pdserve.kvstore.metadata import EmbeddedMetadata
+    from pdserve.kvstore.masters.metadata import EmbeddedMetadata
 
     def remove(self: Any, store_id: Any, epoch: int) -> None:
         with self._transaction() as table:

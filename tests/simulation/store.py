@@ -16,11 +16,11 @@ from pathlib import Path
 from pdserve.clock import MS, US
 from pdserve.errors import ChecksumMismatch, OutOfBlocks, StoreError, StoreUnavailable
 from pdserve.ids import BlockKey, HostId, RequestId, SlotId, StoreId, TicketId
-from pdserve.kvstore import membership
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote, StoreChanges, StoreStat, WriteGrant
 from pdserve.kvstore.arena import block_checksum
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.metadata import EmbeddedMetadata, Member
+from pdserve.kvstore.masters import membership
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Member
 from pdserve.messages import Address
 from tests.simulation.loop import SimProcess, VirtualLoop, current_process
 from tests.unit.engine.fakes import BLOCK_BYTES

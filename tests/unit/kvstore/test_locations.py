@@ -10,8 +10,8 @@ from pdserve.errors import PdserveError, StoreUnavailable
 from pdserve.ids import BlockKey, HostId, StoreId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.locations import FRESH_NS, KNOWN_MAX, RemotePrefixes
-from pdserve.kvstore.master_client import QUIET_NS
-from pdserve.kvstore.master_protocol import Location
+from pdserve.kvstore.masters.client import QUIET_NS
+from pdserve.kvstore.masters.protocol import Location
 from pdserve.messages import Address
 
 KEYS = [BlockKey(bytes([index + 1]) * 16) for index in range(4)]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pdserve.kvstore.ssd_format import PAGE_BYTES, round_up
+from pdserve.kvstore.ssd.format import PAGE_BYTES, round_up
 
 _log = logging.getLogger(__name__)
 

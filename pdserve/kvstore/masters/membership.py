@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pdserve.errors import StaleEpoch, StoreError
 from pdserve.ids import StoreId
-from pdserve.kvstore.metadata import Member, Metadata
+from pdserve.kvstore.masters.metadata import Member, Metadata
 from pdserve.messages import Address
 
 

@@ -12,8 +12,8 @@ import pytest
 from pdserve.ids import BlockKey, StoreId
 from pdserve.kvstore.arena import Geometry, block_checksum, create_arena
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.ssd_log import SsdLog, open_log
-from pdserve.kvstore.ssd_tier import (
+from pdserve.kvstore.ssd.log import SsdLog, open_log
+from pdserve.kvstore.ssd.tier import (
     READ_FAILURES_MAX,
     WRITES_WAITING_MAX,
     SsdTier,

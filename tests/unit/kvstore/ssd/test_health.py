@@ -1,6 +1,6 @@
 """A tier that fails is left alone for a while, for longer each time, and never for good."""
 
-from pdserve.kvstore.tier_health import PAUSE_S_MAX, PAUSE_S_MIN, Health
+from pdserve.kvstore.ssd.health import PAUSE_S_MAX, PAUSE_S_MIN, Health
 
 
 def test_a_few_failures_are_allowed_and_a_success_forgives_them() -> None:

@@ -28,11 +28,11 @@ from pdserve.kvstore.arena import Arena, block_checksum
 from pdserve.kvstore.attending import Body
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.election import Fence
 from pdserve.kvstore.entering import may_enter
 from pdserve.kvstore.eviction import TURNS
 from pdserve.kvstore.keys import split_keys
-from pdserve.kvstore.mastering import (
+from pdserve.kvstore.masters.election import Fence
+from pdserve.kvstore.masters.mastering import (
     AskDeltas,
     AskParents,
     Child,

@@ -13,8 +13,8 @@ from pdserve.ids import BlockKey, HostId, RequestId, StoreId, TicketId
 from pdserve.kvstore.arena import Geometry, create_arena
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.mastered import Mastered
-from pdserve.kvstore.mastering import (
+from pdserve.kvstore.masters.mastered import Mastered
+from pdserve.kvstore.masters.mastering import (
     AskDeltas,
     AskParents,
     Copied,

@@ -22,7 +22,8 @@ from pdserve.errors import (
 )
 from pdserve.ids import BlockKey, HostId, StoreId
 from pdserve.kvstore import protocol
-from pdserve.kvstore.master_protocol import (
+from pdserve.kvstore.masters.metadata import Member, Seat
+from pdserve.kvstore.masters.protocol import (
     MASTER_PROTOCOL,
     AskMaster,
     AskMembers,
@@ -39,7 +40,6 @@ from pdserve.kvstore.master_protocol import (
     Vacate,
     Vacated,
 )
-from pdserve.kvstore.metadata import Member, Seat
 from pdserve.kvstore.security import Credentials
 from pdserve.messages import Address
 from pdserve.wire.blocking import BlockingConnection, connect_blocking

@@ -25,17 +25,8 @@ from pdserve.errors import (
 from pdserve.ids import HostId, StoreId
 from pdserve.kvstore import protocol
 from pdserve.kvstore.keys import split_keys
-from pdserve.kvstore.master_core import EVERYTHING, Host, MasterCore
-from pdserve.kvstore.master_protocol import (
-    Locate,
-    Located,
-    Location,
-    MasterReport,
-    MemberReport,
-    Vacate,
-    Vacated,
-)
-from pdserve.kvstore.mastering import (
+from pdserve.kvstore.masters.core import EVERYTHING, Host, MasterCore
+from pdserve.kvstore.masters.mastering import (
     AskDeltas,
     AskParents,
     Copied,
@@ -45,11 +36,20 @@ from pdserve.kvstore.mastering import (
     children_in,
     pack_ages,
 )
-from pdserve.kvstore.mastering import Refused as RefusedByNode
-from pdserve.kvstore.metadata import Member, Metadata, Seat
-from pdserve.kvstore.replication import Copy, Replication
+from pdserve.kvstore.masters.mastering import Refused as RefusedByNode
+from pdserve.kvstore.masters.metadata import Member, Metadata, Seat
+from pdserve.kvstore.masters.protocol import (
+    Locate,
+    Located,
+    Location,
+    MasterReport,
+    MemberReport,
+    Vacate,
+    Vacated,
+)
+from pdserve.kvstore.masters.replication import Copy, Replication
+from pdserve.kvstore.masters.vacating import Chains, Vacating
 from pdserve.kvstore.security import Credentials
-from pdserve.kvstore.vacating import Chains, Vacating
 from pdserve.wire.connection import Connection, connect
 from pdserve.wire.frame import Frame
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdserve.ids import BlockKey
-from pdserve.kvstore.block_index import BlockIndex, Build, keys_from_bytes, keys_to_list
+from pdserve.kvstore.masters.block_index import BlockIndex, Build, keys_from_bytes, keys_to_list
 
 KEYS = [
     BlockKey(first * 8 + last * 8) for first in (b"\0", b"\1", b"\xff") for last in (b"\0", b"\x80")

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from pdserve.errors import FrameError, StaleEpoch
 from pdserve.ids import BLOCK_KEY_BYTES, BlockKey, StoreId
-from pdserve.kvstore.block_index import NODES_MAX, BlockIndex, Build, Columns
 from pdserve.kvstore.keys import split_keys
-from pdserve.kvstore.mastering import Deltas
-from pdserve.kvstore.metadata import Member
+from pdserve.kvstore.masters.block_index import NODES_MAX, BlockIndex, Build, Columns
+from pdserve.kvstore.masters.mastering import Deltas
+from pdserve.kvstore.masters.metadata import Member
 
 EVERYTHING = -1
 

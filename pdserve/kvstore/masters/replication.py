@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from pdserve.clock import S
 from pdserve.ids import BlockKey
-from pdserve.kvstore.master_core import Host
-from pdserve.kvstore.mastering import Remembered
+from pdserve.kvstore.masters.core import Host
+from pdserve.kvstore.masters.mastering import Remembered
 
 HALF_LIFE_NS = 10 * S
 HEAT_MIN = 20.0

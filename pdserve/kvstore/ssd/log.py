@@ -1,7 +1,7 @@
 """Blocks on a disk: an append-only log in segments, which knows itself again after a restart.
 
     <directory>/lock            held by the one process that has the log open
-    <directory>/00000007.seg    ``ssd_format`` has its bytes
+    <directory>/00000007.seg    ``format`` has its bytes
 
 Blocks are appended in batches, one write each, and read in runs: those that lie behind each other
 come with one call. A block's checksum is the one that its writer took (XXH3 over key and bytes, as
@@ -27,8 +27,8 @@ from pdserve.errors import CapacityError, ConfigError
 from pdserve.ids import BlockKey
 from pdserve.kvstore.arena import block_checksum
 from pdserve.kvstore.codecs import PayloadCodec
-from pdserve.kvstore.disk_file import DiskFiles, Write, aligned_buffer, files_of
-from pdserve.kvstore.ssd_format import (
+from pdserve.kvstore.ssd.disk_file import DiskFiles, Write, aligned_buffer, files_of
+from pdserve.kvstore.ssd.format import (
     PAGE_BYTES,
     Kind,
     Record,
@@ -39,7 +39,7 @@ from pdserve.kvstore.ssd_format import (
     footer_bytes,
     superblock,
 )
-from pdserve.kvstore.ssd_opening import found_in
+from pdserve.kvstore.ssd.opening import found_in
 
 _log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pdserve.errors import FrameError, StaleEpoch
 from pdserve.ids import BlockKey, HostId, StoreId
-from pdserve.kvstore.block_index import BlockIndex, Build
 from pdserve.kvstore.feed import ChangeFeed
-from pdserve.kvstore.master_core import EVERYTHING, MasterCore, prefix_counts
-from pdserve.kvstore.mastering import Deltas
-from pdserve.kvstore.metadata import Member
+from pdserve.kvstore.masters.block_index import BlockIndex, Build
+from pdserve.kvstore.masters.core import EVERYTHING, MasterCore, prefix_counts
+from pdserve.kvstore.masters.mastering import Deltas
+from pdserve.kvstore.masters.metadata import Member
 from pdserve.messages import Address
 
 KEYS = [BlockKey(bytes([index]) * 16) for index in range(6)]

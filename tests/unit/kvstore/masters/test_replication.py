@@ -6,9 +6,15 @@ from hypothesis import strategies as st
 
 from pdserve.clock import S
 from pdserve.ids import BlockKey, HostId, StoreId
-from pdserve.kvstore.master_core import Host
-from pdserve.kvstore.metadata import Member
-from pdserve.kvstore.replication import HALF_LIFE_NS, HEAT_MIN, RETRY_NS, Holders, Replication
+from pdserve.kvstore.masters.core import Host
+from pdserve.kvstore.masters.metadata import Member
+from pdserve.kvstore.masters.replication import (
+    HALF_LIFE_NS,
+    HEAT_MIN,
+    RETRY_NS,
+    Holders,
+    Replication,
+)
 from pdserve.messages import Address
 
 KEYS = [BlockKey(bytes([index + 1]) * 16) for index in range(8)]

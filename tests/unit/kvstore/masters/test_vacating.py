@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.ids import BlockKey
-from pdserve.kvstore.master_core import Host
-from pdserve.kvstore.mastering import Copied, Remembered
-from pdserve.kvstore.replication import Copy, Holders
-from pdserve.kvstore.vacating import NO_PARENT, Chains, Vacating, ends_of
-from tests.unit.kvstore.test_replication import KEYS, host
+from pdserve.kvstore.masters.core import Host
+from pdserve.kvstore.masters.mastering import Copied, Remembered
+from pdserve.kvstore.masters.replication import Copy, Holders
+from pdserve.kvstore.masters.vacating import NO_PARENT, Chains, Vacating, ends_of
+from tests.unit.kvstore.masters.test_replication import KEYS, host
 
 TREE = Chains(
     {

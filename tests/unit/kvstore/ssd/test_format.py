@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pdserve.ids import BlockKey
 from pdserve.kvstore.codecs import PayloadCodec, codec_of, refuse_other
-from pdserve.kvstore.ssd_format import (
+from pdserve.kvstore.ssd.format import (
     BATCH_BLOCKS_MAX,
     BATCH_BYTES_MAX,
     PAGE_BYTES,

@@ -4,8 +4,8 @@ where a crash cut it short. No block is read."""
 import os
 from dataclasses import dataclass
 
-from pdserve.kvstore.disk_file import DiskFiles
-from pdserve.kvstore.ssd_format import (
+from pdserve.kvstore.ssd.disk_file import DiskFiles
+from pdserve.kvstore.ssd.format import (
     PAGE_BYTES,
     Kind,
     Record,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from pdserve.clock import MS
 from pdserve.errors import StaleEpoch
-from pdserve.kvstore.metadata import Seat
+from pdserve.kvstore.masters.metadata import Seat
 from pdserve.messages import Address
 
 BEAT_NS = 250 * MS

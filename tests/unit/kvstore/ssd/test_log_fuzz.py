@@ -8,9 +8,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.kvstore.ssd_format import PAGE_BYTES
-from pdserve.kvstore.ssd_log import SsdLog
-from tests.unit.kvstore.test_ssd_log import (
+from pdserve.kvstore.ssd.format import PAGE_BYTES
+from pdserve.kvstore.ssd.log import SsdLog
+from tests.unit.kvstore.ssd.test_log import (
     BATCH_BYTES,
     BLOCK_BYTES,
     RECORDS_PER_SEGMENT,

@@ -9,7 +9,7 @@ One *seat* is there for whoever leads: it changes hands, and is renewed, by comp
 
 Two places to keep it, with the same behaviour: a file on local disk, or Redis. Neither is asked
 while blocks move: losing it stops nobody who knows a node already, and every call fails within
-``TIMEOUT_S`` with ``StoreUnavailable``. A third one, ``master_client.MasterMetadata``, asks a
+``TIMEOUT_S`` with ``StoreUnavailable``. A third one, ``client.MasterMetadata``, asks a
 master for what it has, from hosts that reach neither.
 """
 

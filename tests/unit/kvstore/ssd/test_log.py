@@ -16,9 +16,9 @@ from pdserve.errors import CapacityError, ConfigError
 from pdserve.ids import BlockKey
 from pdserve.kvstore.arena import block_checksum
 from pdserve.kvstore.codecs import PayloadCodec
-from pdserve.kvstore.disk_file import aligned_buffer
-from pdserve.kvstore.ssd_format import PAGE_BYTES
-from pdserve.kvstore.ssd_log import Block, SsdLog, open_log
+from pdserve.kvstore.ssd.disk_file import aligned_buffer
+from pdserve.kvstore.ssd.format import PAGE_BYTES
+from pdserve.kvstore.ssd.log import Block, SsdLog, open_log
 
 BLOCK_BYTES = 100
 RECORDS_PER_SEGMENT = 3

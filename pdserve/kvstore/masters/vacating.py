@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pdserve.ids import BlockKey
-from pdserve.kvstore.master_core import Host
-from pdserve.kvstore.mastering import Child, Copied, Remembered
-from pdserve.kvstore.replication import Copy, Holders
+from pdserve.kvstore.masters.core import Host
+from pdserve.kvstore.masters.mastering import Child, Copied, Remembered
+from pdserve.kvstore.masters.replication import Copy, Holders
 
 NO_PARENT = BlockKey(bytes(16))
 

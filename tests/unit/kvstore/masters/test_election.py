@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pdserve.errors import StaleEpoch
 from pdserve.ids import HostId
-from pdserve.kvstore.election import BEAT_NS, LEASE_NS, Election, Fence, Renew, Take
-from pdserve.kvstore.metadata import Seat
+from pdserve.kvstore.masters.election import BEAT_NS, LEASE_NS, Election, Fence, Renew, Take
+from pdserve.kvstore.masters.metadata import Seat
 from pdserve.messages import Address
 
 ADDRESS = Address(HostId("h"), "/m", "")

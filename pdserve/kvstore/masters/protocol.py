@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pdserve.ids import StoreId
 from pdserve.kvstore import protocol
-from pdserve.kvstore.metadata import Member, Seat
+from pdserve.kvstore.masters.metadata import Member, Seat
 from pdserve.messages import Address
 from pdserve.wire.codec import Codec
 

@@ -1,6 +1,6 @@
 """A master of the store: leads, or stands by until nobody else does.
 
-    python -m pdserve.kvstore.master_process --directory DIR (--metadata FILE | --redis-url URL)
+    python -m pdserve.kvstore.masters.process --directory DIR (--metadata FILE | --redis-url URL)
 
 prints one line of JSON when it can be asked, and ends when its standard input does, or on SIGTERM
 or SIGINT. Two of them over one metadata are a master and its standby; what each of them knows of
@@ -33,10 +33,11 @@ from pdserve.errors import (
 )
 from pdserve.kvstore import protocol
 from pdserve.kvstore.capability import Capability, Gate, Operation, own_keys
-from pdserve.kvstore.election import BEAT_NS, Election, Renew, Take
 from pdserve.kvstore.keys import split_keys
-from pdserve.kvstore.master import Leader, Replaced
-from pdserve.kvstore.master_protocol import (
+from pdserve.kvstore.masters.election import BEAT_NS, Election, Renew, Take
+from pdserve.kvstore.masters.leading import Leader, Replaced
+from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Metadata, RedisMetadata, Seat
+from pdserve.kvstore.masters.protocol import (
     MASTER_PROTOCOL,
     AskMaster,
     AskMembers,
@@ -50,7 +51,6 @@ from pdserve.kvstore.master_protocol import (
     Remove,
     Vacate,
 )
-from pdserve.kvstore.metadata import EmbeddedMetadata, Metadata, RedisMetadata, Seat
 from pdserve.kvstore.process import run_until_told
 from pdserve.kvstore.security import CREDENTIALS, Credentials
 from pdserve.messages import Address
@@ -336,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> MasterSettings:
     parser = argparse.ArgumentParser(
-        prog="python -m pdserve.kvstore.master_process", description=__doc__
+        prog="python -m pdserve.kvstore.masters.process", description=__doc__
     )
     parser.add_argument("--directory", type=Path, required=True, help="for the socket")
     parser.add_argument("--master", default=f"master-{secrets.token_hex(4)}", help="its name")

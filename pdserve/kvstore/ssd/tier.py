@@ -27,11 +27,11 @@ from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote
 from pdserve.kvstore.arena import Arena, block_checksum
 from pdserve.kvstore.core import StoreCore
-from pdserve.kvstore.disk_file import aligned_buffer
 from pdserve.kvstore.path_speed import PathCost, PathSpeed
 from pdserve.kvstore.slot_states import Evicted
-from pdserve.kvstore.ssd_log import Block, SsdLog
-from pdserve.kvstore.tier_health import Health
+from pdserve.kvstore.ssd.disk_file import aligned_buffer
+from pdserve.kvstore.ssd.health import Health
+from pdserve.kvstore.ssd.log import Block, SsdLog
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""What masters decide: seats, members, copies, drains."""

@@ -1,0 +1,1 @@
+"""The log on a disk, and what goes there."""

@@ -69,7 +69,7 @@ class Bar:
         measured = value if self.of == "value" else ratio
         if measured is None:
             return False
-        return measured <= self.limit if self.direction == "≤" else measured >= self.limit
+        return bool(measured <= self.limit if self.direction == "≤" else measured >= self.limit)
 
 
 def at_most(limit: float, *, of: Literal["value", "ratio"] = "value") -> Bar:

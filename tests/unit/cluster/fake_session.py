@@ -142,6 +142,7 @@ class FakeSession:
         """Ready at once is what the script says before it waits, fails or ends."""
         self.calls.append(call)
         self.open.add(call.call)
+        self.closed.clear()  # also where an earlier call's end was seen before it was noted here
         self.opened.set()
         ready: list[Piece] = []
         try:

@@ -173,7 +173,7 @@ Assignments = Annotated[
 
 @app.command(name="compile")
 def compile_() -> None:
-    """Compile the router and the simulator for this machine, once: about a minute."""
+    """Compile router, simulator and CPU kernels for this machine, once: about a minute."""
     from pdserve.cluster.commands.compile import compile_and_tell
 
     compile_and_tell()

@@ -1,7 +1,7 @@
-"""``pdserve compile``: the router and the simulator to machine code, for this machine.
+"""``pdserve compile``: router, simulator and the CPU's kernels to machine code, for this machine.
 
-mypyc translates the modules that decide, with the types that mypy checked; the C compiler does the
-rest. Left out is what decides nothing, and what mypyc cannot translate.
+Of router and simulator mypyc translates the modules that decide, with the types that mypy checked;
+the C compiler does the rest. Left out is what decides nothing, and what mypyc cannot translate.
 """
 
 import os
@@ -126,8 +126,19 @@ build.run()
 
 def compile_and_tell() -> None:
     console = Console(highlight=False)
+    _compile_kernels(console)
     if not build_directory().is_dir():
         console.print("compiling the router and the simulator: about a minute", style="dim")
     with spinner("compiling", console):
         built = compile_here()
     console.print(f"compiled: {built}", soft_wrap=True, style="dim")
+
+
+def _compile_kernels(console: Console) -> None:
+    """The model's C++ for this CPU, which the first worker would have to wait for otherwise."""
+    from pdserve.model.cpu.library import load_library
+
+    with spinner("compiling the CPU's kernels", console):
+        library = load_library()  # where it cannot be built, it says so and what to do
+    if library is not None:
+        console.print("compiled: the CPU's kernels", style="dim")

@@ -5,7 +5,8 @@ for a time or hard (``kvstore.pins``): as far as blocks are full, and on the hos
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,16 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from pdserve.cluster.commands.kv import keys_of
 from pdserve.cluster.gateway.pinning import lifetime_ms_of
 from pdserve.cluster.http_client import post_json
-from pdserve.cluster.kv_stores import stores_of
+from pdserve.cluster.kv_stores import Store, stores_of
 from pdserve.errors import ConfigError, PdserveError
+from pdserve.ids import BlockKey
 from pdserve.kvstore.security import Credentials
 
 HARD = "hard"
+
+STORED_S, LOOK_S = 5.0, 0.05
+"""How long a prompt's blocks may take from its answer to the store, and how often that is asked."""
+
 WAYS = ("prompt", "messages", "tokens")
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
@@ -102,10 +108,7 @@ def warm(
                 if wanted is not None:
                     keys = keys_of(url, prompt.to_tokenize())
                     tally.blocks += len(keys)
-                    tally.pinned += max(
-                        store.admin.pin(keys, hard=wanted.hard, lifetime_ms=wanted.lifetime_ms)
-                        for store in stores
-                    )
+                    tally.pinned += _pinned(stores, keys, wanted)
             except PdserveError as error:
                 tally.failed += 1
                 progress.console.print(f"{file}:{prompt.line}: {error}", markup=False)
@@ -118,6 +121,19 @@ def warm(
         said += f"; {tally.pinned:,} of {tally.blocks:,} full blocks pinned"
     print(said + (f"; {tally.failed:,} prompts failed" if tally.failed else ""))
     return 1 if tally.failed else 0
+
+
+def _pinned(stores: Sequence[Store], keys: Sequence[BlockKey], pin: Pin) -> int:
+    """How many of the blocks are pinned, at the store that has most. A worker answers first and
+    stores then, so they may be on their way."""
+    over_s = time.monotonic() + STORED_S
+    while True:
+        count = max(
+            store.admin.pin(keys, hard=pin.hard, lifetime_ms=pin.lifetime_ms) for store in stores
+        )
+        if count == len(keys) or time.monotonic() > over_s:
+            return count
+        time.sleep(LOOK_S)
 
 
 def pin_of(text: str) -> Pin:

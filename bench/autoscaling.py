@@ -60,7 +60,7 @@ LIVE_SECONDS = 240.0
 LIVE_PERIOD_S = 120.0
 LIVE_PROMPT_RATIO = 16
 LIVE_ANSWER_RATIO = 2
-LIVE_RATE = 2.0
+LIVE_RATE = 8.0
 LIVE_ANSWER_TOKENS_MAX = 400
 LIVE_TTFT_S, LIVE_TPOT_S = 2.0, 0.1
 
@@ -220,6 +220,7 @@ def _driven(
         "skip_join",
         (
             ("model.source", json.dumps(str(model))),
+            ("store.arena_bytes", str(256 << 20)),  # its blocks are small
             *((f"{pool}.{name}", value)
               for pool in ("prefill", "decode")
               for name, value in (("threads", "1"), ("pool_blocks", "1024"), ("running_max", "6"))),

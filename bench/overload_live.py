@@ -12,12 +12,12 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
 
-from bench.frame import Row, at_least, at_most, percentile
+from bench.frame import Row, at_least, at_most, row
 from pdserve.cluster.local import local_cluster
 from pdserve.config import ModelConfig
 from tests.integration.harness import random_prompts, settings
@@ -124,39 +124,27 @@ def live_rows(*, quick: bool) -> Iterator[Row]:
 
 
 def _judged(found: dict[int, Offered], span_s: float) -> Iterator[Row]:
-    bar = at_most(LATE_MAX)
-    late = found[10].asking_s / span_s
-    yield Row(
-        "live: time that asking took at 10x, of its span", late, "×",
-        bar=bar.text("×"), holds=bar.holds(late, None),
-    )  # fmt: skip
+    asking = found[10].asking_s / span_s
+    yield row(
+        "live: time that asking took at 10x, of its span", [asking], "×", bar=at_most(LATE_MAX)
+    )
     goodput = {times: offered.goodput_per_s for times, offered in found.items()}
     peak = max(goodput.values())
     for times, value in goodput.items():
-        bar = at_least(0.9, of="ratio")
-        ratio = value / peak if peak else math.nan
-        yield Row(
-            f"live: goodput at {times}x", value, "1/s", reference="its peak",
-            reference_value=peak, ratio=ratio, bar=bar.text("1/s"), holds=bar.holds(value, ratio),
-        )  # fmt: skip
+        yield row(
+            f"live: goodput at {times}x",
+            [value],
+            "1/s",
+            reference="its peak",
+            reference_samples=[peak],
+            bar=at_least(0.9, of="ratio"),
+        )
     shed = [a for a in found[10].answers if a.status == 503]
     if shed:
-        yield _late("live: 99th percentile of a refusal at 10x", [a.elapsed_s for a in shed])
+        waits_ms = [1000 * a.elapsed_s for a in shed]
+        name = "live: 99th percentile of a refusal at 10x"
+        yield row(name, waits_ms, "ms", bar=at_most(50), at=0.99)
         longest_s = max(a.hint_s or math.inf for a in shed)
-        bar = at_most(120)
-        yield Row(
-            "live: longest hint to come back", longest_s, "s",
-            bar=bar.text("s"), holds=bar.holds(longest_s, None),
-        )  # fmt: skip
+        yield row("live: longest hint to come back", [longest_s], "s", bar=at_most(120))
     others = sum(a.status not in (200, 503) for offered in found.values() for a in offered.answers)
-    bar = at_most(0)
-    yield Row(
-        "live: answered neither 200 nor 503", others, "times",
-        bar=bar.text("times"), holds=bar.holds(others, None),
-    )  # fmt: skip
-
-
-def _late(name: str, samples_s: Sequence[float]) -> Row:
-    value = 1000 * percentile(samples_s, 0.99)
-    bar = at_most(50)
-    return Row(name, value, "ms", bar=bar.text("ms"), holds=bar.holds(value, None))
+    yield row("live: answered neither 200 nor 503", [others], "times", bar=at_most(0))

@@ -446,8 +446,7 @@ class Parked:
 class Report:
     """A worker's load report. Sent when something changed, and at least every second.
 
-    ``sequence`` counts a worker's reports from 0; a gap means that block deltas were lost, and the
-    router forgets what it believed of that worker's blocks.
+    ``sequence`` counts a worker's reports from 0; a gap voids what was said of its pool's blocks.
     """
 
     worker: WorkerId
@@ -464,6 +463,7 @@ class Report:
     store_added: tuple[BlockKey, ...] = ()  # to the host's store, by this worker or seen by it
     store_removed: tuple[BlockKey, ...] = ()
     counters: Mapping[str, int] = field(default_factory=dict)
+    store_anew: bool = False  # what was said of the store before this report is void
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from pdserve.errors import ConfigError
 from pdserve.router.analytic import SHIPPED, analytic_costs, explanation
-from pdserve.router.costs import CostModel
+from pdserve.router.costs import CostModel, Origin
 from pdserve.settings import nearest
 
 SHIPPED_DIRECTORY = Path(__file__).with_name("profiles")
@@ -158,10 +158,10 @@ def _read(cls: type, tree: object, where: str, problems: list[str]) -> object:
 
 def _fit(key: str, hint: Any, value: Any) -> Any:
     """``value`` as ``hint``, or ValueError with what it must be."""
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
+    if key == "origin":  # by its name: a compiled class does not tell the texts of its hint
+        if value in get_args(Origin):
             return value
-        raise ValueError("one of " + ", ".join(get_args(hint)))
+        raise ValueError("one of " + ", ".join(get_args(Origin)))
     if hint is str:
         if isinstance(value, str) and value:
             return value

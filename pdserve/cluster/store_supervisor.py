@@ -28,6 +28,7 @@ from pdserve.cluster.master_supervisor import ensure_masters, stop_masters, want
 from pdserve.config import StoreConfig
 from pdserve.errors import StoreUnavailable
 from pdserve.ids import HostId, StoreId, new_store_id
+from pdserve.kvstore.arena import geometry_of
 from pdserve.kvstore.directory import SHARED, remove_dead
 from pdserve.kvstore.process import REPLACED_STATUS
 from pdserve.kvstore.security import credentials_of
@@ -68,8 +69,10 @@ class StoreSupervisor:
         nothing, so neither can read the other's blocks.
 
         Raises:
+            ConfigError: the arena cannot be of such blocks.
             StoreUnavailable: the node does not start.
         """
+        geometry_of(self._settings.arena_bytes, block_bytes)  # said here, and not in a log
         await self.masters()
         async with self._starting:
             node = self._nodes.get((block_bytes, codec))

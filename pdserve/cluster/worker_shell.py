@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 from pdserve.clock import MS, S, monotonic
 from pdserve.cluster.fetching_ahead import FetchingAhead
 from pdserve.cluster.link import RouterLink
+from pdserve.cluster.store_watch import News, StoreWatch
 from pdserve.config import ClusterConfig, PoolConfig
 from pdserve.errors import CapacityError, ErrorInfo, MessageTooLarge, PdserveError, RankLost
-from pdserve.ids import BlockKey, HostId, new_worker_id
+from pdserve.ids import HostId, new_worker_id
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import (
     Address,
@@ -55,16 +56,11 @@ if TYPE_CHECKING:
     from pdserve.cluster.worker_parts import WorkerParts
     from pdserve.engine.outputs import Load, Output, ToDecode
     from pdserve.engine.thread import EngineThread
-    from pdserve.kvstore.answers import StoreChanges, StoreStat
-    from pdserve.kvstore.client import StoreClient
 
 log = logging.getLogger(__name__)
 
 REPORT_S_MAX = 1.0
 """A report leaves at least this often, so that silence means trouble."""
-
-STORE_CHANGES_S = 0.1
-"""How often a worker asks its store node what came and went."""
 
 BATCH_TOKENS_MAX = 4096
 """In one message to a gateway. Only the answers of a beam search are longer, and come at once; with
@@ -87,7 +83,7 @@ class WorkerShell:
         self._host = host
         self._place = place
         self._engine: EngineThread | None = None
-        self._watching: StoreClient | None = None
+        self._store: StoreWatch | None = None
         self._parts: WorkerParts | None = None
         self._link: RouterLink | None = None
         self._listener: Listener | None = None
@@ -104,10 +100,7 @@ class WorkerShell:
         self._reported_ns = 0
         self._draining = False
         self._unbound = False  # the router has nothing for this worker any more
-        self._tickets_own = (0, 0)  # when asked, and how many end with this worker
-        self._store_lost: str | None = None
         self._hung_ms: int | None = None  # how long the engine had been in a step when it was so
-        self._store_stat: dict[str, int] = {}  # of the host's store, as this worker last saw it
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────
 
@@ -161,7 +154,7 @@ class WorkerShell:
             fetches=remote is not None,
         )
         self._ahead = FetchingAhead(store, self._host)
-        self._watching = client
+        self._store = StoreWatch(client)
         self._link = RouterLink(
             self,
             find_router=find_router,
@@ -172,7 +165,7 @@ class WorkerShell:
         await self._link.start(timeout_s=30.0)
         self._tasks = [
             asyncio.create_task(self._report_regularly()),
-            asyncio.create_task(self._watch_store()),
+            asyncio.create_task(self._follow_store(self._store)),
         ]
         if self._hello.store_has_disk:
             self._tasks.append(asyncio.create_task(self._ahead.run()))
@@ -212,8 +205,8 @@ class WorkerShell:
         if self._parts is not None:
             await asyncio.to_thread(self._parts.followers.close)
         await self._postbox.close()
-        if self._watching is not None:
-            self._watching.close()
+        if self._store is not None:
+            self._store.close()
 
     def check_health(self) -> None:
         """Raises RuntimeError where a restart is the cure; supervision does the rest."""
@@ -225,8 +218,8 @@ class WorkerShell:
         stuck_ns = engine.stuck_ns()
         if stuck_ns > STUCK_S * S:
             raise RuntimeError(f"{self.worker} has been in one step for {stuck_ns // MS} ms")
-        if self._store_lost is not None:
-            raise RuntimeError(f"{self.worker} lost its store node: {self._store_lost}")
+        if self._store is not None and self._store.lost is not None:
+            raise RuntimeError(f"{self.worker} lost its store node: {self._store.lost}")
 
     def _death(self) -> str | None:
         """Why this worker will compute nothing more; None while it can."""
@@ -253,10 +246,10 @@ class WorkerShell:
 
     def _is_needed(self, since_ns: int) -> bool:
         """What was parked ends with this process unless somebody has adopted it by then."""
-        asked_ns, tickets = self._tickets_own
-        return (
-            self._is_heard() and self._store_lost is None and (asked_ns < since_ns or tickets > 0)
-        )
+        store = self._store
+        if store is None or store.lost is not None:
+            return False
+        return self._is_heard() and not store.holds_nothing(since_ns)
 
     def _is_heard(self) -> bool:
         """Without a router nobody would take over."""
@@ -282,10 +275,12 @@ class WorkerShell:
             self._submit(message)
 
     def reconnected(self) -> None:
-        """A new router knows nothing of what runs here, and the old one has given it up."""
+        """A new router knows nothing of what runs or is stored here; the old one gave it up."""
         from pdserve.engine.outputs import GiveUp
 
         self._submit(GiveUp())
+        if self._store is not None:
+            self._store.tell_anew()
         self._report()
 
     async def _listen(self, connection: Connection) -> None:
@@ -359,11 +354,10 @@ class WorkerShell:
         progress: Sequence[Progress] = (),
         chunks: Sequence[ChunkDone] = (),
         *,
-        store_added: Sequence[BlockKey] = (),
-        store_removed: Sequence[BlockKey] = (),
+        of_store: News | None = None,
         vouched: Sequence[Attained] = (),
     ) -> None:
-        load = self._load
+        load, news = self._load, of_store or News()
         self._reported_ns = monotonic()
         report = Report(
             worker=self.worker,
@@ -377,11 +371,12 @@ class WorkerShell:
             attained=(*(load.attained if load else ()), *vouched),
             blocks_added=load.blocks_added if load else (),
             blocks_removed=load.blocks_removed if load else (),
-            store_added=tuple(store_added),
-            store_removed=tuple(store_removed),
+            store_added=tuple(news.added),
+            store_removed=tuple(news.removed),
+            store_anew=news.anew,
             counters={
                 **(load.counters if load else {}),
-                **self._store_stat,
+                **(self._store.counters if self._store else {}),
                 **self._vitals.figures(),
                 **(self._parts.kernel_calls() if self._parts else {}),
             },
@@ -443,40 +438,25 @@ class WorkerShell:
             if monotonic() - self._reported_ns > REPORT_S_MAX * S / 2:
                 self._report()
 
-    async def _watch_store(self) -> None:
+    async def _follow_store(self, store: StoreWatch) -> None:
         """The store's changes go to the router's prefix index; its death ends this worker."""
-        after = 0
-        while True:
-            await asyncio.sleep(STORE_CHANGES_S)
-            try:
-                changes, asked_ns, stat = await asyncio.to_thread(self._ask_store, after)
-            except PdserveError as error:
-                await self._leave(str(error))
-                return
-            after = changes.sequence
-            self._tickets_own = (asked_ns, stat.tickets_own)
-            counters = stat.counters()
-            stirred = counters != self._store_stat
-            self._store_stat = counters
-            if self._tells_of_store() and (changes.added or changes.removed or stirred):
-                self._report(store_added=changes.added, store_removed=changes.removed)
-
-    def _ask_store(self, after: int) -> "tuple[StoreChanges, int, StoreStat]":
-        assert self._watching is not None
-        return self._watching.changes(after), monotonic(), self._watching.stat()
+        async for news in store.news():
+            if self._tells_of_store():
+                self._report(of_store=news)
+        await self._leave()
 
     def _tells_of_store(self) -> bool:
         """Whoever may be given prompts says which prefixes its host has; others need not repeat."""
         return self.role is Role.PREFILL or self._config.router.mode != "disaggregated"
 
-    async def _leave(self, reason: str) -> None:
+    async def _leave(self) -> None:
         """Without a store no request gets past this worker: nothing more must come here, and
         supervision replaces it together with the node."""
         from pdserve.engine.outputs import GiveUp
 
-        log.error("%s lost its store node: %s", self.worker, reason)
-        self._store_lost = reason
         assert self._link is not None
+        assert self._store is not None
+        log.error("%s lost its store node: %s", self.worker, self._store.lost)
         self._link.post(Goodbye(self.worker))  # no request is to blame
         await self._link.close()  # the router takes this worker for lost, at once
         self._submit(GiveUp())

@@ -18,11 +18,15 @@ changes nothing: the second block stays private.
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from pdserve.errors import OutOfBlocks
 from pdserve.ids import BlockId, BlockKey
 
 RETRY_AFTER_MS = 50
+
+CHANGES_AT_ONCE = 4096
+"""Keys told in one report: who hears of a whole pool hears of it piece by piece."""
 
 
 class BlockPool:
@@ -119,13 +123,24 @@ class BlockPool:
         return sum(self._holders[block] == times for block, times in Counter(blocks).items())
 
     def take_changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
-        """Keys published and keys forgotten since the last call; none that came and went."""
+        """Keys published and keys forgotten that no call has told yet, the first
+        ``CHANGES_AT_ONCE`` of them; none that came and went."""
         if not self._changes:
             return (), ()
-        added = tuple(key for key, came in self._changes.items() if came)
-        removed = tuple(key for key, came in self._changes.items() if not came)
-        self._changes.clear()
+        told = dict(islice(self._changes.items(), CHANGES_AT_ONCE))
+        for key in told:
+            del self._changes[key]
+        added = tuple(key for key, came in told.items() if came)
+        removed = tuple(key for key, came in told.items() if not came)
         return added, removed
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._changes)
+
+    def tell_anew(self) -> None:
+        """From now on the changes are those to a pool in which nothing was published."""
+        self._changes = dict.fromkeys(self._block_of, True)
 
     def check(self) -> None:
         """Assert the invariants. Linear in the pool; for tests and for idle moments."""

@@ -228,6 +228,7 @@ class EngineLoop:
             case GiveUp():
                 for part in self._parts:
                     part.give_up()
+                self._device.pool.tell_anew()
             case _:
                 assert_never(message)
 
@@ -253,7 +254,10 @@ class EngineLoop:
     def load(self) -> Load:
         held = self._prompts.held + self._streams.held
         waiting = self._prompts.waiting + self._streams.waiting
-        return self._device.load(running=held - waiting, waiting=waiting, attained=self._attained())
+        load = self._device.load(running=held - waiting, waiting=waiting, attained=self._attained())
+        if self._device.pool.has_changes:  # there is more to tell than one load holds
+            self._workplace.stirred = True
+        return load
 
     def drain(self) -> None:
         self._workplace.stirred = True

@@ -6,11 +6,15 @@ one's numbers.
 """
 
 from collections.abc import Collection
+from itertools import chain, islice
 
 from pdserve.ids import BlockKey
 from pdserve.kvstore.answers import StoreChanges
 from pdserve.kvstore.feed import ChangeFeed
 from pdserve.kvstore.slots import SlotTable
+
+WHOLE_KEYS_MAX = 1 << 18
+"""In one answer that says everything: 4.5 MB. What is deeper than these is left out, a miss."""
 
 
 class Contents:
@@ -21,11 +25,14 @@ class Contents:
         self._feed = feed
 
     def changes(self, after: int) -> StoreChanges:
-        """Everything, said to be not complete, where the feed does not reach back so far."""
+        """Everything, said to be not complete, where the feed does not reach back so far; at most
+        ``WHOLE_KEYS_MAX`` keys, those in memory first."""
         changes = self._feed.since(after)
         if changes is None:
-            stored = tuple(dict.fromkeys([*self._slots.keys, *self._lower]))
-            return StoreChanges(self._feed.sequence, stored, (), complete=False)
+            above = self._slots.keys_by_depth(WHOLE_KEYS_MAX)
+            stored = dict.fromkeys(chain(above, islice(self._lower, WHOLE_KEYS_MAX)))
+            keys = tuple(islice(stored, WHOLE_KEYS_MAX))
+            return StoreChanges(self._feed.sequence, keys, (), complete=False)
         added, removed = changes
         return StoreChanges(self._feed.sequence, tuple(added), tuple(removed), complete=True)
 

@@ -77,10 +77,9 @@ class SlotColumns:
         """Of all blocks in the index, 16 bytes each, in the order of their slots."""
         return self._map.joined((np.frombuffer(self._states, np.uint8) == COMMITTED).nonzero()[0])
 
-    @property
-    def keys(self) -> list[BlockKey]:
-        """Of all blocks in the index, parents before children."""
-        return [self._map.key_of(slot) for slot in self._indexed()]
+    def keys_by_depth(self, count_max: int | None = None) -> list[BlockKey]:
+        """Of the blocks in the index, parents before children; the deepest are left out."""
+        return [self._map.key_of(slot) for slot in self._indexed()[:count_max]]
 
     def count(self, state: SlotState) -> int:
         """Linear in the table; for statistics."""

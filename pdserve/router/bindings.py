@@ -152,7 +152,7 @@ class Mooncake:
         if best_tokens <= self._balancing_ratio * candidate.cached_tokens:
             return candidate.done_ns
         fetched_tokens = best_tokens - candidate.cached_tokens
-        fetch_ns = self._costs.handoff.time_ns(fetched_tokens * self._costs.kv_token_bytes)
+        fetch_ns = self._costs.handoff_ns(fetched_tokens)
         work_ns = self._costs.prefill_ns(candidate.uncached_tokens - fetched_tokens, best_tokens)
         return fetch_ns + candidate.queued_work_ns + work_ns
 

@@ -17,6 +17,8 @@ from typing import Final, Literal
 
 from pdserve.clock import S
 
+Origin = Literal["measured", "analytic", "believed"]
+
 SLOWEST: Final = 2.0
 FASTEST: Final = 0.5
 
@@ -77,7 +79,7 @@ class CostModel:
     """One deployment: a model on a kind of worker."""
 
     name: str
-    origin: Literal["measured", "analytic", "believed"]
+    origin: Origin
     prefill: PrefillCost
     decode: DecodeCost
     handoff: MoveCost  # between the stores of two hosts
@@ -88,11 +90,19 @@ class CostModel:
     def prefill_ns(self, uncached_tokens: int, cached_tokens: int = 0) -> int:
         return self.prefill.time_ns(uncached_tokens, cached_tokens)
 
+    def handoff_ns(self, tokens: int) -> int:
+        """Of the KV of so many tokens, from one host's store to another's."""
+        return self.handoff.time_ns(tokens * self.kv_token_bytes)
+
+    def host_ns(self, tokens: int) -> int:
+        """Of the KV of so many tokens, between a worker's memory and its host's store."""
+        return self.host.time_ns(tokens * self.kv_token_bytes)
+
     def fetch_ns(self, tokens: int, compute_ns: float) -> int | None:
         """Of cached tokens that another host has; None where computing them, which takes
         ``compute_ns``, is sooner. Of equals it is a fetch, as in workers, which leaves them free.
         """
-        fetch_ns = self.handoff.time_ns(self.kv_token_bytes * tokens)
+        fetch_ns = self.handoff_ns(tokens)
         return fetch_ns if fetch_ns <= compute_ns else None
 
 

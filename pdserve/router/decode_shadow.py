@@ -205,7 +205,7 @@ class _Worker:
         moved = self.jobs[out].mean_context_tokens + (
             self.jobs[into].mean_context_tokens if self.moves[into] else 0
         )
-        self.now_ns += self.costs.host.time_ns(moved * self.costs.kv_token_bytes)
+        self.now_ns += self.costs.host_ns(moved)
         return True
 
     def next_end(self) -> float | None:

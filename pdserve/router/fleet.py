@@ -42,14 +42,7 @@ EXPLAINED_WORKERS_MAX: Final = 16
 
 SLOTS_GROW = 16
 
-_ARRAYS = (
-    "start_ns",
-    "slow",
-    "room",
-    "step_ns",
-    "streams",
-    "hands_off",
-)
+_ARRAYS = ("start_ns", "slow", "room", "step_ns", "streams", "hands_off")
 
 
 @dataclass(slots=True, eq=False)
@@ -356,6 +349,8 @@ class Fleet:
         worker.counters = report.counters
         if worker.prefills and (report.blocks_added or report.blocks_removed):
             self.index.update(worker.slot, report.blocks_added, report.blocks_removed)
+        if report.store_anew:
+            self.index.forget(worker.hello.store_id)
         if report.store_added or report.store_removed:
             self.index.update(worker.hello.store_id, report.store_added, report.store_removed)
 

@@ -150,7 +150,7 @@ class GatedOrder:
         )
 
     def _move_ns(self, stream: Stream) -> int:
-        return self._costs.host.time_ns(stream.context_tokens * self._costs.kv_token_bytes)
+        return self._costs.host_ns(stream.context_tokens)
 
     def _calm(self, stream: Stream, now_ns: int) -> bool:
         return now_ns - stream.since_ns >= 4 * self._move_ns(stream)  # twice: out and in

@@ -46,16 +46,17 @@ def nearest(
     decode: Worker,
     fits: Floats,
     *,
-    kv_bytes: int,
+    tokens: int,
     max_tokens: int,
 ) -> Worker:
     """Who should decode what ``prefill`` computes: ``decode`` unless another's price is lower.
 
     Args:
         decode: the one with the shortest step.
+        tokens: whose KV is handed over.
         fits: predicted steps, in ns, by slot; infinite where it may not go.
     """
-    way_ns = fleet.costs.handoff.time_ns(kv_bytes)
+    way_ns = fleet.costs.handoff_ns(tokens)
     steps = min(max_tokens, STEPS_MAX)
     prices = steps * fits + way_ns * distances(fleet, prefill)
     best = int(prices.argmin())

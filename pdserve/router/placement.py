@@ -159,7 +159,7 @@ def _paired(
         prefill,
         shortest,
         fits_ns,
-        kv_bytes=fleet.costs.kv_token_bytes * entry.total_tokens,
+        tokens=entry.total_tokens,
         max_tokens=entry.request.stop.max_tokens,
     )
 
@@ -189,8 +189,7 @@ def own_costs(fleet: Fleet, entry: Entry, hits: Hits, block_tokens: int) -> Floa
             slots = slots_of(bits)
             own_ns[slots] = slow[slots] * float(one.work_ns) + float(one.fetch_ns)
     if fleet.shares and entry.request.task is None:
-        kv_bytes = fleet.costs.kv_token_bytes * entry.total_tokens
-        own_ns += fleet.hands_off[:count] * fleet.costs.handoff.time_ns(kv_bytes)
+        own_ns += fleet.hands_off[:count] * fleet.costs.handoff_ns(entry.total_tokens)
     return own_ns
 
 
@@ -226,7 +225,7 @@ def lead_ns(fleet: Fleet, entry: Entry) -> int:
     cached_tokens = entry.total_tokens - entry.uncached_tokens
     if cached_tokens == 0:
         return 0
-    return fleet.costs.host.time_ns(fleet.costs.kv_token_bytes * cached_tokens)
+    return fleet.costs.host_ns(cached_tokens)
 
 
 def place(
@@ -404,6 +403,6 @@ def _keeps(fleet: Fleet, entry: Entry, prefill: Worker, decode: Worker) -> bool:
         return False
     costs = fleet.costs
     here_ns = tokens * costs.decode.step_ns(1, entry.total_tokens) * (1 + len(prefill.prompts))
-    there_ns = costs.handoff.time_ns(costs.kv_token_bytes * entry.total_tokens)
+    there_ns = costs.handoff_ns(entry.total_tokens)
     there_ns += round(tokens * fleet.step_ns[decode.slot])
     return bool(here_ns < there_ns)

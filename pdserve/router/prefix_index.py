@@ -6,8 +6,8 @@ and those on the host whose store has it. Walking along a prompt's keys and inte
 gives, for all workers at once, how long a prefix each one has; the walk ends where nobody has the
 next block.
 
-Deltas come with a worker's reports; where one was lost, the router forgets the location and learns
-it anew.
+Deltas come with a worker's reports. Where one was lost, the router forgets the location; whoever
+connects tells all that is there, piece by piece.
 
 A block's name is a ``BlockKey`` in a live cluster. The simulator has numbers in its place, and
 nothing here asks for more than that names can be compared and hashed.

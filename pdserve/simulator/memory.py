@@ -50,10 +50,6 @@ class Memory:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)  # ceil
 
-    def host_ns(self, tokens: int) -> int:
-        """Nanoseconds that the KV of so many tokens takes to or from the host's store."""
-        return self._costs.host.time_ns(tokens * self._costs.kv_token_bytes)
-
     def restore(self, attempt: Attempt, known_tokens: int | None, slow: float) -> int:
         """Nanoseconds until what stores have of its prefix, beyond the device's cache, is here.
 
@@ -70,7 +66,7 @@ class Memory:
         if blocks > cached_blocks:
             self._store.touch(keys[:blocks])
             attempt.restored_blocks = blocks
-            restoring_ns = self.host_ns((blocks - cached_blocks) * self._block_tokens)
+            restoring_ns = self._costs.host_ns((blocks - cached_blocks) * self._block_tokens)
         known_blocks = len(keys) if known_tokens is None else known_tokens // self._block_tokens
         if max(blocks, cached_blocks) < known_blocks and self._store.fetches:
             restoring_ns += self._fetch(attempt, keys, max(blocks, cached_blocks), slow)
@@ -93,9 +89,6 @@ class Memory:
             return 0
         attempt.restored_blocks = blocks
         return fetch_ns
-
-    def _bytes(self, blocks: int) -> int:
-        return blocks * self._block_tokens * self._costs.kv_token_bytes
 
     def cacheable(self, attempt: Attempt) -> Blocks:
         """The last token is always computed: its logits are what the first token is drawn from."""

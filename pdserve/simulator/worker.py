@@ -245,7 +245,7 @@ class Worker:
         attempt.job.kept_blocks = computed_tokens // self.hello.block_tokens
         stored_ns = self.engine.at_ns
         if self._store is not None:
-            stored_ns += self._memory.host_ns(computed_tokens)
+            stored_ns += self._costs.host_ns(computed_tokens)
         self._around.at(stored_ns, self._say_preempted, attempt)
         self._begin_next(self.engine.at_ns)
 
@@ -285,7 +285,7 @@ class Worker:
     def _push_ns(self, attempt: Attempt) -> int:
         """Chunks travel while the next ones are computed: what is left is the last one's."""
         tokens = (attempt.uncached_tokens - 1) % self._settings.chunk_tokens + 1
-        return self._costs.handoff.time_ns(tokens * self._costs.kv_token_bytes)
+        return self._costs.handoff_ns(tokens)
 
     def _on_pushed(self, now_ns: int, pushed: tuple[Attempt, list[ChunkDone]]) -> None:
         attempt, chunks = pushed
@@ -312,8 +312,7 @@ class Worker:
         attempt = Attempt(job, request, handoff.route, Stage.WAITING)
         attempt.tokens = handoff.length
         if handoff.store != self.hello.store:
-            moved_bytes = attempt.tokens * self._costs.kv_token_bytes
-            attempt.ready_ns = now_ns + self._costs.handoff.time_ns(moved_bytes)
+            attempt.ready_ns = now_ns + self._costs.handoff_ns(attempt.tokens)
         self._wait_for_room(attempt, now_ns)
 
     def _wait_for_room(self, attempt: Attempt, now_ns: int) -> None:
@@ -334,7 +333,7 @@ class Worker:
             attempt.move_to(Stage.ADOPTING)
             self._adopting += 1
             self._memory.take(attempt, blocks)
-            arrived_ns = max(now_ns, attempt.ready_ns) + self._memory.host_ns(attempt.tokens)
+            arrived_ns = max(now_ns, attempt.ready_ns) + self._costs.host_ns(attempt.tokens)
             self._around.at(arrived_ns, self._adopted, attempt)
             if self._batch.used_blocks_max(self.engine.planned) > self._memory.batch_blocks:
                 self.engine.advance(now_ns)  # the streams may run out of memory sooner now
@@ -363,7 +362,7 @@ class Worker:
         """After the step at whose end the state stands."""
         self._drop_stream(attempt, self.engine.at_ns)
         attempt.move_to(Stage.PARKING)
-        parked_ns = self.engine.at_ns + self._memory.host_ns(attempt.tokens)
+        parked_ns = self.engine.at_ns + self._costs.host_ns(attempt.tokens)
         self._around.at(parked_ns, self._on_parked, attempt)
 
     def _on_parked(self, now_ns: int, attempt: Attempt) -> None:

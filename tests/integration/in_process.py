@@ -54,6 +54,8 @@ class InProcessCluster:
         self._directory = directory
         self._model = model
         self._node: Node | None = None
+        self._terms = MemoryTerms()
+        self._leader: Address
         self._loop: asyncio.AbstractEventLoop = (
             asyncio.new_event_loop() if beside is None else beside._loop
         )
@@ -101,6 +103,15 @@ class InProcessCluster:
         """Of the workers that the router knows."""
         return {str(worker.worker) for worker in self.snapshot().workers}
 
+    def replace_router(self) -> None:
+        """The one that leads is gone, and another begins, which has heard nothing."""
+
+        async def replace() -> None:
+            await self.router.close()
+            await self._start_router(self._directory / "run")
+
+        self.do(replace())
+
     def close(self) -> None:
         self.do(self._close())
         if self._beside is None:
@@ -117,11 +128,10 @@ class InProcessCluster:
     async def _start(self) -> None:
         sockets, host = self._directory / "run", local_host_id()
         sockets.mkdir(mode=0o700)
-        self.router = RouterService(self.config.router, host=host, register=MemoryTerms())
-        where = await self.router.start(sockets, tcp_host=None)
+        await self._start_router(sockets)
 
         async def find_router() -> Address:
-            return where
+            return self._leader
 
         for role, pool in ((Role.PREFILL, self.config.prefill), (Role.DECODE, self.config.decode)):
             for _ in range(pool.replicas):
@@ -156,6 +166,10 @@ class InProcessCluster:
             return
         self.front = Front(self.session, self.config, Control(snapshot, snapshot))
         await self.front.start()
+
+    async def _start_router(self, sockets: Path) -> None:
+        self.router = RouterService(self.config.router, host=local_host_id(), register=self._terms)
+        self._leader = await self.router.start(sockets, tcp_host=None)
 
     async def _find_store(self, block_bytes: int, codec: str) -> Address:
         if self._node is None:

@@ -5,8 +5,11 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from pdserve.cluster.store_supervisor import StoreSupervisor
 from pdserve.config import StoreConfig
+from pdserve.errors import ConfigError
 from pdserve.ids import HostId
 from pdserve.kvstore.client import StoreClient
 from pdserve.kvstore.directory import SHARED, root_of
@@ -63,3 +66,16 @@ def test_a_killed_node_gets_its_arena_again_and_a_replaced_one_another_name(
         assert not (root_of(SHARED) / third.store_id).exists()
 
     asyncio.run(live())
+
+
+def test_an_arena_of_too_many_blocks_is_refused_by_its_setting(tmp_path: Path) -> None:
+    async def ask() -> None:
+        supervisor = StoreSupervisor("test", str(tmp_path), None, StoreConfig(master="off"))
+        try:
+            with pytest.raises(ConfigError, match=r"2097152 blocks.*change store\.arena_bytes"):
+                await supervisor.ensure(1024, "unstated")
+            assert await supervisor.pids() == []
+        finally:
+            await supervisor.stop()
+
+    asyncio.run(ask())

@@ -96,7 +96,7 @@ class StoreNode:
 
     def flip_bit(self, dice: random.Random) -> str | None:
         """One bit of a committed block, at rest."""
-        found = (self.core._slots.find(key) for key in self.core._slots.keys)
+        found = (self.core._slots.find(key) for key in self.core._slots.keys_by_depth())
         slots = sorted(slot for slot in found if slot is not None)
         if not slots:
             return None

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pdserve.cluster.commands.kv import keys_of
-from pdserve.cluster.gateway.pinning import lifetime_ms_of
+from pdserve.cluster.gateway.pinning import PAUSES_S, lifetime_ms_of
 from pdserve.cluster.http_client import post_json
 from pdserve.cluster.kv_stores import Store, stores_of
 from pdserve.errors import ConfigError, PdserveError
@@ -24,9 +24,6 @@ from pdserve.ids import BlockKey
 from pdserve.kvstore.security import Credentials
 
 HARD = "hard"
-
-STORED_S, LOOK_S = 5.0, 0.05
-"""How long a prompt's blocks may take from its answer to the store, and how often that is asked."""
 
 WAYS = ("prompt", "messages", "tokens")
 
@@ -124,16 +121,21 @@ def warm(
 
 
 def _pinned(stores: Sequence[Store], keys: Sequence[BlockKey], pin: Pin) -> int:
-    """How many of the blocks are pinned, at the store that has most. A worker answers first and
-    stores then, so they may be on their way."""
-    over_s = time.monotonic() + STORED_S
-    while True:
-        count = max(
+    """How many of the blocks are pinned, at the store that has most; they may be on their way
+    (``gateway.pinning``)."""
+
+    def look() -> int:
+        return max(
             store.admin.pin(keys, hard=pin.hard, lifetime_ms=pin.lifetime_ms) for store in stores
         )
-        if count == len(keys) or time.monotonic() > over_s:
-            return count
-        time.sleep(LOOK_S)
+
+    count = look()
+    for pause_s in PAUSES_S:
+        if count == len(keys):
+            break
+        time.sleep(pause_s)
+        count = look()
+    return count
 
 
 def pin_of(text: str) -> Pin:

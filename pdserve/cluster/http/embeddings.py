@@ -10,11 +10,7 @@ from dataclasses import dataclass
 
 from pdserve.cluster.gateway.calls import Call, Session
 from pdserve.cluster.gateway.embedding import Embedded, Vector, embedded, pooling_call, shortened
-from pdserve.cluster.gateway.parameters import (
-    check_model,
-    shown,
-    truncated,
-)
+from pdserve.cluster.gateway.parameters import check_model, shown, truncated
 from pdserve.cluster.gateway.prompts import text_prompt, token_prompt
 from pdserve.cluster.http.metrics import Meter
 from pdserve.cluster.http.prompt_answers import Ask, PromptAnswer, note_usage, usage_of

@@ -13,6 +13,7 @@ none left the copy ends, and what it has brought so far is a prefix like any oth
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pdserve.clock import MS, S
 from pdserve.errors import (
@@ -62,6 +63,15 @@ NO_PARENT = BlockKey(bytes(16))
 
 Connect = Callable[[Address, float], StoreClient]
 """``connect(address, timeout_s)``; raises StoreUnavailable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What a copy is of."""
+
+    keys: Sequence[BlockKey]
+    pasts: Sequence[Past]  # of each block; none where nothing is evicted
+    tenant: str
 
 
 class Mastered:
@@ -143,7 +153,7 @@ class Mastered:
                 remembered = Remembered(
                     self._use_times.age_ns(record.last_use, now_ns) // MS,
                     record.turn,
-                    slots.worth_of(Past(record.last_use, record.turn))[0],
+                    slots.worth_of(slots.past(SlotId(slot)))[0],
                     accounts.number_of(SlotId(slot)),
                 )
                 children.append(pack_child(Child(record.key, parent or NO_PARENT, remembered)))
@@ -170,36 +180,30 @@ class Mastered:
             raise CapacityError("a copy is under way already", retry_after_ms=RETRY_AFTER_MS)
         self._is_copying = True
         try:
-            return await self._copy(keys, self._pasts(ages), message)
+            return await self._copy(Chain(keys, self._pasts(ages), message.tenant), message)
         finally:
             self._is_copying = False
 
-    async def _copy(
-        self, keys: list[BlockKey], pasts: Sequence[Past], message: CopyChain
-    ) -> Copied:
-        """``pasts``: of each block; none for a copy that evicts nothing."""
+    async def _copy(self, chain: Chain, message: CopyChain) -> Copied:
         assert self._connect is not None
         deadline_s = message.deadline_ms * MS / S
         until_s = time.monotonic() + deadline_s
-        if not self._copyable(keys, pasts, message.tenant):
-            return self._copied(0, keys, pasts, message.tenant)
+        if not self._copyable(chain):
+            return self._copied(0, chain)
         client = await asyncio.to_thread(self._connect, message.source, deadline_s)
         owner = self._core.connect("copy")
         copied = 0
         try:
-            while (count := self._copyable(keys, pasts, message.tenant)) and (
-                left_s := until_s - time.monotonic()
-            ) > 0:
-                first = self._core.prefix_count(keys)
-                wanted = keys[: first + count]
+            while (count := self._copyable(chain)) and (left_s := until_s - time.monotonic()) > 0:
+                first = self._core.prefix_count(chain.keys)
+                wanted = chain.keys[: first + count]
                 try:
                     blocks = await asyncio.to_thread(_fetch, client, wanted, first, left_s)
                 except StoreError:
                     if copied == 0:
                         raise
                     break
-                wanted = wanted[: first + len(blocks)]
-                stored = self._store(owner, wanted, first, blocks, pasts, message.tenant)
+                stored = self._store(owner, chain, first, blocks)
                 copied += stored
                 if stored < count:
                     break
@@ -207,43 +211,37 @@ class Mastered:
             self._core.disconnect(owner)
             self._settle()
             client.close()
-        return self._copied(copied, keys, pasts, message.tenant)
+        return self._copied(copied, chain)
 
-    def _copied(
-        self, copied: int, keys: Sequence[BlockKey], pasts: Sequence[Past], tenant: str
-    ) -> Copied:
-        present = self._core.prefix_count(keys)
-        is_short = bool(pasts) and present < len(keys) and not self._core.tickets.queued_count
-        return Copied(copied, present, is_short and not self._copyable(keys, pasts, tenant))
+    def _copied(self, copied: int, chain: Chain) -> Copied:
+        core, present = self._core, self._core.prefix_count(chain.keys)
+        wants_more = bool(chain.pasts) and present < len(chain.keys)
+        is_short = wants_more and not core.tickets.queued_count and not self._copyable(chain)
+        return Copied(copied, present, is_short)
 
-    def _copyable(self, keys: Sequence[BlockKey], pasts: Sequence[Past], tenant: str) -> int:
+    def _copyable(self, chain: Chain) -> int:
         """How many blocks the next piece has."""
+        core = self._core
         piece = max(1, PIECE_BYTES // self._arena.geometry.block_bytes)
-        present = self._core.prefix_count(keys)
-        piece = min(piece, len(keys) - present)
-        if not pasts or not piece:
-            return min(piece, self._core.slots.free_count)
-        return piece * may_enter(self._core.room, self._core.slots, pasts[present:], tenant)
+        present = core.prefix_count(chain.keys)
+        piece = min(piece, len(chain.keys) - present)
+        if not chain.pasts or not piece:
+            return min(piece, core.slots.free_count)
+        return piece * may_enter(core.room, core.slots, chain.pasts[present:], chain.tenant)
 
-    def _store(
-        self,
-        owner: OwnerId,
-        keys: Sequence[BlockKey],
-        first: int,
-        blocks: Sequence[memoryview],
-        pasts: Sequence[Past],
-        tenant: str,
-    ) -> int:
-        """How many blocks are there now that were not before."""
-        if not pasts and len(keys) - self._core.prefix_count(keys) > self._core.slots.free_count:
+    def _store(self, owner: OwnerId, chain: Chain, first: int, blocks: Sequence[memoryview]) -> int:
+        """How many blocks, the first of them the chain's at ``first``, are there now that were
+        not before."""
+        core, keys = self._core, chain.keys[: first + len(blocks)]
+        if not chain.pasts and len(keys) - core.prefix_count(keys) > core.slots.free_count:
             return 0  # somebody took the slots meanwhile
-        grant = self._core.reserve(
+        grant = core.reserve(
             owner,
             keys,
             first,
-            tenant=tenant,
+            tenant=chain.tenant,
             between_tiers=True,
-            pasts=pasts[: len(keys)],
+            pasts=chain.pasts[: len(keys)],
         )
         if grant.write == 0:
             return 0

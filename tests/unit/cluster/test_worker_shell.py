@@ -4,15 +4,18 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import pytest
 
+from pdserve.cluster import store_watch
+from pdserve.cluster.store_watch import StoreWatch
 from pdserve.cluster.worker_shell import BATCH_TOKENS_MAX, WorkerShell, in_batches
 from pdserve.config import ClusterConfig
 from pdserve.engine.outputs import Load, OfPrompt, Output, ToDecode, ToGateway, ToRouter
-from pdserve.errors import CapacityError, RankLost
+from pdserve.errors import CapacityError, RankLost, StoreUnavailable
 from pdserve.ids import HostId, RequestId, WorkerId
+from pdserve.kvstore.client import StoreClient
 from pdserve.lifecycle import Event
 from pdserve.messages import (
     Attained,
@@ -189,17 +192,26 @@ def test_a_lost_rank_is_ill_health_before_any_step_meets_it() -> None:
         asyncio.run(ask())
 
 
-def test_who_lost_its_store_says_goodbye_so_that_no_request_is_blamed() -> None:
+def test_who_lost_its_store_says_goodbye_so_that_no_request_is_blamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_watch, "ASK_S", 0.0)
     said: list[object] = []
 
     async def close() -> None:
         said.append("closed")
 
+    def ask(after: int) -> NoReturn:
+        raise StoreUnavailable("nobody answers")
+
     async def leave() -> None:
         shell = WorkerShell(Role.DECODE, ClusterConfig(), host=HostId("h"))
         shell._link = SimpleNamespace(post=said.append, close=close)  # type: ignore[assignment]
-        shell._engine = SimpleNamespace(submit=said.append)  # type: ignore[assignment]
-        await shell._leave("nobody answers")
+        shell._engine = SimpleNamespace(submit=said.append, alive=True, stuck_ns=lambda: 0)  # type: ignore[assignment]
+        shell._store = StoreWatch(cast(StoreClient, SimpleNamespace(changes=ask)))
+        await shell._follow_store(shell._store)
+        with pytest.raises(RuntimeError, match="lost its store node: nobody answers"):
+            shell.check_health()
 
     asyncio.run(leave())
     goodbye, closed, *_ = said

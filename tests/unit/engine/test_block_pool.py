@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pdserve.engine.blocks import BlockPool, BlockTable, blocks_for
+from pdserve.engine import blocks as blocks_module
+from pdserve.engine.blocks import CHANGES_AT_ONCE, BlockPool, BlockTable, blocks_for
 from pdserve.errors import OutOfBlocks
 from pdserve.ids import BlockId, BlockKey
 
@@ -122,10 +123,27 @@ def test_a_shared_block_becomes_free_with_its_last_holder() -> None:
     assert pool.free_count == 1
 
 
+def test_a_large_pool_is_told_piece_by_piece_and_again_to_who_has_forgotten() -> None:
+    count = 2 * CHANGES_AT_ONCE + 1
+    pool = BlockPool(count)
+    for index, block in enumerate(pool.take(count)):
+        pool.publish(key(index), block)
+    for _ in range(2):
+        told = [pool.take_changes() for _ in range(4)]
+        assert [len(added) for added, _ in told] == [CHANGES_AT_ONCE, CHANGES_AT_ONCE, 1, 0]
+        assert [each for added, _ in told for each in added] == [key(i) for i in range(count)]
+        assert not pool.has_changes
+        pool.tell_anew()
+
+
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])
 def test_blocks_for_rounds_up(tokens: int, blocks: int) -> None:
     assert blocks_for(tokens, 4) == blocks
     assert BlockTable(4).blocks_needed(tokens) == blocks
+
+
+PIECE = 2
+"""Keys that a follower of the machine's pool is told at once."""
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -133,6 +151,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(blocks_module, "CHANGES_AT_ONCE", PIECE)
         self.pool = BlockPool(6)
         self.chains: list[list[BlockId]] = []
         self.known: dict[BlockKey, BlockId] = {}  # what a follower of the deltas believes
@@ -175,15 +195,29 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(chain)
 
     @rule()
-    def follow(self) -> None:
+    def follow_a_piece(self) -> None:
         added, removed = self.pool.take_changes()
+        assert len(added) + len(removed) <= PIECE
         assert not set(added) & set(removed)
         for gone in removed:
             del self.known[gone]
         for come in added:
             assert come not in self.known
             self.known[come] = self.pool._block_of[come]
+
+    @rule()
+    def follow(self) -> None:
+        while self.pool.has_changes:
+            self.follow_a_piece()
         assert set(self.known) == set(self.pool._block_of)
+
+    @rule()
+    def forget(self) -> None:
+        self.known.clear()
+        self.pool.tell_anew()
+
+    def teardown(self) -> None:
+        self.patch.undo()
 
     @invariant()
     def holds(self) -> None:

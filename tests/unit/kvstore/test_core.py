@@ -4,6 +4,7 @@ import pytest
 
 from pdserve.errors import BlockMissing, CapacityError, FrameError
 from pdserve.ids import BlockKey, RequestId, TicketId
+from pdserve.kvstore import contents
 from pdserve.kvstore import core as core_module
 from pdserve.kvstore.answers import WriteGrant
 from pdserve.kvstore.core import StoreCore
@@ -292,6 +293,20 @@ def test_a_reader_that_comes_too_late_begins_anew() -> None:
     changes = core.changes(0)
     assert not changes.complete
     assert changes.added == tuple(chain("a", 3))
+
+
+def test_a_whole_store_is_as_much_as_one_message_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "WHOLE_KEYS_MAX", 3)
+    keys = chain("a", 2)
+    core = StoreCore(4, lower={*keys, *chain("c", 2)}, changes_max=2)
+    owner = core.connect("w")
+    put(core, owner, keys)
+    put(core, owner, chain("b", 2))
+    changes = core.changes(-1)
+    assert not changes.complete
+    assert set(changes.added) < {*keys, *chain("b", 2)}, "what is in memory, parents first"
+    assert len(changes.added) == 3
+    assert {keys[0], chain("b", 1)[0]} < set(changes.added)
 
 
 # ── a tier below ─────────────────────────────────────────────────────────────────────────────────

@@ -150,6 +150,7 @@ class Reporter:
         blocks_removed: tuple[BlockKey, ...] = (),
         store_added: tuple[BlockKey, ...] = (),
         store_removed: tuple[BlockKey, ...] = (),
+        store_anew: bool = False,
         lost_before: int = 0,
     ) -> list[Command]:
         last = self._last
@@ -169,6 +170,7 @@ class Reporter:
             blocks_removed=blocks_removed,
             store_added=store_added,
             store_removed=store_removed,
+            store_anew=store_anew,
         )
         return self._core.on_report(said, now_ns)
 

@@ -56,6 +56,15 @@ def test_a_gap_in_the_reports_forgets_the_workers_blocks() -> None:
     assert _blocks(core, "p0") == 2
 
 
+def test_a_store_that_is_told_anew_has_what_is_told_from_then_on() -> None:
+    core, (p0, _) = core_with(hello("p0"), hello("d0"))
+    p0.report(store_added=DOCUMENT)
+    p0.report(store_anew=True)
+    assert _blocks(core, "p0") == 0
+    p0.report(store_added=DOCUMENT[:3])
+    assert _blocks(core, "p0") == 3
+
+
 def test_a_lost_workers_blocks_are_forgotten_and_its_hosts_store_with_the_last_worker() -> None:
     core, (p0, *_) = core_with(hello("p0"), hello("p1"), hello("d0", host="h1"))
     p0.report(blocks_added=DOCUMENT, store_added=DOCUMENT[:7])

@@ -139,6 +139,8 @@ class Batches:
                         self._working[name] = work
             except PdserveError as error:
                 log.warning("no batches can be looked for: %s", error)
+            except Exception:
+                log.exception("looking for batches was ended by a bug, and begins anew")
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._wake.wait()

@@ -15,10 +15,7 @@ from starlette.responses import Response
 from pdserve.cluster.gateway.calls import Call, Session
 from pdserve.cluster.gateway.embedding import Vector, embedded, pooling_call
 from pdserve.cluster.gateway.models import Models
-from pdserve.cluster.gateway.parameters import (
-    check_model,
-    truncated,
-)
+from pdserve.cluster.gateway.parameters import check_model, truncated
 from pdserve.cluster.gateway.prompts import text_prompt
 from pdserve.cluster.http.comparing.asking import RerankBody, ScoreBody, Text
 from pdserve.cluster.http.comparing.similarity import ranked, scores_of_pairs

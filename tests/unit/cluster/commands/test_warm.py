@@ -1,14 +1,20 @@
 """What ``pdserve kv warm`` reads: lines of a file, and how long to pin them."""
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from pdserve.cluster.commands import warm
 from pdserve.cluster.commands.warm import Pin, pin_of, read_prompts
-from pdserve.cluster.kv_stores import address_of
+from pdserve.cluster.gateway.pinning import PAUSES_S
+from pdserve.cluster.kv_stores import Store, address_of
 from pdserve.errors import ConfigError
+from pdserve.ids import BlockKey
+from pdserve.kvstore.admin_client import StoreAdmin
 
 
 @pytest.mark.parametrize(
@@ -59,3 +65,30 @@ def test_a_node_is_a_socket_or_a_tcp_address() -> None:
     assert address_of("far:9000").tcp == "far:9000"
     with pytest.raises(ConfigError, match="host:port"):
         address_of("far")
+
+
+class _Admin:
+    """A store that has ever more of a prompt, by what is told."""
+
+    def __init__(self, *counts: int) -> None:
+        self.counts = list(counts)
+
+    def pin(self, keys: Sequence[BlockKey], *, hard: bool, lifetime_ms: int | None) -> int:
+        return self.counts.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "pinned", "looks"),
+    [([3, 9], 3, 1), ([0, 2, 3, 9], 3, 3), ([0, 0, 0, 0, 2, 9], 2, 5)],
+)
+def test_blocks_that_are_on_their_way_are_looked_for_again(
+    counts: list[int], pinned: int, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses_s: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses_s.append)
+    admin, empty = _Admin(*counts), _Admin(*[0] * len(counts))
+    stores = [Store("here", cast(StoreAdmin, each)) for each in (empty, admin)]
+    keys = [BlockKey(bytes([n]) * 16) for n in range(3)]
+    assert warm._pinned(stores, keys, Pin(False, 1000)) == pinned
+    assert len(counts) - len(admin.counts) == looks
+    assert pauses_s == list(PAUSES_S[: looks - 1])

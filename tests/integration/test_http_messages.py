@@ -63,7 +63,8 @@ def test_a_client_that_goes_away_takes_its_call_with_it(
     body = BODY | {"stream": stream}
     if stream and first:
         with client.stream("POST", PATH, json=body) as answer:
-            assert until(events(answer), "content_block_delta")["delta"]["text"] == "Hel"
+            told = events(answer)  # whose end would be the connection's
+            assert until(told, "content_block_delta")["delta"]["text"] == "Hel"
             assert not session.closed.is_set()
         return
 

@@ -59,6 +59,28 @@ def test_a_kill_is_a_kill_and_nobody_there_is_said(victim: subprocess.Popen[byte
         assert striker.carry_out(strike("kill")) == "no decode was there"
 
 
+def test_the_last_one_that_is_well_is_left_alone_until_another_is_there(
+    victim: subprocess.Popen[bytes],
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        there = [victim.pid, other.pid]  # the strike's number is odd: the last of the list
+        try:
+            with Striker(lambda: {"decode": list(there)}, None) as striker:
+                assert striker.carry_out(strike("stop")) == f"SIGSTOP to decode {other.pid}"
+                there.reverse()
+                assert "is the last one that is well" in striker.carry_out(strike("kill"))
+                there.reverse()
+                assert striker.carry_out(strike("kill")) == f"SIGKILL to decode {other.pid}"
+                there.remove(other.pid)
+                assert "is the last one that is well" in striker.carry_out(strike("kill"))
+                there.append(1 << 30)  # a successor
+                assert "SIGKILL" not in striker.carry_out(strike("kill")), "it had just gone"
+                there.reverse()
+                assert striker.carry_out(strike("kill")) == f"SIGKILL to decode {victim.pid}"
+        finally:
+            other.kill()
+
+
 def test_a_flipped_bit_is_found_by_who_reads_the_block(tmp_path: Path) -> None:
     node = start_node(tmp_path, shared=Path("/dev/shm"))
     try:

@@ -37,6 +37,7 @@ class Striker:
         self._find = find
         self._disk = disk
         self._stopped: dict[int, threading.Timer] = {}
+        self._most: dict[str, int] = {}  # of each role, so many were seen at once
         self._filling = SHM / f"pdserve-chaos-{os.getpid()}"
         self._threads: list[threading.Thread] = []
         self._over = threading.Event()
@@ -85,6 +86,12 @@ class Striker:
         if not pids:
             return f"no {strike.role} was there"
         pid = pids[strike.number % len(pids)]
+        most = self._most[strike.role] = max(len(pids), self._most.get(strike.role, 0))
+        well = [each for each in pids if each not in self._stopped]
+        if most > 1 and len(well) < most and well in ([], [pid]):
+            # What is promised is for clusters in which every role has somebody; and a request that
+            # is with two workers as they die is refused, for all that a cluster can know of it.
+            return f"{strike.role} {pid} is the last one that is well, and is left alone"
         try:
             os.kill(pid, number)
         except ProcessLookupError:

@@ -37,7 +37,8 @@ class News:
 
 
 class StoreWatch:
-    def __init__(self, client: "StoreClient") -> None:
+    def __init__(self, client: "StoreClient", *, with_blocks: bool = True) -> None:
+        """``with_blocks``: what comes and goes is asked for too, and not only the counters."""
         self.counters: dict[str, int] = {}
         """The store's, when it last answered."""
 
@@ -45,6 +46,7 @@ class StoreWatch:
         """Why it answers nothing any more."""
 
         self._client = client
+        self._with_blocks = with_blocks
         self._after = EVERYTHING
         self._pieces: deque[News] = deque()  # of one answer: at most what a message carries
         self._asked_ns = 0
@@ -63,7 +65,7 @@ class StoreWatch:
         """Whenever blocks or counters have changed. Ends when the store is lost."""
         while True:
             await asyncio.sleep(ASK_S)
-            after = None if self._pieces else self._after
+            after = self._after if self._with_blocks and not self._pieces else None
             try:
                 # One call for all three: two in a row may each start a thread of the pool.
                 changes, asked_ns, stat = await asyncio.to_thread(self._ask, after)

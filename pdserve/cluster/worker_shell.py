@@ -154,7 +154,7 @@ class WorkerShell:
             fetches=remote is not None,
         )
         self._ahead = FetchingAhead(store, self._host)
-        self._store = StoreWatch(client)
+        self._store = StoreWatch(client, with_blocks=self._tells_of_store())
         self._link = RouterLink(
             self,
             find_router=find_router,

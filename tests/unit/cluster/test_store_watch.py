@@ -98,6 +98,20 @@ def test_counters_alone_are_news_too() -> None:
     assert told(store) == [News()]
 
 
+def test_who_tells_nobody_of_blocks_does_not_ask_for_them() -> None:
+    store = Store([(1, True)])
+    store.figures["claims"] = 3
+    watch = StoreWatch(cast(StoreClient, store), with_blocks=False)
+
+    async def listen() -> News:
+        async with aclosing(watch.news()) as news:
+            return await anext(news)
+
+    assert asyncio.run(listen()) == News()
+    assert watch.counters == {"claims": 3}
+    assert store.steps, "a whole store was put together for nobody"
+
+
 def test_a_whole_store_is_told_in_pieces_and_nothing_meanwhile_is_missed() -> None:
     many = [(number, True) for number in range(3 * KEYS_AT_ONCE + 1)]
     store = Store(many, [(0, False)], [])

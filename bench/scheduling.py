@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.frame import ROOT, Bar, Options, Row, at_least, at_most, run
-from bench.scheduling_cells import Cell, Figures, measure_all
+from bench.scheduling_cells import POLICIES, Cell, Figures, measure_all
 from bench.scheduling_decode import decode_rows
 from bench.scheduling_fairness import fairness_rows
 from bench.scheduling_speed import speed_rows
@@ -32,8 +32,7 @@ BASELINES = (
     "fcfs", "hrrn", "lpm", "lpm, ageing", "sjf, ageing", "wspt", "γ-boost", "mlfq", "fastserve",
     "fastserve, released",
 )  # fmt: skip
-OURS = ("ours, mean", "ours, balanced", "ours, tail", "ours, γ = 0.02", "ours, γ = 0.05",
-        "ours, γ = 0.1", "ours, γ = 0.2", "ours, γ = 0.4", "ours, γ = 0.8")  # fmt: skip
+OURS = tuple(policy for policy in POLICIES if policy.startswith("ours"))
 RHOS = (0.7, 0.9, 1.0)
 RHO = 0.9
 TOLERANCE = 1.02
@@ -49,7 +48,7 @@ class Study:
         self, traces: Sequence[Path], *, seeds: Sequence[int], rhos: Sequence[float]
     ) -> None:
         self.traces, self.seeds, self.rhos = traces, seeds, rhos
-        policies = {*BASELINES, *OURS, "ours, mean, no preemption", "sjf", "srpt, oracle"}
+        policies = {*BASELINES, *OURS, "sjf", "srpt, oracle"}
         cells = [
             Cell(trace, rho, policy, seed)
             for trace in traces

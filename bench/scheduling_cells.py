@@ -37,18 +37,17 @@ def _order(policy: str, **settings: object) -> RouterConfig:
     )
 
 
+GAMMAS_PER_S = (0.0005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.8, 1.6)
+"""From shortest first to first come, first served."""
+
 POLICIES: Mapping[str, RouterConfig] = {
     "fcfs": _order("fcfs"),
     "ours, mean": _order("skip_join", goal="mean"),
     "ours, mean, no preemption": _order("skip_join", goal="mean", preemption=False),
     "ours, balanced": _order("skip_join", goal="balanced"),
     "ours, tail": _order("skip_join", goal="tail"),
-    "ours, γ = 0.02": _order("skip_join", gamma_per_s=0.02),
-    "ours, γ = 0.05": _order("skip_join", gamma_per_s=0.05),
-    "ours, γ = 0.1": _order("skip_join", gamma_per_s=0.1),
-    "ours, γ = 0.2": _order("skip_join", gamma_per_s=0.2),
-    "ours, γ = 0.4": _order("skip_join", gamma_per_s=0.4),
-    "ours, γ = 0.8": _order("skip_join", gamma_per_s=0.8),
+    **{f"ours, γ = {gamma:g}": _order("skip_join", gamma_per_s=gamma) for gamma in GAMMAS_PER_S},
+    "ours, γ = 0.0005, no preemption": _order("skip_join", gamma_per_s=0.0005, preemption=False),
     "sjf": _order("sjf", preemption=False),
     "sjf, ageing": _order("sjf_aging", preemption=False),
     "hrrn": _order("hrrn", preemption=False),
@@ -61,7 +60,8 @@ POLICIES: Mapping[str, RouterConfig] = {
     "fastserve, released": _order("fastserve_released", preempted_max=UNLIMITED),
     "srpt, oracle": _order("srpt", preempted_max=UNLIMITED),
 }
-"""What ``ours`` is compared with runs in the same core, at the same workers, with the same cache.
+"""Those of ``ours`` are what an operator may choose. What they are compared with runs in the same
+core, at the same workers, with the same cache.
 """
 
 

@@ -162,7 +162,7 @@ class RouterCore:
 
     def _admit(self, request: Request, now_ns: int) -> None:
         entry = self.state.admit(request, now_ns)
-        self._goal.arrived(now_ns, entry.work_ns)
+        entry.shadow_job = self._goal.arrived(now_ns, entry.work_ns)
         self.state.enqueue(entry, self._bind(entry, now_ns), now_ns)
 
     def _bind(self, entry: Entry, now_ns: int) -> WorkerId | None:
@@ -397,10 +397,10 @@ class RouterCore:
         # what cannot have been one chunk is no measurement. Scores take a time of their own.
         is_plain = not isinstance(entry.request.task, Scoring)
         if is_plain and 0 < tokens <= worker.chunk_tokens and chunk.elapsed_us > 0:
-            predicted_ns = self.state.fleet.costs.prefill_ns(tokens, before)
-            measured_ns = chunk.elapsed_us * US
-            worker.correction.observe(predicted_ns, measured_ns)
-            self.state.fleet.correction.observe(predicted_ns, measured_ns)
+            costs, is_first = self.state.fleet.costs, entry.computed_tokens == 0
+            predicted_ns = costs.chunk_ns(tokens, before, is_first=is_first)
+            worker.correction.observe(predicted_ns, chunk.elapsed_us * US)
+            self.state.fleet.correction.observe(predicted_ns, chunk.elapsed_us * US)
         self.state.computed(entry, chunk, worker, now_ns)
 
     def _on_progress(self, worker: Worker, progress: Progress, now_ns: int) -> list[Command]:

@@ -90,6 +90,12 @@ class CostModel:
     def prefill_ns(self, uncached_tokens: int, cached_tokens: int = 0) -> int:
         return self.prefill.time_ns(uncached_tokens, cached_tokens)
 
+    def chunk_ns(self, tokens: int, before: int, *, is_first: bool) -> int:
+        """Of so many tokens of a prefill, after ``before``. The whole of it is predicted as one, so
+        what is fixed counts with its first chunk; the others are what they add."""
+        chunk_ns = self.prefill_ns(tokens, before)
+        return chunk_ns if is_first else max(1, chunk_ns - self.prefill_ns(0))
+
     def handoff_ns(self, tokens: int) -> int:
         """Of the KV of so many tokens, from one host's store to another's."""
         return self.handoff.time_ns(tokens * self.kv_token_bytes)

@@ -9,11 +9,23 @@ from pdserve.messages import Decision, Handoff, Request
 from pdserve.router.prefix_index import Hits
 
 
+class ShadowJob:
+    """A prefill as the shadows of ``goals`` imitate it. Its work is kept up to date while it waits
+    in the real queue; what a shadow has served by then stays served."""
+
+    __slots__ = ("arrived_ns", "work_ns")
+
+    def __init__(self, arrived_ns: int, work_ns: int) -> None:
+        self.arrived_ns = arrived_ns
+        self.work_ns = work_ns
+
+
 class Entry:
     """No dataclass, for the reason of ``placement.Choice``. All begin with the figures here."""
 
     phase: Phase = Phase.QUEUED
     level: int = 0
+    rung: int = 0  # of it, with ``skip_join``
     virtual_ns: int = 0  # its arrival, as its class counts it; written by the order
     work_ns: int = 0  # predicted prefill time of what is left, when it was last queued or reported
     uncached_tokens: int = 0  # of which that is the time
@@ -33,6 +45,7 @@ class Entry:
     hits_version: int = -1
     stored_blocks: int = 0  # by that version: leading ones that workers of other hosts may fetch
     watched: Hashable | None = None  # while it waits: the next block that nobody has
+    shadow_job: ShadowJob | None = None  # where shadows keep it waiting
     bound_to: WorkerId | None = None  # chosen on arrival, where placement is not late
     prefill: WorkerId | None = None
     prefilled_by: WorkerId | None = None  # which may yet fail to hand it over

@@ -20,9 +20,12 @@ be no slower is worth nothing, and γ becomes the smallest: then at least the sh
 As long as servers are free in all of them, all shadows do the same, whatever their γ: so they have
 their servers in common until somebody has to wait, and again once nobody waits and all are as busy.
 
-A shadow has neither preemption nor caches: it need not predict times, only their ratios. Its memory
-is an hour, because a 99th percentile is made by the worst minutes of it, and what a calm minute
-would have chosen says nothing of those.
+A shadow has no preemption, and its times are not what requests get: it need not predict those, only
+their ratios. But the less there is to spare, the more these depend on how much work there is. So
+work is as predicted for whole prefills, corrected by what workers take, and who waits has less of
+it once somebody has computed the same prefix (``ShadowJob``). Its memory is an hour, because a 99th
+percentile is made by the worst minutes of it, and what a calm minute would have chosen says nothing
+of those.
 """
 
 import heapq
@@ -35,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.clock import MS, S
+from pdserve.router.entry import ShadowJob
 from pdserve.router.levels import Ladder
 from pdserve.router_config import RouterConfig
 
@@ -70,6 +74,9 @@ class Limits(NamedTuple):
 
 
 LIMITS = {"balanced": Limits(1.05, 1.25), "tail": Limits(1.0, 1.05)}
+
+AIM: Final = 0.98
+"""Of its limits, what γ is steered to: it follows what has been, and so is always a little late."""
 
 BINS: Final = 1024
 BIN_RATIO = 1.02
@@ -116,8 +123,13 @@ class Histogram:
         return self._total_s / self.count
 
     def quantile_s(self, at: float) -> float:
-        place = int(np.searchsorted(np.cumsum(self._counts), at * self.count))
-        return float(BIN_RATIO ** (place + 0.5)) / 1000
+        """As if the times of a bin lay evenly in it: by its middle, two queues whose tails differ
+        by less than a bin would be equally slow."""
+        below = np.cumsum(self._counts)
+        rank = at * float(below[-1])
+        place = int(np.searchsorted(below, rank))
+        part = 1 - (float(below[place]) - rank) / float(self._counts[place])
+        return float(BIN_RATIO ** (place + part)) / 1000
 
     def part_within(self, limit_ns: float) -> float:
         place = max(0, int(math.log(limit_ns / MS) / _LOG_RATIO))
@@ -131,14 +143,14 @@ class Shadow:
         self.times = Histogram()
         self._boosts_ns = boosts_ns
         self._free_ns = [0] * workers  # heap of the instants at which servers are free
-        self._waiting: list[tuple[int, int, int]] = []  # heap of (key, arrival, work)
+        self._waiting: list[tuple[int, int, ShadowJob]] = []  # heap of (key, number, who)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def oldest_wait_ns(self, now_ns: int) -> int:
         """Of a shadow without boosts: how long the next one has waited."""
-        return now_ns - self._waiting[0][1] if self._waiting else 0
+        return now_ns - self._waiting[0][2].arrived_ns if self._waiting else 0
 
     def set_workers(self, count: int) -> None:
         """The first to be free go, or come."""
@@ -147,16 +159,15 @@ class Shadow:
         while len(self._free_ns) < count:
             heapq.heappush(self._free_ns, self._free_ns[0] if self._free_ns else 0)
 
-    def arrive(self, now_ns: int, work_ns: int, level: int) -> None:
-        """Arrivals come in order."""
-        waiting, free_ns = self._waiting, self._free_ns
+    def arrive(self, job: ShadowJob, number: int, rung: int) -> None:
+        """Arrivals come in order; ``number`` tells those of one instant apart."""
+        waiting, free_ns, now_ns = self._waiting, self._free_ns, job.arrived_ns
         while waiting and free_ns[0] <= now_ns:
-            _, arrival_ns, waiting_ns = heapq.heappop(waiting)
-            self._serve(free_ns[0], arrival_ns, waiting_ns)
+            self._serve(free_ns[0], heapq.heappop(waiting)[2])
         if free_ns[0] <= now_ns:
-            self._serve(now_ns, now_ns, work_ns)
+            self._serve(now_ns, job)
         else:
-            heapq.heappush(waiting, (now_ns - self._boosts_ns[level], now_ns, work_ns))
+            heapq.heappush(waiting, (now_ns - self._boosts_ns[rung], number, job))
 
     def is_free(self, now_ns: int) -> bool:
         """Whether one more would be served at once, and nobody waits."""
@@ -177,10 +188,10 @@ class Shadow:
         """From now on it has servers of its own."""
         self._free_ns = self._free_ns.copy()
 
-    def _serve(self, begin_ns: int, arrival_ns: int, work_ns: int) -> None:
-        done_ns = begin_ns + work_ns
+    def _serve(self, begin_ns: int, job: ShadowJob) -> None:
+        done_ns = begin_ns + job.work_ns
         heapq.heapreplace(self._free_ns, done_ns)
-        self.times.add(done_ns - arrival_ns)
+        self.times.add(done_ns - job.arrived_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +203,9 @@ class Outcome:
     within_slo: float
 
     def excess(self, limits: Limits, fcfs: "Outcome") -> float:
-        """Above 1: a limit is broken."""
-        return max(
-            self.p99_s / (limits.p99 * fcfs.p99_s), self.p999_s / (limits.p999 * fcfs.p999_s)
-        )
+        """Above 1: a limit is too near."""
+        p99, p999 = self.p99_s / fcfs.p99_s, self.p999_s / fcfs.p999_s
+        return max(p99 / (AIM * limits.p99), p999 / (AIM * limits.p999))
 
 
 def choose(goal: str, fcfs: Outcome, outcomes: Sequence[Outcome]) -> float:
@@ -250,9 +260,11 @@ class GoalControl:
         for shadow in [self._fcfs] if self._are_alike else self._all():
             shadow.set_workers(max(1, count))
 
-    def arrived(self, now_ns: int, work_ns: int) -> None:
+    def arrived(self, now_ns: int, work_ns: int) -> ShadowJob | None:
+        """What shadows have of it, if it waits in any: whoever learns while it waits that less is
+        to be done says so there."""
         if not self._shadows or len(self._fcfs) >= WAITING_MAX:
-            return
+            return None
         self._arrived_count += 1
         if self._due_ns is None:
             self._due_ns = now_ns + PERIOD_NS
@@ -262,16 +274,17 @@ class GoalControl:
             self._fcfs.times.add_at(place, time_s)
             for _, shadow in self._shadows:
                 shadow.times.add_at(place, time_s)
-            return
+            return None
         if self._are_alike:
             self._part()
-        level = self._ladder.level_of(work_ns)
-        self._fcfs.arrive(now_ns, work_ns, level)
-        for _, shadow in self._shadows:
-            shadow.arrive(now_ns, work_ns, level)
+        rung = self._ladder.rung_of(work_ns)
+        job = ShadowJob(now_ns, work_ns)
+        for shadow in self._all():
+            shadow.arrive(job, self._arrived_count, rung)
         self._apart_count += 1
         if self._apart_count % MEET_EVERY == 0:
             self._meet(now_ns)
+        return job
 
     def _part(self) -> None:
         """Somebody has to wait: from here on it matters who is next."""

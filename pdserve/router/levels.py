@@ -5,10 +5,15 @@ level to level. *Skip-join*: how long a prefill lasts is known on arrival (uncac
 measured speed), so a request joins the first level whose quantum covers it, and skips those above,
 where it would only delay the short ones and be demoted anyway.
 
+A level has four *rungs*, with quanta in between, and a request stands on one of them: of two where
+one is twice as long, the shorter should not have to wait only because both are of one level.
+(Measured: a mean time to first token 5 to 7 % shorter, at the same tail.) Levels are what people
+are shown, rungs what is compared.
+
 Which of two waiting requests goes first is decided by a *key* that never changes while it waits:
 
-    key = virtual arrival − boost(level)
-    boost(level) = (1/γ) · ln(1 / (1 − e^(−γ·quantum)))
+    key = virtual arrival − boost(rung)
+    boost(rung) = (1/γ) · ln(1 / (1 − e^(−γ·quantum)))
 
 A short request goes before those that arrived up to (its boost − their boost) earlier, and before
 no others: overtaking is bounded by construction, so nobody starves and no sweep promotes anybody.
@@ -31,16 +36,23 @@ from pdserve.router.entry import Entry
 from pdserve.router.places import DEAD_PLACES_MAX, Place, Places
 from pdserve.router_config import RouterConfig
 
-QUANTUM_RATIO = 2
+RUNGS: Final = 4
+"""Of a level, but for level 0, which has one."""
 
 NEAR_PLACES: Final = 64
-"""So far from the front of a level, no place that somebody left stays: whoever looks for the next
+"""So far from the front of a rung, no place that somebody left stays: whoever looks for the next
 ones looks there, again and again."""
 
 
 def quanta_ns(first_quantum_ns: int, level_count: int) -> tuple[int, ...]:
-    """The quantum of each level, level 0 first."""
-    return tuple(first_quantum_ns * QUANTUM_RATIO**level for level in range(level_count))
+    """The quantum of each rung, rung 0 first."""
+    rung_count = 1 + (level_count - 1) * RUNGS
+    return tuple(round(first_quantum_ns * 2 ** (rung / RUNGS)) for rung in range(rung_count))
+
+
+def level_of(rung: int) -> int:
+    """Whose highest rung has the quantum of the level."""
+    return -(-rung // RUNGS)
 
 
 def boost_ns(work_ns: float, gamma_per_s: float) -> int:
@@ -50,13 +62,13 @@ def boost_ns(work_ns: float, gamma_per_s: float) -> int:
 
 
 def boosts_ns(quanta: Sequence[int], gamma_per_s: float) -> tuple[int, ...]:
-    """The boost of each level, level 0 first."""
+    """The boost of each rung, rung 0 first."""
     return tuple(boost_ns(quantum, gamma_per_s) for quantum in quanta)
 
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """The levels' figures, level 0 first."""
+    """The rungs' figures, rung 0 first."""
 
     quanta_ns: tuple[int, ...]
     boosts_ns: tuple[int, ...]
@@ -69,22 +81,21 @@ class Ladder:
 
     @property
     def last(self) -> int:
+        """The last rung."""
         return len(self.quanta_ns) - 1
 
-    def level_of(self, work_ns: int) -> int:
-        """The first level whose quantum covers so much work; the last level if none does."""
-        first_ns = self.quanta_ns[0]
-        if work_ns <= first_ns:
-            return 0
-        return min(self.last, ((work_ns - 1) // first_ns).bit_length())  # quanta double
+    def rung_of(self, work_ns: int) -> int:
+        """The first rung whose quantum covers so much work; the last one if none does."""
+        return min(self.last, bisect_left(self.quanta_ns, work_ns))
 
-    def key_ns(self, virtual_ns: int, level: int) -> int:
+    def key_ns(self, virtual_ns: int, rung: int) -> int:
         """Smaller goes first."""
-        return virtual_ns - self.boosts_ns[level]
+        return virtual_ns - self.boosts_ns[rung]
 
 
-class Level(Places):
-    """Entries by virtual arrival. Joining at the end and leaving anywhere is O(1), amortised."""
+class Rung(Places):
+    """Those who stand on it, by virtual arrival. Joining at the end and leaving anywhere is O(1),
+    amortised."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -195,6 +195,8 @@ class RouterState:
             self.lines.of(entry).push(entry, now_ns)
         self._unqueue(entry)
         self.predict(entry, hits)
+        if entry.shadow_job is not None:
+            entry.shadow_job.work_ns = entry.work_ns
         self._count(entry, 1)
         self.lines.of(entry).refresh(entry, now_ns)
         return True
@@ -213,7 +215,7 @@ class RouterState:
         self.dispatched_work_ns += entry.work_ns
         self._unqueue(entry)
         self.patience.remove(entry.id)
-        entry.hits = None
+        entry.hits = entry.shadow_job = None  # from now on its work shrinks because it is done
         entry.phase = advance(entry.phase, Event.DISPATCHED)
         entry.cached_tokens = choice.cached_tokens
         entry.uncached_tokens = choice.uncached_tokens

@@ -1,13 +1,13 @@
 """Boosted skip-join: levels on the prefill time that is left, fair between tenants, with rescue.
 
-Every tenant has the levels of ``levels``. Within a tenant the next is the least of its levels'
-heads by ``arrival − boost(level)``; between tenants the heads are compared with the arrival put
+Every tenant has the levels of ``levels``. Within a tenant the next is the least of its rungs' heads
+by ``arrival − boost(rung)``; between tenants the heads are compared with the arrival put
 back to the tenant's tag (``tenants``). So a pick looks at a few heads, whatever the queue's length.
 A service class counts as an earlier or later arrival, by a fixed time.
 
-An entry's level follows its work. It rises as chunks are computed; it falls when its work turns out
-larger than its level's quantum, or when it took more than a quantum and is not done: then it is
-*demoted*, and does not rise above that level again.
+An entry's rung follows its work. It rises as chunks are computed; it falls when its work turns out
+larger than its rung's quantum, or when it took more than a quantum and is not done: then it is
+*demoted*, and does not rise above that rung again.
 
 ``fcfs`` is the same with one level, where nobody ever yields.
 """
@@ -20,7 +20,7 @@ from pdserve.clock import MS, S
 from pdserve.ids import RequestId
 from pdserve.messages import ServiceClass
 from pdserve.router.entry import Entry
-from pdserve.router.levels import Ladder
+from pdserve.router.levels import Ladder, level_of
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.rescue import Rescue
 from pdserve.router.orders.tenant_levels import Item, TenantLevels
@@ -38,15 +38,15 @@ CLASS_DELAYS_NS: Mapping[ServiceClass, int] = {
 class _Standing:
     """What an order remembers of an entry from its first push until it is forgotten."""
 
-    __slots__ = ("counted_ns", "floor_level", "rescued", "served_us", "tag_ns", "waits")
+    __slots__ = ("counted_ns", "floor_rung", "rescued", "served_us", "tag_ns", "waits")
 
     def __init__(self) -> None:
         self.waits = False
         self.rescued = False  # it runs because of its claim
-        self.floor_level = 0  # it was demoted: no level above this one any more
-        self.served_us = 0  # compute time it got since it is in its level
+        self.floor_rung = 0  # it was demoted: none above this one any more
+        self.served_us = 0  # compute time it got since it is on its rung
         self.tag_ns = 0  # its tenant's, when dispatched: its own cost must not count against it
-        self.counted_ns = 0  # its work, as its level counts it while it waits
+        self.counted_ns = 0  # its work, as its rung counts it while it waits
 
 
 class SkipJoin(Order):
@@ -68,12 +68,12 @@ class SkipJoin(Order):
             share=settings.rescue_share,
         )
         self._longest_ns = 0  # of all prefills so far: the piece that may be running
-        self._work_ns = [0] * len(self.ladder.quanta_ns)  # that waits, by level
+        self._work_ns = [0] * len(self.ladder.quanta_ns)  # that waits, by rung
 
     # ── settings that move ───────────────────────────────────────────────────────────────────────
 
     def set_gamma(self, gamma_per_s: float) -> None:
-        """Levels keep their order; only their heads' keys change."""
+        """Rungs keep their order; only their heads' keys change."""
         if gamma_per_s == self._gamma_per_s:
             return
         self._gamma_per_s = gamma_per_s
@@ -92,11 +92,11 @@ class SkipJoin(Order):
         standing = self._standings.get(entry.id)
         if standing is None:
             standing = self._standings[entry.id] = _Standing()
-            entry.level = self.ladder.level_of(entry.work_ns)
+            _stand(entry, self.ladder.rung_of(entry.work_ns))
             if entry.level > 0:
                 self._counters["skips"] += 1
         else:
-            entry.level = max(standing.floor_level, self.ladder.level_of(entry.work_ns))
+            _stand(entry, max(standing.floor_rung, self.ladder.rung_of(entry.work_ns)))
         standing.served_us = 0
         entry.virtual_ns = entry.arrived_ns + CLASS_DELAYS_NS[entry.request.service_class]
         standing.rescued, standing.waits = False, True
@@ -117,14 +117,14 @@ class SkipJoin(Order):
 
     def refresh(self, entry: Entry, now_ns: int) -> None:
         standing = self._standings[entry.id]
-        level = max(standing.floor_level, self.ladder.level_of(entry.work_ns))
-        if level == entry.level:
+        rung = max(standing.floor_rung, self.ladder.rung_of(entry.work_ns))
+        if rung == entry.rung:
             return
         self._exit(entry, standing)
-        if level > entry.level:
-            self._demote(entry, standing, level)
+        if rung > entry.rung:
+            self._demote(entry, standing, rung)
         else:
-            entry.level = level
+            _stand(entry, rung)
         self._enter(entry, standing)
 
     def dispatched(self, entry: Entry, now_ns: int) -> None:
@@ -140,14 +140,15 @@ class SkipJoin(Order):
     def served(self, entry: Entry, elapsed_us: int, now_ns: int) -> None:
         standing = self._standings[entry.id]
         standing.served_us += elapsed_us
-        level = max(standing.floor_level, self.ladder.level_of(entry.work_ns))
-        overdrawn = standing.served_us * 1000 > self.ladder.quanta_ns[entry.level]
-        if level > entry.level:
-            self._demote(entry, standing, level)
-        elif overdrawn and entry.level < self.ladder.last:
-            self._demote(entry, standing, entry.level + 1)
-        elif level < entry.level:
-            entry.level, standing.served_us = level, 0
+        rung = max(standing.floor_rung, self.ladder.rung_of(entry.work_ns))
+        overdrawn = standing.served_us * 1000 > self.ladder.quanta_ns[entry.rung]
+        if rung > entry.rung:
+            self._demote(entry, standing, rung)
+        elif overdrawn and entry.rung < self.ladder.last:
+            self._demote(entry, standing, entry.rung + 1)
+        elif rung < entry.rung:
+            _stand(entry, rung)
+            standing.served_us = 0
             self._counters["promotions"] += 1
 
     def forget(self, entry: Entry) -> None:
@@ -186,8 +187,8 @@ class SkipJoin(Order):
         return self._own_key_ns(entry, tag_ns)
 
     def _own_key_ns(self, entry: Entry, tag_ns: int = 0) -> int:
-        """Among its tenant's. It falls as its work shrinks, and its level with it."""
-        return max(entry.virtual_ns, tag_ns) - self.ladder.boosts_ns[entry.level]
+        """Among its tenant's. It falls as its work shrinks, and its rung with it."""
+        return max(entry.virtual_ns, tag_ns) - self.ladder.boosts_ns[entry.rung]
 
     def kept_share(self, running: Entry, now_ns: int) -> float:
         """Who waited would have a claim by now, to as much of the pool's time; who has begun has no
@@ -214,10 +215,11 @@ class SkipJoin(Order):
         return standing is not None and standing.waits
 
     def lengths(self) -> tuple[int, ...]:
-        counts = [0] * len(self.ladder.quanta_ns)
+        """By level."""
+        counts = [0] * (level_of(self.ladder.last) + 1)
         for tenant in self._tenants.values():
-            for index, count in enumerate(tenant.lengths()):
-                counts[index] += count
+            for rung, count in tenant.lengths():
+                counts[level_of(rung)] += count
         return tuple(counts)
 
     # ── beyond Order ─────────────────────────────────────────────────────────────────────────────
@@ -240,7 +242,7 @@ class SkipJoin(Order):
             entry = tenant.head
             assert entry is not None
             virtual_ns = max(entry.virtual_ns, self._tags.tag_ns(name, now_ns))
-            key = (virtual_ns - boosts_ns[entry.level], entry.order)
+            key = (virtual_ns - boosts_ns[entry.rung], entry.order)
             if best_key is None or key < best_key:
                 best, best_key = entry, key
         return best
@@ -250,8 +252,8 @@ class SkipJoin(Order):
         return self._rescue.head(now_ns) if self.preempts else None
 
     def work_before_ns(self, work_ns: int) -> int:
-        """What waits in the levels that so much work would not pass."""
-        return sum(self._work_ns[: self.ladder.level_of(work_ns) + 1])
+        """What waits on the rungs that so much work would not pass."""
+        return sum(self._work_ns[: self.ladder.rung_of(work_ns) + 1])
 
     def _check_bound(self, entry: Entry, now_ns: int) -> None:
         """Count whether the promise of ``rescue`` was kept."""
@@ -276,13 +278,13 @@ class SkipJoin(Order):
             self._note_basis()
         tenant.push(entry, entry.virtual_ns)
         standing.counted_ns = entry.work_ns
-        self._work_ns[entry.level] += entry.work_ns
+        self._work_ns[entry.rung] += entry.work_ns
 
     def _exit(self, entry: Entry, standing: _Standing) -> None:
         name = entry.request.tenant
         tenant = self._tenants[name]
         tenant.remove(entry)
-        self._work_ns[entry.level] -= standing.counted_ns
+        self._work_ns[entry.rung] -= standing.counted_ns
         if not tenant:
             self._spare = self._tenants.pop(name)
             self._note_basis()
@@ -299,9 +301,10 @@ class SkipJoin(Order):
         tenant.set_boosts(self.ladder.boosts_ns)
         return tenant
 
-    def _demote(self, entry: Entry, standing: _Standing, level: int) -> None:
-        assert level > entry.level
-        entry.level = standing.floor_level = level
+    def _demote(self, entry: Entry, standing: _Standing, rung: int) -> None:
+        assert rung > entry.rung
+        _stand(entry, rung)
+        standing.floor_rung = rung
         standing.served_us = 0
         self._counters["demotions"] += 1
 
@@ -309,7 +312,7 @@ class SkipJoin(Order):
         """A tenant's entries in its own order, with the keys that stand beside other tenants'."""
         tag_ns = self._tags.tag_ns(name, now_ns)
         for _, order, entry in self._tenants[name]:
-            yield self.ladder.key_ns(max(entry.virtual_ns, tag_ns), entry.level), order, entry
+            yield self.ladder.key_ns(max(entry.virtual_ns, tag_ns), entry.rung), order, entry
 
     def check(self) -> None:
         assert sum(self.lengths()) == self._waiting_count
@@ -325,5 +328,10 @@ class SkipJoin(Order):
 
     def check_level(self, entry: Entry) -> None:
         """Of one that waits or runs: the key is computed from it."""
-        floor_level = self._standings[entry.id].floor_level
-        assert entry.level == max(floor_level, self.ladder.level_of(entry.work_ns))
+        floor_rung = self._standings[entry.id].floor_rung
+        assert entry.rung == max(floor_rung, self.ladder.rung_of(entry.work_ns))
+        assert entry.level == level_of(entry.rung)
+
+
+def _stand(entry: Entry, rung: int) -> None:
+    entry.rung, entry.level = rung, level_of(rung)

@@ -1,6 +1,6 @@
-"""The levels of one tenant, and who comes first of all in them.
+"""The rungs of one tenant's levels, and who comes first of all on them.
 
-The least of the levels' heads comes next; whoever asks for one further back needs all levels merged
+The least of the rungs' heads comes next; whoever asks for one further back needs all rungs merged
 up to there. So the first few are kept in order as entries come and go, and merged anew only when
 they have gone: a pick then costs the same however many wait, and however far back it looks.
 """
@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Final
 
 from pdserve.router.entry import Entry
-from pdserve.router.levels import Level
+from pdserve.router.levels import Rung
 
 FRONT_MAX: Final = 16
 
@@ -25,26 +25,29 @@ class TenantLevels:
 
     def __init__(self, boosts_ns: Sequence[int]) -> None:
         self._boosts_ns = boosts_ns
-        self._levels = [Level() for _ in boosts_ns]
+        self._rungs: dict[int, Rung] = {}  # on which somebody has stood
         self._count = 0
         self._front: list[Item] = []
 
     def set_boosts(self, boosts_ns: Sequence[int]) -> None:
-        """Levels keep their order; only how they stand to one another changes."""
+        """Rungs keep their order; only how they stand to one another changes."""
         self._boosts_ns = boosts_ns
         self._front.clear()
 
     def __len__(self) -> int:
         return self._count
 
-    def lengths(self) -> list[int]:
-        return list(map(len, self._levels))
+    def lengths(self) -> Iterator[tuple[int, int]]:
+        """(rung, how many stand on it)."""
+        return ((number, len(rung)) for number, rung in self._rungs.items())
 
     def push(self, entry: Entry, virtual_ns: int) -> None:
-        level = entry.level
-        self._levels[level].push(entry, virtual_ns)
+        rung = self._rungs.get(entry.rung)
+        if rung is None:
+            rung = self._rungs[entry.rung] = Rung()
+        rung.push(entry, virtual_ns)
         front = self._front
-        item = (virtual_ns - self._boosts_ns[level], entry.order, entry)
+        item = (virtual_ns - self._boosts_ns[entry.rung], entry.order, entry)
         if front and item < front[-1]:
             insort(front, item)
             del front[FRONT_MAX:]
@@ -53,7 +56,7 @@ class TenantLevels:
         self._count += 1
 
     def remove(self, entry: Entry) -> None:
-        self._levels[entry.level].remove(entry.id)
+        self._rungs[entry.rung].remove(entry.id)
         self._count -= 1
         for index, item in enumerate(self._front):
             if item[2] is entry:
@@ -78,23 +81,20 @@ class TenantLevels:
             yield from islice(self._merged(), seen, None)
 
     def _merged(self) -> Iterator[Item]:
-        filled = (
-            (level, boost_ns)
-            for level, boost_ns in zip(self._levels, self._boosts_ns, strict=True)
-            if level
-        )
-        return heapq.merge(*(_items(level, boost_ns) for level, boost_ns in filled))
+        boosts_ns = self._boosts_ns
+        filled = ((rung, boosts_ns[number]) for number, rung in self._rungs.items() if rung)
+        return heapq.merge(*(_items(rung, boost_ns) for rung, boost_ns in filled))
 
     def check(self) -> None:
         """Linear; for tests."""
-        for index, level in enumerate(self._levels):
-            level.check()
-            assert all(entry.level == index for *_, entry in level)
-        assert sum(self.lengths()) == self._count
+        for number, rung in self._rungs.items():
+            rung.check()
+            assert all(entry.rung == number for *_, entry in rung)
+        assert sum(map(len, self._rungs.values())) == self._count
         assert len(self._front) <= FRONT_MAX
         assert self._front == list(islice(self._merged(), len(self._front)))
 
 
-def _items(level: Level, boost_ns: int) -> Iterator[Item]:
-    for virtual_ns, order, _, entry in level:
+def _items(rung: Rung, boost_ns: int) -> Iterator[Item]:
+    for virtual_ns, order, _, entry in rung:
         yield virtual_ns - boost_ns, order, entry

@@ -32,6 +32,16 @@ def test_two_chunks_have_as_many_pairs_as_one_prefill(first: int, second: int) -
     assert both_ns == pytest.approx(cost.time_ns(first + second), abs=2)
 
 
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=9), st.integers(0, 2000))
+def test_chunks_add_up_to_the_prefill(chunks: list[int], cached: int) -> None:
+    prefill = PrefillCost(fixed_s=0.1, token_s=0.001, pair_s=1e-6)
+    costs, before, whole_ns = replace(believed(1000), prefill=prefill), cached, 0
+    for tokens in chunks:
+        whole_ns += costs.chunk_ns(tokens, before, is_first=before == cached)
+        before += tokens
+    assert whole_ns == pytest.approx(costs.prefill_ns(sum(chunks), cached), abs=len(chunks) + 1)
+
+
 def test_large_batches_have_their_own_step_cost() -> None:
     small = StepCost(fixed_s=0.01, context_s=1e-6, sequence_s=0.001)
     cost = DecodeCost(small=small, large=replace(small, fixed_s=0.02), large_from=8)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
 from pdserve.router import goals
+from pdserve.router.entry import ShadowJob
 from pdserve.router.goals import (
+    AIM,
     ARRIVALS_MIN,
     BIN_RATIO,
     GAMMA_MIN_PER_S,
@@ -33,8 +35,8 @@ from pdserve.router_config import RouterConfig
 
 CONFIG = RouterConfig()
 WORKERS = 4
-FLAT = (0,) * CONFIG.level_count
 LADDER = Ladder.of(CONFIG, 1.0)
+FLAT = (0,) * len(LADDER.quanta_ns)
 
 Arrival = tuple[int, int]
 """Instant and work, in nanoseconds."""
@@ -56,9 +58,9 @@ def _times_ns(arrivals: Sequence[Arrival], workers: int, boosts_ns: Sequence[int
     shadow = Shadow(boosts_ns, 1)
     shadow.set_workers(workers)
     recorder = shadow.times = Recorder()
-    for at_ns, work_ns in arrivals:
-        shadow.arrive(at_ns, work_ns, LADDER.level_of(work_ns))
-    shadow.arrive(10**18, 0, 0)  # by then all are through
+    for number, (at_ns, work_ns) in enumerate(arrivals):
+        shadow.arrive(ShadowJob(at_ns, work_ns), number, LADDER.rung_of(work_ns))
+    shadow.arrive(ShadowJob(10**18, 0), len(arrivals), 0)  # by then all are through
     return sorted(recorder.times_ns[:-1])
 
 
@@ -106,10 +108,10 @@ def _served_by_hand(
         free.sort()
         now_ns = max(free[0], min(at_ns for at_ns, _ in left))
 
-        def key(arrival: Arrival) -> tuple[int, int, int]:
+        def key(arrival: Arrival) -> int:  # at equal keys who came first
             at_ns, work_ns = arrival
-            level = min(bisect_left(LADDER.quanta_ns, work_ns), LADDER.last)
-            return at_ns - boosts_ns[level], at_ns, work_ns
+            rung = min(bisect_left(LADDER.quanta_ns, work_ns), LADDER.last)
+            return at_ns - boosts_ns[rung]
 
         waiting = [arrival for arrival in left if arrival[0] < now_ns]
         chosen = min(waiting or [arrival for arrival in left if arrival[0] == now_ns], key=key)
@@ -145,13 +147,13 @@ def test_a_shadow_without_boosts_is_first_come_first_served() -> None:
 def test_workers_come_and_go_in_a_shadow() -> None:
     shadow = Shadow(FLAT, 1)
     recorder = shadow.times = Recorder()
-    shadow.arrive(0, 100, 0)
-    shadow.arrive(0, 100, 0)
+    shadow.arrive(ShadowJob(0, 100), 0, 0)
+    shadow.arrive(ShadowJob(0, 100), 1, 0)
     assert len(shadow) == 1
     shadow.set_workers(2)  # it is busy as long as the other
-    shadow.arrive(100, 50, 0)
+    shadow.arrive(ShadowJob(100, 50), 2, 0)
     shadow.set_workers(1)
-    shadow.arrive(10**9, 1, 0)
+    shadow.arrive(ShadowJob(10**9, 1), 3, 0)
     assert recorder.times_ns == [100, 200, 50, 1]
 
 
@@ -200,15 +202,17 @@ FCFS = _outcome(0.0, 100, 1000, p999=2000)
 
 
 def test_the_least_mean_of_those_that_keep_the_tail() -> None:
-    tried = [_outcome(1, 50, 1040), _outcome(2, 60, 1000), _outcome(4, 70, 900)]
+    tried = [_outcome(1, 50, 1020), _outcome(2, 60, AIM * 1000), _outcome(4, 70, 900)]
     assert choose("balanced", FCFS, tried) == 1
     assert choose("tail", FCFS, tried) == 2
 
 
 def test_between_two_shadows_gamma_is_where_the_limit_is_met() -> None:
-    tried = [_outcome(1, 50, 1150), _outcome(2, 60, 950), _outcome(4, 70, 900)]
-    assert choose("balanced", FCFS, tried) == pytest.approx(2 * 0.5**0.5)  # 1.05 is half-way
-    assert choose("tail", FCFS, tried) == pytest.approx(2 * 0.5**0.25)  # 1.0 a quarter of it
+    tried = [_outcome(1, 50, 1180), _outcome(2, 60, 980), _outcome(4, 70, 900)]
+    limit = AIM * 1050
+    assert choose("balanced", FCFS, tried) == pytest.approx(2 * 0.5 ** ((limit - 980) / 200))
+    tried[1] = _outcome(2, 60, 930)
+    assert choose("tail", FCFS, tried) == pytest.approx(2 * 0.5**0.2)  # AIM is a fifth of the way
 
 
 def test_who_waits_longest_counts_too() -> None:
@@ -372,12 +376,25 @@ def test_shadows_that_share_servers_are_what_each_would_be_alone(
                     shadow.set_workers(later)
             control.arrived(now_ns, work_ms * MS)
             for shadow in alone:
-                shadow.arrive(now_ns, work_ms * MS, LADDER.level_of(work_ms * MS))
+                job = ShadowJob(now_ns, work_ms * MS)
+                shadow.arrive(job, number, LADDER.rung_of(work_ms * MS))
             assert [len(shadow) for shadow in control._all()] == [len(shadow) for shadow in alone]
     for shadow, other in zip(control._all(), alone, strict=True):
         assert shadow.times._fresh == other.times._fresh
         assert shadow.times._total_s == other.times._total_s
         assert shadow.busy_ns(now_ns) == other.busy_ns(now_ns)
+
+
+def test_who_has_less_to_do_when_its_turn_comes_is_served_in_less() -> None:
+    """Somebody with the same prefix was computed while it waited."""
+    control = GoalControl(CONFIG)
+    assert control.arrived(0, 1000 * MS) is None, "it is served at once, everywhere"
+    waiting = control.arrived(1 * MS, 1000 * MS)
+    assert waiting is not None
+    waiting.work_ns = 200 * MS
+    control.arrived(10 * S, 1 * MS)
+    for shadow in control._all():
+        assert shadow.times._total_s == pytest.approx(1.0 + 1.199 + 0.001)
 
 
 def test_shadows_share_servers_again_once_nobody_waits() -> None:

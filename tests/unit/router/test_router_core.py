@@ -13,12 +13,15 @@ from pdserve.lifecycle import Event
 from pdserve.messages import Dispatch, FetchAhead, Refused, Report, Resume, WorkerFailed
 from pdserve.router import deadlines, planner
 from pdserve.router.core import GATEWAY_GRACE_NS, RouterCore, ToGateway, ToWorker
+from pdserve.router.costs import PrefillCost, believed
+from pdserve.router_config import RouterConfig
 from tests.unit.router.build import (
     add,
     address,
     core_with,
     handoff,
     hello,
+    keys,
     request,
     settings,
     told,
@@ -399,3 +402,41 @@ def test_a_snapshot_is_plain_values() -> None:
     assert snapshot.oldest_request == "r3"
     assert snapshot.queue_lengths == (0, 0, 1, 0, 0, 0, 0, 0)
     assert snapshot.queued_work_ms == 100
+
+
+# ── predictions ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_chunks_that_take_what_was_predicted_of_the_whole_correct_nothing() -> None:
+    """What is fixed about a prefill was predicted once, however many chunks it has."""
+    prefill = PrefillCost(fixed_s=0.1, token_s=0.001)
+    costs = replace(believed(1000), origin="measured", prefill=prefill)
+    core = RouterCore(settings(), unix_zero_ms=0, costs=costs)
+    p0 = add(core, hello("p0", chunk_tokens=128))
+    add(core, hello("d0"))
+    for number in range(20):
+        asked = request(f"r{number}", 640)
+        core.on_submit(asked, 0)
+        p0.chunk(asked, 128, elapsed_ms=100 + 128)
+        for computed in (256, 384, 512):
+            p0.chunk(asked, computed, elapsed_ms=128)
+        p0.event(asked, Event.PREFILL_DONE)
+    assert core.state.fleet.correction.factor == pytest.approx(1.0)
+
+
+def test_shadows_hear_that_who_waits_has_less_to_do() -> None:
+    core = RouterCore(RouterConfig(prefill_tokens_per_s=1000), unix_zero_ms=0)
+    p0 = add(core, hello("p0", chunk_tokens=128))
+    add(core, hello("d0"))
+    _occupied(core)
+    core.on_submit(request("waits", 640, document="a"), 0)
+    entry = core.state.entries[RequestId("waits")]
+    job = entry.shadow_job
+    assert job is not None
+    assert job.work_ns == 640 * MS
+    p0.report(blocks_added=keys("a", 20))
+    assert job.work_ns == entry.work_ns == 320 * MS
+    for name in ("first", "second"):
+        p0.event(request(name, 128), Event.PREFILL_DONE)
+    p0.chunk(request("waits", 640, document="a"), 448, elapsed_ms=128)
+    assert entry.work_ns < job.work_ns == 320 * MS, "what was done of it is no less to do"

@@ -67,7 +67,7 @@ def test_what_is_cached_or_computed_already_does_not_count_as_held() -> None:
     p0.report(blocks_added=keys("a", 60))
     core.on_submit(request("cached", 1000, document="a"), 0)  # but for 40 tokens
     core.on_submit(request("long", 600), 0)
-    assert core.on_submit(request("next", 500), 0) == []
+    assert core.on_submit(request("next", 600), 0) == []
     p0.event(request("cached", 1000), Event.PREFILL_DONE)
     for computed_tokens in (128, 256, 384):
         assert p0.chunk(request("long", 600), computed_tokens, 128) == []

@@ -58,7 +58,8 @@ def test_short_ones_go_before_long_ones_that_came_a_little_earlier() -> None:
 def test_a_long_one_is_overtaken_within_the_difference_of_boosts_and_no_longer() -> None:
     """D1: the bound is a number one can compute, and no sweep has to come round first."""
     order = _order()
-    window_ms = (order.ladder.boosts_ns[0] - order.ladder.boosts_ns[6]) // MS
+    ladder = order.ladder
+    window_ms = (ladder.boosts_ns[0] - ladder.boosts_ns[ladder.rung_of(1500 * MS)]) // MS
     wait(
         order,
         entry("long", 1500, order=0),
@@ -125,7 +126,7 @@ def test_one_that_comes_back_has_its_place_and_its_level() -> None:
     assert names(order) == ["demoted", "other"]
 
 
-def test_work_before_a_newcomer_is_that_of_its_level_and_those_above() -> None:
+def test_work_before_a_newcomer_is_that_of_its_rung_and_those_above() -> None:
     order = _order()
     wait(order, entry("a", 20), entry("b", 100, order=1), entry("c", 1500, order=2))
     assert order.work_before_ns(20 * MS) == 20 * MS
@@ -169,7 +170,7 @@ JOBS = st.lists(
 def test_what_a_tenant_has_used_does_not_turn_its_own_order(
     jobs: list[tuple[int, int]], spent_ms: list[int]
 ) -> None:
-    """Model: a sort by arrival less the level's boost; its past is charged beforehand."""
+    """Model: a sort by arrival less the rung's boost; its past is charged beforehand."""
     order = _order()
     for number, work_ms in enumerate(spent_ms):
         past = entry(f"past {number}", work_ms, order=-number - 1)
@@ -184,7 +185,7 @@ def test_what_a_tenant_has_used_does_not_turn_its_own_order(
     order.check()
 
     def key(one: Entry) -> tuple[int, int]:
-        return one.arrived_ns - order.ladder.boosts_ns[one.level], one.order
+        return one.arrived_ns - order.ladder.boosts_ns[one.rung], one.order
 
     expected = [str(one.id) for one in sorted(waiting, key=key)]
     assert names(order) == expected
@@ -315,7 +316,7 @@ def test_it_yields_to_a_key_that_is_better_by_more_than_the_margin() -> None:
     wait(order, running, waiting)
     dispatch(order, running)
     boosts_ns = order.ladder.boosts_ns
-    gain_ns = boosts_ns[0] - boosts_ns[6] - 100 * MS
+    gain_ns = boosts_ns[waiting.rung] - boosts_ns[running.rung] - 100 * MS
     assert order.yields(running, waiting, gain_ns - 1, 0)
     assert not order.yields(running, waiting, gain_ns, 0)
     assert not order.yields(waiting, running, 0, 0)

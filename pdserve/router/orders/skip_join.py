@@ -147,9 +147,10 @@ class SkipJoin(Order):
         elif overdrawn and entry.rung < self.ladder.last:
             self._demote(entry, standing, entry.rung + 1)
         elif rung < entry.rung:
+            if level_of(rung) < entry.level:
+                self._counters["promotions"] += 1
             _stand(entry, rung)
             standing.served_us = 0
-            self._counters["promotions"] += 1
 
     def forget(self, entry: Entry) -> None:
         self._standings.pop(entry.id, None)
@@ -303,10 +304,11 @@ class SkipJoin(Order):
 
     def _demote(self, entry: Entry, standing: _Standing, rung: int) -> None:
         assert rung > entry.rung
+        if level_of(rung) > entry.level:
+            self._counters["demotions"] += 1
         _stand(entry, rung)
         standing.floor_rung = rung
         standing.served_us = 0
-        self._counters["demotions"] += 1
 
     def _keyed(self, name: str, now_ns: int) -> Iterator[Item]:
         """A tenant's entries in its own order, with the keys that stand beside other tenants'."""

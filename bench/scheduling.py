@@ -1,6 +1,6 @@
 """Every figure we state of the router: distance to the oracle, baselines, fairness, speed.
 
-    python -m bench.scheduling [--quick] [--trace FILE …] [--only SECTION …]
+    python -m bench.scheduling [--quick] [--trace FILE …] [--only SECTION …] [--seeds 5]
 
 Simulated with the production core on public traces. All ratios are taken per seed, between runs
 with the same arrivals; the value is their median over the seeds, and the interval is that of a
@@ -292,12 +292,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", type=Path, action="append", help="instead of those that come along"
     )
     parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections alone")
+    parser.add_argument("--seeds", type=int, help="of arrivals; 5, with --quick 2")
 
 
 def rows(options: Options) -> Iterator[Row]:
     traces = tuple(options.arguments.trace or TRACES)
     sections = options.arguments.only or SECTIONS
-    seeds = range(2 if options.quick else 5)
+    seeds = range(options.arguments.seeds or (2 if options.quick else 5))
     if {"queue", "dominance"} & set(sections):
         study = Study(traces, seeds=seeds, rhos=(RHO,) if options.quick else RHOS)
         if "queue" in sections:

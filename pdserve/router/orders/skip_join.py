@@ -92,11 +92,11 @@ class SkipJoin(Order):
         standing = self._standings.get(entry.id)
         if standing is None:
             standing = self._standings[entry.id] = _Standing()
-            _stand(entry, self.ladder.rung_of(entry.work_ns))
+            _stand(entry, self._rung_of(entry, standing))
             if entry.level > 0:
                 self._counters["skips"] += 1
         else:
-            _stand(entry, max(standing.floor_rung, self.ladder.rung_of(entry.work_ns)))
+            _stand(entry, self._rung_of(entry, standing))
         standing.served_us = 0
         entry.virtual_ns = entry.arrived_ns + CLASS_DELAYS_NS[entry.request.service_class]
         standing.rescued, standing.waits = False, True
@@ -117,7 +117,7 @@ class SkipJoin(Order):
 
     def refresh(self, entry: Entry, now_ns: int) -> None:
         standing = self._standings[entry.id]
-        rung = max(standing.floor_rung, self.ladder.rung_of(entry.work_ns))
+        rung = self._rung_of(entry, standing)
         if rung == entry.rung:
             return
         self._exit(entry, standing)
@@ -140,7 +140,7 @@ class SkipJoin(Order):
     def served(self, entry: Entry, elapsed_us: int, now_ns: int) -> None:
         standing = self._standings[entry.id]
         standing.served_us += elapsed_us
-        rung = max(standing.floor_rung, self.ladder.rung_of(entry.work_ns))
+        rung = self._rung_of(entry, standing)
         overdrawn = standing.served_us * 1000 > self.ladder.quanta_ns[entry.rung]
         if rung > entry.rung:
             self._demote(entry, standing, rung)
@@ -302,6 +302,10 @@ class SkipJoin(Order):
         tenant.set_boosts(self.ladder.boosts_ns)
         return tenant
 
+    def _rung_of(self, entry: Entry, standing: _Standing) -> int:
+        """Where what is left of it belongs, but no higher than it was demoted to."""
+        return max(standing.floor_rung, self.ladder.rung_of(entry.work_ns))
+
     def _demote(self, entry: Entry, standing: _Standing, rung: int) -> None:
         assert rung > entry.rung
         if level_of(rung) > entry.level:
@@ -330,8 +334,7 @@ class SkipJoin(Order):
 
     def check_level(self, entry: Entry) -> None:
         """Of one that waits or runs: the key is computed from it."""
-        floor_rung = self._standings[entry.id].floor_rung
-        assert entry.rung == max(floor_rung, self.ladder.rung_of(entry.work_ns))
+        assert entry.rung == self._rung_of(entry, self._standings[entry.id])
         assert entry.level == level_of(entry.rung)
 
 

@@ -73,7 +73,7 @@ run)
   say "set up in $((SECONDS - begun)) s"
   ;;
 dev)
-  debian_packages redis-server g++ iproute2 procps
+  debian_packages redis-server g++ iproute2 procps libibverbs1 librdmacm1 libnuma1 libnl-3-200 libnl-route-3-200
   say "installing what tests and lint need"
   uv -e ".[dev]"
   ;;

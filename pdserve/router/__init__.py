@@ -11,7 +11,8 @@ shell in ``pdserve.cluster`` carries both; the simulator drives the same cores i
     levels       the order of waiting prompts: skip-join levels
     placement    the two choices: a prefill worker, a decode worker
     prefix_index who has which blocks, as far as their reports say
-    fleet        what the router knows of each worker
+    worker       what the router knows of each worker
+    fleet        all of them, in arrays
     scaling      how many workers each pool wants
     signals      by what figures
     duties       which role a worker has

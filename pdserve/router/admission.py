@@ -215,7 +215,7 @@ def predicted_ttft_ns(
         waiting_ns = shared.work_before_ns(work_ns)
         if turns:
             waiting_ns = min(waiting_ns, state.tenants.before_ns(request.tenant, work_ns))
-    running_ns = sum(fleet.work_ns(tokens, 0) for w in fleet.all() for tokens in w.prompts.values())
+    running_ns = round(sum([worker.left_ns for worker in fleet.all()]))
     if workers is None:
         return (waiting_ns + running_ns) // fleet.prefill_count + work_ns
     return round(waiting_ns / workers) + running_ns // fleet.prefill_count + work_ns
@@ -230,12 +230,11 @@ def candidates(state: RouterState, entry: Entry) -> list[Candidate]:
         for worker in state.fleet.all():
             if not bits >> worker.slot & 1 or worker.draining:
                 continue
-            running_ns = sum(state.fleet.work_ns(tokens, 0) for tokens in worker.prompts.values())
             found.append(
                 Candidate(
                     worker=worker.id,
                     queued_requests=len(state.lines.own(worker.id)) + len(worker.prompts),
-                    queued_work_ns=running_ns + state.bound_work_ns[worker.id],
+                    queued_work_ns=round(worker.left_ns) + state.bound_work_ns[worker.id],
                     uncached_tokens=uncached_tokens,
                     cached_tokens=cached_tokens,
                     work_ns=state.fleet.work_ns(uncached_tokens, cached_tokens),

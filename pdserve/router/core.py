@@ -54,7 +54,6 @@ from pdserve.router.endings import (
     lose_with,
 )
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
 from pdserve.router.goals import GoalControl
 from pdserve.router.orders.base import Order
 from pdserve.router.orders.skip_join import SkipJoin
@@ -64,6 +63,7 @@ from pdserve.router.signals import observation_of
 from pdserve.router.slot_arrays import slots_of
 from pdserve.router.snapshot import RouterSnapshot, snapshot_of
 from pdserve.router.state import RouterState
+from pdserve.router.worker import Worker
 from pdserve.router_config import RouterConfig
 
 __all__ = ["Command", "RouterCore", "ToGateway", "ToWorker"]
@@ -397,8 +397,8 @@ class RouterCore:
         # what cannot have been one chunk is no measurement. Scores take a time of their own.
         is_plain = not isinstance(entry.request.task, Scoring)
         if is_plain and 0 < tokens <= worker.chunk_tokens and chunk.elapsed_us > 0:
-            costs, is_first = self.state.fleet.costs, entry.computed_tokens == 0
-            predicted_ns = costs.chunk_ns(tokens, before, is_first=is_first)
+            is_first = worker.prompts[entry.id].is_new
+            predicted_ns = self.state.fleet.costs.chunk_ns(tokens, before, is_first=is_first)
             worker.correction.observe(predicted_ns, chunk.elapsed_us * US)
             self.state.fleet.correction.observe(predicted_ns, chunk.elapsed_us * US)
         self.state.computed(entry, chunk, worker, now_ns)

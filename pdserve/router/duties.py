@@ -28,8 +28,8 @@ from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Preempt, Role
 from pdserve.router.commands import Command, ToWorker
-from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
+from pdserve.router.worker import Worker
 
 CALL_AGAIN_NS = S
 

@@ -14,9 +14,9 @@ from pdserve.messages import Cancel, Handoff, Lost, Resume, WorkerFailed
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.ended import KEPT_NS, EndedBook
 from pdserve.router.entry import Entry, Unconfirmed
-from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
 from pdserve.router.suspicion import deaths_in_place, implicated
+from pdserve.router.worker import Worker
 from pdserve.suspicion import is_alone
 
 

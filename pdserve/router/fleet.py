@@ -1,9 +1,4 @@
-"""What the router knows of each worker: its own bookkeeping, corrected by the worker's reports.
-
-A *held* request is one this router sent there and has not seen leave: at a prefill worker what it
-computes or is about to, at a decode worker what runs there or is on its way. Reports trail behind
-what was just sent, and know of work that a router before this one sent; so a worker is taken to be
-as busy as the larger of the two numbers says.
+"""All workers that the router knows, by id and in arrays; and where blocks are.
 
 What a choice compares (when a worker is free, how fast it is, what room it has) stands in arrays
 with one element per worker, its *slot*, so that the best of a thousand is found in microseconds.
@@ -14,8 +9,8 @@ rewrites the elements of those it was told of, once however much happened to the
 import heapq
 import math
 from bisect import insort
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Final
 
@@ -23,15 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.clock import MS
-from pdserve.ids import RequestId, WorkerId
+from pdserve.ids import WorkerId
 from pdserve.messages import Address, Hello, Report, Role
 from pdserve.router.costs import Correction, CostModel
 from pdserve.router.prefix_index import Hits, PrefixIndex
 from pdserve.router.slot_arrays import Floats, Largest, Openings
+from pdserve.router.worker import Worker
 from pdserve.router_config import RouterConfig
-
-HELD_MAX: Final = 8
-"""Prompts at one prefill worker, however short."""
 
 LEAD_NS: Final = 10 * MS
 """How long before it is done with what it computes a worker is sent more: the way there, and the
@@ -43,82 +36,6 @@ EXPLAINED_WORKERS_MAX: Final = 16
 SLOTS_GROW = 16
 
 _ARRAYS = ("start_ns", "slow", "room", "step_ns", "streams", "hands_off")
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    hello: Hello
-    slot: int
-    last_heard_ns: int
-    correction: Correction
-    free_blocks: int
-    prefills: bool  # may be sent prompts
-    decodes: bool  # may be sent hand-offs
-    stands_in: bool = False  # does both, because nobody is left for what its pool does not do
-    next_sequence: int | None = None  # of its reports; None before the first
-    draining: bool = False
-    running: int = 0  # by its last report, as are the next two
-    waiting: int = 0
-    counters: Mapping[str, int] = field(default_factory=dict)
-    prompts: dict[RequestId, int] = field(default_factory=dict)
-    """To uncomputed tokens, in the order in which they are computed."""
-
-    streams: dict[RequestId, None] = field(default_factory=dict)
-    reserved_blocks: int = 0  # for streams that have not arrived yet
-    context_tokens: int = 0  # of all streams
-    chunk_ns: int = 0  # predicted of a whole chunk
-    free_at_ns: int = 0  # when it is predicted to be done with its prompts
-    is_changed: bool = False  # since it was entered in the arrays
-    id: WorkerId = field(init=False)
-    pool: Role = field(init=False)  # whose replica it is, whatever its role is now
-    chunk_tokens: int = field(init=False)  # as its ``hello`` says; asked for several times
-    running_max: int = field(init=False)  # per decision, and a message is slower to read
-
-    def __post_init__(self) -> None:
-        self.id = self.hello.worker
-        self.pool = self.hello.role
-        self.chunk_tokens = self.hello.chunk_tokens
-        self.running_max = self.hello.running_max
-
-    def take(self, request: RequestId, tokens: int, ahead_of: RequestId | None) -> None:
-        """One more prompt, in line where the worker puts it too."""
-        if ahead_of is None:
-            self.prompts[request] = tokens
-            return
-        line = list(self.prompts.items())
-        line.insert(list(self.prompts).index(ahead_of), (request, tokens))
-        self.prompts = dict(line)
-
-    @property
-    def held(self) -> list[RequestId]:
-        return [*self.prompts, *(r for r in self.streams if r not in self.prompts)]
-
-    @property
-    def rests(self) -> bool:
-        """An operator has drained it: it is there, and does nothing."""
-        return not self.prefills and not self.decodes
-
-    @property
-    def has_prefill_room(self) -> bool:
-        """Late binding: it takes the next prompts once what it has fits into one chunk, so that
-        they are there when that chunk is done."""
-        if not self.prefills or self.draining or len(self.prompts) >= HELD_MAX:
-            return False
-        if not self.decodes and self.running + self.waiting > HELD_MAX:
-            return False  # it has work from before we knew it
-        return sum(self.prompts.values()) <= self.chunk_tokens
-
-    @property
-    def room_blocks(self) -> int:
-        """What a new stream may take, so that it and those there can each fill one more block
-        before somebody is parked; −1 when it takes none. One with nothing to do gives all."""
-        if not self.decodes or self.draining:
-            return -1
-        bound = max(len(self.streams), self.running + self.waiting if not self.prefills else 0)
-        if bound >= self.running_max:
-            return -1
-        free_blocks = self.free_blocks - self.reserved_blocks
-        return free_blocks - (bound + 1 if bound else 0)
 
 
 class Fleet:
@@ -388,7 +305,7 @@ class Fleet:
             return 0.0
         if len(worker.prompts) == 1:
             return worker.free_at_ns - LEAD_NS
-        waiting_ns = sum(map(self.costs.prefill_ns, islice(worker.prompts.values(), 1, None)))
+        waiting_ns = sum([held.work_ns for held in islice(worker.prompts.values(), 1, None)])
         return worker.free_at_ns - waiting_ns * worker.correction.factor - LEAD_NS
 
     def rank_last(self, worker: Worker, key_ns: float) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 
 from pdserve.ids import RequestId
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
 from pdserve.router.lengths import LengthModel, class_of, peak_tokens
+from pdserve.router.worker import Worker
 
 PEAK_SHARE_MAX = 0.95
 """Of a pool that the predicted peak may take."""

@@ -15,8 +15,9 @@ that a long answer, which nobody has promised, does not outweigh a way that is c
 import numpy as np
 
 from pdserve.ids import HostId
-from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.fleet import Fleet
 from pdserve.router.slot_arrays import Floats
+from pdserve.router.worker import Worker
 
 STEPS_MAX = 128
 

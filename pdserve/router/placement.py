@@ -33,10 +33,11 @@ import numpy as np
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId, WorkerId
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.fleet import Fleet
 from pdserve.router.pairing import nearest
 from pdserve.router.prefix_index import Hits
 from pdserve.router.slot_arrays import Floats, bits_of, slots_of
+from pdserve.router.worker import Worker
 
 DEFER_MAX_NS: Final = 1 * S
 

@@ -19,7 +19,6 @@ from pdserve.messages import Resume
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.duties import vacate
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
 from pdserve.router.lines import first_of
 from pdserve.router.orders.base import Order
 from pdserve.router.parking import resume_order, swaps
@@ -27,6 +26,7 @@ from pdserve.router.placement import Choice, Deferred, blocks_of, choose_resume,
 from pdserve.router.preempting import preempt
 from pdserve.router.sending import Again, Refuse, Send, is_hopeless, placed, refuse_hopeless, take
 from pdserve.router.state import RouterState
+from pdserve.router.worker import Worker
 
 CANDIDATES_MAX: Final = 32
 """How many waiting requests are looked at when those before them fit nowhere."""

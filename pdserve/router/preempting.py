@@ -15,12 +15,13 @@ from typing import Final
 from pdserve.messages import Preempt
 from pdserve.router.commands import Command, ToWorker
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import HELD_MAX, LEAD_NS, Worker
+from pdserve.router.fleet import LEAD_NS
 from pdserve.router.lines import first_of
 from pdserve.router.placement import Choice
 from pdserve.router.sending import Again, Send, placed, take
 from pdserve.router.slot_arrays import Floats
 from pdserve.router.state import RouterState
+from pdserve.router.worker import HELD_MAX, Worker
 
 YIELDING_MAX: Final = 8
 """Prefills called back at once."""
@@ -122,7 +123,7 @@ def _tokens_ahead(entry: Entry, last: Entry, worker: Worker) -> int:
     """Of the next chunk there, with ``entry`` before ``last``. No chunk has room for too many."""
     if len(worker.prompts) >= HELD_MAX:
         return worker.chunk_tokens + 1
-    return sum(worker.prompts.values()) - worker.prompts[last.id] + entry.uncached_tokens
+    return worker.left_tokens - worker.prompts[last.id].tokens + entry.uncached_tokens
 
 
 def _ahead(

@@ -10,10 +10,10 @@ from pdserve.messages import Dispatch, Refused, Route
 from pdserve.router.commands import Command, ToGateway, ToWorker
 from pdserve.router.endings import drop
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
 from pdserve.router.placement import Choice, Deferred, blocks_of, place
 from pdserve.router.state import RouterState
 from pdserve.router.suspicion import must_wait
+from pdserve.router.worker import Worker
 
 OUT_OF_BLOCKS_RETRY_MS = 1000
 

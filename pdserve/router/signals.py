@@ -4,10 +4,10 @@ from pdserve.clock import MS
 from pdserve.lifecycle import Phase
 from pdserve.messages import Role
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Worker
 from pdserve.router.placement import blocks_of
 from pdserve.router.scaling import DecodeSignals, Observation, PrefillSignals
 from pdserve.router.state import RouterState
+from pdserve.router.worker import Worker
 
 
 def observation_of(state: RouterState, now_ns: int) -> Observation:

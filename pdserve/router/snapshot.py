@@ -7,8 +7,8 @@ from pdserve.ids import HostId, RequestId, StoreId, WorkerId
 from pdserve.lifecycle import Phase
 from pdserve.messages import Address, Role
 from pdserve.router.duties import Duty, duty_of
-from pdserve.router.fleet import Worker
 from pdserve.router.state import RouterState
+from pdserve.router.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pdserve.router.costs import CostModel
 from pdserve.router.deadlines import Deadlines
 from pdserve.router.decode_base import DecodeOrder
 from pdserve.router.entry import Entry, Unconfirmed
-from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.fleet import Fleet
 from pdserve.router.growth import Growth
 from pdserve.router.lines import Lines
 from pdserve.router.orders.base import Order
@@ -31,6 +31,7 @@ from pdserve.router.orders.skip_join import SkipJoin
 from pdserve.router.overload import TenantQueues
 from pdserve.router.placement import Choice, blocks_of, least_uncached
 from pdserve.router.prefix_index import Hits
+from pdserve.router.worker import Held, Worker
 from pdserve.router_config import RouterConfig
 
 ORPHANS_MAX = 1024
@@ -226,7 +227,7 @@ class RouterState:
         unix_us = self.unix_us(now_ns)
         prefill, decode = choice.prefill, choice.decode
         entry.prefill = prefill.id
-        prefill.take(entry.id, entry.uncomputed_tokens, choice.ahead_of)
+        prefill.take(entry.id, self._held(entry, is_new=True), choice.ahead_of)
         prefill.free_at_ns = max(prefill.free_at_ns, now_ns) + choice.work_ns
         self._bind(entry, decode)
         self._touch(prefill)
@@ -286,12 +287,9 @@ class RouterState:
             self.counters["tokens_lost"] += known_tokens - chunk.computed_tokens
         entry.computed_tokens = chunk.computed_tokens
         entry.cached_tokens = min(entry.cached_tokens, chunk.computed_tokens)
-        worker.prompts[entry.id] = entry.uncomputed_tokens
+        worker.prompts[entry.id] = self._held(entry, is_new=False)
+        worker.free_at_ns = now_ns + round(worker.left_ns)
         left_tokens = entry.total_tokens - entry.computed_tokens
-        factor = worker.correction.factor
-        worker.free_at_ns = now_ns + round(
-            factor * sum(map(self.fleet.costs.prefill_ns, worker.prompts.values()))
-        )
         if left_tokens > 0:
             entry.uncached_tokens = left_tokens
             entry.work_ns = self.fleet.work_ns(left_tokens, entry.computed_tokens)
@@ -400,6 +398,13 @@ class RouterState:
     def _decide(self, entry: Entry, decision: Decision) -> None:
         entry.decisions = (*entry.decisions[1 - DECISIONS_MAX :], decision)
 
+    def _held(self, entry: Entry, *, is_new: bool) -> Held:
+        """What is left to compute of it, where it was sent to."""
+        tokens = entry.uncomputed_tokens
+        done_tokens = entry.total_tokens - tokens
+        work_ns = self.fleet.costs.chunk_ns(tokens, done_tokens, is_first=is_new)
+        return Held(tokens, work_ns, is_new=is_new)
+
     def _touch(self, worker: Worker) -> None:
         self.touched[worker.id] = None
         self.fleet.changed(worker)
@@ -477,8 +482,8 @@ class RouterState:
             streams = [self.entries[request] for request in worker.streams]
             assert worker.reserved_blocks == sum(entry.reserved_blocks for entry in streams)
             assert worker.context_tokens == sum(entry.context_tokens for entry in streams)
-            for request, tokens in worker.prompts.items():
-                assert tokens == self.entries[request].uncomputed_tokens
+            for request, held in worker.prompts.items():
+                assert held.tokens == self.entries[request].uncomputed_tokens
         self.fleet.check()
 
 

@@ -39,7 +39,7 @@ from pdserve.messages import (
 from pdserve.router import planner
 from pdserve.router.core import Command, RouterCore, ToGateway, ToWorker
 from pdserve.router.duties import Duty
-from pdserve.router.fleet import HELD_MAX
+from pdserve.router.worker import HELD_MAX
 from pdserve.router_config import RouterConfig
 from tests.unit.router import build
 

@@ -21,6 +21,7 @@ from pdserve.router.placement import (
     usable_tokens,
 )
 from pdserve.router.prefix_index import Hits
+from pdserve.router.worker import Held
 from pdserve.router_config import RouterConfig
 from tests.unit.router.build import BLOCK_TOKENS, hello
 from tests.unit.router.entries import COSTS, entry
@@ -74,7 +75,7 @@ def test_of_several_that_are_open_the_best_and_not_the_best_of_all() -> None:
     the others' hosts have less of it, and fetching takes longer than its wait."""
     fleet = _fleet("h0", "h1", "h2", costs=SLOW)
     fleet.at(1).correction.observe(10**10, 2 * 10**10)
-    fleet.at(2).prompts = {RequestId("x"): CHUNK_TOKENS + 1}
+    fleet.at(2).prompts = {RequestId("x"): Held(CHUNK_TOKENS + 1, 10 * MS, is_new=True)}
     fleet.at(2).free_at_ns = 10 * MS
     for slot in (1, 2):
         fleet.changed(fleet.at(slot))

@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import pytest
 
 from pdserve.clock import MS
 from pdserve.ids import WorkerId
-from pdserve.messages import Role
+from pdserve.lifecycle import Event
+from pdserve.messages import ChunkDone, Role
 from pdserve.router.core import RouterCore
+from pdserve.router.costs import PrefillCost, believed
 from pdserve.router.fleet import SLOTS_GROW, Fleet
 from pdserve.router.slot_arrays import slots_of
 from pdserve.router_config import RouterConfig
-from tests.unit.router.build import core_with, hello, keys, request, settings, told
+from tests.unit.router.build import add, core_with, hello, keys, request, settings, told
 from tests.unit.router.entries import COSTS
 
 DOCUMENT = keys("a", 10)
@@ -22,6 +26,32 @@ def _blocks(core: RouterCore, worker: str) -> int:
 
 
 # ── speed ────────────────────────────────────────────────────────────────────────────────────────
+
+CURVED = PrefillCost(fixed_s=0.1, token_s=0.001, pair_s=1e-6)
+
+
+@pytest.mark.parametrize("begun_tokens", [0, 256])
+def test_a_worker_as_fast_as_predicted_is_free_when_predicted(begun_tokens: int) -> None:
+    """After each chunk too, of which the first has the fixed part and later ones more attention;
+    also where it goes on with a prompt whose first tokens were computed before."""
+    costs = replace(believed(1000), prefill=CURVED)
+    core = RouterCore(settings(), costs=costs, unix_zero_ms=0)
+    p0, _ = add(core, hello("p0")), add(core, hello("d0"))
+    asked = request("r", 640)
+    core.on_submit(asked, 0)
+    if begun_tokens:
+        p0.chunk(asked, begun_tokens, 0)  # more than a chunk: its speed says nothing
+        p0.event(asked, Event.PREEMPTED, computed_tokens=begun_tokens)
+    worker, now_ns = core.state.fleet.at(0), 0
+    free_ns = worker.free_at_ns
+    assert free_ns == costs.prefill_ns(640 - begun_tokens, begun_tokens)
+    for before in range(begun_tokens, 640 - 128, 128):
+        elapsed_ns = costs.chunk_ns(128, before, is_first=before == begun_tokens)
+        now_ns += elapsed_ns
+        chunk = ChunkDone(asked.request, asked.attempt, before + 128, elapsed_ns // 1000)
+        p0.report(chunks=(chunk,), now_ns=now_ns)
+        assert worker.correction.factor == pytest.approx(1)
+        assert worker.free_at_ns == pytest.approx(free_ns, abs=MS)
 
 
 def test_a_chunk_that_cannot_be_one_is_no_measurement() -> None:

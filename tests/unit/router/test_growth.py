@@ -8,8 +8,9 @@ from pdserve.clock import S
 from pdserve.ids import RequestId
 from pdserve.lifecycle import Phase
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import Fleet, Worker
+from pdserve.router.fleet import Fleet
 from pdserve.router.growth import Growth
+from pdserve.router.worker import Worker
 from pdserve.router_config import RouterConfig
 from pdserve.simulator.run import SimulationSettings, simulate
 from pdserve.simulator.traces import Trace, TraceRequest

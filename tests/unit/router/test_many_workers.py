@@ -11,6 +11,7 @@ from pdserve.ids import RequestId
 from pdserve.router import fleet as fleet_module
 from pdserve.router.fleet import EXPLAINED_WORKERS_MAX, Fleet
 from pdserve.router.placement import Choice, Deferred, place
+from pdserve.router.worker import Held
 from pdserve.router_config import RouterConfig
 from tests.unit.router.build import BLOCK_TOKENS, hello
 from tests.unit.router.entries import COSTS, entry
@@ -28,7 +29,8 @@ def _fleet(busy_ms: list[int], measured_ms: dict[int, int]) -> Fleet:
     for slot, busy in enumerate(busy_ms):
         worker = fleet.add(hello(f"p{slot:02}", chunk_tokens=128), 0)
         worker.free_at_ns = busy * MS
-        worker.prompts = {RequestId(f"x{slot}"): PROMPT_TOKENS} if busy else {}
+        held = Held(PROMPT_TOKENS, COSTS.prefill_ns(PROMPT_TOKENS), is_new=True)
+        worker.prompts = {RequestId(f"x{slot}"): held} if busy else {}
         if slot in measured_ms:
             worker.correction.observe(1000 * MS, measured_ms[slot] * MS)
         fleet.changed(worker)

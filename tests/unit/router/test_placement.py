@@ -11,7 +11,7 @@ from pdserve.clock import MS, S
 from pdserve.ids import RequestId
 from pdserve.messages import Role, Stop
 from pdserve.router.entry import Entry
-from pdserve.router.fleet import LEAD_NS, Fleet, Worker
+from pdserve.router.fleet import LEAD_NS, Fleet
 from pdserve.router.placement import (
     DEFER_MAX_NS,
     KEPT_TOKENS_MAX,
@@ -26,6 +26,7 @@ from pdserve.router.placement import (
     usable_tokens,
 )
 from pdserve.router.prefix_index import Hits
+from pdserve.router.worker import Held, Worker
 from pdserve.router_config import RouterConfig
 from tests.unit.router.build import BLOCK_TOKENS, hello
 from tests.unit.router.entries import COSTS, entry
@@ -55,7 +56,10 @@ def _set(
     """Bring a worker into a state: when it is done, uncomputed tokens it holds, what it decodes."""
     worker = fleet.at(slot)
     worker.free_at_ns = busy_ms * MS
-    worker.prompts = {RequestId(f"x{i}"): tokens for i, tokens in enumerate(prompts)}
+    worker.prompts = {
+        RequestId(f"x{i}"): Held(tokens, COSTS.prefill_ns(tokens), is_new=True)
+        for i, tokens in enumerate(prompts)
+    }
     worker.streams = {RequestId(f"y{i}"): None for i in range(streams)}
     worker.context_tokens = context_tokens
     worker.free_blocks = free_blocks

@@ -10,8 +10,8 @@ from pdserve.ids import WorkerId
 from pdserve.lifecycle import Event
 from pdserve.messages import Dispatch, Request, Resume, Stop
 from pdserve.router.core import Command, RouterCore, ToWorker
-from pdserve.router.fleet import HELD_MAX
 from pdserve.router.planner import CANDIDATES_MAX
+from pdserve.router.worker import HELD_MAX
 from tests.unit.router.build import (
     Reporter,
     core_with,

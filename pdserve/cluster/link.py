@@ -105,6 +105,13 @@ class RouterLink:
         if connection is None or self._outbox or not connection.send_now(message):
             self.post(message)
 
+    def begin_anew(self) -> None:
+        """Drops what waits, and the connection: to the router its holder is lost, and comes again
+        with the next hello."""
+        self._outbox.clear()
+        if self._connection is not None:
+            self._connection.abort()
+
     async def close(self) -> None:
         """Sends what waits, then hangs up."""
         with contextlib.suppress(TimeoutError):

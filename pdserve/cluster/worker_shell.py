@@ -398,8 +398,12 @@ class WorkerShell:
         assert self._link is not None
         try:
             (self._link.post_now if now else self._link.post)(message)
-        except (CapacityError, MessageTooLarge):
+        except MessageTooLarge:
             log.exception("%s cannot tell the router", self.worker)
+        except CapacityError as error:
+            # What the router then does not hear of it would never hear again.
+            log.warning("%s begins anew with the router: %s", self.worker, error)
+            self._link.begin_anew()
 
     def _undelivered(self, address: Address, messages: list[object]) -> None:
         """A peer takes nothing more: hand-offs go back to the router, streams end. A later attempt

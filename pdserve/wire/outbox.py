@@ -60,6 +60,10 @@ class Outbox:
         self.byte_count = byte_count
         self._changed.set()
 
+    def clear(self) -> None:
+        self._waiting.clear()
+        self.byte_count = 0
+
     async def take(self) -> bytes:
         """The oldest message, encoded; waits for one."""
         while not self._waiting:

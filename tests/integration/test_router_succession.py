@@ -277,6 +277,24 @@ def test_a_standby_takes_no_hello(tmp_path: Path) -> None:
     play(Routers(tmp_path), scenario)
 
 
+def test_who_begins_anew_is_lost_to_the_router_and_comes_again(tmp_path: Path) -> None:
+    """What waited is not said: it was of a state that the router is told anew."""
+
+    async def scenario(routers: Routers) -> None:
+        router = await routers.start()
+        person = Listening("g")
+        link = await routers.link(person)
+        await until(lambda: person.address in router._gateways)
+        link.post(Cancel(RequestId("nobody")))
+        link.begin_anew()
+        await until(lambda: person.again_count == 1)
+        link.post(Cancel(RequestId("nobody either")))
+        await until(lambda: router._core.state.counters["stale_cancels"] == 1)
+        assert list(router._gateways) == [person.address]
+
+    play(Routers(tmp_path), scenario)
+
+
 # ── messages that no frame can carry ─────────────────────────────────────────────────────────────
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -13,7 +14,7 @@ from pdserve.cluster.store_watch import StoreWatch
 from pdserve.cluster.worker_shell import BATCH_TOKENS_MAX, WorkerShell, in_batches
 from pdserve.config import ClusterConfig
 from pdserve.engine.outputs import Load, OfPrompt, Output, ToDecode, ToGateway, ToRouter
-from pdserve.errors import CapacityError, RankLost, StoreUnavailable
+from pdserve.errors import CapacityError, QueueFull, RankLost, StoreUnavailable
 from pdserve.ids import HostId, RequestId, WorkerId
 from pdserve.kvstore.client import StoreClient
 from pdserve.lifecycle import Event
@@ -190,6 +191,22 @@ def test_a_lost_rank_is_ill_health_before_any_step_meets_it() -> None:
 
     with pytest.raises(RuntimeError, match="rank 1 ended"):
         asyncio.run(ask())
+
+
+def test_a_router_that_takes_nothing_hears_everything_anew() -> None:
+    """A report that is left out would take blocks and ends of requests with it, for good."""
+    done: list[str] = []
+
+    def full(message: object) -> NoReturn:
+        raise QueueFull(f"no room for a {type(message).__name__}", retry_after_ms=1000)
+
+    def scenario(shell: WorkerShell) -> None:
+        begin_anew = partial(done.append, "begun anew")
+        shell._link = SimpleNamespace(post=full, begin_anew=begin_anew)  # type: ignore[assignment]
+        shell._report()
+
+    reports_of(scenario)
+    assert done == ["begun anew"]
 
 
 def test_who_lost_its_store_says_goodbye_so_that_no_request_is_blamed(

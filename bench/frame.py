@@ -155,6 +155,7 @@ def run(
     argv: Sequence[str] | None = None,
 ) -> None:
     """Measure, print each row as soon as it is there, write the file; exit 1 when a bar is missed.
+    What was measured before a part failed is in the file too.
 
     Args:
         add_arguments: adds what only this area can be told.
@@ -171,11 +172,13 @@ def run(
     print(_line(_TITLES))
     print(_line(["-" * width for width, _ in _COLUMNS]))
     rows = []
-    for item in measure(Options(arguments.quick, arguments)):
-        rows.append(item)
-        print(_line(cells(item)), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_tree(area, about, rows), indent=1) + "\n")
+    try:
+        for item in measure(Options(arguments.quick, arguments)):
+            rows.append(item)
+            print(_line(cells(item)), flush=True)
+    finally:
+        if arguments.json is not None and rows:
+            arguments.json.write_text(json.dumps(as_tree(area, about, rows), indent=1) + "\n")
     missed = [item.name for item in rows if item.holds is False]
     if missed:
         print(f"\nmissed: {', '.join(missed)}")

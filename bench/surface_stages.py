@@ -61,8 +61,8 @@ STAGES = (
     Stage("to the worker", "fleet", _FLEET, "Fleet.take"),
     Stage("computed: a timed wait", "fleet", _FLEET, "Fleet._tell"),
     Stage("back to the gateway", "gateway-0", _SESSION, "GatewaySession._on_delta"),
-    Stage("text made, stream woken", "gateway-0", _ANSWER, "_Answer._told"),
-    Stage("event made", "gateway-0", _ANSWER, "_Answer._told", at_end=True),
+    Stage("text made, stream woken", "gateway-0", _ANSWER, "Answer._told"),
+    Stage("event made", "gateway-0", _ANSWER, "Answer._told", at_end=True),
 )
 LAST = "written, to the client"
 
@@ -81,12 +81,17 @@ def noting(place: str, file: Path | None) -> Iterator[None]:
     file.write_text(json.dumps(stamps))
 
 
-def _note(stage: Stage, note: Callable[[int], None]) -> None:
+def found(stage: Stage) -> tuple[Any, str, Any]:
+    """Where its function is, under what name, and the function."""
     owner: Any = importlib.import_module(stage.module)
     *path, attribute = stage.function.split(".")
     for name in path:
         owner = getattr(owner, name)
-    function = getattr(owner, attribute)
+    return owner, attribute, getattr(owner, attribute)
+
+
+def _note(stage: Stage, note: Callable[[int], None]) -> None:
+    owner, attribute, function = found(stage)
 
     @functools.wraps(function)
     def noted(*arguments: Any, **named: Any) -> Any:

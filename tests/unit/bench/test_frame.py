@@ -110,6 +110,17 @@ def test_a_run_prints_the_table_and_writes_the_same_rows(
     assert wanted <= set(written["rows"][0])
 
 
+def test_what_was_measured_before_a_part_failed_is_kept(tmp_path: Path) -> None:
+    def measure(_: Options) -> Iterator[Row]:
+        yield row("step", [2.0], "ms")
+        raise RuntimeError("the next part")
+
+    file = tmp_path / "rows.json"
+    with pytest.raises(RuntimeError, match="the next part"):
+        run("engine", measure, argv=["--json", str(file)])
+    assert [item["name"] for item in json.loads(file.read_text())["rows"]] == ["step"]
+
+
 def test_a_missed_bar_is_named_and_fails_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run("engine", lambda options: [row("step", [4.0], "ms", bar=at_most(3))], argv=[])

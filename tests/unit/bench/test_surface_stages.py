@@ -2,10 +2,11 @@
 
 import statistics
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.surface_stages import LAST, NS_PER_US, STAGES, own_us, stages_of
+from bench.surface_stages import LAST, NS_PER_US, STAGES, Stage, found, own_us, stages_of
 
 PLACES = sorted({stage.place for stage in STAGES})
 
@@ -16,6 +17,12 @@ def noted(requests: list[list[int]]) -> dict[str, dict[str, list[int]]]:
     for index, stage in enumerate(STAGES):
         stamps[stage.place][stage.name] = [ends[index] for ends in requests]
     return stamps
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_ends_in_a_function_that_there_is(stage: Stage) -> None:
+    *_, function = found(stage)
+    assert callable(function)
 
 
 gaps_ns = st.lists(st.integers(1, 10**7), min_size=len(STAGES) + 1, max_size=len(STAGES) + 1)

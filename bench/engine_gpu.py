@@ -148,7 +148,7 @@ class Bench:
             step_bytes = self._costs.decode_bytes(batch, sizes.context + sizes.decode_steps // 2)
 
             def rate(batch: int = batch, step_bytes: int = step_bytes) -> float:
-                return step_bytes / self._step_s(batch, sizes.context) / 1e9
+                return step_bytes / self.step_s(batch, sizes.context) / 1e9
 
             rate()  # compiled, recorded
             samples = interleave(rounds, ours=rate, limit=self._limits.copy_gb_per_s)
@@ -161,7 +161,7 @@ class Bench:
                 bar=at_least(0.80, of="ratio"),
             )
 
-    def _step_s(self, batch: int, context: int) -> float:
+    def step_s(self, batch: int, context: int) -> float:
         """A decode step on the device alone, of sequences with so many tokens of KV each."""
         blocks_each = self._sizes.blocks_each
         tables = [range(i * blocks_each, (i + 1) * blocks_each) for i in range(batch)]
@@ -218,7 +218,7 @@ class Bench:
             samples = []
             for _ in range(min(rounds, sizes.room_tokens // sizes.decode_steps - 2)):
                 by_clock_s = loop.step_s(sizes.decode_steps)
-                on_device_s = self._step_s(batch, loop.context_tokens - sizes.decode_steps)
+                on_device_s = self.step_s(batch, loop.context_tokens - sizes.decode_steps)
                 samples.append(100 * max(0.0, 1 - on_device_s / by_clock_s))
             yield row(
                 f"idle between decode steps, {name}, {'ahead' if step_ahead else 'not ahead'}",

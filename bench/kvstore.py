@@ -1,6 +1,7 @@
 """The KV store: blocks in and out, beside plain copies and plain sockets of the same run.
 
     python -m bench.kvstore [--json FILE] [--quick]
+    python -m bench.kvstore --gpu [--json FILE] [--quick]      on a GPU: see ``kvstore_gpu``
 
 One node process and one client, blocks of the default model (16 tokens of SmolLM2 in bf16). What a
 copy is compared with goes through as much memory as the arena has, warm; what goes over a socket is
@@ -8,6 +9,7 @@ compared with a bare request and answer of the same size between two processes. 
 a hand-off are in ``kvstore_handoff``.
 """
 
+import argparse
 import itertools
 import os
 import time
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from bench import kvstore_master, kvstore_remote
+from bench import kvstore_gpu, kvstore_master, kvstore_remote
 from bench.frame import Options, Row, at_least, at_most, interleave, row, run
 from bench.kvstore_handoff import NODE_SLOTS, chain_rows, handoff_rows
 from bench.kvstore_local import measure_local
@@ -57,6 +59,9 @@ def gb_per_s(action: Callable[[], None], block_count: int) -> float:
 
 
 def measure(options: Options) -> Iterator[Row]:
+    if options.arguments.gpu:
+        yield from kvstore_gpu.measure(options)
+        return
     yield from copies(options)
     yield from chain_rows(options)
     with running_node(slot_count=NODE_SLOTS) as address:
@@ -178,5 +183,9 @@ def _claim_us(client: StoreClient, keys: tuple[BlockKey, ...]) -> float:
     return (time.perf_counter() - began_s) * 1e6
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", action="store_true", help="the rows of a GPU, and no others")
+
+
 if __name__ == "__main__":
-    run("kvstore", measure)
+    run("kvstore", measure, add_arguments=add_arguments)

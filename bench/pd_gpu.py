@@ -104,11 +104,12 @@ def measure(options: Options) -> Iterator[Row]:
         yield skipped("exposed transfer, tokens, blocks", "", "needs a CUDA device")
         return
     pool = sizes.pool(2 * MOVED_BLOCKS)
-    with running_node(slot_count=6 * sizes.prompt_blocks, block_bytes=pool.block_bytes) as store:
-        yield _changed("arena", _moved(pool, store))
-        yield _changed("SSD", _moved_below(pool))
-        with Workers(sizes, store) as workers:
-            yield from _handed_over(sizes, workers, options.rounds(ROUNDS))
+    yield from changed_rows(pool)
+    with (
+        running_node(slot_count=6 * sizes.prompt_blocks, block_bytes=pool.block_bytes) as store,
+        Workers(sizes, store) as workers,
+    ):
+        yield from _handed_over(sizes, workers, options.rounds(ROUNDS))
 
 
 def _handed_over(sizes: Sizes, workers: "Workers", rounds: int) -> Iterator[Row]:
@@ -133,6 +134,13 @@ def _handed_over(sizes: Sizes, workers: "Workers", rounds: int) -> Iterator[Row]
     yield row("answers like those of one process", alike_percent, "%", bar=at_least(100), at=0.0)
 
 
+def changed_rows(pool: KvPool) -> Iterator[Row]:
+    """Blocks of random bits there and back, by way of an arena and by way of a disk."""
+    with running_node(slot_count=MOVED_BLOCKS, block_bytes=pool.block_bytes) as store:
+        yield _changed("arena", _moved(pool, store))
+    yield _changed("SSD", _moved_below(pool))
+
+
 def _changed(way: str, blocks: int) -> Row:
     return row(f"blocks changed by way of the {way}", [float(blocks)], "blocks", bar=at_most(0))
 
@@ -147,7 +155,7 @@ def _moved_below(pool: KvPool) -> int:
                 slot_count=MOVED_BLOCKS,
                 block_bytes=pool.block_bytes,
             ) as store,
-            contextlib.closing(_Client("bench")(store)) as client,
+            contextlib.closing(Client("bench")(store)) as client,
             contextlib.closing(StoreAdmin(store, host=local_host_id())) as admin,
         ):
 
@@ -173,19 +181,19 @@ def _moved(pool: KvPool, store: Address, *, between: Callable[[], None] = lambda
     bits = pool.tensor.view(torch.int16)
     bits[:MOVED_BLOCKS] = torch.randint_like(bits[:MOVED_BLOCKS], -(1 << 15), 1 << 15)
     keys = block_keys(NAMESPACE, range(1, MOVED_BLOCKS * BLOCK_TOKENS + 1), BLOCK_TOKENS)
-    mover = Mover(pool, _Client("mover"), store, threaded=False)
+    mover = Mover(pool, Client("mover"), store, threaded=False)
     bits[MOVED_BLOCKS:] = 0  # nothing of an earlier way passes for this one's
     if pool.tensor.is_cuda:
         torch.cuda.synchronize()  # a block is read beside whatever still runs
-    put = _carried_out(mover, Put(store, keys, first)).count
+    put = carried_out(mover, Put(store, keys, first)).count
     between()
-    restored = _carried_out(mover, Restore(store, keys, 0, second)).count
+    restored = carried_out(mover, Restore(store, keys, 0, second)).count
     mover.close()
     assert put == restored == MOVED_BLOCKS, f"{put} and {restored} blocks of {MOVED_BLOCKS} moved"
     return sum(not torch.equal(bits[a], bits[b]) for a, b in zip(first, second, strict=True))
 
 
-def _carried_out(mover: Mover, move: Move) -> Moved:
+def carried_out(mover: Mover, move: Move) -> Moved:
     mover.submit(move)
     (moved,) = mover.collect()
     if moved.error is not None:
@@ -193,7 +201,7 @@ def _carried_out(mover: Mover, move: Move) -> Moved:
     return moved
 
 
-class _Client:
+class Client:
     """Makes a process's connections to stores."""
 
     def __init__(self, owner: str) -> None:
@@ -298,7 +306,7 @@ def work(name: WorkerId, pipe: Connection, store: Address, sizes: Sizes) -> None
     workplace = Workplace(
         worker=name,
         runner=runner,
-        mover=Mover(runner.pool, _Client(name), store, announce=lambda out: say(out.message)),
+        mover=Mover(runner.pool, Client(name), store, announce=lambda out: say(out.message)),
         tokenizer=NoText(),
         namespace=NAMESPACE,
         store=StoreConfig(offload=False),
@@ -309,7 +317,7 @@ def work(name: WorkerId, pipe: Connection, store: Address, sizes: Sizes) -> None
     loop = EngineLoop(workplace, runner, settings, prompts=prompts, streams=streams)
     engine = EngineThread(loop, emit, name=name)
     # The mover connects on its own thread; a ticket may name only a reader that is there.
-    present = _Client(name)(store)
+    present = Client(name)(store)
     pipe.send_bytes(b"ready")
     while data := pipe.recv_bytes():
         engine.submit(MESSAGES.decode(data))

@@ -153,10 +153,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", ignored)
 
 
+SLOW_S_MAX = 1800
+"""Of a slow test that does not say how long it may take, on a machine that is slow as well."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those who share a cluster stand together, at the end, so that it starts once; those who
     shoot at it come last."""
     items.sort(key=_place)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S_MAX))
 
 
 def _place(item: pytest.Item) -> tuple[int, bool]:

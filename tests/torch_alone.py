@@ -27,8 +27,13 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("bench.kernels", "--help"),
     ("bench.engine", "--device", "cuda", "--help"),
     ("bench.pd_gpu", "--help"),
+    ("bench.kvstore", "--gpu", "--help"),
 )
-BEHIND_THE_HELP = (("bench.kernels", "--quick"), ("bench.engine", "--device", "cuda", "--quick"))
+BEHIND_THE_HELP = (
+    ("bench.kernels", "--quick"),
+    ("bench.engine", "--device", "cuda", "--quick"),
+    ("bench.kvstore", "--gpu", "--quick"),
+)
 """What is imported once a benchmark is at work; measures nothing without a CUDA device."""
 
 TESTS = "tests/kernels"

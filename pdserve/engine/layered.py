@@ -11,6 +11,8 @@ Nothing rests on it: a push that did not begin so, or whose beginning failed, is
 ``Push``, and an ``Abort`` gives its slots back.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,6 +31,9 @@ class LayeredBlocks(Protocol):
     def block_bytes(self) -> int: ...
     def await_layers(self, done: Any) -> None: ...
     def read_layers(self, block: int, first: int, end: int, out: memoryview) -> None: ...
+    def reading(
+        self, places: Sequence[tuple[int, memoryview]], layers: range | None = None
+    ) -> AbstractContextManager[None]: ...
 
 
 class LayeredStore(Protocol):
@@ -70,11 +75,14 @@ class LayeredPush:
         """Up to layer ``end``; their bytes are in the pool."""
         if end <= self._layers:
             return
-        count = (end - self._layers) * pool.layer_bytes
+        layers = range(self._layers, end)
+        count = len(layers) * pool.layer_bytes
         for write, blocks in self._writes:
-            for index in write.indices:
-                fill = partial(pool.read_layers, blocks[index], self._layers, end)
-                write.add(index, count, fill)
+            pieces = [(blocks[index], piece) for index, piece in write.next_pieces(count)]
+            with pool.reading(pieces, layers):
+                for index in write.indices:
+                    fill = partial(pool.read_layers, blocks[index], layers.start, end)
+                    write.add(index, count, fill)
         self._layers = end
 
     def finish(self, pool: LayeredBlocks) -> None:

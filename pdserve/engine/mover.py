@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, assert_never
 
@@ -66,6 +67,9 @@ class Blocks(LayeredBlocks, Protocol):
 
     def read_block(self, block: int, out: memoryview) -> None: ...
     def write_block(self, block: int, data: memoryview) -> None: ...
+    def writing(self) -> AbstractContextManager[None]: ...
+    def pin(self, memory: Callable[[], Sequence[memoryview]]) -> None: ...
+    def unpin(self) -> None: ...
 
 
 class Store(LayeredStore, Protocol):
@@ -76,6 +80,7 @@ class Store(LayeredStore, Protocol):
     def counters(self) -> Mapping[str, int]: ...
     @property
     def has_disk(self) -> bool: ...
+    def memory(self) -> Sequence[memoryview]: ...
     def quote(self, keys: Sequence[BlockKey]) -> PrefixQuote: ...
     def claim(self, keys: Sequence[BlockKey], *, fetch: bool = True, tenant: str = "") -> Any: ...
     def read_each(
@@ -139,9 +144,7 @@ class Mover:
         self._counted: Counter[str] = Counter()  # by clients that are gone, and by restores
         self._remote = remote
         self.sees_other_hosts = remote is not None
-        self._restorer = Restorer(
-            pool.block_bytes, pool.write_block, self._counted, monotonic, remote
-        )
+        self._restorer = Restorer(pool, self._counted, monotonic, remote)
         self._submitted: deque[tuple[Move, Any]] = deque()
         self._offered: deque[tuple[Move, Any]] = deque()
         self._moved: deque[Moved] = deque()
@@ -245,13 +248,17 @@ class Mover:
 
     def _client(self, store: Address) -> Store:
         if store not in self._clients:
-            self._clients[store] = self._client_for(store)
+            client = self._clients[store] = self._client_for(store)
+            if store == self.local:
+                self._pool.pin(client.memory)
         return self._clients[store]
 
     def _forget_client(self, store: Address) -> None:
         client = self._clients.pop(store, None)
         if client is not None:
             self._counted.update(client.counters)
+            if store == self.local:
+                self._pool.unpin()
             client.close()
             self._layered.lost(store)
 
@@ -305,7 +312,7 @@ class Mover:
             case Adopt():
                 self._adopt(store, move)
             case Put():
-                fill = self._filler(move.blocks, 0)
+                fill = _Filler(self._pool, move.blocks, 0)
                 count = store.put(move.keys, 0, fill, tenant=move.tenant)
             case Park():
                 ticket = self._park(store, move)
@@ -326,18 +333,19 @@ class Mover:
             wanted = [
                 (index, block) for index, block in enumerate(move.blocks) if block is not None
             ]
-            store.read_each(
-                claim,
-                [index for index, _ in wanted],
-                lambda position, data: self._pool.write_block(wanted[position][1], data),
-            )
+            with self._pool.writing():
+                store.read_each(
+                    claim,
+                    [index for index, _ in wanted],
+                    lambda position, data: self._pool.write_block(wanted[position][1], data),
+                )
         finally:
             store.release(claim)
 
     def _push(self, store: Store, move: Push) -> None:
         if not self._layered.finish(move):
             if move.blocks:
-                fill = self._filler(move.blocks, move.first)
+                fill = _Filler(self._pool, move.blocks, move.first)
                 store.push(move.ticket, move.keys, move.first, fill)
             if move.tail is not None:
                 store.push_tail(move.ticket, partial(self._pool.read_block, move.tail))
@@ -363,6 +371,19 @@ class Mover:
             raise
         return ticket
 
-    def _filler(self, blocks: Sequence[BlockId], first: int) -> Callable[[int, memoryview], None]:
-        """For ``put`` and ``push``: writes the bytes of the block of key ``index``."""
-        return lambda index, out: self._pool.read_block(blocks[index - first], out)
+
+class _Filler:
+    """For ``put`` and ``push``: writes the bytes of the block of key ``index``."""
+
+    def __init__(self, pool: Blocks, blocks: Sequence[BlockId], first: int) -> None:
+        self._pool = pool
+        self._blocks = blocks
+        self._first = first
+
+    def __call__(self, index: int, out: memoryview) -> None:
+        self._pool.read_block(self._blocks[index - self._first], out)
+
+    def begin(self, places: Sequence[tuple[int, memoryview]]) -> AbstractContextManager[None]:
+        """``kvstore.pipeline.Begins``."""
+        blocks = [(self._blocks[index - self._first], out) for index, out in places]
+        return self._pool.reading(blocks)

@@ -10,13 +10,14 @@ other hosts.
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from pdserve.clock import Clock, S
 from pdserve.engine.moves import Restore
 from pdserve.engine.restoring import Tier, blocks_to_restore
 from pdserve.errors import BlockMissing, ChecksumMismatch
-from pdserve.ids import BlockId, BlockKey
+from pdserve.ids import BlockKey
 from pdserve.kvstore.path_speed import PathCost, PathSpeed
 
 log = logging.getLogger(__name__)
@@ -58,21 +59,28 @@ class Remote(Protocol):
     def close(self) -> None: ...
 
 
+class Target(Protocol):
+    """What is needed of ``model.pool.KvPool``."""
+
+    @property
+    def block_bytes(self) -> int: ...
+    def write_block(self, block: int, data: memoryview) -> None: ...
+    def writing(self) -> AbstractContextManager[None]: ...
+
+
 class Restorer:
     def __init__(
         self,
-        block_bytes: int,
-        write: Callable[[BlockId, memoryview], None],
+        pool: Target,
         counters: Counter[str],
         clock: Clock,
         remote: Remote | None = None,
     ) -> None:
-        """``write(block, data)`` copies a block's bytes into the pool."""
         self._remote = remote
         self._far_speed = PathSpeed(FAR_BELIEVED)
         self._far_declined = 0
-        self._block_bytes = block_bytes
-        self._write = write
+        self._pool = pool
+        self._block_bytes = pool.block_bytes
         self._counters = counters
         self._clock = clock
         self._arena_speed = PathSpeed(BELIEVED)
@@ -101,7 +109,7 @@ class Restorer:
             move.keys,
             first,
             end,
-            lambda index, data: self._write(move.blocks[index - move.first], data),
+            lambda index, data: self._pool.write_block(move.blocks[index - move.first], data),
             block_bytes=self._block_bytes,
             deadline_s=FAR_DEADLINE_S,
         )
@@ -136,11 +144,12 @@ class Restorer:
 
         def take(position: int, data: memoryview) -> None:
             nonlocal count
-            self._write(move.blocks[position], data)
+            self._pool.write_block(move.blocks[position], data)
             count += 1
 
         try:
-            store.read_each(claim, range(move.first, end), take)
+            with self._pool.writing():
+                store.read_each(claim, range(move.first, end), take)
         except (BlockMissing, ChecksumMismatch) as error:
             log.info("%d blocks restored, the next is not to be had: %s", count, error)
         finally:

@@ -160,6 +160,10 @@ class Arena:
         """Where this process has the file mapped."""
         return int(self._bytes.ctypes.data)
 
+    @property
+    def whole(self) -> memoryview:
+        return self._view
+
     def header(self, slot: SlotId) -> Header:
         return unpack_header(self._view, _header_at(slot))
 

@@ -226,15 +226,29 @@ class StoreClient(Writing):
         self, claim: Claim, indices: Sequence[int], take: Callable[[int, memoryview], None]
     ) -> None:
         """``read`` of several blocks, each in turn given to ``take(position, bytes)``, which
-        must be done with them when it returns.
+        must be done with them when it returns; with those that lie in ``memory`` when the claim is
+        released.
 
         Raises:
-            BlockMissing, ChecksumMismatch: of the first that ``take`` was not given.
+            BlockMissing, ChecksumMismatch: of the first that ``take`` was not given, or of the last
+                that it was given.
         """
+        wait = self._wait(len(indices), None, None)
+        shared = self._shared()
+        if shared is not None:
+
+            def give(keys: Sequence[BlockKey | None], done: Callable[[int], None]) -> None:
+                def given(position: int, data: memoryview) -> None:
+                    take(position, data)
+                    done(position)
+
+                shared.each(claim.grant, indices, keys, given, wait)
+
+            self._in_turn(claim, indices, give)
+            return
         if len(self._staging) == 0:
             self._staging = memoryview(bytearray(self.block_bytes))
         staging = self._staging
-        wait = self._wait(len(indices), None, None)
         self._receive(
             claim, indices, lambda _: staging, lambda position: take(position, staging), wait
         )
@@ -281,6 +295,12 @@ class StoreClient(Writing):
         finally:
             self.release(claim)
         return len(indices)
+
+    def memory(self) -> Sequence[memoryview]:
+        """The arena as this process has it mapped, to be read and to be written, until ``close``;
+        nothing over a socket."""
+        shared = self._shared()
+        return () if shared is None else shared.memory()
 
     def view(self, claim: Claim, index: int) -> memoryview:
         """A claimed block's bytes where they lie, read-only, until the claim is released; verified
@@ -379,18 +399,33 @@ class StoreClient(Writing):
         done: Callable[[int], None],
         wait: Wait,
     ) -> None:
+        def receive(keys: Sequence[BlockKey | None], counted: Callable[[int], None]) -> None:
+            def both(position: int) -> None:
+                counted(position)
+                done(position)
+
+            self._transfer.receive(claim.grant, indices, keys, place, both, wait)
+
+        self._in_turn(claim, indices, receive)
+
+    def _in_turn(
+        self,
+        claim: Claim,
+        indices: Sequence[int],
+        move: Callable[[Sequence[BlockKey | None], Callable[[int], None]], None],
+    ) -> None:
+        """``move(keys, done)`` reads blocks of a claim and says so of each, in order."""
         keys = [claim.key_of(index) for index in indices]
         count = 0
 
-        def count_on(position: int) -> None:
+        def count_on(_: int) -> None:
             nonlocal count
             count += 1
             self._count_restored()
-            done(position)
 
         try:
             with unless_gone:
-                self._transfer.receive(claim.grant, indices, keys, place, count_on, wait)
+                move(keys, count_on)
         except ChecksumMismatch:
             self._condemn(claim, indices[count])
             raise

@@ -26,6 +26,11 @@ class PiecewiseWrite:
         """Of the keys whose blocks are to be filled; the others are stored already."""
         return range(self.grant.first_index, self.grant.first_index + len(self.grant.slots))
 
+    def next_pieces(self, count: int) -> list[tuple[int, memoryview]]:
+        """Where the next ``count`` bytes of each block go."""
+        starts = zip(self.indices, self._payloads, self._filled, strict=True)
+        return [(index, payload[start : start + count]) for index, payload, start in starts]
+
     def add(self, index: int, count: int, fill: Callable[[memoryview], None]) -> None:
         """``fill`` writes the next ``count`` bytes of the block of key ``index``."""
         place = index - self.grant.first_index

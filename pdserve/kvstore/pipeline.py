@@ -14,9 +14,11 @@ Whoever stops in between, by an error or a cancellation, leaves answers under wa
 abandoned: dropped when they come, and the connection stays usable.
 """
 
+import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 from pdserve.errors import BlockMissing, ChecksumMismatch
 from pdserve.ids import BlockKey
@@ -43,6 +45,23 @@ TRANSIT_ATTEMPTS_MAX = 3
 
 Fill = Callable[[int, memoryview], None]
 """Writes the bytes of the block with this index into this buffer."""
+
+Places = Sequence[tuple[int, memoryview]]
+"""Blocks by their indices, and where their bytes go."""
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A ``Fill`` that can begin with several blocks before it is called for the first of them."""
+
+    def begin(self, places: Places) -> AbstractContextManager[None]:
+        """Within, it is called for each of them; after it, nothing is written there any more."""
+        ...
+
+
+def begun(fill: object, places: Places) -> AbstractContextManager[None]:
+    return fill.begin(places) if isinstance(fill, Begins) else contextlib.nullcontext()
+
 
 Corrupt = Callable[[memoryview], None]
 """For tests: changes bytes on their way, after their checksum was taken."""

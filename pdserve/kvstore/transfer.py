@@ -31,7 +31,7 @@ from pdserve.kvstore.codecs import PayloadCodec
 from pdserve.kvstore.headers import Header
 from pdserve.kvstore.phases import Phases
 from pdserve.kvstore.pieces import PiecewiseWrite
-from pdserve.kvstore.pipeline import Corrupt, Done, Fill, Link, Pipeline, Place
+from pdserve.kvstore.pipeline import Corrupt, Done, Fill, Link, Pipeline, Place, begun
 from pdserve.kvstore.slot_states import SlotState
 from pdserve.wire.blocking import Wait
 from pdserve.wire.frame import Buffer, Frame
@@ -198,14 +198,15 @@ class SharedMemory(Transfer):
         return self._writable
 
     def send(self, grant: WriteGrant, keys: Sequence[BlockKey | None], fill: Fill) -> int:
-        arena = self._arena()
+        payloads = map(self._arena().payload, grant.slots)
+        places = list(enumerate(payloads, start=grant.first_index))
         checksums = []
-        for index, slot in enumerate(grant.slots, start=grant.first_index):
-            payload = arena.payload(slot)
-            fill(index, payload)
-            checksums.append(block_checksum(keys[index], payload))
-            if self._corrupt is not None:
-                self._corrupt(payload)
+        with begun(fill, places):
+            for index, payload in places:
+                fill(index, payload)
+                checksums.append(block_checksum(keys[index], payload))
+                if self._corrupt is not None:
+                    self._corrupt(payload)
         answer = self._call(protocol.Commit(grant.write, tuple(checksums)))
         return stored_count(answer)
 
@@ -242,6 +243,28 @@ class SharedMemory(Transfer):
             raise BlockMissing(f"block {index} of claim {claim.claim} changed while it was read")
         if verifies:
             self._check(claim, index, header, checksum)
+
+    def memory(self) -> Sequence[memoryview]:
+        """The arena where it is mapped: to be read, and to be written."""
+        return self._readable.whole, self._arena().whole
+
+    def each(
+        self,
+        claim: ClaimGrant,
+        indices: Sequence[int],
+        keys: Sequence[BlockKey | None],
+        take: Callable[[int, memoryview], None],
+        wait: Wait,
+    ) -> None:
+        """``receive``, but ``take(position, bytes)`` gets each where it lies."""
+        for position, (index, key) in enumerate(zip(indices, keys, strict=True)):
+            take(position, self.view(claim, index, key))
+            # As in ``copy``. Who goes on copying rests on the claim alone.
+            if self._readable.generation(claim.slots[index]) != claim.generations[index]:
+                raise BlockMissing(
+                    f"block {index} of claim {claim.claim} changed while it was read"
+                )
+            wait.check()
 
     def view(self, claim: ClaimGrant, index: int, key: BlockKey | None) -> memoryview:
         slot = claim.slots[index]

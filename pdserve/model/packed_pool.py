@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from pdserve.model.architecture import Architecture
-from pdserve.model.pool import Pool
+from pdserve.model.pool import Direct, Pool
 from pdserve.model.store_codec import BlockCodec
 
 CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """By the names of ``store.codec``."""
 
 
-class PackedPool:
+class PackedPool(Direct):
     def __init__(self, pool: Pool, architecture: Architecture, codec: str) -> None:
         """``codec``: of ``CODE_DTYPES``. The numbers of ``pool`` must be plain ones."""
         self._pool = pool

@@ -34,7 +34,7 @@ def _prompt(seed: int, length: int) -> list[int]:
 
 
 def test_short_prompts_overtake_a_running_long_one(real_cluster: TestCluster) -> None:
-    _assert_overtaken(real_cluster, workers=1)
+    _assert_overtaken(real_cluster, workers=1, short_tokens=SHORT_TOKENS)
 
 
 @pytest.mark.slow
@@ -52,17 +52,17 @@ def test_a_preempted_prompt_goes_on_at_whichever_worker_is_free(default_model: P
         store={"arena_bytes": 256 << 20},
         router={"prefill_tokens_per_s": 1000},
     )
-    with running(config) as cluster:
-        _assert_overtaken(cluster, workers=2)
+    with running(config) as cluster:  # what fits into a chunk goes ahead, and nobody has to leave
+        _assert_overtaken(cluster, workers=2, short_tokens=CHUNK_TOKENS + SHORT_TOKENS)
 
 
-def _assert_overtaken(cluster: TestCluster, *, workers: int) -> None:
+def _assert_overtaken(cluster: TestCluster, *, workers: int, short_tokens: int) -> None:
     """As many long prompts as workers, and eight short ones after two chunks of each."""
     asyncio.run(stream_tokens(cluster.url, _prompt(0, 40), 2))
     before = cluster.counter("prefill", "prompt_tokens_computed")
     steps = cluster.counter("prefill", "steps")
     long, shorts, order = asyncio.run(
-        _long_then_shorts(cluster, crowd=workers, after_steps=steps + 2 * workers)
+        _long_then_shorts(cluster, short_tokens, crowd=workers, after_steps=steps + 2 * workers)
     )
     assert long.error is None
     assert all(short.error is None for short in shorts)
@@ -75,14 +75,14 @@ def _assert_overtaken(cluster: TestCluster, *, workers: int) -> None:
         assert long.timing["preempted_count"] >= 1
         assert counters["preemptions"] >= 1
     computed = cluster.counter("prefill", "prompt_tokens_computed") - before
-    tokens = LONG_TOKENS * workers + SHORT_COUNT * SHORT_TOKENS
+    tokens = LONG_TOKENS * workers + SHORT_COUNT * short_tokens
     assert computed == tokens, "every prompt token is computed exactly once"
     alone = cluster.tokens(_prompt(2, LONG_TOKENS), 4)
     assert long.tokens == alone
 
 
 async def _long_then_shorts(
-    cluster: TestCluster, *, crowd: int, after_steps: int
+    cluster: TestCluster, short_tokens: int, *, crowd: int, after_steps: int
 ) -> tuple[Stream, list[Stream], list[str]]:
     """``crowd`` long prompts, and after two chunks eight short ones; the order of first tokens."""
     order: list[str] = []
@@ -110,7 +110,7 @@ async def _long_then_shorts(
             *(
                 stream_tokens(
                     cluster.url,
-                    _prompt(100 + index, SHORT_TOKENS),
+                    _prompt(100 + index, short_tokens),
                     4,
                     client=client,
                     on_token=arrival("short"),

@@ -1,4 +1,5 @@
-"""``bench.engine --device cuda`` and ``bench.pd_gpu``: their rows, on a CPU with a tiny model."""
+"""``bench.engine --device cuda``, ``bench.kvstore --gpu``, ``bench.pd_gpu``: their rows, on a CPU
+with a tiny model."""
 
 import argparse
 import re
@@ -10,7 +11,7 @@ from importlib.machinery import PathFinder
 import pytest
 import torch
 
-from bench import engine, pd_gpu
+from bench import engine, kvstore_gpu, pd_gpu
 from bench.engine_gpu import Sizes, rows
 from bench.frame import ROOT, Options
 from bench.random_model import LLAMA_3_8B, QWEN3_8B, TINY, Costs, random_runner
@@ -122,3 +123,16 @@ def test_two_processes_hand_over_without_ray_and_change_no_token_and_no_bit() ->
     assert exposed.reference == "one layer of the prefill"
     assert exposed.value is not None
     assert exposed.value > 0
+
+
+def test_the_store_s_rows_are_all_made_and_what_is_not_here_says_why() -> None:
+    made = {one.name: one for one in kvstore_gpu.rows(kvstore_gpu.ON_CPU, 3)}
+    skipped = {name: one.skipped for name, one in made.items() if one.skipped}
+    assert skipped == kvstore_gpu.NOT_HERE
+    for way in ("arena", "SSD"):
+        assert made[f"blocks changed by way of the {way}"].holds
+    for name, one in made.items():
+        if name not in skipped and not name.startswith("blocks changed"):
+            assert one.value is not None
+            assert one.value > 0
+            assert one.reference_value

@@ -20,7 +20,7 @@ import torch
 from pdserve.model.architecture import Architecture
 from pdserve.model.parallel.parts import Split, part_of
 from pdserve.model.parallel.rectangles import objects
-from pdserve.model.pool import ByteArray, KvPool
+from pdserve.model.pool import ByteArray, Direct, KvPool
 
 
 class OtherRank(Protocol):
@@ -35,7 +35,7 @@ class OtherRank(Protocol):
         ...
 
 
-class PartedPool:
+class PartedPool(Direct):
     """One rank's shares, as a pool of its own, and with ``others`` the whole."""
 
     def __init__(

@@ -26,6 +26,7 @@ from pdserve.kvstore.answers import PrefixQuote
 from pdserve.kvstore.path_speed import PathCost
 from pdserve.messages import Address
 from pdserve.model.ops import LayersTold
+from pdserve.model.pool import Direct
 from pdserve.model.runner import Run
 from pdserve.text.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ def entry(token: int, position: int, adapter: str = "") -> bytes:
     return token.to_bytes(4, "little") + (position + salt).to_bytes(4, "little")
 
 
-class FakePool:
+class FakePool(Direct):
     def __init__(self, block_count: int) -> None:
         self.block_count = block_count
         self.block_tokens = BLOCK_TOKENS
@@ -193,6 +194,9 @@ class FakeWrite:
     def indices(self) -> range:
         return range(self.first, self.first + len(self.pieces))
 
+    def next_pieces(self, count: int) -> list[tuple[int, memoryview]]:
+        return [(index, memoryview(bytearray(count))) for index in self.indices]
+
     def add(self, index: int, count: int, fill: Callable[[memoryview], None]) -> None:
         piece = bytearray(count)
         fill(memoryview(piece))
@@ -238,6 +242,9 @@ class FakeStore:
     @property
     def has_disk(self) -> bool:
         return self.below is not None
+
+    def memory(self) -> Sequence[memoryview]:
+        return ()
 
     def quote(self, keys: Sequence[BlockKey]) -> PrefixQuote:
         self._called("quote")

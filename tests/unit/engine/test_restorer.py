@@ -9,6 +9,7 @@ from pdserve.engine.restorer import TRIED_AGAIN_EVERY, Restorer
 from pdserve.engine.restoring import PrefillSpeed
 from pdserve.ids import BlockId, BlockKey
 from pdserve.kvstore.path_speed import PathCost
+from pdserve.model.pool import Direct
 from tests.unit.engine.fakes import BLOCK_BYTES
 from tests.unit.engine.test_mover import LOCAL, Parts, blocks
 
@@ -114,18 +115,24 @@ class FakeRemote:
     def close(self) -> None: ...
 
 
+class WrittenPool(Direct):
+    block_bytes = BLOCK_BYTES
+
+    def __init__(self) -> None:
+        self.written: dict[int, bytes] = {}
+
+    def write_block(self, block: int, data: memoryview) -> None:
+        self.written[block] = bytes(data)
+
+
 def restored(remote: FakeRemote, move: Restore, *, near: int = 2) -> tuple[int, dict[int, bytes]]:
     """How many blocks, and what is in the pool then, by its block."""
     store = stored(None).stores[LOCAL]
     for key in KEYS[near:]:
         del store.blocks[key]
-    written: dict[int, bytes] = {}
-
-    def write(block: BlockId, data: memoryview) -> None:
-        written[block] = bytes(data)
-
-    restorer = Restorer(BLOCK_BYTES, write, Counter(), monotonic, remote)
-    return restorer.restore(store, move), written
+    pool = WrittenPool()
+    restorer = Restorer(pool, Counter(), monotonic, remote)
+    return restorer.restore(store, move), pool.written
 
 
 def test_where_this_host_ends_another_one_goes_on() -> None:
@@ -160,7 +167,7 @@ def test_what_is_computed_sooner_is_not_fetched_but_now_and_then() -> None:
     remote = FakeRemote(6)
     store = stored(None).stores[LOCAL]
     store.blocks.clear()
-    restorer = Restorer(BLOCK_BYTES, lambda _, __: None, Counter(), monotonic, remote)
+    restorer = Restorer(WrittenPool(), Counter(), monotonic, remote)
     counts = [restorer.restore(store, restore(token_s=1e-9)) for _ in range(TRIED_AGAIN_EVERY)]
     assert counts == [0] * (TRIED_AGAIN_EVERY - 1) + [6]
     assert restorer.restore(store, restore(token_s=1.0)) == 6

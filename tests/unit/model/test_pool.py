@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pdserve.model.architecture import Architecture
+from pdserve.model.copies import CudaCopies
 from pdserve.model.families.registry import read_architecture
 from pdserve.model.kv_codec import scales_of
 from pdserve.model.pool import KvPool
@@ -175,8 +176,9 @@ def test_on_a_gpu_a_block_enters_after_the_steps_launched_and_leaves_beside_them
 ) -> None:
     pool, before = filled_pool(architecture), filled_pool(architecture).tensor
     stream = PretendedStream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     pool._staging_E = torch.empty(pool.block_bytes, dtype=torch.uint8)
-    pool._copies = stream
+    pool._copies = CudaCopies(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the steps")
 
     @contextlib.contextmanager

@@ -56,10 +56,8 @@ def _set(
     """Bring a worker into a state: when it is done, uncomputed tokens it holds, what it decodes."""
     worker = fleet.at(slot)
     worker.free_at_ns = busy_ms * MS
-    worker.prompts = {
-        RequestId(f"x{i}"): Held(tokens, COSTS.prefill_ns(tokens), is_new=True)
-        for i, tokens in enumerate(prompts)
-    }
+    held = [Held(tokens, COSTS.prefill_ns(tokens), is_new=True) for tokens in prompts]
+    worker.prompts = {RequestId(f"x{i}"): one for i, one in enumerate(held)}
     worker.streams = {RequestId(f"y{i}"): None for i in range(streams)}
     worker.context_tokens = context_tokens
     worker.free_blocks = free_blocks

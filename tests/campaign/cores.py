@@ -108,6 +108,14 @@ class ForgetsClaims(StoreCore):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._promised: dict[int, list[SlotId]] = {}
+        note = self._slots.asked
+
+        def asked(keys: Sequence[BlockKey], prefix: Sequence[SlotId]) -> None:
+            """Who is pinned is entered when he is let go; these are not."""
+            note(keys, prefix)
+            self._slots.reorder(prefix)
+
+        self._slots.asked = asked  # type: ignore[method-assign]
 
     def hold(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
         return self._granted(owner, super().hold(owner, keys))

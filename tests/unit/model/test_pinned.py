@@ -1,63 +1,21 @@
 """A pool on a device and a store's memory: every copy goes straight there, as late as it may, and
 none is under way when somebody else may have the memory.
-
-The device is the CPU, on which copies happen when somebody waits for them, and not before.
 """
 
 import mmap
-from collections import deque
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from bench.random_model import TINY
-from pdserve.model.copies import Copies
 from pdserve.model.pinned import PinnedMemory, address_of
 from pdserve.model.pool import KvPool
+from tests.unit.model.late_copies import LateCopies, Pages
 
 BLOCKS = 4
 CPU = torch.device("cpu")
-
-
-class LateCopies(Copies):
-    def __init__(self) -> None:
-        self.under_way: deque[tuple[Tensor, Tensor]] = deque()
-        self.started = 0
-
-    def after(self, event: object) -> None: ...
-    def after_steps(self) -> None: ...
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        self.under_way.append((target, source))
-        self.started += 1
-
-    def mark(self) -> int:
-        return self.started
-
-    def wait(self, mark: int) -> None:
-        while self.started - len(self.under_way) < mark:
-            target, source = self.under_way.popleft()
-            target.copy_(source)
-
-    def finish(self) -> None:
-        self.wait(self.started)
-
-
-class Pages:
-    def __init__(self, *, works: bool = True) -> None:
-        self.locked: dict[int, tuple[int, bool]] = {}
-        self._works = works
-
-    def lock(self, address: int, size: int, *, writable: bool) -> None:
-        if not self._works:
-            raise RuntimeError("not here")
-        self.locked[address] = size, writable
-
-    def unlock(self, address: int) -> None:
-        del self.locked[address]
 
 
 class Rig:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pdserve.errors import BlockMissing, TicketGone
@@ -11,6 +12,7 @@ from pdserve.kvstore.answers import ClaimGrant, WriteGrant
 from pdserve.kvstore.core import StoreCore
 from pdserve.kvstore.readers import NOBODY, Readers
 from pdserve.kvstore.slot_states import Slot, SlotState
+from pdserve.kvstore.slots import SlotTable
 from pdserve.kvstore.tickets import OwnerId
 from pdserve.kvstore.writes import Write, commit_write, drop_write
 
@@ -102,20 +104,21 @@ class IgnoresBoards(StoreCore):
         super().__init__(*arguments, readers=seen, **options)
 
 
+def _asked_of_unpinned(
+    slots: SlotTable, keys: Sequence[BlockKey], prefix: Sequence[SlotId]
+) -> None:
+    """Who is pinned is entered when he is let go; these are not."""
+    SlotTable.asked(slots, keys, prefix)
+    slots.reorder(prefix)
+
+
 class ForgetsClaims(StoreCore):
     """Whoever asks for blocks is told that it has them, and nobody keeps them from eviction."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._promised: dict[int, list[SlotId]] = {}
-        note = self._slots.asked
-
-        def asked(keys: Sequence[BlockKey], prefix: Sequence[SlotId]) -> None:
-            """Who is pinned is entered when he is let go; these are not."""
-            note(keys, prefix)
-            self._slots.reorder(prefix)
-
-        self._slots.asked = asked  # type: ignore[method-assign]
+        self._slots.asked = partial(_asked_of_unpinned, self._slots)  # type: ignore[method-assign]
 
     def hold(self, owner: OwnerId, keys: Sequence[BlockKey]) -> ClaimGrant:
         return self._granted(owner, super().hold(owner, keys))

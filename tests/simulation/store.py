@@ -154,6 +154,9 @@ class SimStoreClient:
         self._is_known = True  # to the node
         process.on_death.append(self._on_death)
 
+    def memory(self) -> tuple[memoryview, ...]:
+        return ()
+
     # ── coming and going ─────────────────────────────────────────────────────────────────────────
 
     def _on_death(self) -> None:

@@ -236,15 +236,12 @@ class StoreClient(Writing):
         wait = self._wait(len(indices), None, None)
         shared = self._shared()
         if shared is not None:
-
-            def give(keys: Sequence[BlockKey | None], done: Callable[[int], None]) -> None:
-                def given(position: int, data: memoryview) -> None:
-                    take(position, data)
-                    done(position)
-
-                shared.each(claim.grant, indices, keys, given, wait)
-
-            self._in_turn(claim, indices, give)
+            self._in_turn(
+                claim,
+                indices,
+                lambda _: None,
+                lambda keys, done: shared.each(claim.grant, indices, keys, take, done, wait),
+            )
             return
         if len(self._staging) == 0:
             self._staging = memoryview(bytearray(self.block_bytes))
@@ -399,29 +396,30 @@ class StoreClient(Writing):
         done: Callable[[int], None],
         wait: Wait,
     ) -> None:
-        def receive(keys: Sequence[BlockKey | None], counted: Callable[[int], None]) -> None:
-            def both(position: int) -> None:
-                counted(position)
-                done(position)
-
-            self._transfer.receive(claim.grant, indices, keys, place, both, wait)
-
-        self._in_turn(claim, indices, receive)
+        receive = self._transfer.receive
+        self._in_turn(
+            claim,
+            indices,
+            done,
+            lambda keys, done: receive(claim.grant, indices, keys, place, done, wait),
+        )
 
     def _in_turn(
         self,
         claim: Claim,
         indices: Sequence[int],
+        done: Callable[[int], None],
         move: Callable[[Sequence[BlockKey | None], Callable[[int], None]], None],
     ) -> None:
         """``move(keys, done)`` reads blocks of a claim and says so of each, in order."""
         keys = [claim.key_of(index) for index in indices]
         count = 0
 
-        def count_on(_: int) -> None:
+        def count_on(position: int) -> None:
             nonlocal count
             count += 1
             self._count_restored()
+            done(position)
 
         try:
             with unless_gone:

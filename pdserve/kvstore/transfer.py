@@ -254,11 +254,13 @@ class SharedMemory(Transfer):
         indices: Sequence[int],
         keys: Sequence[BlockKey | None],
         take: Callable[[int, memoryview], None],
+        done: Done,
         wait: Wait,
     ) -> None:
         """``receive``, but ``take(position, bytes)`` gets each where it lies."""
         for position, (index, key) in enumerate(zip(indices, keys, strict=True)):
             take(position, self.view(claim, index, key))
+            done(position)
             # As in ``copy``. Who goes on copying rests on the claim alone.
             if self._readable.generation(claim.slots[index]) != claim.generations[index]:
                 raise BlockMissing(

@@ -7,6 +7,8 @@ Blocks of Llama-3-8B in bf16, random bits or random weights; nothing but torch a
 * *Offload* and *restore* go as a worker's mover has them go: many blocks begun together, between
   the pool and shared memory of the kind that an arena is, locked where it is mapped. *By layers*:
   one layer of every block at a time, as a push beside a step leaves.
+* *Packed*: in 8 bits, as by ``store.codec``, on the device; bytes are those of the pool. How fast
+  the kernels are by themselves says ``bench.kernels``.
 * *Shared memory* is compared with ``cudaHostAlloc``, for pieces of the same size.
 * *Decode step beside an offload*: by events on the device, against the same steps alone.
 * *Prefix*: everything a request waits for, pins and checksums included, against computing it.
@@ -31,13 +33,14 @@ from bench.kvstore_node import running_node
 from bench.pd_gpu import MOVED_BLOCKS, Client, carried_out, changed_rows
 from bench.random_model import BLOCK_TOKENS, DTYPE, LLAMA_3_8B, TINY, random_runner
 from pdserve.engine.blocks import blocks_for
-from pdserve.engine.mover import Mover
+from pdserve.engine.mover import Blocks, Mover
 from pdserve.engine.moves import Put, Restore
 from pdserve.engine.runner import wait_for
 from pdserve.engine.staging import mapped_memory, new_memory
 from pdserve.ids import BlockId
 from pdserve.kvstore.keys import block_keys
 from pdserve.model.architecture import Architecture
+from pdserve.model.packed_pool import packed_pool
 from pdserve.model.pool import KvPool
 from pdserve.model.runner import ModelRunner, Run
 
@@ -47,7 +50,7 @@ NOT_HERE = {
     "restore by layers": "blocks are restored whole, before the prompt's first step",
     "both directions at once": "a mover carries out one move after the other",
     "restore exposed beside a prefill": "blocks are restored whole, before the prompt's first step",
-    "pack and checksum on the GPU": "store.codec packs on the CPU; model.kv_dtype packs as it goes",
+    "pack with a checksum, pack in 4 bits": "a CPU takes checksums, of the slot; there are 8 bits",
 }
 
 
@@ -109,6 +112,10 @@ class Copying:
         )
         self._bytes = sizes.blocks * self._pool.block_bytes
         self._places = places_in(mapped_memory(new_memory(self._bytes)), self._pool, sizes.blocks)
+        self._packed = packed_pool(self._pool, sizes.architecture, "int8")
+        self._packed_places = [
+            (block, out[: self._packed.block_bytes]) for block, out in self._places
+        ]
         on_gpu = self._device.type == "cuda"
         self._host = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self._far = torch.zeros(self._bytes, dtype=torch.uint8, device=self._device)
@@ -118,6 +125,7 @@ class Copying:
         actions = {
             "out": lambda: offload(pool, places),
             "layers": self._offload_by_layers,
+            "packed": lambda: offload(self._packed, self._packed_places),
             "back": self._restore,
             "alloc": self._offload_to_driver_s,
             "peak_out": lambda: self._host.copy_(self._far, non_blocking=True),
@@ -134,6 +142,7 @@ class Copying:
             ("offload by layers", "layers", "one copy of locked memory", "peak_out", 0.75),
             ("restore of whole blocks", "back", "one copy of locked memory", "peak_in", 0.90),
             ("offload to shared memory", "out", "to cudaHostAlloc", "alloc", 0.95),
+            ("offload of blocks packed in int8", "packed", "of whole blocks", "out", 1.8),
         ):
             yield row(
                 name,
@@ -179,7 +188,7 @@ def places_in(memory: memoryview, pool: KvPool, count: int) -> list[tuple[int, m
     return [(block, memory[block * size : (block + 1) * size]) for block in range(count)]
 
 
-def offload(pool: KvPool, places: list[tuple[int, memoryview]]) -> None:
+def offload(pool: Blocks, places: list[tuple[int, memoryview]]) -> None:
     with pool.reading(places):
         for block, out in places:
             pool.read_block(block, out)

@@ -33,7 +33,7 @@ from pdserve.kvstore.masters.client import MasterClient
 from pdserve.kvstore.security import credentials_of
 from pdserve.messages import Address, Role
 from pdserve.model.load import kv_identity
-from pdserve.model.packed_pool import PackedPool
+from pdserve.model.packed_pool import packed_pool
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.prefill.prompts import Prompts
 from pdserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +81,7 @@ class WorkerParts:
         codec = self.config.store.codec
         if codec == "plain":
             return self.runner.pool
-        return PackedPool(self.runner.pool, self.runner.architecture, codec)
+        return packed_pool(self.runner.pool, self.runner.architecture, codec)
 
     @property
     def block_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """Copies between a pool on a GPU and the host's memory, beside the steps."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +22,12 @@ class Copies(Protocol):
         """Memory of the host must be locked (``pinned``), and stay as it is until it is done."""
         ...
 
+    def launch(self, kernels: Callable[[], object]) -> None:
+        """Kernels that happen in their turn, between copies."""
+        ...
+
     def mark(self) -> Any:
-        """For ``wait``: when those started so far are done."""
+        """For ``wait``: when what was started so far is done."""
         ...
 
     def wait(self, mark: Any) -> None: ...
@@ -48,6 +53,10 @@ class CudaCopies(Copies):
     def start(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
+
+    def launch(self, kernels: Callable[[], object]) -> None:
+        with torch.cuda.stream(self._stream):
+            kernels()
 
     def mark(self) -> Any:
         return self._stream.record_event()

@@ -11,7 +11,6 @@ begun together (``reading``, ``writing``); elsewhere one by one through a buffer
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -23,9 +22,8 @@ from torch import Tensor
 from pdserve.model.architecture import Architecture
 from pdserve.model.copies import Copies, CudaCopies
 from pdserve.model.kv_codec import head_bytes
-from pdserve.model.pinned import CudaPages, PinnedMemory, address_of
-
-ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
+from pdserve.model.pinned import CudaPages, PinnedMemory
+from pdserve.model.transfers import Transfers
 
 LAYOUT = "layer,kv,head,token,dim/1"
 """Name and version of the order of bytes in a block; part of what blocks must agree on."""
@@ -118,17 +116,14 @@ class KvPool(Direct):
         # What else a head has are scales.
         codes_PL2GE = self._bytes_PE.view(dtype).view(*sizes, -1)[..., : block_tokens * head_dim]
         self.tensor = codes_PL2GE.view(*sizes, block_tokens, head_dim)
-        self._staging_lock = threading.Lock()
-        self._copies = copies
-        self._pinned = pinned or PinnedMemory(CudaPages())
-        if device.type == "cuda" and copies is None:
-            self._copies = CudaCopies(device)
-        self._staging_E = torch.empty(0, dtype=torch.uint8)
-        if self._copies is not None:
-            on_gpu = device.type == "cuda"
-            self._staging_E = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=on_gpu)
-        self._begun: dict[int, Any] = {}  # marks of copies to the host, by where they go
-        self._writes_late = False
+        on_gpu = device.type == "cuda"
+        if copies is None and on_gpu:
+            copies = CudaCopies(device)
+        self.transfers: Transfers | None = None
+        """None on a CPU: blocks are simply copied."""
+        if copies is not None:
+            pinned = pinned or PinnedMemory(CudaPages())
+            self.transfers = Transfers(copies, pinned, self.block_bytes, on_gpu=on_gpu)
 
     @property
     def scratch_block(self) -> int:
@@ -141,14 +136,15 @@ class KvPool(Direct):
 
         On a GPU the step that wrote them must be done: steps under way are not waited for.
         """
-        target = self._as_array(block, out)
-        self._read(self._bytes_PE[block], target)
+        self._check(block)
+        self._check_size(out, self.block_bytes)
+        self._read(self._bytes_PE[block], out)
 
     def await_layers(self, done: Any) -> None:
         """Copies from now on happen after ``done`` (``ops.LayersTold``)."""
         if done is not None:
-            assert self._copies is not None, "there are no steps under way on a CPU"
-            self._copies.after(done)
+            assert self.transfers is not None, "there are no steps under way on a CPU"
+            self.transfers.copies.after(done)
 
     def read_layers(self, block: int, first: int, end: int, out: memoryview) -> None:
         """Copy the bytes of layers ``first:end`` of ``block``, one piece of it, to ``out``, which
@@ -157,9 +153,8 @@ class KvPool(Direct):
         part = slice(first * self.layer_bytes, end * self.layer_bytes)
         if not 0 <= part.start <= part.stop <= self.block_bytes:
             raise ValueError(f"layers {first} to {end} of {self.block_bytes // self.layer_bytes}")
-        if out.nbytes != part.stop - part.start:
-            raise ValueError(f"the buffer has {out.nbytes} bytes, not {part.stop - part.start}")
-        self._read(self._bytes_PE[block, part], np.frombuffer(out, dtype=np.uint8))
+        self._check_size(out, part.stop - part.start)
+        self._read(self._bytes_PE[block, part], out)
 
     def write_block(self, block: int, data: memoryview) -> None:
         """Make ``data``, exactly ``block_bytes`` long, the bytes of ``block``.
@@ -167,22 +162,12 @@ class KvPool(Direct):
         On a GPU after all steps launched so far: one of them may still write, for a sequence that
         is gone, where this block was its own (``EngineLoop``, a step in flight).
         """
-        source = self._as_array(block, data)
-        if self._copies is None:
-            np.copyto(self._bytes_PE[block].numpy(), source)
-            return
-        direct_E = self._pinned.tensor_of(data)
-        if direct_E is not None:
-            self._copies.after_steps()
-            self._copies.start(self._bytes_PE[block], direct_E)
-            if not self._writes_late:
-                self._copies.finish()
-            return
-        with self._staging_lock:
-            np.copyto(self._staging_E.numpy(), source)
-            self._copies.after_steps()
-            self._copies.start(self._bytes_PE[block], self._staging_E)
-            self._copies.finish()
+        self._check(block)
+        self._check_size(data, self.block_bytes)
+        if self.transfers is not None:
+            self.transfers.write(data, self._bytes_PE[block])
+        else:
+            np.copyto(self._bytes_PE[block].numpy(), np.frombuffer(data, dtype=np.uint8))
 
     def copy_block(self, source: int, target: int) -> None:
         self._check(source)
@@ -190,75 +175,40 @@ class KvPool(Direct):
         self._bytes_PE[target].copy_(self._bytes_PE[source])
 
     def pin(self, memory: Callable[[], Sequence[memoryview]]) -> None:
-        if self._copies is not None:
-            for stretch in memory():
-                self._pinned.add(stretch)
+        if self.transfers is not None:
+            self.transfers.pin(memory)
 
     def unpin(self) -> None:
-        if self._copies is not None:
-            self._copies.finish()
-            self._pinned.remove()
+        if self.transfers is not None:
+            self.transfers.unpin()
 
     @contextlib.contextmanager
     def reading(self, places: Places, layers: range | None = None) -> Iterator[None]:
-        copies = self._copies
-        if copies is None:
+        if self.transfers is None:
             yield
             return
         part = slice(None)
         if layers is not None:
             part = slice(layers.start * self.layer_bytes, layers.stop * self.layer_bytes)
-        try:
+        with self.transfers.reading():
             for block, out in places:
-                direct_E = self._pinned.tensor_of(out)
-                if direct_E is None:
-                    continue  # it is copied when it is read
                 self._check(block)
-                copies.start(direct_E, self._bytes_PE[block, part])
-                self._begun[address_of(out)] = copies.mark()
+                self.transfers.begin(self._bytes_PE[block, part], out)
             yield
-        finally:
-            copies.finish()  # whoever has the memory next must find nobody writing there
-            self._begun.clear()
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        if self._copies is None:
-            yield
-            return
-        self._writes_late = True
-        try:
-            yield
-        finally:
-            self._writes_late = False
-            self._copies.finish()
+    def writing(self) -> AbstractContextManager[None]:
+        return super().writing() if self.transfers is None else self.transfers.writing()
 
-    def _read(self, bytes_E: Tensor, target: ByteArray) -> None:
-        copies = self._copies
-        if copies is None:
-            np.copyto(target, bytes_E.numpy())
-            return
-        begun = self._begun.pop(int(target.ctypes.data), None)
-        if begun is not None:
-            copies.wait(begun)
-            return
-        direct_E = self._pinned.tensor_of(target.data)
-        if direct_E is not None:
-            copies.start(direct_E, bytes_E)
-            copies.finish()
-            return
-        with self._staging_lock:
-            staging_E = self._staging_E[: len(bytes_E)]
-            copies.start(staging_E, bytes_E)
-            copies.finish()
-            np.copyto(target, staging_E.numpy())
-
-    def _as_array(self, block: int, buffer: memoryview) -> ByteArray:
-        self._check(block)
-        if buffer.nbytes != self.block_bytes:
-            raise ValueError(f"the buffer has {buffer.nbytes} bytes, a block {self.block_bytes}")
-        return np.frombuffer(buffer, dtype=np.uint8)
+    def _read(self, bytes_E: Tensor, out: memoryview) -> None:
+        if self.transfers is None:
+            np.copyto(np.frombuffer(out, dtype=np.uint8), bytes_E.numpy())
+        elif not self.transfers.has_come(out):
+            self.transfers.read(bytes_E, out)
 
     def _check(self, block: int) -> None:
         if not 0 <= block < self.block_count:
             raise ValueError(f"block {block} is not in a pool of {self.block_count}")
+
+    def _check_size(self, buffer: memoryview, size: int) -> None:
+        if buffer.nbytes != size:
+            raise ValueError(f"the buffer has {buffer.nbytes} bytes, not {size}")

@@ -35,7 +35,7 @@ from pdserve.messages import (
     WorkerFailed,
 )
 from pdserve.model.load import load_runner
-from pdserve.model.packed_pool import PackedPool
+from pdserve.model.packed_pool import packed_pool
 from pdserve.model.runner import ModelRunner, Run
 from pdserve.model.sampler import SamplerRow, sample
 from pdserve.text.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ class Stage:
 
         blocks_of_store: Blocks = runner.pool
         if self.codec != "plain":
-            blocks_of_store = PackedPool(runner.pool, runner.architecture, self.codec)
+            blocks_of_store = packed_pool(runner.pool, runner.architecture, self.codec)
         loop = make_loop(
             worker=WorkerId(name),
             runner=runner,

@@ -23,7 +23,7 @@ from pdserve.messages import (
     Preempt,
     Progress,
 )
-from pdserve.model.packed_pool import PackedPool
+from pdserve.model.packed_pool import packed_pool
 from pdserve.text.tokenizer import Tokenizer
 from tests.integration.pd_stage import (
     BLOCK_TOKENS,
@@ -133,7 +133,7 @@ def test_blocks_may_be_packed_on_their_way(
     """Answers are close to what they would be: here they have the right length and, of a model
     whose choices are clear, mostly the same tokens."""
     runner = runner_of(model, 256)
-    packed = PackedPool(runner.pool, runner.architecture, "int8").block_bytes
+    packed = packed_pool(runner.pool, runner.architecture, "int8").block_bytes
     node = Node(tmp_path / "d", packed, slots=600, tcp=True)
     stage = Stage(model, tokenizer, node.address, codec="int8")
     stage.worker("p0", node.address, shared_memory=shared_memory)

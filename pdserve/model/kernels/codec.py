@@ -57,13 +57,19 @@ def _rounded(x):
 
 
 @triton.jit
-def _bfloat16(x):
+def rounded_to_bfloat16(x):
     """Rounded to what bfloat16 holds, ties to even; the interpreter's own conversion cuts off."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     # Beyond infinity lies what is no number; adding to its bits could make one of it.
     finite = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
     return tl.where(finite, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Of float32: they compare like the magnitudes, and a NaN is the largest."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -77,22 +83,32 @@ def _code(x, CODEC: tl.constexpr):
         small = _rounded(tl.minimum(tl.abs(x), 1.0) * 512.0).to(tl.uint32)
         code = (((bits >> 31) << 7) | tl.where(magnitude < 0x3C800000, small, normal)).to(tl.uint8)
     else:
-        code = _rounded(x).to(tl.int8)
+        is_number = magnitude_bits(x) <= 0x7F800000
+        code = _rounded(tl.where(is_number, x, 0.0)).to(tl.int8)
     return code
+
+
+@triton.jit
+def scales_for(largest_bits, CODEC: tl.constexpr):
+    """Of rows whose largest magnitudes have these bits: what bfloat16 holds, as float32."""
+    largest = largest_bits.to(tl.float32, bitcast=True)
+    largest_code = tl.full(largest.shape, 127.0 if CODEC == _INT8 else 448.0, tl.float32)
+    scale = rounded_to_bfloat16(tl.div_rn(largest, largest_code))
+    return tl.where(scale < 7.888609052210118e-31, 0.0, scale)  # 2**-100
+
+
+@triton.jit
+def codes_for(x, scale, CODEC: tl.constexpr):
+    """``scale``: of each number, in the shape of ``x``."""
+    return _code(tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)), CODEC)
 
 
 @triton.jit
 def encoded(first_GC, second_GC, CODEC: tl.constexpr):
     """(codes, codes, scales [G]) of rows in two halves, float32."""
-    # Bits of magnitudes compare like numbers, and a NaN is the largest.
-    first_bits = first_GC.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    second_bits = second_GC.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    most_G = tl.max(tl.maximum(first_bits, second_bits), axis=1).to(tl.float32, bitcast=True)
-    largest_code = tl.full(most_G.shape, 127.0 if CODEC == _INT8 else 448.0, tl.float32)
-    scale_G = _bfloat16(tl.div_rn(most_G, largest_code))
-    scale_G = tl.where(scale_G < 7.888609052210118e-31, 0.0, scale_G)  # 2**-100
-    divisor_G1 = tl.where(scale_G == 0.0, 1.0, scale_G)[:, None]
-    divisor_GC = tl.broadcast_to(divisor_G1, first_GC.shape)
-    first_codes = _code(tl.div_rn(first_GC, divisor_GC), CODEC)
-    second_codes = _code(tl.div_rn(second_GC, divisor_GC), CODEC)
+    most_GC = tl.maximum(magnitude_bits(first_GC), magnitude_bits(second_GC))
+    scale_G = scales_for(tl.max(most_GC, axis=1), CODEC)
+    scale_GC = tl.broadcast_to(scale_G[:, None], first_GC.shape)
+    first_codes = codes_for(first_GC, scale_GC, CODEC)
+    second_codes = codes_for(second_GC, scale_GC, CODEC)
     return first_codes, second_codes, scale_G.to(tl.bfloat16)

@@ -38,6 +38,7 @@ from pdserve.model.kernels import (
     rope,
     sampling,
     silu,
+    store_blocks,
 )
 from pdserve.model.kernels.configuration import OPTIONS, Configuration
 
@@ -56,6 +57,7 @@ MODULES: tuple[ModuleType, ...] = (
     sampling,
     grouped_linear,
     fp8_linear,
+    store_blocks,
 )
 
 _POINTERS = {

@@ -20,7 +20,9 @@ import torch
 from pdserve.model.architecture import Architecture
 from pdserve.model.parallel.parts import Split, part_of
 from pdserve.model.parallel.rectangles import objects
-from pdserve.model.pool import ByteArray, Direct, KvPool
+from pdserve.model.pool import Direct, KvPool
+
+ByteArray = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class OtherRank(Protocol):

@@ -1,6 +1,7 @@
-"""A GPU played by the CPU: copies happen when somebody waits for them, and not before."""
+"""A GPU played by the CPU: copies and kernels happen when somebody waits for them, not before."""
 
 from collections import deque
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from pdserve.model.copies import Copies
 
 class LateCopies(Copies):
     def __init__(self) -> None:
-        self.under_way: deque[tuple[Tensor, Tensor]] = deque()
+        self.under_way: deque[Callable[[], object]] = deque()
         self.started = 0
         self.most = 0  # under way at once
 
@@ -17,7 +18,10 @@ class LateCopies(Copies):
     def after_steps(self) -> None: ...
 
     def start(self, target: Tensor, source: Tensor) -> None:
-        self.under_way.append((target, source))
+        self.launch(lambda: target.copy_(source))
+
+    def launch(self, kernels: Callable[[], object]) -> None:
+        self.under_way.append(kernels)
         self.started += 1
         self.most = max(self.most, len(self.under_way))
 
@@ -26,8 +30,7 @@ class LateCopies(Copies):
 
     def wait(self, mark: int) -> None:
         while self.started - len(self.under_way) < mark:
-            target, source = self.under_way.popleft()
-            target.copy_(source)
+            self.under_way.popleft()()
 
     def finish(self) -> None:
         self.wait(self.started)

@@ -8,7 +8,7 @@ import torch
 
 from pdserve.model.architecture import Architecture
 from pdserve.model.families.registry import read_architecture
-from pdserve.model.packed_pool import CODE_DTYPES, PackedPool
+from pdserve.model.packed_pool import CODE_DTYPES, packed_pool
 from pdserve.model.pool import KvPool
 from pdserve.model.source import ModelFiles
 from tests.models.small import write_small_model
@@ -38,7 +38,7 @@ def plain_pool(shape: Architecture) -> KvPool:
 
 @CODECS
 def test_stretches_of_layers_are_the_block(shape: Architecture, codec: str) -> None:
-    packed = PackedPool(plain_pool(shape), shape, codec)
+    packed = packed_pool(plain_pool(shape), shape, codec)
     whole, by_layers = bytearray(packed.block_bytes), bytearray(packed.block_bytes)
     packed.read_block(1, memoryview(whole))
     for first, end in ((0, 1), (1, 3)):
@@ -52,7 +52,7 @@ def test_stretches_of_layers_are_the_block(shape: Architecture, codec: str) -> N
 def test_what_comes_back_is_close_and_only_there(shape: Architecture, codec: str) -> None:
     pool = plain_pool(shape)
     before = pool.tensor.clone()
-    packed = PackedPool(pool, shape, codec)
+    packed = packed_pool(pool, shape, codec)
     data = bytearray(packed.block_bytes)
     packed.read_block(0, memoryview(data))
     pool.tensor[1].zero_()
@@ -67,7 +67,7 @@ def test_what_comes_back_is_close_and_only_there(shape: Architecture, codec: str
 def test_going_through_twice_changes_little_more(shape: Architecture, codec: str) -> None:
     """A stream that is parked and resumed goes through it again."""
     pool = plain_pool(shape)
-    packed = PackedPool(pool, shape, codec)
+    packed = packed_pool(pool, shape, codec)
     data = memoryview(bytearray(packed.block_bytes))
     seen = []
     for _ in range(3):
@@ -79,5 +79,5 @@ def test_going_through_twice_changes_little_more(shape: Architecture, codec: str
 
 def test_a_shape_of_its_own_for_each_model(shape: Architecture) -> None:
     wider = dataclasses.replace(shape, kv_head_count=2 * shape.kv_head_count)
-    sizes = [PackedPool(plain_pool(each), each, "int8").block_bytes for each in (shape, wider)]
+    sizes = [packed_pool(plain_pool(each), each, "int8").block_bytes for each in (shape, wider)]
     assert sizes[1] == 2 * sizes[0]

@@ -11,8 +11,10 @@ from pdserve.model.architecture import Architecture
 from pdserve.model.copies import CudaCopies
 from pdserve.model.families.registry import read_architecture
 from pdserve.model.kv_codec import scales_of
+from pdserve.model.pinned import CudaPages, PinnedMemory
 from pdserve.model.pool import KvPool
 from pdserve.model.source import ModelFiles
+from pdserve.model.transfers import Transfers
 from tests.models.small import write_small_model
 
 
@@ -100,9 +102,9 @@ def test_a_block_outside_the_pool_is_refused(architecture: Architecture, block: 
 def test_a_buffer_of_another_size_is_refused(architecture: Architecture, surplus: int) -> None:
     pool = filled_pool(architecture)
     content = memoryview(bytearray(pool.block_bytes + surplus))
-    with pytest.raises(ValueError, match="a block 640"):
+    with pytest.raises(ValueError, match="not 640"):
         pool.read_block(0, content)
-    with pytest.raises(ValueError, match="a block 640"):
+    with pytest.raises(ValueError, match="not 640"):
         pool.write_block(0, content)
 
 
@@ -177,8 +179,8 @@ def test_on_a_gpu_a_block_enters_after_the_steps_launched_and_leaves_beside_them
     pool, before = filled_pool(architecture), filled_pool(architecture).tensor
     stream = PretendedStream()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    pool._staging_E = torch.empty(pool.block_bytes, dtype=torch.uint8)
-    pool._copies = CudaCopies(torch.device("cpu"))
+    copies, pinned = CudaCopies(torch.device("cpu")), PinnedMemory(CudaPages())
+    pool.transfers = Transfers(copies, pinned, pool.block_bytes, on_gpu=False)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the steps")
 
     @contextlib.contextmanager

@@ -29,6 +29,7 @@ from bench.frame import Options, Row, at_least, at_most, row, run
 from bench.intervals import mean, ratio_interval
 from bench.surface_clients import BareClient, GrpcClient, HttpClient, Stream
 from bench.surface_fleet import US_PER_S, Pace
+from bench.surface_package import rows as package_rows
 from bench.surface_places import Place, Places, loop_factory, places
 from bench.surface_router import router_rows
 from bench.surface_stages import own_us, read, settled, stages_of
@@ -309,9 +310,16 @@ GATEWAY_PARTS: Mapping[str, Callable[[Surface], Awaitable[list[Row]]]] = {
 }
 
 
+OTHER_PARTS: Mapping[str, Callable[[Options], Iterator[Row]]] = {
+    "stages": stage_rows,
+    "router": router_rows,
+    "package": package_rows,
+}
+
+
 def measure(options: Options) -> Iterator[Row]:
     given = options.arguments
-    known = [*GATEWAY_PARTS, "stages", "router"]
+    known = [*GATEWAY_PARTS, *OTHER_PARTS]
     wanted = set(given.only.split(",")) if given.only else {*known}
     if unknown := wanted - {*known}:
         raise SystemExit(f"--only knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
@@ -326,10 +334,9 @@ def measure(options: Options) -> Iterator[Row]:
             for name, part in GATEWAY_PARTS.items():
                 if name in wanted:
                     yield from runner.run(_all(part(surface)))
-    if "stages" in wanted:
-        yield from stage_rows(options)
-    if "router" in wanted:
-        yield from router_rows(options)
+    for name, rows in OTHER_PARTS.items():
+        if name in wanted:
+            yield from rows(options)
 
 
 async def _all(rows: Awaitable[list[Row]]) -> list[Row]:
@@ -337,7 +344,8 @@ async def _all(rows: Awaitable[list[Row]]) -> list[Row]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", help=f"some of {', '.join(GATEWAY_PARTS)}, stages, router")
+    known = ", ".join([*GATEWAY_PARTS, *OTHER_PARTS])
+    parser.add_argument("--only", help=f"some of {known}")
     parser.add_argument("--profiles", type=Path, help="leave each process's profile here (pstats)")
 
 

@@ -1,8 +1,6 @@
 """What it costs to have the package: the wheel, its dependencies, its import, its ``--help``.
 
-Rows for ``python -m bench.surface``, which takes them from ``rows``; by itself:
-
-    python -m bench.surface_package
+    python -m bench.surface --only package
 
 Times are of whole processes of a fresh interpreter, beside one that imports nothing, measured in
 turn; the bars are what the package promises.
@@ -18,7 +16,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-from bench.frame import ROOT, Options, Row, at_most, interleave, row, run, skipped
+from bench.frame import ROOT, Options, Row, at_most, interleave, row, skipped
 
 MB = 1_000_000
 WHEEL_MB_MAX = 3.0
@@ -125,7 +123,3 @@ def _wheel() -> Row:
             reason = f"pip wheel: {built.stderr.strip().splitlines()[-1:]}"
             return skipped("wheel", "MB", reason)
         return row("wheel", [wheels[0].stat().st_size / MB], "MB", bar=at_most(WHEEL_MB_MAX))
-
-
-if __name__ == "__main__":
-    run("surface_package", rows)

@@ -6,13 +6,12 @@ With ``--stop-before-renewal`` it stops itself (SIGSTOP) once, when it leads and
 again: a leader that was away for a while, as seen by its successor.
 """
 
-import os
-import signal
 import sys
 from typing import Any
 
 from pdserve.kvstore.masters import process as master_process
 from pdserve.kvstore.masters.metadata import EmbeddedMetadata, RedisMetadata, Seat
+from tests.campaign.stopping import stop_here
 
 
 def _stop_before_renewal(cls: Any) -> None:
@@ -23,7 +22,7 @@ def _stop_before_renewal(cls: Any) -> None:
         nonlocal is_first
         if is_first and seen is not None and seen.epoch == after.epoch:
             is_first = False
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop_here()
         return bool(change_seat(self, seen, after))
 
     cls.change_seat = stop_and_change

@@ -7,8 +7,6 @@ With ``--stop-before-register`` it stops itself (SIGSTOP) when it has its epoch 
 yet: a node that was away for a while, as seen by its successor.
 """
 
-import os
-import signal
 import sys
 from functools import partial
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from pdserve.kvstore import node
 from pdserve.kvstore.masters.metadata import EmbeddedMetadata, Member, RedisMetadata
 from pdserve.kvstore.ssd.log import open_log
+from tests.campaign.stopping import stop_here
 
 SEGMENT_BYTES = 4 << 20
 """So that segments are filled, and go, within seconds."""
@@ -27,7 +26,7 @@ def _stop_before_register(cls: Any) -> None:
     register = cls.register
 
     def stop_and_register(self: Any, member: Member) -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        stop_here()
         register(self, member)
 
     cls.register = stop_and_register

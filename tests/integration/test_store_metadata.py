@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from pdserve.kvstore.masters.metadata import (
     RedisMetadata,
     Seat,
 )
+from pdserve.kvstore.masters.table_file import TableFile
 from pdserve.messages import Address
 from tests.integration.store_nodes import content, filler, keys_of, read, running_node
 from tests.redis_server import RedisServer
@@ -193,3 +195,45 @@ def test_a_metadata_file_that_is_none_is_said(tmp_path: Path) -> None:
         EmbeddedMetadata(path)
     with pytest.raises(StoreUnavailable, match="cannot use the metadata in"):
         EmbeddedMetadata(tmp_path / "missing" / "metadata.sqlite")
+
+
+def test_who_is_suspended_while_it_reads_stops_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "table.sqlite"
+    suspended, other = (TableFile(path, "CREATE TABLE t (n)", timeout_s=0.1) for _ in range(2))
+    with suspended.transaction(reads=True) as table:
+        assert table.execute("SELECT count(*) FROM t").fetchone() == (0,)
+        with other.transaction() as writing:
+            writing.execute("INSERT INTO t VALUES (1)")
+        TableFile(path, "CREATE TABLE t (n)", timeout_s=0.1)  # nor who opens it only now
+        assert table.execute("SELECT count(*) FROM t").fetchone() == (0,), "one moment's view"
+    with suspended.transaction(reads=True) as table:
+        assert table.execute("SELECT count(*) FROM t").fetchone() == (1,)
+
+
+def test_who_writes_too_long_is_not_waited_for_and_what_fails_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table.sqlite"
+    one, other = (TableFile(path, "CREATE TABLE t (n)", timeout_s=0.1) for _ in range(2))
+
+    def both() -> None:
+        with one.transaction() as table:
+            table.execute("INSERT INTO t VALUES (1)")
+            with other.transaction():
+                pass
+
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        both()
+    for each in (one, other):
+        with each.transaction() as table:
+            assert table.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
+def test_a_file_that_was_lost_is_begun_anew_by_all(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.sqlite"
+    one, two = EmbeddedMetadata(path), EmbeddedMetadata(path)
+    one.register(member("a", 1))
+    path.unlink()
+    assert two.members() == ()
+    two.register(member("b", 1))
+    assert one.members() == (member("b", 1),)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from pdserve.errors import ConfigError, StaleEpoch, StoreUnavailable
 from pdserve.ids import HostId, StoreId
+from pdserve.kvstore.masters.table_file import TableFile
 from pdserve.messages import Address
 
 TIMEOUT_S = 1.0
@@ -86,28 +87,22 @@ class Metadata(Protocol):
         ...
 
 
-class EmbeddedMetadata:
-    """In a file on local disk, shared by the processes of one host.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS epoch (last INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS member
+    (store_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL, body TEXT NOT NULL);
+INSERT INTO epoch SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM epoch);
+CREATE TABLE IF NOT EXISTS seat (only INTEGER PRIMARY KEY CHECK (only = 1), body TEXT NOT NULL)
+"""
 
-    Nobody waits for the disk: what a power failure takes, it takes with all processes that these
-    entries are of. So a transaction is over in less than a millisecond, and a process that is
-    suspended hardly ever has the file locked then; if it has, the others wait until it is killed
-    or wakes.
-    """
+
+class EmbeddedMetadata:
+    """In a file on local disk, shared by the processes of one host (``table_file``)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._transaction() as table:
-            table.execute("CREATE TABLE IF NOT EXISTS epoch (last INTEGER NOT NULL)")
-            table.execute(
-                "CREATE TABLE IF NOT EXISTS member"
-                " (store_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL, body TEXT NOT NULL)"
-            )
-            table.execute("INSERT INTO epoch SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM epoch)")
-            table.execute(
-                "CREATE TABLE IF NOT EXISTS seat"
-                " (only INTEGER PRIMARY KEY CHECK (only = 1), body TEXT NOT NULL)"
-            )
+        with self._said():
+            self._file = TableFile(path, _SCHEMA, timeout_s=TIMEOUT_S)
 
     def next_epoch(self, *, above: int = 0) -> int:
         with self._transaction() as table:
@@ -162,14 +157,13 @@ class EmbeddedMetadata:
 
     @contextlib.contextmanager
     def _transaction(self, *, reads: bool = False) -> Iterator[sqlite3.Connection]:
+        with self._said(), self._file.transaction(reads=reads) as table:
+            yield table
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
         try:
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=TIMEOUT_S, isolation_level=None)
-            ) as table:
-                table.execute("PRAGMA synchronous = OFF")
-                table.execute("BEGIN" if reads else "BEGIN IMMEDIATE")
-                yield table
-                table.execute("COMMIT")
+            yield
         except sqlite3.Error as error:
             raise StoreUnavailable(f"cannot use the metadata in {self._path}: {error}") from error
 

@@ -32,7 +32,6 @@ class PackedOnDevice:
         self.layer_bytes = self.block_bytes // codec.layer_count
         self._rows_E = torch.empty(0, dtype=torch.uint8)
         self._entering: list[int] = []  # blocks whose bytes are on their way to the first rows
-        self._unpacks_late = False
 
     def read_block(self, block: int, out: memoryview) -> None:
         """Pack ``block`` into ``out``, which must hold exactly ``block_bytes``."""
@@ -47,11 +46,11 @@ class PackedOnDevice:
 
     def write_block(self, block: int, data: memoryview) -> None:
         """Unpack ``data``, exactly ``block_bytes`` long, into ``block``."""
-        self._check(block, data, self.block_bytes)
+        self._pool.check(block, data, self.block_bytes)
         row_J = self._rows(ROWS_MAX, self._layers)[len(self._entering)]
         self._transfers.write(data, row_J)
         self._entering.append(block)
-        if not self._unpacks_late:
+        if not self._transfers.writes_late:
             self._unpack()
             self._transfers.copies.finish()
         elif len(self._entering) == ROWS_MAX:
@@ -78,15 +77,13 @@ class PackedOnDevice:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         with self._transfers.writing():
-            self._unpacks_late = True
             try:
                 yield
             finally:
-                self._unpacks_late = False
                 self._unpack()
 
     def _read(self, block: int, layers: range, out: memoryview) -> None:
-        self._check(block, out, len(layers) * self.layer_bytes)
+        self._pool.check(block, out, len(layers) * self.layer_bytes)
         if not self._transfers.has_come(out):
             self._transfers.read(self._packed([block], layers)[0], out)
 
@@ -119,9 +116,3 @@ class PackedOnDevice:
 
     def _ids(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int32, device=self._pool.tensor.device)
-
-    def _check(self, block: int, buffer: memoryview, size: int) -> None:
-        if not 0 <= block < self._pool.block_count:
-            raise ValueError(f"block {block} is not in a pool of {self._pool.block_count}")
-        if buffer.nbytes != size:
-            raise ValueError(f"the buffer has {buffer.nbytes} bytes, not {size}")

@@ -136,8 +136,7 @@ class KvPool(Direct):
 
         On a GPU the step that wrote them must be done: steps under way are not waited for.
         """
-        self._check(block)
-        self._check_size(out, self.block_bytes)
+        self.check(block, out, self.block_bytes)
         self._read(self._bytes_PE[block], out)
 
     def await_layers(self, done: Any) -> None:
@@ -153,7 +152,7 @@ class KvPool(Direct):
         part = slice(first * self.layer_bytes, end * self.layer_bytes)
         if not 0 <= part.start <= part.stop <= self.block_bytes:
             raise ValueError(f"layers {first} to {end} of {self.block_bytes // self.layer_bytes}")
-        self._check_size(out, part.stop - part.start)
+        self.check(block, out, part.stop - part.start)
         self._read(self._bytes_PE[block, part], out)
 
     def write_block(self, block: int, data: memoryview) -> None:
@@ -162,8 +161,7 @@ class KvPool(Direct):
         On a GPU after all steps launched so far: one of them may still write, for a sequence that
         is gone, where this block was its own (``EngineLoop``, a step in flight).
         """
-        self._check(block)
-        self._check_size(data, self.block_bytes)
+        self.check(block, data, self.block_bytes)
         if self.transfers is not None:
             self.transfers.write(data, self._bytes_PE[block])
         else:
@@ -205,10 +203,12 @@ class KvPool(Direct):
         elif not self.transfers.has_come(out):
             self.transfers.read(bytes_E, out)
 
+    def check(self, block: int, buffer: memoryview, size: int) -> None:
+        """Raises ValueError for a block that is not in the pool, or a buffer of another size."""
+        self._check(block)
+        if buffer.nbytes != size:
+            raise ValueError(f"the buffer has {buffer.nbytes} bytes, not {size}")
+
     def _check(self, block: int) -> None:
         if not 0 <= block < self.block_count:
             raise ValueError(f"block {block} is not in a pool of {self.block_count}")
-
-    def _check_size(self, buffer: memoryview, size: int) -> None:
-        if buffer.nbytes != size:
-            raise ValueError(f"the buffer has {buffer.nbytes} bytes, not {size}")

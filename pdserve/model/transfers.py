@@ -27,7 +27,7 @@ class Transfers:
         self._lock = threading.Lock()
         self._staging_E = torch.empty(largest, dtype=torch.uint8, pin_memory=on_gpu)
         self._begun: dict[int, Any] = {}  # marks of copies to the host, by where they go
-        self._writes_late = False
+        self.writes_late = False
 
     def pin(self, memory: Callable[[], Sequence[memoryview]]) -> None:
         for stretch in memory():
@@ -79,11 +79,11 @@ class Transfers:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Within, ``write`` may return before the bytes are there; they are when it ends."""
-        self._writes_late = True
+        self.writes_late = True
         try:
             yield
         finally:
-            self._writes_late = False
+            self.writes_late = False
             self.copies.finish()
 
     def write(self, data: memoryview, bytes_E: Tensor) -> None:
@@ -92,7 +92,7 @@ class Transfers:
         direct_E = self._pinned.tensor_of(data)
         if direct_E is not None:
             self.copies.start(bytes_E, direct_E)
-            if not self._writes_late:
+            if not self.writes_late:
                 self.copies.finish()
             return
         with self._lock:

@@ -10,6 +10,7 @@ import torch
 
 from bench.random_model import TINY
 from pdserve.model import packed_on_device
+from pdserve.model.architecture import Architecture
 from pdserve.model.packed_on_device import PackedOnDevice
 from pdserve.model.packed_pool import CODE_DTYPES, PackedPool, packed_pool
 from pdserve.model.pinned import PinnedMemory
@@ -20,9 +21,11 @@ BLOCKS, LAYERS = 5, TINY.layer_count
 CODECS = pytest.mark.parametrize("codec", list(CODE_DTYPES))
 
 
-def random_pool(copies: LateCopies | None = None, *, works: bool = True) -> KvPool:
+def random_pool(
+    copies: LateCopies | None = None, *, works: bool = True, shape: Architecture = TINY
+) -> KvPool:
     pool = KvPool(
-        TINY,
+        shape,
         block_count=BLOCKS,
         block_tokens=16,
         dtype=torch.bfloat16,
@@ -136,13 +139,5 @@ def test_a_foreign_block_and_a_buffer_of_another_size_are_refused() -> None:
 
 def test_heads_that_no_kernel_takes_are_packed_by_the_cpu() -> None:
     odd = dataclasses.replace(TINY, head_dim=12)
-    pool = KvPool(
-        odd,
-        block_count=1,
-        block_tokens=16,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        copies=LateCopies(),
-        pinned=PinnedMemory(Pages()),
-    )
+    pool = random_pool(LateCopies(), shape=odd)
     assert isinstance(packed_pool(pool, odd, "int8"), PackedPool)

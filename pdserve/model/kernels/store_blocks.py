@@ -30,16 +30,31 @@ _WARPS = 4
 
 
 @triton.jit
-def _places(pool_ptr, blocks_ptr, pool_stride_p, first_layer, packed_heads, G, T, D: tl.constexpr):
+def _places(
+    pool_ptr,
+    blocks_ptr,
+    pool_stride_p,
+    first_layer,
+    packed_heads,
+    G,
+    T,
+    D: tl.constexpr,
+    TILE_T: tl.constexpr,
+):
+    """(keys and values in the pool [TILE_T, D], which of them are tokens, what of a packed head
+    they are, and where its keys and its values begin, in bytes)"""
     # Grid: (S, K * G). 64-bit offsets: pool and packed blocks may each pass 2**31 elements.
     s = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     block = tl.load(blocks_ptr + s).to(tl.int64)
     layer = first_layer + head // G
-    keys_ptr = pool_ptr + block * pool_stride_p + (layer * 2 * G + head % G).to(tl.int64) * (T * D)
-    # In bytes: codes are one each, scales two. First of the keys, then of the values.
+    t = tl.arange(0, TILE_T)[:, None]
+    at = t * D + tl.arange(0, D)[None, :]
+    first = block * pool_stride_p + (layer * 2 * G + head % G).to(tl.int64) * (T * D)
+    keys_ptr = pool_ptr + first + at
+    # Codes are a byte each, scales two.
     packed = (s * packed_heads + head) * (2 * T * D + 2 * D + 2 * T)
-    return keys_ptr, keys_ptr + G * T * D, packed, packed + T * D + 2 * D
+    return keys_ptr, keys_ptr + G * T * D, t < T, at, packed, packed + T * D + 2 * D
 
 
 @triton.jit
@@ -57,25 +72,22 @@ def _pack_kernel(
     TILE_T: tl.constexpr,  # a power of two, at least T
     CODEC: tl.constexpr,
 ):
-    keys_ptr, values_ptr, packed_keys, packed_values = _places(
-        pool_ptr, blocks_ptr, pool_stride_p, first_layer, packed_heads, G, T, D
+    keys_ptr, values_ptr, is_token, at, packed_keys, packed_values = _places(
+        pool_ptr, blocks_ptr, pool_stride_p, first_layer, packed_heads, G, T, D, TILE_T
     )
-    t = tl.arange(0, TILE_T)
-    d = tl.arange(0, D)
-    at = t[:, None] * D + d[None, :]  # [TILE_T, D]
-    is_token = (t < T)[:, None]
-
     # Zeros where there is no token: they are no channel's largest.
-    keys = tl.load(keys_ptr + at, mask=is_token, other=0.0).to(tl.float32)
+    keys = tl.load(keys_ptr, mask=is_token, other=0.0).to(tl.float32)
     scale_D = scales_for(tl.max(magnitude_bits(keys), axis=0), CODEC)
     codes = codes_for(keys, tl.broadcast_to(scale_D[None, :], keys.shape), CODEC)
     tl.store(codes_ptr + packed_keys + at, codes, mask=is_token)
+    d = tl.arange(0, D)
     tl.store(scales_ptr + (packed_keys + T * D) // 2 + d, scale_D.to(tl.bfloat16))
 
-    values = tl.load(values_ptr + at, mask=is_token, other=0.0).to(tl.float32)
+    values = tl.load(values_ptr, mask=is_token, other=0.0).to(tl.float32)
     scale_T = scales_for(tl.max(magnitude_bits(values), axis=1), CODEC)
     codes = codes_for(values, tl.broadcast_to(scale_T[:, None], values.shape), CODEC)
     tl.store(codes_ptr + packed_values + at, codes, mask=is_token)
+    t = tl.arange(0, TILE_T)
     tl.store(scales_ptr + (packed_values + T * D) // 2 + t, scale_T.to(tl.bfloat16), mask=t < T)
 
 
@@ -101,23 +113,21 @@ def _unpack_kernel(
     TILE_T: tl.constexpr,
     CODEC: tl.constexpr,
 ):
-    keys_ptr, values_ptr, packed_keys, packed_values = _places(
-        pool_ptr, blocks_ptr, pool_stride_p, first_layer, packed_heads, G, T, D
+    keys_ptr, values_ptr, is_token, at, packed_keys, packed_values = _places(
+        pool_ptr, blocks_ptr, pool_stride_p, first_layer, packed_heads, G, T, D, TILE_T
     )
-    t = tl.arange(0, TILE_T)
-    d = tl.arange(0, D)
-    at = t[:, None] * D + d[None, :]
-    is_token = (t < T)[:, None]
     dtype: tl.constexpr = pool_ptr.dtype.element_ty
 
     codes = tl.load(codes_ptr + packed_keys + at, mask=is_token, other=0)
+    d = tl.arange(0, D)
     scale_D = tl.load(scales_ptr + (packed_keys + T * D) // 2 + d).to(tl.float32)
-    tl.store(keys_ptr + at, _plain(decoded(codes, CODEC) * scale_D[None, :], dtype), mask=is_token)
+    tl.store(keys_ptr, _plain(decoded(codes, CODEC) * scale_D[None, :], dtype), mask=is_token)
 
     codes = tl.load(codes_ptr + packed_values + at, mask=is_token, other=0)
+    t = tl.arange(0, TILE_T)
     scale_T = tl.load(scales_ptr + (packed_values + T * D) // 2 + t, mask=t < T, other=0.0)
     values = decoded(codes, CODEC) * scale_T.to(tl.float32)[:, None]
-    tl.store(values_ptr + at, _plain(values, dtype), mask=is_token)
+    tl.store(values_ptr, _plain(values, dtype), mask=is_token)
 
 
 def pack_blocks(

@@ -67,14 +67,12 @@ check: setup-dev  ## format, lint, types, unit and architecture tests
 	@$(MAKE) --no-print-directory lint
 	@$(PYTEST) tests/unit tests/architecture
 
-lint: setup-dev  ## ruff (its security rules too), mypy --strict, no secret in any file
-	@$(BIN)/ruff check .
-	@$(PYTEST) -p no:cacheprovider tests/architecture/test_secrets.py
-	@$(BIN)/mypy
+SCANS := secrets vulnerabilities  # the second asks the package index
 
-audit: setup-dev  ## known vulnerabilities of what is installed; asks a network service
-	@$(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install -q "pip-audit>=2.10,<3"
-	@.venv-audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+lint: setup-dev  ## ruff (its security rules too), mypy --strict, secrets, known vulnerabilities
+	@$(BIN)/ruff check .
+	@ADVISORIES=ask $(PYTEST) -p no:cacheprovider $(SCANS:%=tests/architecture/test_%.py)
+	@$(BIN)/mypy
 
 faults: setup-dev  ## every fault under load, compared token by token; writes docs/faults.md
 	@FAULTS_REPORT=docs/faults.md FAULTS_CHAOS_S=304 $(PYTEST) --timeout=900 tests/faults
@@ -122,4 +120,4 @@ bench: setup-dev  ## the benchmarks that this machine can run
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint audit kernels clients console docs golden proto bench clean
+.PHONY: help setup setup-dev serve demo compile test test-all faults hosts campaign simulate-faults check lint kernels clients console docs golden proto bench clean

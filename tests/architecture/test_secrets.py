@@ -20,7 +20,6 @@ IGNORED = {
     ".git",
     ".venv",
     ".venv-clients",
-    ".venv-audit",
     ".models",
     ".cache",
     "build",

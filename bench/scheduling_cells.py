@@ -44,6 +44,7 @@ POLICIES: Mapping[str, RouterConfig] = {
     "fcfs": _order("fcfs"),
     "ours, mean": _order("skip_join", goal="mean"),
     "ours, mean, no preemption": _order("skip_join", goal="mean", preemption=False),
+    "ours, mean, for 32 times shorter": _order("skip_join", goal="mean", preempt_ratio=32),
     "ours, balanced": _order("skip_join", goal="balanced"),
     "ours, tail": _order("skip_join", goal="tail"),
     **{f"ours, γ = {gamma:g}": _order("skip_join", gamma_per_s=gamma) for gamma in GAMMAS_PER_S},

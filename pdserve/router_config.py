@@ -79,6 +79,10 @@ class RouterConfig(Checked):
     preemption: bool = True
     """Whether a running prefill yields at a chunk boundary to much shorter ones."""
 
+    preempt_ratio: float | None = None
+    """It yields only to one so many times shorter than what is left of it. None: 32 with the goal
+    ``tail``; else to whoever's key is better."""
+
     level_count: int = 12
     first_quantum_ms: float = 25.0
     """Level 0 takes prefills predicted to last so long; each further level takes twice as much."""
@@ -168,7 +172,10 @@ class RouterConfig(Checked):
         )
         if self.far_ratio < 1:
             yield f"far_ratio is {self.far_ratio}, must be at least 1"
-        for name in ("gamma_per_s", "ttft_slo_ms", "tpot_slo_ms", "queue_age_max_ms"):
+        for name in (
+            *("gamma_per_s", "preempt_ratio"),
+            *("ttft_slo_ms", "tpot_slo_ms", "queue_age_max_ms"),
+        ):
             if getattr(self, name) is not None:
                 yield from self._positive(name)
         if self.level_count > 16:

@@ -15,6 +15,7 @@ larger than its rung's quantum, or when it took more than a quantum and is not d
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from pdserve.clock import MS, S
 from pdserve.ids import RequestId
@@ -33,6 +34,10 @@ CLASS_DELAYS_NS: Mapping[ServiceClass, int] = {
     ServiceClass.BATCH: 30 * S,
 }
 """By how much a class counts as having arrived earlier or later."""
+
+TAIL_PREEMPT_RATIO: Final = 32.0
+"""With the goal ``tail``. What long prefills lose to much shorter ones is little, and most of what
+there is to gain; the rest is paid for by the 99th percentile, and shadows do not see it."""
 
 
 class _Standing:
@@ -56,6 +61,8 @@ class SkipJoin(Order):
         self._gamma_per_s = gamma_per_s
         self.ladder = Ladder.of(settings, gamma_per_s)
         self.preempts = settings.policy != "fcfs"
+        is_tail = settings.goal == "tail" and settings.gamma_per_s is None
+        self._preempt_ratio = settings.preempt_ratio or (TAIL_PREEMPT_RATIO if is_tail else 0.0)
         self._tenants: dict[str, TenantLevels] = {}  # that have somebody waiting
         self._spare: TenantLevels | None = None  # of one that has nobody any more
         self._standings: dict[RequestId, _Standing] = {}
@@ -202,6 +209,8 @@ class SkipJoin(Order):
             return False
         if not running.begun and self.preempts and self._rescue.due_ns(running) <= now_ns:
             return False  # its turn came, and being taken back unbegun would be none
+        if waiting.work_ns * self._preempt_ratio > running.work_ns:
+            return False
         if waiting.request.tenant == running.request.tenant:
             gain_ns = self._own_key_ns(running) - self._own_key_ns(waiting)
         else:

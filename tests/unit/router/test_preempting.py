@@ -1,5 +1,7 @@
 """Which prefills stop for whom, at a chunk boundary."""
 
+from dataclasses import replace
+
 import pytest
 
 from pdserve.clock import MS, S
@@ -21,10 +23,10 @@ from tests.unit.router.build import (
 
 
 def _long_running(
-    *, chunk_tokens: int = 128, preemption: bool = True
+    *, chunk_tokens: int = 128, config: RouterConfig | None = None
 ) -> tuple[RouterCore, Reporter]:
     core, (p0, _) = core_with(
-        hello("p0", chunk_tokens=chunk_tokens), hello("d0"), config=settings(preemption=preemption)
+        hello("p0", chunk_tokens=chunk_tokens), hello("d0"), config=config or settings()
     )
     core.on_submit(request("long", 1500), 0)
     return core, p0
@@ -45,8 +47,27 @@ def test_one_of_the_same_level_does_not_preempt() -> None:
 
 
 def test_preemption_can_be_switched_off() -> None:
-    core, _ = _long_running(preemption=False)
+    core, _ = _long_running(config=settings(preemption=False))
     assert not _is_preempted_by(core, 32)
+
+
+def _is_preempted_under(config: RouterConfig, tokens: int) -> bool:
+    core, _ = _long_running(chunk_tokens=16, config=config)
+    return _is_preempted_by(core, tokens)
+
+
+def test_an_operator_says_how_much_shorter_the_other_must_be() -> None:
+    eightfold = replace(settings(), preempt_ratio=8.0)
+    assert not _is_preempted_under(eightfold, 200)
+    assert _is_preempted_under(eightfold, 160)
+
+
+def test_for_the_sake_of_the_tail_only_much_shorter_ones_preempt() -> None:
+    tail = replace(settings(), goal="tail", gamma_per_s=None)
+    assert not _is_preempted_under(tail, 64)
+    assert _is_preempted_under(tail, 40)
+    assert _is_preempted_under(replace(tail, preempt_ratio=8.0), 160)
+    assert _is_preempted_under(replace(tail, goal="balanced"), 200)
 
 
 def test_nobody_is_called_back_while_the_store_loses_what_they_computed(

@@ -38,6 +38,7 @@ from pdserve.cluster.gateway.gaps import GapWatch
 from pdserve.cluster.gateway.pinning import Pinning
 from pdserve.cluster.gateway.poison import Suspicion
 from pdserve.cluster.gateway.prompt_delivery import PromptDelivery, with_task
+from pdserve.cluster.gateway.turns import Turns
 from pdserve.cluster.link import RouterLink
 from pdserve.errors import (
     CapacityError,
@@ -133,6 +134,7 @@ class GatewaySession:
         self._calls: dict[str, _Running] = {}
         self._by_request: dict[RequestId, _Running] = {}
         self._gaps = GapWatch(lambda request: self._find(request)[1], self._again)
+        self._turns = Turns(self._on_delta)
         self._listener: Listener | None = None
         self._link: RouterLink | None = None
 
@@ -404,8 +406,7 @@ class GatewaySession:
     def _on_message(self, message: object) -> None:
         match message:
             case TokenBatch(_, deltas):
-                for delta in deltas:
-                    self._on_delta(delta)
+                self._turns.add(deltas)
             case PromptDelta() as known:
                 self._on_delta(known)
             case other:

@@ -12,32 +12,50 @@ workers. Chats and long prompts arrive as in ``peers/mixed_load.py``. The simula
 same arrivals, and what a lone small request takes beyond its prefill on the idle cluster: client,
 HTTP, text, messages.
 
+A profile is measured on an idle machine, each point at its best; in a cluster work takes longer,
+for gateway, router and stores want the cores too. By how much is learned first: a load of its own
+(a seed that is not compared, half the rate) runs on the real cluster, whose workers say how long
+they were in steps. *Slowdown* is the factor with which the simulator is busy for as long under the
+same load. Neither policies nor times to a first token take part in that.
+
 Means are over all requests of all seeds. *Error* is that of the simulated mean, by the real one.
 """
 
 import argparse
+import asyncio
+import dataclasses
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from bench.frame import ROOT, Options, Row, at_most, row, run
 from bench.http_load import ask, random_tokens
-from bench.peers.mixed_load import CHAT, Arrival, Outcome, mixed
+from bench.peers.mixed_load import CHAT, Arrival, Outcome, drive, mixed
 from bench.runs import Work, default_directory, take_turns
 from bench.servers import Ours, serving
 from pdserve.clock import S
 from pdserve.cluster.commands.simulate import settings_of
+from pdserve.cluster.commands.status import fetch
 from pdserve.cluster.profiles import Profile, read_profile
 from pdserve.settings import from_tree
+from pdserve.simulator.result import Result
 from pdserve.simulator.run import simulate
 from pdserve.simulator.traces import Trace, TraceRequest
 
 ALONE_ROUNDS = 40
 FIRST_SEED = 1
+LEARNING_SEED = 1001
+LEARNING_RATIO = 0.5
+SLOWDOWNS = (0.5, 4.0)
+SLOWDOWN_EXACT = 0.002
+REPORTED_S = 2.0
+"""Workers report at least once a second how long they were in steps."""
 ERROR_PERCENT_MAX = 10
 NEIGHBOURS = {"aggregated": 0, "disaggregated": 1}
 ONE_THREAD = (("prefill.threads", "1"), ("decode.threads", "1"))
@@ -53,6 +71,14 @@ def measure(options: Options) -> Iterator[Row]:
     profile = read_profile(str(given.profile or _profiled(work, forms[0])))
     overhead_s = _overhead_s(work, forms[0], profile)
     yield row("client, HTTP, text and messages, of one request", [overhead_s * 1000], "ms")
+    learning = mixed(
+        rate_per_s=given.rate * LEARNING_RATIO,
+        seconds=given.seconds or (60 if options.quick else 180),
+        seed=LEARNING_SEED,
+        long_share=given.long_share,
+    )
+    slowdown = _slowdown(_busy_s(work, forms[0], learning), forms[0], learning, profile)
+    yield row("slowdown in the cluster, learned under another load", [slowdown], "×")
     loads = [
         mixed(
             rate_per_s=given.rate,
@@ -68,7 +94,7 @@ def measure(options: Options) -> Iterator[Row]:
             assert isinstance(form, Ours)
             came[form] += work.outcomes(form, arrivals)
     real = {form.policy: _real(outcomes) for form, outcomes in came.items()}
-    said = {form.policy: _simulated(form, loads, profile, overhead_s) for form in forms}
+    said = {form.policy: _simulated(form, loads, profile, overhead_s, slowdown) for form in forms}
     for policy in given.policies:
         for name, place in (("TTFT", 0), ("TPOT", 1)):
             simulated, measured = said[policy][place], real[policy][place]
@@ -94,13 +120,56 @@ def _real(outcomes: Sequence[Outcome]) -> Means:
 
 
 def _simulated(
-    form: Ours, loads: Sequence[Sequence[Arrival]], profile: Profile, overhead_s: float
+    form: Ours,
+    loads: Sequence[Sequence[Arrival]],
+    profile: Profile,
+    overhead_s: float,
+    slowdown: float,
 ) -> Means:
-    config = from_tree({"router": {"policy": form.policy, "mode": form.mode}})
-    results = [simulate(_trace(arrivals), settings_of(config, profile)) for arrivals in loads]
+    results = [_played(form, arrivals, profile, slowdown) for arrivals in loads]
     ttft_s = np.concatenate([result.ttft_s for result in results])
     tpot_s = np.concatenate([result.tpot_s for result in results])
     return float(ttft_s.mean()) + overhead_s, float(np.nanmean(tpot_s))
+
+
+def _played(form: Ours, arrivals: Sequence[Arrival], profile: Profile, slowdown: float) -> Result:
+    config = from_tree({"router": {"policy": form.policy, "mode": form.mode}})
+    settings = settings_of(config, profile)
+    return simulate(_trace(arrivals), replace(settings, slowdown=slowdown))
+
+
+def _busy_s(work: Work, form: Ours, arrivals: Sequence[Arrival]) -> float:
+    """For how long the real workers were in steps, together."""
+
+    def busy_s() -> float:
+        with serving(form, work.log(form)) as target:
+            before_us = _step_us(target.url)
+            outcomes = asyncio.run(drive(target, arrivals))
+            assert not any(one.error for one in outcomes), outcomes
+            return (_step_us(target.url) - before_us) / 1e6
+
+    about = ["busy", [dataclasses.asdict(arrival) for arrival in arrivals]]
+    found: float = work.remembered(form, about, busy_s)
+    return found
+
+
+def _step_us(url: str) -> int:
+    time.sleep(REPORTED_S)
+    return sum(worker["counters"]["step_us_total"] for worker in fetch(url)["workers"])
+
+
+def _slowdown(busy_s: float, form: Ours, arrivals: Sequence[Arrival], profile: Profile) -> float:
+    """With which the simulated workers are busy for as long: found by bisection. They are busy for
+    longer the slower they are, though less so where more of them share a step."""
+    low, high = SLOWDOWNS
+    while high - low > SLOWDOWN_EXACT:
+        middle = (low + high) / 2
+        result = _played(form, arrivals, profile, middle)
+        if result.counters["simulated_busy_us"] / 1e6 < busy_s:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def _trace(arrivals: Sequence[Arrival]) -> Trace:

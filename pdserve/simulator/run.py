@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
-from pdserve.clock import MS, S
+from pdserve.clock import MS, US, S
 from pdserve.errors import ErrorInfo, WorkerLost
 from pdserve.ids import HostId, RequestId, StoreId, WorkerId
 from pdserve.messages import (
@@ -154,7 +154,7 @@ class Simulation(Surroundings):
         self._carry_out(self._core.on_gateway_hello(_GATEWAY, 0))
         for role in Role:
             for index in range(self._settings.workers_of(role)):
-                self._add_worker(role, index, slow=1.0)
+                self._add_worker(role, index, slow=self._settings.slowdown)
         for failure in self._settings.failures:
             self.at(failure.at_ns, self._fail, failure)
         self.at(self._trace.requests[0].arrival_ns, self._arrive, 0)
@@ -408,7 +408,7 @@ class Simulation(Surroundings):
         worker = self._places[failure.role, failure.index]
         if isinstance(failure, Slowdown):
             if worker.alive:
-                self._become_slow(worker, failure.factor, now_ns)
+                self._become_slow(worker, failure.factor * self._settings.slowdown, now_ns)
             return
         if not worker.alive:
             return
@@ -447,7 +447,7 @@ class Simulation(Surroundings):
 
     def _join(self, role: Role) -> None:
         if not self._over:
-            self._add_worker(role, self._came_count, slow=1.0)
+            self._add_worker(role, self._came_count, slow=self._settings.slowdown)
 
     def _retire(self, worker: Worker) -> None:
         """It has nothing left."""
@@ -480,6 +480,7 @@ class Simulation(Surroundings):
             worker_ns = self._pools.billed_ns[Role.PREFILL]
         engines = [worker.engine for worker in self._workers.values()]
         counters["simulated_events"] = self._event_count
+        counters["simulated_busy_us"] = sum(engine.busy_ns for engine in engines) // US
         counters["simulated_steps"] = sum(engine.batch.steps for engine in engines)
         counters["simulated_prompt_tokens"] = sum(engine.tokens_computed for engine in engines)
         return Result(

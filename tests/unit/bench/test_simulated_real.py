@@ -25,10 +25,19 @@ def test_the_simulator_gets_the_arrivals_that_were_sent() -> None:
 def test_what_a_request_takes_beyond_its_prefill_is_added_once() -> None:
     form = Ours("disaggregated", "fcfs")
     profile = Profile(believed(10_000), Size())
-    ttft_s, tpot_s = simulated_real._simulated(form, [LOAD], profile, 0.0)
-    later = simulated_real._simulated(form, [LOAD], profile, 0.5)
+    ttft_s, tpot_s = simulated_real._simulated(form, [LOAD], profile, 0.0, 1.0)
+    later = simulated_real._simulated(form, [LOAD], profile, 0.5, 1.0)
     assert later[0] == pytest.approx(ttft_s + 0.5)
     assert later[1] == tpot_s
+
+
+@pytest.mark.parametrize("mode", ["aggregated", "disaggregated"])
+def test_the_slowdown_is_found_from_how_long_workers_were_busy(mode: str) -> None:
+    form = Ours(mode, "fcfs")  # type: ignore[arg-type]
+    profile = Profile(believed(10_000), Size())
+    real = simulated_real._played(form, LOAD, profile, 1.37)
+    busy_s = real.counters["simulated_busy_us"] / 1e6
+    assert simulated_real._slowdown(busy_s, form, LOAD, profile) == pytest.approx(1.37, abs=0.01)
 
 
 def test_policies_are_ranked_by_the_mean_of_the_first_token() -> None:

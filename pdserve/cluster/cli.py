@@ -223,9 +223,6 @@ def simulate(
         typer.Option(help="prefill:0@30, prefill:0@30+20, decode:1x4@60: see docs."),
     ] = None,
     noise: Annotated[float, typer.Option(help="Of prefill times: sigma of the logarithm.")] = 0.0,
-    slowdown: Annotated[
-        float, typer.Option(help="How many times as long work takes as the profile says.")
-    ] = 1.0,
     autoscale: Annotated[
         bool, typer.Option("--autoscale", help="Up to replicas_max; beside pools of equal cost.")
     ] = False,
@@ -249,7 +246,6 @@ def simulate(
         tpot_goal_ms=tpot_ms,
         failures=tuple(fail or ()),
         noise_sigma=noise,
-        slowdown=slowdown,
         autoscale=autoscale,
         start_s=start_s,
     )

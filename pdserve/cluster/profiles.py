@@ -3,8 +3,8 @@
 A profile is YAML: the fields of ``router.costs.CostModel``, nothing left out, and ``about``, which
 is for people: machine, versions, date and errors of a measured one, formula and inputs of an
 analytic one. Programs take from it, where it is there, how large such a worker is (``Size``) and
-how much those on one machine slow each other down (``contention``). A name without a slash that is
-no file is looked for among the shipped ones.
+how much workers are slowed down by each other and by the rest of a cluster (``contention``,
+``slowdown``). A name without a slash that is no file is looked for among the shipped ones.
 
     python -m pdserve.cluster.profiles        writes the shipped ones anew, from ``router.analytic``
 """
@@ -41,6 +41,7 @@ class Profile:
     costs: CostModel
     size: Size
     contention: float = 1.0  # how many times as long work takes beside its neighbours' work
+    slowdown: float = 1.0  # how many times as long it takes in a cluster, beside gateway and others
 
 
 def load_profile(name_or_path: str | Path) -> CostModel:
@@ -64,12 +65,13 @@ def read_profile(name_or_path: str | Path) -> Profile:
     problems: list[str] = []
     about = tree.pop(ABOUT, None) if isinstance(tree, dict) else None
     size = _size(about or {}, problems)
-    contention = _contention(about or {}, problems)
+    contention = _factor(about or {}, "contention", problems)
+    slowdown = _factor(about or {}, "slowdown", problems)
     costs = _read(CostModel, tree, "", problems)
     if problems:
         raise ConfigError(f"the profile {path}: " + "; ".join(problems))
     assert isinstance(costs, CostModel)
-    return Profile(costs, size, contention)
+    return Profile(costs, size, contention, slowdown)
 
 
 def save_profile(
@@ -124,12 +126,12 @@ def _size(about: object, problems: list[str]) -> Size:
     return Size(**said)
 
 
-def _contention(about: object, problems: list[str]) -> float:
-    said = about.get("contention", 1.0) if isinstance(about, Mapping) else 1.0
+def _factor(about: object, name: str, problems: list[str]) -> float:
+    said = about.get(name, 1.0) if isinstance(about, Mapping) else 1.0
     number = _number(said)
     if math.isfinite(number) and number >= 1:
         return number
-    problems.append(f"{ABOUT}.contention is {said!r}, must be a number, at least 1")
+    problems.append(f"{ABOUT}.{name} is {said!r}, must be a number, at least 1")
     return 1.0
 
 

@@ -154,7 +154,7 @@ class Simulation(Surroundings):
         self._carry_out(self._core.on_gateway_hello(_GATEWAY, 0))
         for role in Role:
             for index in range(self._settings.workers_of(role)):
-                self._add_worker(role, index, slow=self._settings.slowdown)
+                self._add_worker(role, index)
         for failure in self._settings.failures:
             self.at(failure.at_ns, self._fail, failure)
         self.at(self._trace.requests[0].arrival_ns, self._arrive, 0)
@@ -370,7 +370,7 @@ class Simulation(Surroundings):
 
     # ── workers ──────────────────────────────────────────────────────────────────────────────────
 
-    def _add_worker(self, role: Role, index: int, *, slow: float) -> None:
+    def _add_worker(self, role: Role, index: int, *, slow: float | None = None) -> None:
         settings, host = self._settings, index % self._settings.hosts
         store = self._stores[host]
         name = f"{role[0]}{index:05}" + (f"-{self._came_count}" if self.now_ns else "")
@@ -389,7 +389,7 @@ class Simulation(Surroundings):
             pid=self._came_count,
             fetches=store is not None and store.fetches,
         )
-        worker = Worker(hello, settings, self, store, slow=slow)
+        worker = Worker(hello, settings, self, store, slow=slow or settings.slowdown)
         self._workers[hello.worker] = self._places[role, index] = worker
         if self._neighbours:
             self._neighbours[host].add(worker, self.now_ns)
@@ -447,7 +447,7 @@ class Simulation(Surroundings):
 
     def _join(self, role: Role) -> None:
         if not self._over:
-            self._add_worker(role, self._came_count, slow=self._settings.slowdown)
+            self._add_worker(role, self._came_count)
 
     def _retire(self, worker: Worker) -> None:
         """It has nothing left."""

@@ -46,7 +46,6 @@ class Wish:
     failures: Sequence[str] = ()  # as ``mishaps`` reads them
     autoscale: bool = False  # between ``replicas`` and ``replicas_max``, and pools of the same cost
     start_s: float | None = None  # of a worker; None: ``autoscaling.start_s``
-    slowdown: float = 1.0  # how many times as long work takes as the profile says
     noise_sigma: float = 0.0  # by how much prefills differ from their prediction: of the logarithm
 
 
@@ -70,7 +69,6 @@ def run_simulations(
         settings,
         failures=failures_of(wish.failures, settings),
         noise=Noise(sigma=wish.noise_sigma),
-        slowdown=wish.slowdown,
         autoscaling=_autoscaling(config, wish) if wish.autoscale else None,
     )
     played = _played(load_trace(trace), wish)
@@ -110,6 +108,7 @@ def settings_of(
         ),
         fetches=config.store.master != "off",
         contention=profile.contention,
+        slowdown=profile.slowdown,
         timeout_s=config.gateway.request_timeout_s,
         seed=seed,
     )
@@ -209,8 +208,6 @@ def _check(wish: Wish) -> None:
         problems.append(f"hosts is {wish.hosts}, must be at least 1")
     if wish.start_s is not None and not 0 <= wish.start_s < math.inf:
         problems.append(f"start_s is {wish.start_s}, must be at least 0")
-    if not 0 < wish.slowdown < math.inf:
-        problems.append(f"slowdown is {wish.slowdown}, must be positive; 1 is as profiled")
     if not 0 <= wish.noise_sigma < math.inf:
         problems.append(f"noise is {wish.noise_sigma}, must be at least 0; 0.3 is a lot")
     if problems:

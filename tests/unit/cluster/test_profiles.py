@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pdserve.cluster.commands.simulate import settings_of
 from pdserve.cluster.profiles import (
     SHIPPED_DIRECTORY,
     Size,
@@ -16,6 +17,7 @@ from pdserve.cluster.profiles import (
     shipped_names,
     write_shipped,
 )
+from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from pdserve.router.analytic import SHIPPED, analytic_costs
 from pdserve.router.costs import believed
@@ -148,17 +150,25 @@ def changed(directory: Path, place: tuple[str, ...], value: object) -> Path:
     return path
 
 
-def test_contention_is_read_where_it_was_measured(tmp_path: Path) -> None:
+FACTORS = pytest.mark.parametrize("factor", ["contention", "slowdown"])
+
+
+@FACTORS
+def test_a_factor_is_read_where_it_was_measured(tmp_path: Path, factor: str) -> None:
     path = tmp_path / "x.yaml"
-    save_profile(believed(1500), path, about={"contention": 1.4})
-    assert read_profile(path).contention == 1.4
+    save_profile(believed(1500), path, about={factor: 1.4})
+    profile = read_profile(path)
+    assert getattr(profile, factor) == 1.4
+    assert profile.contention * profile.slowdown == 1.4
+    assert getattr(settings_of(ClusterConfig(), profile), factor) == 1.4
     save_profile(believed(1500), path)
-    assert read_profile(path).contention == 1
+    assert getattr(read_profile(path), factor) == 1
 
 
+@FACTORS
 @pytest.mark.parametrize("said", [0.9, -1, "much", True, float("inf")])
-def test_a_contention_that_is_none_is_named(tmp_path: Path, said: object) -> None:
+def test_a_factor_that_is_none_is_named(tmp_path: Path, said: object, factor: str) -> None:
     path = tmp_path / "x.yaml"
-    save_profile(believed(1500), path, about={"contention": said})
-    with pytest.raises(ConfigError, match=r"about.contention is .*, must be a number, at least 1"):
+    save_profile(believed(1500), path, about={factor: said})
+    with pytest.raises(ConfigError, match=rf"about.{factor} is .*, must be a number, at least 1"):
         read_profile(path)

@@ -68,6 +68,7 @@ def test_for_the_sake_of_the_tail_only_much_shorter_ones_preempt() -> None:
     assert _is_preempted_under(tail, 40)
     assert _is_preempted_under(replace(tail, preempt_ratio=8.0), 160)
     assert _is_preempted_under(replace(tail, goal="balanced"), 200)
+    assert _is_preempted_under(replace(tail, gamma_per_s=0.12), 200)  # then there is no goal
 
 
 def test_nobody_is_called_back_while_the_store_loses_what_they_computed(

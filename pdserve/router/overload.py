@@ -2,8 +2,10 @@
 
 *Pace.* Predicted work over the number of prefill workers says when a first token comes only while
 prefill is what everybody waits for. Where decode has no room, or costs are misjudged, the queue
-moves slower than that; how fast it really moves is seen in what leaves it. ``Pace`` measures it, in
-workers' worth of predicted work, whenever there has been a backlog for long enough.
+moves slower than that; how fast it really moves is seen in what is computed. ``Pace`` measures it, in
+workers' worth of predicted work, whenever there has been a backlog for long enough. What leaves the
+queue would not do: while one long prompt is computed nothing else may, for longer than is looked
+at.
 
 *Answers.* A deadline is that of the whole answer. What is left of it when the first token comes
 must do for an answer of the usual length at the usual pace; else all its work would be in vain.
@@ -17,7 +19,7 @@ back together; so returns are given out one after the other, as fast as the queu
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from pdserve.clock import MS, S
@@ -42,17 +44,17 @@ GOLDEN = 0.6180339887498949
 
 
 class Pace:
-    """Predicted work that leaves the queue, per time."""
+    """Predicted work that is computed, per time."""
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[int, int]] = deque()  # (instant, work dispatched by then)
+        self._samples: deque[tuple[int, int]] = deque()  # (instant, work computed by then)
         self._is_served = True
 
-    def observe(self, waiting: int, dispatched_work_ns: int, now_ns: int) -> None:
+    def observe(self, waiting: int, computed_work_ns: Callable[[], int], now_ns: int) -> None:
         """
         Args:
             waiting: requests in the queue.
-            dispatched_work_ns: predicted work of all dispatches so far.
+            computed_work_ns: predicted work of all dispatches so far without what is left of it.
             now_ns: never before that of an earlier call.
         """
         samples = self._samples
@@ -61,7 +63,7 @@ class Pace:
             return
         if samples and now_ns - samples[-1][0] < PACE_EVERY_NS:
             return
-        samples.append((now_ns, dispatched_work_ns))
+        samples.append((now_ns, computed_work_ns()))
         while now_ns - samples[0][0] > PACE_NS_MAX:
             samples.popleft()
 

@@ -1,5 +1,6 @@
 """Shedding as a policy: pace, shares, returns; and the whole of it in a small simulated cluster."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,7 @@ from pdserve.simulator.synthetic import always, either, merged, poisson
 from tests.unit.router.build import core_with, hello, request
 from tests.unit.router.build import settings as config_of
 
+FCFS = replace(config_of(), policy="fcfs", preemption=False)
 TENANTS = st.sampled_from(["a", "b", "c"])
 
 
@@ -42,31 +44,42 @@ def test_the_pace_is_that_of_the_queue_and_never_more_than_there_are_workers() -
         pace = Pace()
         for step in range(20):
             now_ns = step * S
-            pace.observe(BACKLOG_MIN, round(work_per_s * now_ns), now_ns)
+            pace.observe(BACKLOG_MIN, functools.partial(round, work_per_s * now_ns), now_ns)
         assert pace.workers(4) == pytest.approx(workers)
 
 
 def test_without_a_backlog_nobody_knows_the_pace() -> None:
     pace = Pace()
-    pace.observe(BACKLOG_MIN, 0, 0)
-    pace.observe(BACKLOG_MIN, 0, PACE_NS_MIN - 1)
+    pace.observe(BACKLOG_MIN, lambda: 0, 0)
+    pace.observe(BACKLOG_MIN, lambda: 0, PACE_NS_MIN - 1)
     assert pace.workers(3) == 3.0
-    pace.observe(BACKLOG_MIN, 0, PACE_NS_MIN + S)
+    pace.observe(BACKLOG_MIN, lambda: 0, PACE_NS_MIN + S)
     assert pace.workers(3) == PACE_MIN
-    pace.observe(BACKLOG_MIN - 1, 0, PACE_NS_MIN + 2 * S)
+    pace.observe(BACKLOG_MIN - 1, lambda: 0, PACE_NS_MIN + 2 * S)
     assert pace.workers(3) == 3.0
 
 
 def test_what_waits_while_nobody_serves_says_nothing_of_the_pace() -> None:
     pace = Pace()
-    pace.observe(BACKLOG_MIN, 0, 0)
+    pace.observe(BACKLOG_MIN, lambda: 0, 0)
     pace.set_workers(0)
-    pace.observe(BACKLOG_MIN, 0, 3 * S)
+    pace.observe(BACKLOG_MIN, lambda: 0, 3 * S)
     pace.set_workers(2)
-    pace.observe(BACKLOG_MIN, 0, 6 * S)
+    pace.observe(BACKLOG_MIN, lambda: 0, 6 * S)
     assert pace.workers(2) == 2.0
-    pace.observe(BACKLOG_MIN, 0, 6 * S + PACE_NS_MIN)
+    pace.observe(BACKLOG_MIN, lambda: 0, 6 * S + PACE_NS_MIN)
     assert pace.workers(2) == PACE_MIN
+
+
+def test_while_a_long_prompt_is_computed_the_queue_is_not_taken_to_stand_still() -> None:
+    """A worker says after every chunk how far it is, for longer than the pace looks back."""
+    core, (p0, _) = core_with(hello("p0", chunk_tokens=128), hello("d0"), config=FCFS)
+    core.on_submit(request("long", 12_800), 0)
+    for chunk in range(100):
+        now_ns = (chunk + 1) * 128 * MS
+        p0.chunk(request("long", 12_800), (chunk + 1) * 128, elapsed_ms=128, now_ns=now_ns)
+        commands = core.on_submit(request(f"short {chunk}", 100), now_ns)
+        assert not [c.message.error for c in commands if isinstance(c.message, Refused)]
 
 
 def test_who_comes_when_a_pool_is_back_is_not_refused_for_the_time_that_it_was_away() -> None:

@@ -2,10 +2,10 @@
 
 *Pace.* Predicted work over the number of prefill workers says when a first token comes only while
 prefill is what everybody waits for. Where decode has no room, or costs are misjudged, the queue
-moves slower than that; how fast it really moves is seen in what is computed. ``Pace`` measures it, in
-workers' worth of predicted work, whenever there has been a backlog for long enough. What leaves the
-queue would not do: while one long prompt is computed nothing else may, for longer than is looked
-at.
+moves slower than that; how fast it really moves is seen in what is computed. ``Pace`` measures it,
+in workers' worth of predicted work, whenever there has been a backlog for long enough. What leaves
+the queue would not do: while one long prompt is computed nothing else may, for longer than is
+looked at.
 
 *Answers.* A deadline is that of the whole answer. What is left of it when the first token comes
 must do for an answer of the usual length at the usual pace; else all its work would be in vain.

@@ -18,12 +18,26 @@ from typing import Any
 
 from bench.frame import ROOT, commit
 from bench.peer_places import peers_home
-from bench.peers.mixed_load import Arrival, Outcome, drive
+from bench.peers.mixed_load import Arrival, Outcome, Target, drive
 from bench.servers import Form, Ours, ServerFailed, serving
 
 DIGEST_CHARS = 12
 PACKAGE = ROOT / "pdserve"
 CODE_SUFFIXES = {".py", ".cpp", ".h"}
+
+
+def driven(form: Form, target: Target, arrivals: Sequence[Arrival]) -> list[Outcome]:
+    """What became of a load.
+
+    Raises:
+        ServerFailed: not every request was answered.
+    """
+    outcomes = asyncio.run(drive(target, arrivals))
+    if errors := [outcome.error for outcome in outcomes if outcome.error]:
+        raise ServerFailed(
+            f"{form.name} failed {len(errors)} of {len(outcomes)} requests; the first: {errors[0]}"
+        )
+    return outcomes
 
 
 class Work:
@@ -63,13 +77,7 @@ class Work:
 
         def measure() -> list[dict[str, Any]]:
             with serving(form, self.log(form)) as target:
-                outcomes = asyncio.run(drive(target, arrivals))
-            if errors := [outcome.error for outcome in outcomes if outcome.error]:
-                raise ServerFailed(
-                    f"{form.name} failed {len(errors)} of {len(outcomes)} requests; "
-                    f"the first: {errors[0]}"
-                )
-            return [dataclasses.asdict(outcome) for outcome in outcomes]
+                return [dataclasses.asdict(outcome) for outcome in driven(form, target, arrivals)]
 
         about = [dataclasses.asdict(arrival) for arrival in arrivals]
         return [Outcome(**fields) for fields in self.remembered(form, about, measure)]

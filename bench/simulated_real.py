@@ -22,7 +22,6 @@ Means are over all requests of all seeds. *Error* is that of the simulated mean,
 """
 
 import argparse
-import asyncio
 import dataclasses
 import statistics
 import subprocess
@@ -36,8 +35,8 @@ import numpy as np
 
 from bench.frame import ROOT, Options, Row, at_most, row, run
 from bench.http_load import ask, random_tokens
-from bench.peers.mixed_load import CHAT, Arrival, Outcome, drive, mixed
-from bench.runs import Work, default_directory, take_turns
+from bench.peers.mixed_load import CHAT, Arrival, Outcome, mixed
+from bench.runs import Work, default_directory, driven, take_turns
 from bench.servers import Ours, serving
 from pdserve.clock import S
 from pdserve.cluster.commands.simulate import settings_of
@@ -71,9 +70,10 @@ def measure(options: Options) -> Iterator[Row]:
     profile = read_profile(str(given.profile or _profiled(work, forms[0])))
     overhead_s = _overhead_s(work, forms[0], profile)
     yield row("client, HTTP, text and messages, of one request", [overhead_s * 1000], "ms")
+    seconds = given.seconds or (60 if options.quick else 180)
     learning = mixed(
         rate_per_s=given.rate * LEARNING_RATIO,
-        seconds=given.seconds or (60 if options.quick else 180),
+        seconds=seconds,
         seed=LEARNING_SEED,
         long_share=given.long_share,
     )
@@ -82,7 +82,7 @@ def measure(options: Options) -> Iterator[Row]:
     loads = [
         mixed(
             rate_per_s=given.rate,
-            seconds=given.seconds or (60 if options.quick else 180),
+            seconds=seconds,
             seed=FIRST_SEED + index,
             long_share=given.long_share,
         )
@@ -144,8 +144,7 @@ def _busy_s(work: Work, form: Ours, arrivals: Sequence[Arrival]) -> float:
     def busy_s() -> float:
         with serving(form, work.log(form)) as target:
             before_us = _step_us(target.url)
-            outcomes = asyncio.run(drive(target, arrivals))
-            assert not any(one.error for one in outcomes), outcomes
+            driven(form, target, arrivals)
             return (_step_us(target.url) - before_us) / 1e6
 
     about = ["busy", [dataclasses.asdict(arrival) for arrival in arrivals]]

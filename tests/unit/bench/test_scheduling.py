@@ -39,7 +39,9 @@ def _here(cells: Iterable[Cell]) -> dict[Cell, Figures]:
 def test_every_policy_has_its_rows(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "measure_all", _here)
     study = scheduling.Study((trace,), seeds=(0,), rhos=(0.9,))
-    rows = [*scheduling.queue_rows(study), *scheduling.dominance_rows(study)]
+    dominance = list(scheduling.dominance_rows(study))
+    assert all(row.bar == "≥ 90 %" and row.holds is not None for row in dominance)
+    rows = [*scheduling.queue_rows(study), *dominance]
     names = " | ".join(row.name for row in rows)
     assert all(row.value is not None for row in rows)
     for baseline in scheduling.BASELINES[1:]:

@@ -65,18 +65,22 @@ class Ours:
     def chats_first(self) -> bool:
         return False
 
-    def command(self, port: int) -> list[str]:
+    @property
+    def options(self) -> list[str]:
+        """The same for a server and for what is measured in its stead."""
         settings = {
             "router.mode": self.mode,
             "router.policy": self.policy,
+            "model.dtype": "bfloat16",
             "model.quantization": self.quantization,
-            "tcp": "false",
             **dict(self.settings),
         }
+        return [f"--set={name}={value}" for name, value in settings.items()]
+
+    def command(self, port: int) -> list[str]:
         return [
             *(sys.executable, "-m", "pdserve.cluster.cli", "serve", "--no-first-chat"),
-            *(f"--http-port={port}", "--grpc-port=-1", "--dtype=bfloat16"),
-            *(f"--set={name}={value}" for name, value in settings.items()),
+            *(f"--http-port={port}", "--grpc-port=-1", "--set=tcp=false", *self.options),
         ]
 
     def environment(self) -> Mapping[str, str]:

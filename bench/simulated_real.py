@@ -1,28 +1,30 @@
 """The simulator beside the real cluster: equal arrivals and policies, what it says and what came.
 
-    python -m bench.simulated_real [--quick] [--json FILE] [--seconds 180] [--seeds 2] [--rate 2.0]
-                [--long-share 0.2] [--policies fcfs,skip_join,hrrn] [--profile FILE]
-                [--mode aggregated] [--work DIRECTORY]
+    python -m bench.simulated_real [--quick] [--json FILE] [--seconds 180] [--seeds 2] [--rate 1.2]
+                [--learning-seconds 120] [--long-share 0.2] [--policies fcfs,skip_join,hrrn]
+                [--profile FILE] [--mode aggregated] [--work DIRECTORY]
 
 One worker that has the cores to itself; or, with ``--mode disaggregated``, a prefill and a decode
 worker of one thread each, which share caches and memory, and two cores with all other processes:
 of that the simulator knows a single factor, ``contention``. What work costs comes from ``pdserve
-profile`` (first, unless ``--profile`` names one), with the same threads, and beside as many other
+profile`` (first, unless ``--profile`` names one), with the same settings, and beside as many other
 workers. Chats and long prompts arrive as in ``peers/mixed_load.py``. The simulator is given the
 same arrivals, and what a lone small request takes beyond its prefill on the idle cluster: client,
 HTTP, text, messages.
 
 A profile is measured on an idle machine, each point at its best; in a cluster work takes longer,
-for gateway, router and stores want the cores too. By how much is learned first: a load of its own
-(a seed that is not compared, half the rate) runs on the real cluster, whose workers say how long
-they were in steps. *Slowdown* is the factor with which the simulator is busy for as long under the
-same load. Neither policies nor times to a first token take part in that.
+for gateway, router and stores want the cores too. By how much is learned before each round of
+policies, since a machine's own speed changes too: a load of its own (a seed that is not compared,
+half the rate) runs on the real cluster, whose workers say how long they were in steps. *Slowdown*
+is the factor with which the simulator is busy for as long under the same load. Neither policies nor
+times to a first token take part in that.
 
 Means are over all requests of all seeds. *Error* is that of the simulated mean, by the real one.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import subprocess
 import sys
@@ -59,6 +61,15 @@ ERROR_PERCENT_MAX = 10
 NEIGHBOURS = {"aggregated": 0, "disaggregated": 1}
 ONE_THREAD = (("prefill.threads", "1"), ("decode.threads", "1"))
 
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Round:
+    """The load of one seed, and how slow the cluster was shortly before it came."""
+
+    arrivals: Sequence[Arrival]
+    slowdown: float
+
+
 Means = tuple[float, float]  # of the time to the first token and of that per further token, seconds
 
 
@@ -71,30 +82,26 @@ def measure(options: Options) -> Iterator[Row]:
     overhead_s = _overhead_s(work, forms[0], profile)
     yield row("client, HTTP, text and messages, of one request", [overhead_s * 1000], "ms")
     seconds = given.seconds or (60 if options.quick else 180)
-    learning = mixed(
-        rate_per_s=given.rate * LEARNING_RATIO,
-        seconds=seconds,
-        seed=LEARNING_SEED,
-        long_share=given.long_share,
-    )
-    slowdown = _slowdown(_busy_s(work, forms[0], learning), forms[0], learning, profile)
-    yield row("slowdown in the cluster, learned under another load", [slowdown], "×")
-    loads = [
-        mixed(
-            rate_per_s=given.rate,
-            seconds=seconds,
-            seed=FIRST_SEED + index,
-            long_share=given.long_share,
-        )
-        for index in range(given.seeds or (1 if options.quick else 2))
-    ]
+    rounds: list[Round] = []
     came: dict[Ours, list[Outcome]] = {form: [] for form in forms}
-    for index, arrivals in enumerate(loads):
+    for index in range(given.seeds or (1 if options.quick else 2)):
+        load = functools.partial(mixed, long_share=given.long_share)
+        learning = load(
+            rate_per_s=given.rate * LEARNING_RATIO,
+            seconds=given.learning_seconds or (60 if options.quick else 120),
+            seed=LEARNING_SEED + index,
+        )
+        busy_s = _busy_s(work, forms[0], learning)
+        slowdown = _slowdown(busy_s, forms[0], learning, profile)
+        arrivals = load(rate_per_s=given.rate, seconds=seconds, seed=FIRST_SEED + index)
+        rounds.append(Round(arrivals, slowdown))
         for form in take_turns(forms, index):
             assert isinstance(form, Ours)
             came[form] += work.outcomes(form, arrivals)
+    slowdowns = [each.slowdown for each in rounds]
+    yield row("slowdown in the cluster, learned under another load", slowdowns, "×")
     real = {form.policy: _real(outcomes) for form, outcomes in came.items()}
-    said = {form.policy: _simulated(form, loads, profile, overhead_s, slowdown) for form in forms}
+    said = {form.policy: _simulated(form, rounds, profile, overhead_s) for form in forms}
     for policy in given.policies:
         for name, place in (("TTFT", 0), ("TPOT", 1)):
             simulated, measured = said[policy][place], real[policy][place]
@@ -119,14 +126,8 @@ def _real(outcomes: Sequence[Outcome]) -> Means:
     return statistics.fmean(ttft_s), statistics.fmean(tpot_s)
 
 
-def _simulated(
-    form: Ours,
-    loads: Sequence[Sequence[Arrival]],
-    profile: Profile,
-    overhead_s: float,
-    slowdown: float,
-) -> Means:
-    results = [_played(form, arrivals, profile, slowdown) for arrivals in loads]
+def _simulated(form: Ours, rounds: Sequence[Round], profile: Profile, overhead_s: float) -> Means:
+    results = [_played(form, each.arrivals, profile, each.slowdown) for each in rounds]
     ttft_s = np.concatenate([result.ttft_s for result in results])
     tpot_s = np.concatenate([result.tpot_s for result in results])
     return float(ttft_s.mean()) + overhead_s, float(np.nanmean(tpot_s))
@@ -199,18 +200,20 @@ def _overhead_s(work: Work, form: Ours, profile: Profile) -> float:
 def _profiled(work: Work, form: Ours) -> Path:
     """What ``pdserve profile`` writes here, measured once."""
     file = work.directory / f"{form.mode}.profile.yaml"
-    neighbours = NEIGHBOURS[form.mode]
+    command = profile_command(form)
 
     def measured() -> str:
-        command = [sys.executable, "-m", "pdserve.cluster.cli", "profile", f"--out={file}"]
-        command.append(f"--neighbours={neighbours}")
-        settings = [*form.settings, ("model.dtype", "bfloat16"), ("router.mode", form.mode)]
-        options = [f"--set={name}={value}" for name, value in settings]
-        subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=sys.stderr)
+        subprocess.run([*command, f"--out={file}"], cwd=ROOT, check=True, stdout=sys.stderr)
         return file.read_text()
 
-    file.write_text(work.remembered(form, ["profile", neighbours], measured))
+    file.write_text(work.remembered(form, ["profile", command[1:]], measured))
     return file
+
+
+def profile_command(form: Ours) -> list[str]:
+    """Measures a worker of the cluster that ``form`` starts."""
+    neighbours = f"--neighbours={NEIGHBOURS[form.mode]}"
+    return [sys.executable, "-m", "pdserve.cluster.cli", "profile", neighbours, *form.options]
 
 
 def policies(text: str) -> list[str]:
@@ -220,7 +223,10 @@ def policies(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="of each run; 180, with --quick 60")
     parser.add_argument("--seeds", type=int, help="runs of each policy; 2, with --quick 1")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
+    parser.add_argument("--rate", type=float, default=1.2, help="requests per second")
+    parser.add_argument(
+        "--learning-seconds", type=float, help="before each round; 120, with --quick 60"
+    )
     parser.add_argument("--long-share", type=float, default=0.2)
     parser.add_argument("--policies", type=policies, default=["fcfs", "skip_join", "hrrn"])
     parser.add_argument("--mode", choices=["aggregated", "disaggregated"], default="aggregated")

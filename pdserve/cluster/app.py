@@ -109,7 +109,7 @@ def _bound(config: ClusterConfig, suffix: str, further: list[str]) -> list[Any]:
         further: the models beside the first, now. No part of the version: a worker that began alone
             goes on as it is when another model comes.
     """
-    costs_of(config.router)  # what is wrong with a profile is said here, not in a replica
+    check_profile(config)
     tree = to_tree(config)
     deployment = serve.deployment(
         name=f"router{suffix}",
@@ -384,6 +384,20 @@ class Gateway:
 
 def _plain(address: Address) -> tuple[str, str, str]:
     return address.host, address.unix_path, address.tcp
+
+
+def check_profile(config: ClusterConfig) -> None:
+    """What is wrong with a profile is said before anything starts, not in a replica.
+
+    Raises:
+        ConfigError: there is none where the configuration says, or it is not one.
+    """
+    from pdserve.cluster.profiles import doubt, read_profile
+
+    if config.router.profile is None:
+        return
+    if said := doubt(read_profile(config.router.profile), config.model):
+        log.warning("%s", said)
 
 
 def costs_of(settings: RouterConfig) -> CostModel | None:

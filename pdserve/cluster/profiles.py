@@ -2,9 +2,10 @@
 
 A profile is YAML: the fields of ``router.costs.CostModel``, nothing left out, and ``about``, which
 is for people: machine, versions, date and errors of a measured one, formula and inputs of an
-analytic one. Programs take from it, where it is there, how large such a worker is (``Size``) and
-how much workers are slowed down by each other and by the rest of a cluster (``contention``,
-``slowdown``). A name without a slash that is no file is looked for among the shipped ones.
+analytic one. Programs take from it, where it is there, how large such a worker is (``Size``), which
+weights it had (``weights``), and how much workers are slowed down by each other and by the rest of
+a cluster (``contention``, ``slowdown``). A name without a slash that is no file is looked for among
+the shipped ones.
 
     python -m pdserve.cluster.profiles        writes the shipped ones anew, from ``router.analytic``
 """
@@ -17,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from pdserve.config import ModelConfig
 from pdserve.errors import ConfigError
 from pdserve.router.analytic import SHIPPED, analytic_costs, explanation
 from pdserve.router.costs import CostModel, Origin
@@ -34,6 +36,8 @@ class Size:
     kv_capacity_tokens: int | None = None
     chunk_tokens: int | None = None
     running_max: int | None = None
+    double_cost_tokens: int | None = None
+    """With so many tokens before it a token is twice as much work as a prompt's first."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Profile:
     size: Size
     contention: float = 1.0  # how many times as long work takes beside its neighbours' work
     slowdown: float = 1.0  # how many times as long it takes in a cluster, beside gateway and others
+    weights: str | None = None  # that it was measured with, as ``weights_of`` names them
 
 
 def load_profile(name_or_path: str | Path) -> CostModel:
@@ -51,6 +56,23 @@ def load_profile(name_or_path: str | Path) -> CostModel:
         ConfigError: there is none, or it is not one; every key at fault is named.
     """
     return read_profile(name_or_path).costs
+
+
+def weights_of(model: ModelConfig) -> str:
+    """As they were asked for: half as many bits make a decode step nearly twice as fast."""
+    return f"dtype {model.dtype}, quantization {model.quantization}"
+
+
+def doubt(profile: Profile, model: ModelConfig) -> str | None:
+    """Why what it says may not hold for workers of this model."""
+    weights = weights_of(model)
+    if profile.weights in (None, weights):
+        return None
+    return (
+        f"the profile {profile.costs.name} was measured with {profile.weights}, the workers have "
+        f"{weights}: what it predicts may be off by a factor of two; measure again with these "
+        "settings (pdserve profile)"
+    )
 
 
 def read_profile(name_or_path: str | Path) -> Profile:
@@ -67,11 +89,12 @@ def read_profile(name_or_path: str | Path) -> Profile:
     size = _size(about or {}, problems)
     contention = _factor(about or {}, "contention", problems)
     slowdown = _factor(about or {}, "slowdown", problems)
+    weights = _weights(about or {}, problems)
     costs = _read(CostModel, tree, "", problems)
     if problems:
         raise ConfigError(f"the profile {path}: " + "; ".join(problems))
     assert isinstance(costs, CostModel)
-    return Profile(costs, size, contention, slowdown)
+    return Profile(costs, size, contention, slowdown, weights)
 
 
 def save_profile(
@@ -133,6 +156,14 @@ def _factor(about: object, name: str, problems: list[str]) -> float:
         return number
     problems.append(f"{ABOUT}.{name} is {said!r}, must be a number, at least 1")
     return 1.0
+
+
+def _weights(about: object, problems: list[str]) -> str | None:
+    said = about.get("weights") if isinstance(about, Mapping) else None
+    if said is None or isinstance(said, str):
+        return said
+    problems.append(f"{ABOUT}.weights is {said!r}, must be text")
+    return None
 
 
 def _read(cls: type, tree: object, where: str, problems: list[str]) -> object:

@@ -22,13 +22,16 @@ def chunk_tokens(remaining_tokens: int, budget_tokens: int, block_tokens: int) -
     return budget_tokens // block_tokens * block_tokens
 
 
-def equal_work_tokens(
-    budget_tokens: int, start: int, attention_like_linear_tokens: int, block_tokens: int
-) -> int:
+def double_cost_tokens(attention_like_linear_tokens: int) -> int:
+    """With so many before it, a token takes twice as long as a prompt's first.
+    ``attention_like_linear_tokens``: see ``Architecture``."""
+    return max(1, round(attention_like_linear_tokens * ATTENTION_RATE))
+
+
+def equal_work_tokens(budget_tokens: int, start: int, double_tokens: int, block_tokens: int) -> int:
     """How many tokens from ``start`` on take as long as ``budget_tokens`` from the beginning on, in
-    whole blocks, at least one. ``attention_like_linear_tokens``: see ``Architecture``."""
-    context_tokens = attention_like_linear_tokens * ATTENTION_RATE
-    tokens = budget_tokens / (1 + start / context_tokens)
+    whole blocks, at least one. ``double_tokens``: see ``double_cost_tokens``."""
+    tokens = budget_tokens / (1 + start / double_tokens)
     return max(1, round(tokens / block_tokens)) * block_tokens
 
 

@@ -38,7 +38,12 @@ from pdserve.lifecycle import Event
 from pdserve.messages import Cancel, ChunkDone, Dispatch, FinishReason, Token
 from pdserve.model.ops import LayersTold
 from pdserve.model.runner import Run
-from pdserve.prefill.batch import ATTENTION_RATE, chunk_tokens, equal_work_tokens, shares_us
+from pdserve.prefill.batch import (
+    chunk_tokens,
+    double_cost_tokens,
+    equal_work_tokens,
+    shares_us,
+)
 from pdserve.prefill.prompt import Prompt, Stage
 from pdserve.prefill.readings import Reading, reading_of
 
@@ -59,8 +64,7 @@ class Prompts:
         self._pool = workplace.pool
         self._counters = workplace.counters
         self._block_tokens = workplace.block_tokens
-        like_linear = workplace.attention_like_linear_tokens
-        self._meter = PrefillMeter(like_linear * ATTENTION_RATE)
+        self._meter = PrefillMeter(double_cost_tokens(workplace.attention_like_linear_tokens))
         self._prompts: dict[RequestId, Prompt] = {}  # in line
         self._draining = False
 
@@ -373,8 +377,8 @@ class Prompts:
         if budget < self._block_tokens:
             return budget
         start = prompt.sequence.kv_count
-        like_linear = self._workplace.attention_like_linear_tokens
-        return equal_work_tokens(budget, start, like_linear, self._block_tokens)
+        double_tokens = double_cost_tokens(self._workplace.attention_like_linear_tokens)
+        return equal_work_tokens(budget, start, double_tokens, self._block_tokens)
 
     def _take_cached(self, prompt: Prompt) -> None:
         """Swap own blocks that come next for those that somebody computed meanwhile."""

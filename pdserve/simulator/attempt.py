@@ -98,9 +98,9 @@ class Attempt:
     """One attempt of a job at one worker, or on its way between two."""
 
     __slots__ = ("ahead_of", "base_tokens", "blocks", "cached_tokens", "chunk_ns",
-                 "computed_tokens", "decode", "finish_step", "job", "number", "prefill", "ready_ns",
-                 "reported_ns", "reported_tokens", "request", "restored_blocks", "stage", "tokens",
-                 "uncached_tokens")  # fmt: skip
+                 "chunk_tokens", "computed_tokens", "decode", "finish_step", "job", "number",
+                 "prefill", "ready_ns", "reported_ns", "reported_tokens", "request",
+                 "restored_blocks", "stage", "tokens", "uncached_tokens")  # fmt: skip
 
     def __init__(self, job: Job, request: Request, route: Route, stage: Stage) -> None:
         self.job = job
@@ -116,7 +116,7 @@ class Attempt:
         self.ahead_of: RequestId | None = None  # a prompt that lets it go first
         self.cached_tokens = self.uncached_tokens = self.computed_tokens = 0  # of its prefill
         self.reported_tokens = self.reported_ns = 0  # of the computed ones, and when
-        self.chunk_ns = 0  # when its last chunk began
+        self.chunk_ns = self.chunk_tokens = 0  # when its last chunk began, computed by then
         self.finish_step = 0  # of its worker's steps, the one that draws its last token
         self.base_tokens = 0  # its tokens, less its worker's steps, while it runs
 

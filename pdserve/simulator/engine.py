@@ -9,6 +9,7 @@ from typing import Final
 
 from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
+from pdserve.simulator.chunks import Chunks
 from pdserve.simulator.pace import Pace
 from pdserve.simulator.settings import SimulationSettings
 
@@ -18,9 +19,9 @@ _NEVER: Final = 1 << 62
 class Engine:
     """Whoever changes batch or head calls ``advance`` before and ``plan`` after."""
 
-    __slots__ = ("_costs", "_members", "_origin_ns", "_pace", "_passed", "_planned_ns", "_preempts",
-                 "_settings", "at_ns", "batch", "busy_ns", "chunk_tokens", "head", "on_turn",
-                 "planned", "slow", "tokens_computed", "works")  # fmt: skip
+    __slots__ = ("_alone", "_beside", "_chunks", "_costs", "_members", "_origin_ns", "_pace",
+                 "_passed", "_planned_ns", "_preempts", "_settings", "at_ns", "batch", "busy_ns",
+                 "head", "on_turn", "planned", "slow", "tokens_computed", "works")  # fmt: skip
 
     def __init__(self, settings: SimulationSettings, block_tokens: int, *, slow: float) -> None:
         """``slow``: how many times as long as it should everything takes."""
@@ -32,7 +33,6 @@ class Engine:
         self.at_ns = 0  # where the state stands
         self.busy_ns = 0
         self.tokens_computed = 0
-        self.chunk_tokens = settings.chunk_tokens  # of those who take part now
         self.planned = 0  # steps from there until what was planned
         self._planned_ns = 0  # when that is
         self._members: tuple[Attempt | None, int, float] | None = None  # that the pace is of
@@ -41,6 +41,9 @@ class Engine:
         self._preempts = settings.router.preemption and settings.router.policy != "fcfs"
         self._costs = settings.costs
         self._settings = settings
+        self._alone = self._beside = self._chunks = Chunks(settings.chunk_tokens)
+        if settings.mixed_chunk_tokens is not None:
+            self._beside = Chunks(settings.mixed_chunk_tokens, settings.double_cost_tokens)
         self._pace = self._new_pace()
 
     def advance(self, now_ns: int) -> None:
@@ -62,10 +65,11 @@ class Engine:
         """To the end of what was planned."""
         steps, head = self.planned, self.head
         if head is not None and steps == 1:
-            head.chunk_ns = self.at_ns
+            head.chunk_ns, head.chunk_tokens = self.at_ns, head.computed_tokens
         elif head is not None and steps:
             before_last = self._pace.elapsed_ns(self._passed + steps - 1)
             head.chunk_ns = self._origin_ns + round(before_last)
+            head.chunk_tokens = self._pace.computed_after(self._passed + steps - 1)
         self._pass(steps, self._planned_ns)
 
     def _steps_until(self, now_ns: int) -> int:
@@ -81,7 +85,7 @@ class Engine:
         self.at_ns = at_ns
         head = self.head
         if head is not None:
-            computed = min(head.computed_tokens + steps * self.chunk_tokens, head.uncached_tokens)
+            computed = self._pace.computed_after(self._passed)
             self.tokens_computed += computed - head.computed_tokens
             head.computed_tokens = computed
         self.batch.pass_steps(steps)
@@ -114,10 +118,8 @@ class Engine:
         return self._planned_ns
 
     def _new_pace(self) -> Pace:
-        head, batch, mixed = self.head, self.batch, self._settings.mixed_chunk_tokens
-        self.chunk_tokens = self._settings.chunk_tokens
-        if mixed is not None and batch.count:
-            self.chunk_tokens = mixed
+        head, batch = self.head, self.batch
+        self._chunks = self._beside if batch.count else self._alone
         pace = Pace(
             self._costs.decode,
             streams=batch.count,
@@ -131,7 +133,7 @@ class Engine:
                 uncached_tokens=head.uncached_tokens,
                 cached_tokens=head.cached_tokens,
                 computed_tokens=head.computed_tokens,
-                chunk_tokens=self.chunk_tokens,
+                chunks=self._chunks,
                 slow=self.slow * head.job.factor * beside,
             )
         return pace
@@ -139,13 +141,14 @@ class Engine:
     def _steps_of_prompt(self, head: Attempt) -> int:
         """Until it is computed, or has a chunk to report: every so many where somebody may preempt
         it, and the last but one, after which the router may send the next prompt."""
-        chunk, reports = self.chunk_tokens, self._settings.chunk_reports_max
-        left = -(-(head.uncached_tokens - head.computed_tokens) // chunk)  # ceil
+        reports, passed = self._settings.chunk_reports_max, self._passed
+        left = self._pace.steps_to(head.uncached_tokens) - passed
         if not reports or left <= 1:
             return left
         if not self._preempts:
             return left - 1
-        chunks = -(-head.uncached_tokens // chunk)  # ceil
-        stride = -(-chunks // (reports + 1)) * chunk  # tokens from one report to the next
-        due = -(-(head.reported_tokens + stride - head.computed_tokens) // chunk)  # ceil
-        return min(left - 1, max(1, due))
+        chunks, first = self._chunks, head.cached_tokens
+        whole = chunks.steps(first, first + head.uncached_tokens)
+        stride = -(-whole // (reports + 1))  # ceil: from one report to the next
+        due = chunks.after(first + head.reported_tokens, stride) - first
+        return min(left - 1, max(1, self._pace.steps_to(due) - passed))

@@ -49,16 +49,16 @@ class Said:
             Progress(request.request, request.attempt, event, computed_tokens, attempt.tokens)
         )
 
-    def note_chunks(self, head: Attempt, *, chunk_tokens: int, now_ns: int) -> None:
+    def note_chunks(self, head: Attempt, *, now_ns: int) -> None:
         """Since its last report: all chunks but the last as one, then the last by itself, whose
         time is a measurement."""
         id_, number = head.request.request, head.request.attempt
         began_ns = max(head.chunk_ns, head.reported_ns)
         done = head.cached_tokens + head.computed_tokens
         if began_ns > head.reported_ns:
-            last = (head.computed_tokens - head.reported_tokens - 1) % chunk_tokens + 1
             merged_us = max(1, (began_ns - head.reported_ns) // 1000)
-            self.chunks.append(ChunkDone(id_, number, done - last, merged_us))
+            before_last = head.cached_tokens + head.chunk_tokens
+            self.chunks.append(ChunkDone(id_, number, before_last, merged_us))
         self.chunks.append(ChunkDone(id_, number, done, max(1, (now_ns - began_ns) // 1000)))
         head.reported_tokens, head.reported_ns = head.computed_tokens, now_ns
 

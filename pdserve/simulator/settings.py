@@ -89,6 +89,10 @@ class SimulationSettings:
     mixed_chunk_tokens: int | None = None
     """Of a prompt whose worker has streams running; None: the same."""
 
+    double_cost_tokens: int | None = None
+    """Chunks beside streams are equally much work, if a token that has so many before it is twice
+    as much as the first; None: equally large."""
+
     running_max: int = 256
     decode_tokens: int = 1_300_000
     """KV that a decode worker has room for."""
@@ -147,6 +151,7 @@ class SimulationSettings:
         assert self.hosts > 0
         assert self.chunk_tokens > 0
         assert self.mixed_chunk_tokens is None or self.mixed_chunk_tokens > 0
+        assert self.double_cost_tokens is None or self.double_cost_tokens > 0
         assert 0 <= self.overlap <= 1
         assert self.contention >= 1
         assert self.slowdown > 0

@@ -386,13 +386,13 @@ class Worker:
     def _on_time(self, now_ns: int, version: int) -> None:
         if version != self._version or not self.alive:
             return
-        head, chunk = self.engine.head, self.engine.chunk_tokens
+        head = self.engine.head
         said = Said()
         self.engine.complete()
         if head is not None:
             computed = head.computed_tokens >= head.uncached_tokens
             if computed or self._settings.chunk_reports_max:
-                said.note_chunks(head, chunk_tokens=chunk, now_ns=now_ns)
+                said.note_chunks(head, now_ns=now_ns)
             if computed:
                 self._on_computed(head, said)
         if self._batch.count:

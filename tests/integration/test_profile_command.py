@@ -7,7 +7,7 @@ import yaml
 
 from pdserve.cluster.commands import contention, profiling
 from pdserve.cluster.commands.profile import profile
-from pdserve.cluster.profiles import read_profile
+from pdserve.cluster.profiles import read_profile, weights_of
 from pdserve.config import ClusterConfig, ModelConfig, PoolConfig
 from pdserve.errors import ConfigError
 from tests.models.small import write_small_model
@@ -33,6 +33,8 @@ def test_a_profile_is_measured_written_and_loaded(
     assert read.costs.decode.step_ns(4, 400) > 0
     assert read.costs.host.bytes_per_s > 0
     assert read.size.kv_capacity_tokens == 1024 * 16
+    assert read.size.double_cost_tokens is not None
+    assert read.weights == weights_of(config.model)
     about = yaml.safe_load(path.read_text())["about"]
     assert {"date", "machine", "torch", "pdserve", "errors_percent"} <= set(about)
     assert about["errors_percent"]["host"]["points"] == 10

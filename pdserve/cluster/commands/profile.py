@@ -16,7 +16,7 @@ from pdserve.cluster.commands.bars import spinner
 from pdserve.cluster.commands.contention import contention
 from pdserve.cluster.commands.profiling import Bench, Measured, Taken, measure
 from pdserve.cluster.compute_threads import set_threads
-from pdserve.cluster.profiles import save_profile
+from pdserve.cluster.profiles import save_profile, weights_of
 from pdserve.config import ClusterConfig
 from pdserve.router.costs import CostModel, believed
 from pdserve.router.fitting import (
@@ -54,6 +54,7 @@ def profile(config: ClusterConfig, *, out: Path | None = None, neighbours: int =
     threads = set_threads(pool, alone=config.has_one_worker)
     from pdserve.engine.leader import load_leader
     from pdserve.model.source import locate
+    from pdserve.prefill.batch import double_cost_tokens
 
     console = Console(highlight=False)
     begun_s = time.monotonic()
@@ -86,7 +87,11 @@ def profile(config: ClusterConfig, *, out: Path | None = None, neighbours: int =
     about = (
         _where(threads, runner.ops.name)
         | {
+            "weights": weights_of(config.model),
             "chunk_tokens": config.prefill.chunk_tokens,
+            "double_cost_tokens": double_cost_tokens(
+                runner.architecture.attention_like_linear_tokens
+            ),
             "running_max": config.decode.running_max,
             "kv_capacity_tokens": bench.room.pool_tokens,
         }

@@ -100,6 +100,7 @@ def settings_of(
         hosts=hosts,
         chunk_tokens=size.chunk_tokens or config.prefill.chunk_tokens,
         mixed_chunk_tokens=config.decode.mixed_chunk_tokens,
+        double_cost_tokens=size.double_cost_tokens,
         running_max=size.running_max or config.decode.running_max,
         decode_tokens=size.kv_capacity_tokens or _room(config.decode, config, costs.kv_token_bytes),
         cache_tokens=size.kv_capacity_tokens or _room(config.prefill, config, costs.kv_token_bytes),

@@ -25,8 +25,9 @@ def test_the_simulator_gets_the_arrivals_that_were_sent() -> None:
 def test_what_a_request_takes_beyond_its_prefill_is_added_once() -> None:
     form = Ours("disaggregated", "fcfs")
     profile = Profile(believed(10_000), Size())
-    ttft_s, tpot_s = simulated_real._simulated(form, [LOAD], profile, 0.0, 1.0)
-    later = simulated_real._simulated(form, [LOAD], profile, 0.5, 1.0)
+    rounds = [simulated_real.Round(LOAD, slowdown=1.0)]
+    ttft_s, tpot_s = simulated_real._simulated(form, rounds, profile, 0.0)
+    later = simulated_real._simulated(form, rounds, profile, 0.5)
     assert later[0] == pytest.approx(ttft_s + 0.5)
     assert later[1] == tpot_s
 
@@ -48,3 +49,11 @@ def test_real_means_are_over_requests() -> None:
     outcomes = [outcome("chat", ttft_s=1.0, gaps_s=(0.1, 0.3)), outcome("chat", ttft_s=3.0)]
     ttft_s, _ = simulated_real._real(outcomes)
     assert ttft_s == 2.0
+
+
+def test_the_profile_is_of_the_workers_that_serve() -> None:
+    form = Ours("aggregated", "fcfs", (("decode.threads", "1"),))
+    served = {each for each in form.command(1) if each.startswith("--set=")}
+    assert {"--set=model.quantization=none", "--set=decode.threads=1"} <= served
+    left_out = served - set(simulated_real.profile_command(form))
+    assert left_out == {"--set=tcp=false"}  # how nodes talk: a worker alone does not

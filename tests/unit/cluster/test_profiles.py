@@ -11,13 +11,15 @@ from pdserve.cluster.commands.simulate import settings_of
 from pdserve.cluster.profiles import (
     SHIPPED_DIRECTORY,
     Size,
+    doubt,
     load_profile,
     read_profile,
     save_profile,
     shipped_names,
+    weights_of,
     write_shipped,
 )
-from pdserve.config import ClusterConfig
+from pdserve.config import ClusterConfig, ModelConfig
 from pdserve.errors import ConfigError
 from pdserve.router.analytic import SHIPPED, analytic_costs
 from pdserve.router.costs import believed
@@ -171,4 +173,24 @@ def test_a_factor_that_is_none_is_named(tmp_path: Path, said: object, factor: st
     path = tmp_path / "x.yaml"
     save_profile(believed(1500), path, about={factor: said})
     with pytest.raises(ConfigError, match=rf"about.{factor} is .*, must be a number, at least 1"):
+        read_profile(path)
+
+
+def test_workers_with_other_weights_than_were_measured_are_doubted(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    four_bits, bfloat16 = ModelConfig(), ModelConfig(dtype="bfloat16", quantization="none")
+    save_profile(believed(1500), path, about={"weights": weights_of(four_bits)})
+    profile = read_profile(path)
+    assert doubt(profile, four_bits) is None
+    said = doubt(profile, bfloat16)
+    assert said is not None
+    assert "dtype auto, quantization auto, the workers have dtype bfloat16, quantization n" in said
+    save_profile(believed(1500), path)  # does not say
+    assert doubt(read_profile(path), bfloat16) is None
+
+
+def test_weights_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    save_profile(believed(1500), path, about={"weights": 4})
+    with pytest.raises(ConfigError, match=r"about.weights is 4, must be text"):
         read_profile(path)

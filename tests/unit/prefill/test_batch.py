@@ -2,7 +2,13 @@
 
 import pytest
 
-from pdserve.prefill.batch import ATTENTION_RATE, chunk_tokens, equal_work_tokens, shares_us
+from pdserve.prefill.batch import (
+    ATTENTION_RATE,
+    chunk_tokens,
+    double_cost_tokens,
+    equal_work_tokens,
+    shares_us,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +35,9 @@ def test_a_chunk_finishes_its_prompt_or_ends_at_a_border(
 def test_a_chunk_deep_in_its_prompt_is_as_much_work_as_the_first(start: int, chunk: int) -> None:
     """Where attention costs a token as much as the rest from 1,340 tokens of context on."""
     like_linear = round(1340 / ATTENTION_RATE)
-    assert equal_work_tokens(80, start, like_linear, 16) == chunk
+    double_tokens = double_cost_tokens(like_linear)
+    assert double_tokens == 1340
+    assert equal_work_tokens(80, start, double_tokens, 16) == chunk
 
 
 @pytest.mark.parametrize(("elapsed", "chunks"), [(100, (3, 3, 3)), (7, (1,)), (0, (4, 5))])

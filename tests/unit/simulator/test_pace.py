@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.router.costs import DecodeCost, PrefillCost, StepCost
+from pdserve.simulator.chunks import Chunks
 from pdserve.simulator.pace import Pace
 
 SMALL = StepCost(fixed_s=0.012, context_s=2.4e-8, sequence_s=5e-5)
@@ -21,6 +22,7 @@ def pace_of(
     cached: int = 0,
     computed: int = 0,
     chunk: int = 256,
+    double_cost: int | None = None,
     slow: float = 1.0,
 ) -> Pace:
     pace = Pace(DECODE, streams=streams, context_tokens=context, slow=slow)
@@ -30,7 +32,7 @@ def pace_of(
             uncached_tokens=uncached,
             cached_tokens=cached,
             computed_tokens=computed,
-            chunk_tokens=chunk,
+            chunks=Chunks(chunk, double_cost),
             slow=slow,
         )
     return pace
@@ -53,6 +55,18 @@ def test_chunks_add_up_to_the_prefill(uncached: int, cached: int, chunk: int) ->
     assert pace.elapsed_ns(steps + 5) == pace.elapsed_ns(steps)
 
 
+@given(
+    uncached=st.integers(1, 5000), cached=st.integers(0, 5000), double_cost=st.integers(100, 9000)
+)
+def test_chunks_of_equal_work_add_up_to_it_too(
+    uncached: int, cached: int, double_cost: int
+) -> None:
+    pace = pace_of(0, 0, uncached=uncached, cached=cached, chunk=80, double_cost=double_cost)
+    steps = pace.steps_to(uncached)
+    assert pace.computed_after(steps) == uncached > pace.computed_after(steps - 1)
+    assert pace.elapsed_ns(steps) == pytest.approx(PREFILL.time_ns(uncached, cached), abs=1)
+
+
 def test_a_prefill_that_goes_on_costs_what_is_left() -> None:
     whole = pace_of(0, 0, uncached=1000, chunk=100).elapsed_ns(10)
     begun = pace_of(0, 0, uncached=1000, chunk=100).elapsed_ns(3)
@@ -73,13 +87,19 @@ def test_chunks_beside_streams_cost_both() -> None:
     steps_max=st.integers(0, 3000),
     steps=st.integers(0, 3000),
     offset=st.integers(-3, 3),
+    double_cost=st.none() | st.integers(100, 5000),
 )
 def test_the_inverse_is_the_first_step_that_ends_late_enough(
-    streams: int, uncached: int, steps_max: int, steps: int, offset: int
+    streams: int,
+    uncached: int,
+    steps_max: int,
+    steps: int,
+    offset: int,
+    double_cost: int | None,
 ) -> None:
     if not streams and not uncached:
         return
-    pace = pace_of(streams, 1000 * streams, uncached=uncached, chunk=64)
+    pace = pace_of(streams, 1000 * streams, uncached=uncached, chunk=64, double_cost=double_cost)
     elapsed = pace.elapsed_ns(steps) + offset
     if elapsed <= 0:
         return

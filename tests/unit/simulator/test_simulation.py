@@ -337,6 +337,14 @@ def test_smaller_chunks_beside_streams_spare_the_streams() -> None:
     assert result.ttft_s[1] == pytest.approx(0.005 + 6 * 0.060, abs=1e-6)
 
 
+def test_chunks_beside_streams_that_get_smaller_as_a_prompt_gets_deeper() -> None:
+    trace = trace_of((0.0, 100, 100), (0.105, 300, 1))
+    config = settings(router=AGGREGATED, mixed_chunk_tokens=50, double_cost_tokens=150)
+    result = simulate(trace, config)
+    steps = (300 + 300**2 / (2 * 150)) / 50
+    assert result.ttft_s[1] == pytest.approx(0.005 + 0.300 + steps * 0.010, abs=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["aggregated", "auto"])
 @pytest.mark.parametrize("seed", range(2))
 def test_every_request_ends_whoever_does_what(mode: str, seed: int) -> None:
@@ -346,6 +354,7 @@ def test_every_request_ends_whoever_does_what(mode: str, seed: int) -> None:
         decode_workers=3,
         decode_tokens=3000,
         mixed_chunk_tokens=32,
+        double_cost_tokens=100,
         running_max=6,
         seed=seed,
     )

@@ -130,10 +130,11 @@ def test_sizes_come_from_the_profile_and_else_from_the_configuration() -> None:
     assert (own.prefill_workers, own.decode_workers) == (3, 2)
     assert (own.cache_tokens, own.decode_tokens, own.store_tokens) == (1600, 5000, 700)
     assert own.chunk_tokens == 128
-    size = Size(kv_capacity_tokens=9000, chunk_tokens=512, running_max=7)
+    assert own.double_cost_tokens is None
+    size = Size(kv_capacity_tokens=9000, chunk_tokens=512, running_max=7, double_cost_tokens=2058)
     given = settings_of(config, Profile(costs, size))
     assert (given.cache_tokens, given.decode_tokens, given.chunk_tokens) == (9000, 9000, 512)
-    assert given.running_max == 7
+    assert (given.running_max, given.double_cost_tokens) == (7, 2058)
     without = load(None, environment={}, assignments=["store.offload=false"])
     assert settings_of(without, Profile(costs, Size())).store_tokens == 0
 

@@ -47,11 +47,10 @@ class BlockCache:
 
     def touch(self, keys: Sequence[Hashable]) -> None:
         """These, a prompt's first blocks, were used or computed: they are here from now on."""
-        known, added, removed = self._keys, self._added, self._removed
+        known = self._keys
         if self.block_max is None:  # nothing ever leaves, so nobody asks for the order
             fresh = dict.fromkeys([key for key in keys if key not in known])
             known.update(fresh)
-            added.update(fresh)
             for key in fresh:
                 self._came(key)
             return
@@ -61,10 +60,6 @@ class BlockCache:
                 del known[key]
                 oldest.pop(key, None)
             else:
-                if key in removed:
-                    del removed[key]
-                else:
-                    added[key] = None
                 self._came(key)
             known[key] = None
         self.trim(self.block_max)
@@ -72,24 +67,28 @@ class BlockCache:
     def trim(self, block_max: int) -> None:
         """Evict until at most ``block_max`` are left."""
         assert self.block_max is not None
-        known, added = self._keys, self._added
+        known = self._keys
         while (surplus := len(known) - block_max) > 0:
             if not self._oldest:
                 self._oldest = dict.fromkeys(islice(known, OLDEST_MAX))
             for key in list(islice(self._oldest, surplus)):
                 del self._oldest[key]
                 del known[key]
-                if key in added:
-                    del added[key]
-                else:
-                    self._removed[key] = None
                 self._left(key)
 
     def _came(self, key: Hashable) -> None:
-        """It is here from now on. For those who tell others."""
+        """It is here from now on: to be told."""
+        if key in self._removed:
+            del self._removed[key]
+        else:
+            self._added[key] = None
 
     def _left(self, key: Hashable) -> None:
         """It was evicted."""
+        if key in self._added:
+            del self._added[key]
+        else:
+            self._removed[key] = None
 
     def take_changes(self) -> tuple[Blocks, Blocks]:
         """What was added and what removed since the last call."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 
+from pdserve.clock import S
 from pdserve.messages import Hello
 from pdserve.router.costs import CostModel
 from pdserve.simulator.attempt import Attempt
@@ -61,16 +62,61 @@ class Memory:
         if self._store is None:
             return 0
         keys = self.cacheable(attempt)
-        cached_blocks, blocks = self._cache.prefix_blocks(keys), self._store.prefix_blocks(keys)
-        restoring_ns = 0
+        cached_blocks = self._cache.prefix_blocks(keys)
+        blocks, restoring_ns = self._from_own_store(attempt, keys, cached_blocks, slow)
         if blocks > cached_blocks:
-            self._store.touch(keys[:blocks])
+            self._store.found(keys[:blocks])
             attempt.restored_blocks = blocks
-            restoring_ns = self._costs.host_ns((blocks - cached_blocks) * self._block_tokens)
         known_blocks = len(keys) if known_tokens is None else known_tokens // self._block_tokens
         if max(blocks, cached_blocks) < known_blocks and self._store.fetches:
             restoring_ns += self._fetch(attempt, keys, max(blocks, cached_blocks), slow)
         return restoring_ns
+
+    def _from_own_store(
+        self, attempt: Attempt, keys: Sequence[Hashable], cached_blocks: int, slow: float
+    ) -> tuple[int, int]:
+        """How many leading blocks to have from there, and the nanoseconds that they take.
+
+        What is in memory is taken, as by live workers (``engine.restorer``), which weigh it all
+        only where some is on the disk.
+        """
+        assert self._store is not None
+        size, costs = self._block_tokens, self._costs
+        blocks, near_blocks = self._store.prefix_blocks(keys), self._store.memory_blocks(keys)
+        near_ns = 0
+        if near_blocks > cached_blocks:
+            near_ns = costs.host_ns((near_blocks - cached_blocks) * size)
+        first = max(near_blocks, cached_blocks)
+        if blocks <= first:
+            return near_blocks, near_ns
+        far_ns = near_ns + self._disk_ns((blocks - first) * size)
+        begins = ((cached_blocks, 0), (first, near_ns), (blocks, far_ns))
+        totals_ns = [
+            fetch_ns + slow * costs.prefill_ns(attempt.tokens - begin * size, begin * size)
+            for begin, fetch_ns in begins
+        ]
+        best = min(range(len(begins)), key=lambda i: (totals_ns[i], -i))
+        return begins[best]
+
+    def _disk_ns(self, tokens: int) -> int:
+        """By way of the store's memory."""
+        moved_bytes = tokens * self._costs.kv_token_bytes
+        return self._costs.ssd.time_ns(moved_bytes) + round(
+            moved_bytes / self._costs.host.bytes_per_s * S
+        )
+
+    def ahead_ns(self, keys: Sequence[Hashable]) -> int:
+        """Nanoseconds until what the disk has of a prompt that waits has come up."""
+        if self._store is None:
+            return 0
+        blocks = self._store.prefix_blocks(keys) - self._store.memory_blocks(keys)
+        moved_bytes = blocks * self._block_tokens * self._costs.kv_token_bytes
+        return self._costs.ssd.time_ns(moved_bytes) if blocks else 0
+
+    def come_up(self, _now_ns: int, keys: Sequence[Hashable]) -> None:
+        """What the disk still has of them is in memory now."""
+        if self._store is not None:
+            self._store.found(keys[: self._store.prefix_blocks(keys)])
 
     def _fetch(
         self, attempt: Attempt, keys: Sequence[Hashable], own_blocks: int, slow: float
@@ -90,6 +136,13 @@ class Memory:
         attempt.restored_blocks = blocks
         return fetch_ns
 
+    def begun_blocks(self, attempt: Attempt) -> int:
+        """How many leading blocks it has when its prefill begins."""
+        keys = self.cacheable(attempt)
+        if not keys:
+            return attempt.job.kept_blocks
+        return max(self._cache.prefix_blocks(keys), attempt.restored_blocks)
+
     def cacheable(self, attempt: Attempt) -> Blocks:
         """The last token is always computed: its logits are what the first token is drawn from."""
         return attempt.request.block_keys[: (attempt.tokens - 1) // self._block_tokens]
@@ -101,4 +154,4 @@ class Memory:
             self._cache.touch(keys)
             self.trim_cache()
             if self._store is not None:
-                self._store.touch(keys)
+                self._store.stored(keys)

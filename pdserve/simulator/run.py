@@ -388,6 +388,7 @@ class Simulation(Surroundings):
             chunk_tokens=settings.chunk_tokens,
             pid=self._came_count,
             fetches=store is not None and store.fetches,
+            store_has_disk=store is not None and store.has_disk,
         )
         worker = Worker(hello, settings, self, store, slow=slow or settings.slowdown)
         self._workers[hello.worker] = self._places[role, index] = worker

@@ -1,6 +1,7 @@
 """What is simulated: the cluster, its costs, and what goes wrong in it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pdserve.messages import Role
 from pdserve.router.costs import CostModel, DecodeCost, MoveCost, PrefillCost, StepCost
@@ -47,6 +48,9 @@ class Slowdown:
 
 
 Failure = Death | Slowdown
+
+DiskWrite = Literal["second_touch", "write_through", "on_evict"]
+"""As ``store.ssd_write``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +106,12 @@ class SimulationSettings:
 
     store_tokens: int | None = 0
     """KV that a host's store keeps for the workers there; None: no limit, 0: no store."""
+
+    disk_tokens: int | None = 0
+    """KV that the disk below a host's store keeps; None: no limit, 0: no disk."""
+
+    disk_write: DiskWrite = "second_touch"
+    """What goes down: what a prompt finds again, all that is stored, or what leaves memory."""
 
     fetches: bool = True
     """Whether workers fetch from the stores of other hosts what that is sooner for than computing

@@ -95,8 +95,10 @@ class Worker:
                     self._cancel(attempt, now_ns)
             case Resume(handoff):
                 self._resume(handoff, now_ns)
-            case Goodbye() | FetchAhead():
-                pass  # who drains is asked whether it is empty, and no store has a disk
+            case FetchAhead(keys):
+                self._around.at(now_ns + self._memory.ahead_ns(keys), self._memory.come_up, keys)
+            case Goodbye():
+                pass  # who drains is asked whether it is empty
             case _:
                 assert_never(message)
 
@@ -208,9 +210,7 @@ class Worker:
             attempt.reported_ns = self.engine.at_ns
             self.engine.head = attempt
             return True
-        keys = self._memory.cacheable(attempt)
-        cached_blocks = max(self.cache.prefix_blocks(keys), attempt.restored_blocks)
-        cached_blocks = cached_blocks if keys else attempt.job.kept_blocks
+        cached_blocks = self._memory.begun_blocks(attempt)
         fresh_blocks = self._memory.blocks_for(attempt.tokens) - cached_blocks
         if not self._memory.has_room(fresh_blocks):
             return False
@@ -225,7 +225,7 @@ class Worker:
         attempt.reported_ns = self.engine.at_ns
         if attempt.job.preempted_count == 0 and attempt.number == 0:
             attempt.job.cached_tokens = attempt.cached_tokens
-        self.cache.touch(keys[:cached_blocks])
+        self.cache.touch(self._memory.cacheable(attempt)[:cached_blocks])
         self._memory.take(attempt, fresh_blocks)
         self.engine.head = attempt
         return True

@@ -20,7 +20,7 @@ from pdserve.cluster.commands.bars import bar
 from pdserve.cluster.commands.mishaps import failures_of
 from pdserve.cluster.profiles import Profile, Size, read_profile
 from pdserve.cluster.scaler import plan_of
-from pdserve.config import ClusterConfig, PoolConfig
+from pdserve.config import ClusterConfig, PoolConfig, StoreConfig
 from pdserve.errors import ConfigError
 from pdserve.router.costs import believed
 from pdserve.router_config import QueuePolicy
@@ -107,6 +107,8 @@ def settings_of(
         store_tokens=(
             config.store.arena_bytes // costs.kv_token_bytes if config.store.offload else 0
         ),
+        disk_tokens=_disk_tokens(config.store, costs.kv_token_bytes),
+        disk_write=config.store.ssd_write,
         fetches=config.store.master != "off",
         contention=profile.contention,
         slowdown=profile.slowdown,
@@ -129,6 +131,12 @@ def _room(pool: PoolConfig, config: ClusterConfig, kv_token_bytes: int) -> int:
     if pool.pool_blocks is not None:
         return pool.pool_blocks * config.model.block_tokens
     return max(1, pool.pool_bytes // kv_token_bytes)
+
+
+def _disk_tokens(store: StoreConfig, kv_token_bytes: int) -> int:
+    if not store.offload or store.ssd_directory is None:
+        return 0
+    return store.ssd_bytes // kv_token_bytes
 
 
 def profile_of(config: ClusterConfig, name: str | None = None) -> Profile:

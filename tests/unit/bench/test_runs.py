@@ -87,7 +87,7 @@ def test_each_form_begins_a_round_in_its_turn() -> None:
 
 def test_our_server_is_started_as_its_name_says() -> None:
     command = OURS.command(port=1234)
-    assert {"--http-port=1234", "--dtype=bfloat16"} <= set(command)
+    assert {"--http-port=1234", "--set=model.dtype=bfloat16"} <= set(command)
     assert {"--set=router.mode=disaggregated", "--set=router.policy=skip_join"} <= set(command)
 
 

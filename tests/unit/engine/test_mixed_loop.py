@@ -485,7 +485,7 @@ def test_blocks_are_whole_tokens_of_the_budget() -> None:
 def test_beside_a_stream_chunks_get_shorter_with_what_a_token_attends_to() -> None:
     rig = Rig()
     loop = rig.decode(chunk_tokens=32, mixed_chunk_tokens=16)
-    loop._workplace.attention_like_linear_tokens = round(24 / ATTENTION_RATE)
+    loop._workplace.attention_like_linear_tokens = round(25 / ATTENTION_RATE)
     rig.send(request("s", tokens=prompt(1), max_tokens=40), prefill="d0", decode="d0")
     until_streaming(rig, "s")
     before = len(rig.runners["d0"].steps)

@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,42 @@ def test_what_another_host_has_is_fetched_where_that_is_sooner_than_computing_it
     assert last_ttft_s(0.020, store_tokens=0) == pytest.approx(0.170, abs=1e-6)
     # The router believes that fetching takes no time; the worker knows better.
     assert last_ttft_s(0.161, predicted=COSTS) == pytest.approx(0.170, abs=1e-6)
+
+
+def with_disk(*blocks: tuple[int, ...], gap_s: float = 1.0) -> tuple[Trace, dict[str, Any]]:
+    """Prompts one after the other, and a worker that remembers one of them, on a host that
+    remembers two: what is found there goes to the disk."""
+    requests = ((index * gap_s, 161, 1) for index in range(len(blocks)))
+    sizes = {"cache_tokens": 12 * 16, "store_tokens": 20 * 16, "decode": False}
+    return trace_of(*requests, blocks=blocks), sizes
+
+
+A, B, C = (tuple(range(first, first + 10)) for first in (0, 20, 40))
+
+
+def test_what_lies_on_the_disk_is_read_where_that_is_sooner_than_computing_it() -> None:
+    trace, sizes = with_disk(A, B, A, B, C, A)
+
+    def last_ttft_s(read_s: float, **changes: object) -> float:
+        costs = replace(COSTS, ssd=MoveCost(fixed_s=read_s, bytes_per_s=1e15))
+        return float(simulate(trace, settings(costs=costs, **sizes, **changes)).ttft_s[-1])
+
+    assert last_ttft_s(0.0, disk_tokens=0) == pytest.approx(0.161, abs=1e-6)
+    assert last_ttft_s(0.020, disk_tokens=None) == pytest.approx(0.020 + 0.001, abs=1e-6)
+    assert last_ttft_s(0.159, disk_tokens=None) == pytest.approx(0.159 + 0.001, abs=1e-6)
+    assert last_ttft_s(0.161, disk_tokens=None) == pytest.approx(0.161, abs=1e-6)  # computed
+    assert last_ttft_s(0.020, disk_tokens=16) == pytest.approx(0.161, abs=1e-6)  # B is there
+
+
+def test_what_a_waiting_prompt_needs_of_the_disk_comes_up_meanwhile() -> None:
+    waits, sizes = with_disk(A, B, A, B, C, (), (), A)
+    at_once = (*waits.requests[:5], *(replace(r, arrival_ns=10 * S) for r in waits.requests[5:]))
+    costs = replace(COSTS, ssd=MoveCost(fixed_s=0.159, bytes_per_s=1e15))
+    result = simulate(
+        replace(waits, requests=at_once), settings(costs=costs, disk_tokens=None, **sizes)
+    )
+    # Two prompts are computed before it, for longer than the disk takes.
+    assert result.ttft_s[-1] == pytest.approx(2 * 0.161 + 0.001, abs=1e-6)
 
 
 def test_when_memory_is_short_the_latest_stream_is_parked_and_ends_all_the_same() -> None:

@@ -1,7 +1,7 @@
 """The simulator beside the real cluster: equal arrivals and policies, what it says and what came.
 
     python -m bench.simulated_real [--quick] [--json FILE] [--seconds 180] [--seeds 2] [--rate 1.2]
-                [--learning-seconds 120] [--long-share 0.2] [--policies fcfs,skip_join,hrrn]
+                [--learning-seconds 90] [--long-share 0.2] [--policies fcfs,skip_join,hrrn]
                 [--profile FILE] [--mode aggregated] [--work DIRECTORY]
 
 One worker that has the cores to itself; or, with ``--mode disaggregated``, a prefill and a decode
@@ -13,18 +13,20 @@ same arrivals, and what a lone small request takes beyond its prefill on the idl
 HTTP, text, messages.
 
 A profile is measured on an idle machine, each point at its best; in a cluster work takes longer,
-for gateway, router and stores want the cores too. By how much is learned before each round of
-policies, since a machine's own speed changes too: a load of its own (a seed that is not compared,
-half the rate) runs on the real cluster, whose workers say how long they were in steps. *Slowdown*
-is the factor with which the simulator is busy for as long under the same load. Neither policies nor
-times to a first token take part in that.
+for gateway, router and stores want the cores too, and more so for each step that says tokens. By
+how much is learned before each round of policies, since a machine's own speed changes too: chats
+alone and then long prompts alone (of seeds that are not compared, at the rate that each has in the
+mixed load) run on the real cluster, whose workers say how long they were in steps. The two
+*slowdowns*, of prefills and of decode steps, are the factors with which the simulator is busy for
+as long under the same two loads. Neither policies nor times to a first token take part in that, nor
+do loads in which the two meet.
 
 Means are over all requests of all seeds. *Error* is that of the simulated mean, by the real one.
 """
 
 import argparse
 import dataclasses
-import functools
+import itertools
 import statistics
 import subprocess
 import sys
@@ -52,7 +54,7 @@ from pdserve.simulator.traces import Trace, TraceRequest
 ALONE_ROUNDS = 40
 FIRST_SEED = 1
 LEARNING_SEED = 1001
-LEARNING_RATIO = 0.5
+LEARNING_ROUNDS = 3
 SLOWDOWNS = (0.5, 4.0)
 SLOWDOWN_EXACT = 0.002
 REPORTED_S = 2.0
@@ -67,7 +69,7 @@ class Round:
     """The load of one seed, and how slow the cluster was shortly before it came."""
 
     arrivals: Sequence[Arrival]
-    slowdown: float
+    profile: Profile
 
 
 Means = tuple[float, float]  # of the time to the first token and of that per further token, seconds
@@ -85,23 +87,28 @@ def measure(options: Options) -> Iterator[Row]:
     rounds: list[Round] = []
     came: dict[Ours, list[Outcome]] = {form: [] for form in forms}
     for index in range(given.seeds or (1 if options.quick else 2)):
-        load = functools.partial(mixed, long_share=given.long_share)
-        learning = load(
-            rate_per_s=given.rate * LEARNING_RATIO,
-            seconds=given.learning_seconds or (60 if options.quick else 120),
+        learning = learning_loads(
+            given.rate,
+            given.long_share,
+            seconds=given.learning_seconds or (30 if options.quick else 90),
             seed=LEARNING_SEED + index,
         )
         busy_s = _busy_s(work, forms[0], learning)
-        slowdown = _slowdown(busy_s, forms[0], learning, profile)
-        arrivals = load(rate_per_s=given.rate, seconds=seconds, seed=FIRST_SEED + index)
-        rounds.append(Round(arrivals, slowdown))
+        arrivals = mixed(
+            rate_per_s=given.rate,
+            seconds=seconds,
+            seed=FIRST_SEED + index,
+            long_share=given.long_share,
+        )
+        rounds.append(Round(arrivals, slowed(profile, forms[0], learning, busy_s)))
         for form in take_turns(forms, index):
             assert isinstance(form, Ours)
             came[form] += work.outcomes(form, arrivals)
-    slowdowns = [each.slowdown for each in rounds]
-    yield row("slowdown in the cluster, learned under another load", slowdowns, "×")
+    for name in ("prefill_slowdown", "decode_slowdown"):
+        factors = [getattr(each.profile, name) for each in rounds]
+        yield row(f"{name}, learned under other loads", factors, "×")
     real = {form.policy: _real(outcomes) for form, outcomes in came.items()}
-    said = {form.policy: _simulated(form, rounds, profile, overhead_s) for form in forms}
+    said = {form.policy: _simulated(form, rounds, overhead_s) for form in forms}
     for policy in given.policies:
         for name, place in (("TTFT", 0), ("TPOT", 1)):
             simulated, measured = said[policy][place], real[policy][place]
@@ -126,50 +133,77 @@ def _real(outcomes: Sequence[Outcome]) -> Means:
     return statistics.fmean(ttft_s), statistics.fmean(tpot_s)
 
 
-def _simulated(form: Ours, rounds: Sequence[Round], profile: Profile, overhead_s: float) -> Means:
-    results = [_played(form, each.arrivals, profile, each.slowdown) for each in rounds]
+def learning_loads(
+    rate_per_s: float, long_share: float, *, seconds: float, seed: int
+) -> list[list[Arrival]]:
+    """Chats alone, and long prompts alone."""
+    chats_per_s, longs_per_s = rate_per_s * (1 - long_share), rate_per_s * long_share
+    return [
+        mixed(rate_per_s=chats_per_s, seconds=seconds, seed=seed, long_share=0.0),
+        mixed(rate_per_s=longs_per_s, seconds=seconds, seed=seed, long_share=1.0),
+    ]
+
+
+def slowed(
+    profile: Profile, form: Ours, loads: Sequence[Sequence[Arrival]], busy_s: Sequence[float]
+) -> Profile:
+    """With the slowdowns with which workers are busy for as long under each of the two loads. Each
+    is found given the other; since chats hardly prefill and long prompts hardly decode, a few
+    rounds of that settle both."""
+    (chats, longs), (chats_s, longs_s) = loads, busy_s
+    for _ in range(LEARNING_ROUNDS):
+        profile = _slowed(profile, "decode_slowdown", form, chats, chats_s)
+        profile = _slowed(profile, "prefill_slowdown", form, longs, longs_s)
+    return profile
+
+
+def _slowed(
+    profile: Profile, factor: str, form: Ours, arrivals: Sequence[Arrival], busy_s: float
+) -> Profile:
+    """By bisection. Workers are busy for longer the slower they are, though less so where more of
+    what they do shares a step."""
+    low, high = SLOWDOWNS
+    while high - low > SLOWDOWN_EXACT:
+        middle = (low + high) / 2
+        tried = replace(profile, **{factor: middle})  # type: ignore[arg-type]
+        if _played(form, arrivals, tried).counters["simulated_busy_us"] / 1e6 < busy_s:
+            low = middle
+        else:
+            high = middle
+    return replace(profile, **{factor: (low + high) / 2})  # type: ignore[arg-type]
+
+
+def _simulated(form: Ours, rounds: Sequence[Round], overhead_s: float) -> Means:
+    results = [_played(form, each.arrivals, each.profile) for each in rounds]
     ttft_s = np.concatenate([result.ttft_s for result in results])
     tpot_s = np.concatenate([result.tpot_s for result in results])
     return float(ttft_s.mean()) + overhead_s, float(np.nanmean(tpot_s))
 
 
-def _played(form: Ours, arrivals: Sequence[Arrival], profile: Profile, slowdown: float) -> Result:
+def _played(form: Ours, arrivals: Sequence[Arrival], profile: Profile) -> Result:
     config = from_tree({"router": {"policy": form.policy, "mode": form.mode}})
-    settings = settings_of(config, profile)
-    return simulate(_trace(arrivals), replace(settings, slowdown=slowdown))
+    return simulate(_trace(arrivals), settings_of(config, profile))
 
 
-def _busy_s(work: Work, form: Ours, arrivals: Sequence[Arrival]) -> float:
-    """For how long the real workers were in steps, together."""
+def _busy_s(work: Work, form: Ours, loads: Sequence[Sequence[Arrival]]) -> list[float]:
+    """For how long the real workers were in steps, together, under one load after the other."""
 
-    def busy_s() -> float:
+    def busy_s() -> list[float]:
         with serving(form, work.log(form)) as target:
-            before_us = _step_us(target.url)
-            driven(form, target, arrivals)
-            return (_step_us(target.url) - before_us) / 1e6
+            at_us = [_step_us(target.url)]
+            for arrivals in loads:
+                driven(form, target, arrivals)
+                at_us.append(_step_us(target.url))
+            return [(end - begin) / 1e6 for begin, end in itertools.pairwise(at_us)]
 
-    about = ["busy", [dataclasses.asdict(arrival) for arrival in arrivals]]
-    found: float = work.remembered(form, about, busy_s)
+    about = ["busy", [[dataclasses.asdict(arrival) for arrival in load] for load in loads]]
+    found: list[float] = work.remembered(form, about, busy_s)
     return found
 
 
 def _step_us(url: str) -> int:
     time.sleep(REPORTED_S)
     return sum(worker["counters"]["step_us_total"] for worker in fetch(url)["workers"])
-
-
-def _slowdown(busy_s: float, form: Ours, arrivals: Sequence[Arrival], profile: Profile) -> float:
-    """With which the simulated workers are busy for as long: found by bisection. They are busy for
-    longer the slower they are, though less so where more of them share a step."""
-    low, high = SLOWDOWNS
-    while high - low > SLOWDOWN_EXACT:
-        middle = (low + high) / 2
-        result = _played(form, arrivals, profile, middle)
-        if result.counters["simulated_busy_us"] / 1e6 < busy_s:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def _trace(arrivals: Sequence[Arrival]) -> Trace:
@@ -225,7 +259,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help="runs of each policy; 2, with --quick 1")
     parser.add_argument("--rate", type=float, default=1.2, help="requests per second")
     parser.add_argument(
-        "--learning-seconds", type=float, help="before each round; 120, with --quick 60"
+        "--learning-seconds",
+        type=float,
+        help="of each of two loads before a round; 90, with --quick 30",
     )
     parser.add_argument("--long-share", type=float, default=0.2)
     parser.add_argument("--policies", type=policies, default=["fcfs", "skip_join", "hrrn"])

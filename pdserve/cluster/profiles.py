@@ -4,8 +4,8 @@ A profile is YAML: the fields of ``router.costs.CostModel``, nothing left out, a
 is for people: machine, versions, date and errors of a measured one, formula and inputs of an
 analytic one. Programs take from it, where it is there, how large such a worker is (``Size``), which
 weights it had (``weights``), and how much workers are slowed down by each other and by the rest of
-a cluster (``contention``, ``slowdown``). A name without a slash that is no file is looked for among
-the shipped ones.
+a cluster (``contention``, ``prefill_slowdown``, ``decode_slowdown``). A name without a slash that
+is no file is looked for among the shipped ones.
 
     python -m pdserve.cluster.profiles        writes the shipped ones anew, from ``router.analytic``
 """
@@ -27,6 +27,7 @@ from pdserve.settings import nearest
 SHIPPED_DIRECTORY = Path(__file__).with_name("profiles")
 
 ABOUT = "about"
+FACTORS = ("contention", "prefill_slowdown", "decode_slowdown")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,8 @@ class Profile:
     costs: CostModel
     size: Size
     contention: float = 1.0  # how many times as long work takes beside its neighbours' work
-    slowdown: float = 1.0  # how many times as long it takes in a cluster, beside gateway and others
+    prefill_slowdown: float = 1.0  # how many times as long beside gateway, router and stores
+    decode_slowdown: float = 1.0
     weights: str | None = None  # that it was measured with, as ``weights_of`` names them
 
 
@@ -87,14 +89,13 @@ def read_profile(name_or_path: str | Path) -> Profile:
     problems: list[str] = []
     about = tree.pop(ABOUT, None) if isinstance(tree, dict) else None
     size = _size(about or {}, problems)
-    contention = _factor(about or {}, "contention", problems)
-    slowdown = _factor(about or {}, "slowdown", problems)
+    factors = {name: _factor(about or {}, name, problems) for name in FACTORS}
     weights = _weights(about or {}, problems)
     costs = _read(CostModel, tree, "", problems)
     if problems:
         raise ConfigError(f"the profile {path}: " + "; ".join(problems))
     assert isinstance(costs, CostModel)
-    return Profile(costs, size, contention, slowdown, weights)
+    return Profile(costs, size, weights=weights, **factors)
 
 
 def save_profile(

@@ -12,7 +12,7 @@ Source: the three-term models are those of DistServe's simulator (OSDI '24), ext
 tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from pdserve.clock import S
@@ -36,6 +36,13 @@ class PrefillCost:
         seconds = self.fixed_s + self.token_s * uncached_tokens + self.pair_s * pairs
         return round(seconds * S)
 
+    def slowed(self, factor: float) -> "PrefillCost":
+        return PrefillCost(
+            fixed_s=factor * self.fixed_s,
+            token_s=factor * self.token_s,
+            pair_s=factor * self.pair_s,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
@@ -49,6 +56,13 @@ class StepCost:
         seconds = self.fixed_s + self.context_s * context_tokens + self.sequence_s * sequences
         return round(seconds * S)
 
+    def slowed(self, factor: float) -> "StepCost":
+        return StepCost(
+            fixed_s=factor * self.fixed_s,
+            context_s=factor * self.context_s,
+            sequence_s=factor * self.sequence_s,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeCost:
@@ -61,6 +75,10 @@ class DecodeCost:
     def step_ns(self, sequences: int, context_tokens: int) -> int:
         regime = self.small if sequences < self.large_from else self.large
         return regime.time_ns(sequences, context_tokens)
+
+    def slowed(self, factor: float) -> "DecodeCost":
+        small, large = self.small.slowed(factor), self.large.slowed(factor)
+        return DecodeCost(small=small, large=large, large_from=self.large_from)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +113,12 @@ class CostModel:
         what is fixed counts with its first chunk; the others are what they add."""
         chunk_ns = self.prefill_ns(tokens, before)
         return chunk_ns if is_first else max(1, chunk_ns - self.prefill_ns(0))
+
+    def slowed(self, *, prefill: float, decode: float) -> "CostModel":
+        """Prefills and decode steps take so many times as long."""
+        return replace(
+            self, prefill=self.prefill.slowed(prefill), decode=self.decode.slowed(decode)
+        )
 
     def handoff_ns(self, tokens: int) -> int:
         """Of the KV of so many tokens, from one host's store to another's."""

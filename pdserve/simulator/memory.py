@@ -82,7 +82,9 @@ class Memory:
         """
         assert self._store is not None
         size, costs = self._block_tokens, self._costs
-        blocks, near_blocks = self._store.prefix_blocks(keys), self._store.memory_blocks(keys)
+        blocks = near_blocks = self._store.memory_blocks(keys)
+        if self._store.has_disk:
+            blocks = self._store.prefix_blocks(keys)
         near_ns = 0
         if near_blocks > cached_blocks:
             near_ns = costs.host_ns((near_blocks - cached_blocks) * size)
@@ -101,9 +103,8 @@ class Memory:
     def _disk_ns(self, tokens: int) -> int:
         """By way of the store's memory."""
         moved_bytes = tokens * self._costs.kv_token_bytes
-        return self._costs.ssd.time_ns(moved_bytes) + round(
-            moved_bytes / self._costs.host.bytes_per_s * S
-        )
+        passing_ns = round(moved_bytes / self._costs.host.bytes_per_s * S)
+        return self._costs.ssd.time_ns(moved_bytes) + passing_ns
 
     def ahead_ns(self, keys: Sequence[Hashable]) -> int:
         """Nanoseconds until what the disk has of a prompt that waits has come up."""

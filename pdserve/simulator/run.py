@@ -390,7 +390,7 @@ class Simulation(Surroundings):
             fetches=store is not None and store.fetches,
             store_has_disk=store is not None and store.has_disk,
         )
-        worker = Worker(hello, settings, self, store, slow=slow or settings.slowdown)
+        worker = Worker(hello, settings, self, store, slow=slow or 1.0)
         self._workers[hello.worker] = self._places[role, index] = worker
         if self._neighbours:
             self._neighbours[host].add(worker, self.now_ns)
@@ -409,7 +409,7 @@ class Simulation(Surroundings):
         worker = self._places[failure.role, failure.index]
         if isinstance(failure, Slowdown):
             if worker.alive:
-                self._become_slow(worker, failure.factor * self._settings.slowdown, now_ns)
+                self._become_slow(worker, failure.factor, now_ns)
             return
         if not worker.alive:
             return

@@ -120,9 +120,6 @@ class SimulationSettings:
     contention: float = 1.0
     """How many times as long everything takes at a worker while all others of its host work."""
 
-    slowdown: float = 1.0
-    """How many times as long everything takes at every worker, whoever else works."""
-
     overlap: float = 0.0
     """Part of a chunk's time that hides behind the streams of the same step: 0 adds them up."""
 
@@ -164,7 +161,6 @@ class SimulationSettings:
         assert self.double_cost_tokens is None or self.double_cost_tokens > 0
         assert 0 <= self.overlap <= 1
         assert self.contention >= 1
-        assert self.slowdown > 0
         assert self.chunk_reports_max >= 0
         for failure in self.failures:
             assert 0 <= failure.index < self.workers_of(failure.role), f"no such worker: {failure}"

@@ -7,7 +7,6 @@ look into each of a hundred maps, and all of them have the blocks that most prom
 """
 
 from collections.abc import Hashable, Sequence
-from itertools import islice
 
 from pdserve.simulator.caches import BlockCache
 from pdserve.simulator.settings import DiskWrite, SimulationSettings
@@ -45,15 +44,15 @@ class Holders:
         return len(keys)
 
 
-class Disk:
-    """What lies below a store's memory: least recently used goes first. Writes take no time."""
+class Disk(BlockCache):
+    """What lies below a store's memory. Writes take no time."""
 
-    __slots__ = ("_block_max", "_keys", "write")
+    __slots__ = ("_gone", "write")
 
     def __init__(self, block_max: int | None, write: DiskWrite) -> None:
+        super().__init__(block_max)
         self.write = write
-        self._block_max = block_max
-        self._keys: dict[Hashable, None] = {}  # least recently used first
+        self._gone: list[Hashable] = []
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._keys
@@ -64,16 +63,15 @@ class Disk:
         Returns:
             what had to go for them, children first.
         """
-        known = self._keys
-        for key in reversed(keys):
-            known.pop(key, None)
-            known[key] = None
-        if self._block_max is None or len(known) <= self._block_max:
-            return ()
-        gone = list(islice(known, len(known) - self._block_max))
-        for key in gone:
-            del known[key]
+        self.touch(keys)
+        gone, self._gone = self._gone, []
         return gone
+
+    def _came(self, key: Hashable) -> None:
+        """Nobody is told: its store tells for both."""
+
+    def _left(self, key: Hashable) -> None:
+        self._gone.append(key)
 
 
 class HostStore(BlockCache):

@@ -94,7 +94,8 @@ def settings_of(
     costs, size = profile.costs, profile.size
     return SimulationSettings(
         router=config.router,
-        costs=costs,
+        costs=costs.slowed(prefill=profile.prefill_slowdown, decode=profile.decode_slowdown),
+        predicted=costs,
         prefill_workers=max(1, config.prefill.replicas),
         decode_workers=max(1, config.decode.replicas),
         hosts=hosts,
@@ -111,7 +112,6 @@ def settings_of(
         disk_write=config.store.ssd_write,
         fetches=config.store.master != "off",
         contention=profile.contention,
-        slowdown=profile.slowdown,
         timeout_s=config.gateway.request_timeout_s,
         seed=seed,
     )

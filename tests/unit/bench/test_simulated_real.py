@@ -1,5 +1,7 @@
 """What is compared is the same load: on both sides."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import simulated_real
@@ -25,20 +27,33 @@ def test_the_simulator_gets_the_arrivals_that_were_sent() -> None:
 def test_what_a_request_takes_beyond_its_prefill_is_added_once() -> None:
     form = Ours("disaggregated", "fcfs")
     profile = Profile(believed(10_000), Size())
-    rounds = [simulated_real.Round(LOAD, slowdown=1.0)]
-    ttft_s, tpot_s = simulated_real._simulated(form, rounds, profile, 0.0)
-    later = simulated_real._simulated(form, rounds, profile, 0.5)
+    rounds = [simulated_real.Round(LOAD, profile)]
+    ttft_s, tpot_s = simulated_real._simulated(form, rounds, 0.0)
+    later = simulated_real._simulated(form, rounds, 0.5)
     assert later[0] == pytest.approx(ttft_s + 0.5)
     assert later[1] == tpot_s
 
 
 @pytest.mark.parametrize("mode", ["aggregated", "disaggregated"])
-def test_the_slowdown_is_found_from_how_long_workers_were_busy(mode: str) -> None:
+def test_slowdowns_are_found_from_how_long_workers_were_busy(mode: str) -> None:
     form = Ours(mode, "fcfs")  # type: ignore[arg-type]
-    profile = Profile(believed(10_000), Size())
-    real = simulated_real._played(form, LOAD, profile, 1.37)
-    busy_s = real.counters["simulated_busy_us"] / 1e6
-    assert simulated_real._slowdown(busy_s, form, LOAD, profile) == pytest.approx(1.37, abs=0.01)
+    profile = Profile(believed(1500), Size())
+    real = replace(profile, prefill_slowdown=1.17, decode_slowdown=1.42)
+    loads = simulated_real.learning_loads(3.0, 0.2, seconds=60, seed=5)
+    busy_us = [
+        simulated_real._played(form, load, real).counters["simulated_busy_us"] for load in loads
+    ]
+    learned = simulated_real.slowed(profile, form, loads, [each / 1e6 for each in busy_us])
+    assert learned.prefill_slowdown == pytest.approx(1.17, abs=0.02)
+    assert learned.decode_slowdown == pytest.approx(1.42, abs=0.02)
+
+
+def test_it_is_learned_from_loads_in_which_chats_and_long_prompts_do_not_meet() -> None:
+    chats, longs = simulated_real.learning_loads(4.0, 0.25, seconds=100, seed=1)
+    assert {each.kind for each in chats} == {"chat"}
+    assert {each.kind for each in longs} == {"long"}
+    assert len(chats) == pytest.approx(300, rel=0.2)
+    assert len(longs) == pytest.approx(100, rel=0.3)
 
 
 def test_policies_are_ranked_by_the_mean_of_the_first_token() -> None:

@@ -9,7 +9,9 @@ import yaml
 
 from pdserve.cluster.commands.simulate import settings_of
 from pdserve.cluster.profiles import (
+    FACTORS,
     SHIPPED_DIRECTORY,
+    Profile,
     Size,
     doubt,
     load_profile,
@@ -152,28 +154,39 @@ def changed(directory: Path, place: tuple[str, ...], value: object) -> Path:
     return path
 
 
-FACTORS = pytest.mark.parametrize("factor", ["contention", "slowdown"])
+EACH_FACTOR = pytest.mark.parametrize("factor", FACTORS)
 
 
-@FACTORS
+@EACH_FACTOR
 def test_a_factor_is_read_where_it_was_measured(tmp_path: Path, factor: str) -> None:
     path = tmp_path / "x.yaml"
     save_profile(believed(1500), path, about={factor: 1.4})
     profile = read_profile(path)
     assert getattr(profile, factor) == 1.4
-    assert profile.contention * profile.slowdown == 1.4
-    assert getattr(settings_of(ClusterConfig(), profile), factor) == 1.4
+    assert sorted(getattr(profile, each) for each in FACTORS) == [1.0, 1.0, 1.4]
     save_profile(believed(1500), path)
     assert getattr(read_profile(path), factor) == 1
 
 
-@FACTORS
+@EACH_FACTOR
 @pytest.mark.parametrize("said", [0.9, -1, "much", True, float("inf")])
 def test_a_factor_that_is_none_is_named(tmp_path: Path, said: object, factor: str) -> None:
     path = tmp_path / "x.yaml"
     save_profile(believed(1500), path, about={factor: said})
     with pytest.raises(ConfigError, match=rf"about.{factor} is .*, must be a number, at least 1"):
         read_profile(path)
+
+
+def test_what_is_slower_in_a_cluster_is_simulated_and_not_predicted() -> None:
+    costs = believed(1500)
+    profile = Profile(costs, Size(), contention=1.3, prefill_slowdown=1.2, decode_slowdown=1.5)
+    settings = settings_of(ClusterConfig(), profile)
+    assert settings.predicted == costs
+    assert settings.contention == 1.3
+    prefill_ns, step_ns = settings.costs.prefill_ns(900, 64), settings.costs.decode.step_ns(4, 900)
+    assert prefill_ns == pytest.approx(1.2 * costs.prefill_ns(900, 64), abs=1)
+    assert step_ns == pytest.approx(1.5 * costs.decode.step_ns(4, 900), abs=1)
+    assert settings.costs.host == costs.host
 
 
 def test_workers_with_other_weights_than_were_measured_are_doubted(tmp_path: Path) -> None:

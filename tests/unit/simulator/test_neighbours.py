@@ -59,16 +59,17 @@ def test_who_comes_back_is_slowed_by_its_neighbours_once() -> None:
     assert result.ttft_s[2] == pytest.approx(0.2, abs=1e-6)
 
 
-def test_a_slowdown_is_everybodys_and_multiplies_with_others() -> None:
+def test_slower_costs_are_everybodys_and_multiply_with_a_slow_worker() -> None:
     plain = simulate(STREAM_AND_PROMPT, settings())
-    slower = simulate(STREAM_AND_PROMPT, settings(slowdown=1.5))
+    costs = settings().costs.slowed(prefill=1.5, decode=1.5)
+    slower = simulate(STREAM_AND_PROMPT, settings(costs=costs))
     assert slower.ttft_s == pytest.approx(1.5 * plain.ttft_s, abs=1e-6)
     assert slower.tpot_s[0] == pytest.approx(1.5 * plain.tpot_s[0], abs=1e-6)
     busy = plain.counters["simulated_busy_us"]
     assert busy == pytest.approx(1e6 * (0.2 + 100 * 0.010), abs=2)
     assert slower.counters["simulated_busy_us"] == pytest.approx(1.5 * busy, abs=2)
     slow = Slowdown(role=Role.PREFILL, index=0, at_ns=0, factor=2.0)
-    both = simulate(STREAM_AND_PROMPT, settings(slowdown=1.5, failures=(slow,)))
+    both = simulate(STREAM_AND_PROMPT, settings(costs=costs, failures=(slow,)))
     assert both.ttft_s == pytest.approx([0.3, 0.4], abs=1e-6)  # the second waits for the first
 
 

@@ -124,7 +124,7 @@ def test_the_trace_is_cut_and_sped_up_as_asked(
 def test_a_profile_brings_the_size_of_its_workers() -> None:
     profile = read_profile("h100-llama3-8b")
     settings = simulation_of(ClusterConfig(), profile, 3, 2)
-    assert settings.costs is profile.costs
+    assert settings.costs == profile.costs
     assert settings.decode_tokens == settings.cache_tokens == profile.size.kv_capacity_tokens
     assert (settings.prefill_workers, settings.decode_workers) == (3, 2)
     assert settings.chunk_tokens == ClusterConfig().prefill.chunk_tokens

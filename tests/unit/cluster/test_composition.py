@@ -1,11 +1,15 @@
 """What the application is made of, and when Serve has a reason to replace which part of it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdserve.cluster.app import build
+from pdserve.cluster.profiles import save_profile, weights_of
+from pdserve.config import ModelConfig
+from pdserve.router.costs import believed
 
 B: dict[str, Any] = {"b/1": {"model": {"source": "/m/b"}}}
 
@@ -58,3 +62,15 @@ def test_a_part_is_replaced_when_its_own_settings_change_and_only_then(
     other = {name for name in before.keys() & after.keys() if before[name] != after[name]}
     parts = {"first": FIRST, "b-1": {"router-b-1", "prefill-b-1", "decode-b-1"}}
     assert other == set().union(*(parts[each] for each in replaced)) & after.keys()
+
+
+def test_a_profile_of_other_weights_is_warned_of_before_anything_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.yaml"
+    save_profile(believed(1500), path, about={"weights": weights_of(ModelConfig())})
+    build({"router": {"profile": str(path)}})
+    assert not caplog.messages
+    build({"router": {"profile": str(path)}, "model": {"quantization": "none"}})
+    (message,) = caplog.messages
+    assert "the workers have dtype auto, quantization none" in message

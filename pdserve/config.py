@@ -28,6 +28,7 @@ Quantization = Literal["none", "file", "int8", "int4", "fp8"]
 StoredAs = Literal["any", "gguf", "awq", "gptq", "fp8", "compressed-tensors"]
 ReasoningStyle = Literal["deepseek_r1", "qwen3"]
 ToolCallStyle = Literal["hermes", "llama3_json"]
+SsdWrite = Literal["second_touch", "write_through", "on_evict"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +243,7 @@ class StoreConfig(Checked):
     ssd_bytes: int = 16 * GiB
     """The most that the blocks in ``ssd_directory`` take, per host and kind of block."""
 
-    ssd_write: Literal["second_touch", "write_through", "on_evict"] = "second_touch"
+    ssd_write: SsdWrite = "second_touch"
     """What goes to the disk. ``second_touch``: what a prompt finds again; most blocks are used
     once. ``write_through``: all that is stored, at once. ``on_evict``: what leaves memory; each
     eviction then takes a copy, and after ``kill -9`` what was in memory is lost."""

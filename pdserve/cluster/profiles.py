@@ -87,10 +87,10 @@ def read_profile(name_or_path: str | Path) -> Profile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"the profile {path} is not YAML: {error}") from error
     problems: list[str] = []
-    about = tree.pop(ABOUT, None) if isinstance(tree, dict) else None
-    size = _size(about or {}, problems)
-    factors = {name: _factor(about or {}, name, problems) for name in FACTORS}
-    weights = _weights(about or {}, problems)
+    about = _about(tree, problems)
+    size = _size(about, problems)
+    factors = {name: _factor(about, name, problems) for name in FACTORS}
+    weights = _weights(about, problems)
     costs = _read(CostModel, tree, "", problems)
     if problems:
         raise ConfigError(f"the profile {path}: " + "; ".join(problems))
@@ -136,10 +136,16 @@ def _find(name_or_path: str | Path) -> Path:
     raise ConfigError(f"the profile {str(path)!r} is neither a file nor a shipped one; {hint}")
 
 
-def _size(about: object, problems: list[str]) -> Size:
-    if not isinstance(about, Mapping):
-        problems.append(f"{ABOUT} must hold a mapping, not {about!r}")
-        return Size()
+def _about(tree: object, problems: list[str]) -> Mapping[str, Any]:
+    """Taken out of ``tree``."""
+    about = (tree.pop(ABOUT, None) if isinstance(tree, dict) else None) or {}
+    if isinstance(about, Mapping):
+        return about
+    problems.append(f"{ABOUT} must hold a mapping, not {about!r}")
+    return {}
+
+
+def _size(about: Mapping[str, Any], problems: list[str]) -> Size:
     said: dict[str, int] = {}
     for field in dataclasses.fields(Size):
         if about.get(field.name) is not None:
@@ -150,8 +156,8 @@ def _size(about: object, problems: list[str]) -> Size:
     return Size(**said)
 
 
-def _factor(about: object, name: str, problems: list[str]) -> float:
-    said = about.get(name, 1.0) if isinstance(about, Mapping) else 1.0
+def _factor(about: Mapping[str, Any], name: str, problems: list[str]) -> float:
+    said = about.get(name, 1.0)
     number = _number(said)
     if math.isfinite(number) and number >= 1:
         return number
@@ -159,8 +165,8 @@ def _factor(about: object, name: str, problems: list[str]) -> float:
     return 1.0
 
 
-def _weights(about: object, problems: list[str]) -> str | None:
-    said = about.get("weights") if isinstance(about, Mapping) else None
+def _weights(about: Mapping[str, Any], problems: list[str]) -> str | None:
+    said = about.get("weights")
     if said is None or isinstance(said, str):
         return said
     problems.append(f"{ABOUT}.weights is {said!r}, must be text")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from pdserve.config import SsdWrite
 from pdserve.errors import ConfigError, PdserveError, StaleEpoch, StoreError, StoreUnavailable
 from pdserve.ids import StoreId, new_store_id
 from pdserve.kvstore.adoption import Beginning, begin
@@ -42,7 +43,7 @@ from pdserve.kvstore.readers import Readers
 from pdserve.kvstore.security import CREDENTIALS, Credentials
 from pdserve.kvstore.server import StoreServer
 from pdserve.kvstore.ssd.log import open_log
-from pdserve.kvstore.ssd.tier import SsdTier, WritePolicy
+from pdserve.kvstore.ssd.tier import SsdTier
 from pdserve.messages import Address
 from pdserve.storms import log_to_stderr
 from pdserve.wire.hosts import local_host_id
@@ -63,7 +64,7 @@ class NodeSettings:
     hard_pin_ratio: float = 0.25
     ssd_directory: Path | None = None  # None: there is no disk below the arena
     ssd_bytes: int = 0
-    ssd_write: WritePolicy = "second_touch"
+    ssd_write: SsdWrite = "second_touch"
     codec: PayloadCodec = PayloadCodec.UNSTATED
     tcp_host: str | None = None  # None: no other host can reach this node
     redis_url: str | None = None
@@ -369,7 +370,7 @@ def _parse(arguments: list[str] | None) -> NodeSettings:
     parser.add_argument("--hard-pin-ratio", type=float, default=0.25, help="of the arena")
     parser.add_argument("--ssd-directory", type=Path, default=None, help="for blocks on a disk")
     parser.add_argument("--ssd-bytes", type=int, default=0)
-    parser.add_argument("--ssd-write", choices=get_args(WritePolicy), default="second_touch")
+    parser.add_argument("--ssd-write", choices=get_args(SsdWrite), default="second_touch")
     parser.add_argument("--codec", type=codec_of, default=PayloadCodec.UNSTATED)
     parser.add_argument("--tcp-host", default=None, help="an address that other hosts can reach")
     parser.add_argument("--redis-url", default=None)

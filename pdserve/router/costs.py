@@ -128,6 +128,10 @@ class CostModel:
         """Of the KV of so many tokens, between a worker's memory and its host's store."""
         return self.host.time_ns(tokens * self.kv_token_bytes)
 
+    def ssd_ns(self, tokens: int) -> int:
+        """Of the KV of so many tokens, between a host's store and the disk below it."""
+        return self.ssd.time_ns(tokens * self.kv_token_bytes)
+
     def fetch_ns(self, tokens: int, compute_ns: float) -> int | None:
         """Of cached tokens that another host has; None where computing them, which takes
         ``compute_ns``, is sooner. Of equals it is a fetch, as in workers, which leaves them free.

@@ -102,17 +102,15 @@ class Memory:
 
     def _disk_ns(self, tokens: int) -> int:
         """By way of the store's memory."""
-        moved_bytes = tokens * self._costs.kv_token_bytes
-        passing_ns = round(moved_bytes / self._costs.host.bytes_per_s * S)
-        return self._costs.ssd.time_ns(moved_bytes) + passing_ns
+        passing_s = tokens * self._costs.kv_token_bytes / self._costs.host.bytes_per_s
+        return self._costs.ssd_ns(tokens) + round(passing_s * S)
 
     def ahead_ns(self, keys: Sequence[Hashable]) -> int:
         """Nanoseconds until what the disk has of a prompt that waits has come up."""
         if self._store is None:
             return 0
         blocks = self._store.prefix_blocks(keys) - self._store.memory_blocks(keys)
-        moved_bytes = blocks * self._block_tokens * self._costs.kv_token_bytes
-        return self._costs.ssd.time_ns(moved_bytes) if blocks else 0
+        return self._costs.ssd_ns(blocks * self._block_tokens) if blocks else 0
 
     def come_up(self, _now_ns: int, keys: Sequence[Hashable]) -> None:
         """What the disk still has of them is in memory now."""
@@ -137,9 +135,8 @@ class Memory:
         attempt.restored_blocks = blocks
         return fetch_ns
 
-    def begun_blocks(self, attempt: Attempt) -> int:
-        """How many leading blocks it has when its prefill begins."""
-        keys = self.cacheable(attempt)
+    def begun_blocks(self, attempt: Attempt, keys: Sequence[Hashable]) -> int:
+        """How many leading blocks it has when its prefill begins. ``keys``: what is cacheable."""
         if not keys:
             return attempt.job.kept_blocks
         return max(self._cache.prefix_blocks(keys), attempt.restored_blocks)

@@ -1,8 +1,8 @@
 """What is simulated: the cluster, its costs, and what goes wrong in it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from pdserve.config import SsdWrite
 from pdserve.messages import Role
 from pdserve.router.costs import CostModel, DecodeCost, MoveCost, PrefillCost, StepCost
 from pdserve.router.scaling import Plan
@@ -48,9 +48,6 @@ class Slowdown:
 
 
 Failure = Death | Slowdown
-
-DiskWrite = Literal["second_touch", "write_through", "on_evict"]
-"""As ``store.ssd_write``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +107,7 @@ class SimulationSettings:
     disk_tokens: int | None = 0
     """KV that the disk below a host's store keeps; None: no limit, 0: no disk."""
 
-    disk_write: DiskWrite = "second_touch"
+    disk_write: SsdWrite = "second_touch"
     """What goes down: what a prompt finds again, all that is stored, or what leaves memory."""
 
     fetches: bool = True

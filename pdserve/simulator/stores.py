@@ -8,8 +8,9 @@ look into each of a hundred maps, and all of them have the blocks that most prom
 
 from collections.abc import Hashable, Sequence
 
+from pdserve.config import SsdWrite
 from pdserve.simulator.caches import BlockCache
-from pdserve.simulator.settings import DiskWrite, SimulationSettings
+from pdserve.simulator.settings import SimulationSettings
 
 
 class Holders:
@@ -49,7 +50,7 @@ class Disk(BlockCache):
 
     __slots__ = ("_gone", "write")
 
-    def __init__(self, block_max: int | None, write: DiskWrite) -> None:
+    def __init__(self, block_max: int | None, write: SsdWrite) -> None:
         super().__init__(block_max)
         self.write = write
         self._gone: list[Hashable] = []

@@ -210,7 +210,8 @@ class Worker:
             attempt.reported_ns = self.engine.at_ns
             self.engine.head = attempt
             return True
-        cached_blocks = self._memory.begun_blocks(attempt)
+        keys = self._memory.cacheable(attempt)
+        cached_blocks = self._memory.begun_blocks(attempt, keys)
         fresh_blocks = self._memory.blocks_for(attempt.tokens) - cached_blocks
         if not self._memory.has_room(fresh_blocks):
             return False
@@ -225,7 +226,7 @@ class Worker:
         attempt.reported_ns = self.engine.at_ns
         if attempt.job.preempted_count == 0 and attempt.number == 0:
             attempt.job.cached_tokens = attempt.cached_tokens
-        self.cache.touch(self._memory.cacheable(attempt)[:cached_blocks])
+        self.cache.touch(keys[:cached_blocks])
         self._memory.take(attempt, fresh_blocks)
         self.engine.head = attempt
         return True

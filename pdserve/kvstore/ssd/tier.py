@@ -1,6 +1,6 @@
 """The disk below an arena: what is used again goes down, what is asked for comes up.
 
-What goes down is ``WritePolicy``'s to say: what a prompt finds (its *second touch*: most blocks are
+What goes down is ``SsdWrite``'s to say: what a prompt finds (its *second touch*: most blocks are
 used once, and would only wear the disk), what is committed, or what is evicted. Parents go before
 children, several blocks in one write. The queue is short, and what does not fit is dropped: a disk
 that is slow costs hits and never time. A prompt whose prefix goes on where the arena's ends waits
@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+from pdserve.config import SsdWrite
 from pdserve.errors import BlockMissing, CapacityError
 from pdserve.ids import BlockKey, SlotId
 from pdserve.kvstore.answers import ClaimGrant, PrefixQuote
@@ -35,8 +36,6 @@ from pdserve.kvstore.ssd.log import Block, SsdLog
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-WritePolicy = Literal["second_touch", "write_through", "on_evict"]
 
 WRITES_WAITING_MAX = 32
 """Prefixes, or groups of evicted blocks, that wait to go down."""
@@ -83,7 +82,7 @@ _Job = tuple[BlockKey, ...] | list[Block]  # a prefix in the arena, or copies of
 
 class SsdTier:
     def __init__(
-        self, core: StoreCore, arena: Arena, log: SsdLog, *, policy: WritePolicy = "second_touch"
+        self, core: StoreCore, arena: Arena, log: SsdLog, *, policy: SsdWrite = "second_touch"
     ) -> None:
         """``core`` counts what is in ``log`` as stored."""
         self.settle: Callable[[], None] = lambda: None

@@ -13,6 +13,15 @@ def chain(document: int, length: int) -> Blocks:
     return tuple(names[:length])
 
 
+def told_more(told: set[int], cache: BlockCache) -> set[int]:
+    """What somebody knows of it who knew ``told`` and hears what has changed since: never what is
+    known, never that something left of which nothing was heard."""
+    added, removed = cache.take_changes()
+    assert set(removed) <= told
+    assert not told & set(added)
+    return (told - set(removed)) | set(added)
+
+
 def test_children_are_evicted_before_their_parents() -> None:
     cache = BlockCache(4)
     cache.touch(chain(1, 4))
@@ -48,12 +57,8 @@ def test_what_is_told_is_what_is_there_and_never_too_much(
         cache.touch(chain(document, length))
         assert block_max is None or len(cache) <= block_max
         if tells:
-            added, removed = cache.take_changes()
-            assert set(removed) <= told
-            assert not told & set(added)
-            told = (told - set(removed)) | set(added)
-    added, removed = cache.take_changes()
-    told = (told - set(removed)) | set(added)
+            told = told_more(told, cache)
+    told = told_more(told, cache)
     assert len(told) == len(cache)
     for document in range(1, 6):
         here = [key in told for key in chain(document, 8)]
@@ -76,6 +81,5 @@ def test_it_is_a_list_by_last_use_however_many_are_found_at_once(
             if shrinks:  # a prompt takes the room
                 cache.trim(block_max // 2)
                 used = used[max(0, len(used) - block_max // 2) :]
-            added, removed = cache.take_changes()
-            told = (told - set(removed)) | set(added)
+            told = told_more(told, cache)
             assert told == set(used)

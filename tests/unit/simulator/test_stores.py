@@ -3,10 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.config import SsdWrite
 from pdserve.simulator.caches import Blocks
-from pdserve.simulator.settings import DiskWrite, SimulationSettings
+from pdserve.simulator.settings import SimulationSettings
 from pdserve.simulator.stores import Disk, Holders, HostStore, stores_of
-from tests.unit.simulator.test_caches import chain
+from tests.unit.simulator.test_caches import chain, told_more
 
 HOSTS, BLOCK_TOKENS = 3, 16
 
@@ -58,7 +59,7 @@ def test_where_nothing_is_fetched_nobody_else_has_anything() -> None:
 # ── disks ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def store_with_disk(memory_blocks: int, disk_blocks: int | None, write: DiskWrite) -> HostStore:
+def store_with_disk(memory_blocks: int, disk_blocks: int | None, write: SsdWrite) -> HostStore:
     return HostStore(memory_blocks, 0, None, Disk(disk_blocks, write))
 
 
@@ -133,7 +134,7 @@ def test_what_is_told_is_what_memory_or_disk_has(
     steps: list[tuple[int, int, bool, bool]],
     memory_blocks: int,
     disk_blocks: int | None,
-    write: DiskWrite,
+    write: SsdWrite,
 ) -> None:
     holders = Holders()
     store = HostStore(memory_blocks, 0, holders, Disk(disk_blocks, write))
@@ -146,12 +147,8 @@ def test_what_is_told_is_what_memory_or_disk_has(
         else:
             store.stored(keys)
         if tells:
-            added, removed = store.take_changes()
-            assert set(removed) <= told
-            assert not told & set(added)
-            told = (told - set(removed)) | set(added)
-    added, removed = store.take_changes()
-    told = (told - set(removed)) | set(added)
+            told = told_more(told, store)
+    told = told_more(told, store)
     for document in range(1, 5):
         keys = chain(document, 8)
         prefix = store.prefix_blocks(keys)

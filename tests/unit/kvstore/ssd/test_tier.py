@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pdserve.config import SsdWrite
 from pdserve.ids import BlockKey, StoreId
 from pdserve.kvstore.arena import Geometry, block_checksum, create_arena
 from pdserve.kvstore.core import StoreCore
@@ -17,7 +18,6 @@ from pdserve.kvstore.ssd.tier import (
     READ_FAILURES_MAX,
     WRITES_WAITING_MAX,
     SsdTier,
-    WritePolicy,
     parts_of,
 )
 
@@ -37,7 +37,7 @@ def content(key: BlockKey) -> bytes:
 class Rig:
     """What a node has, but for its connections. ``settle`` is the server's part."""
 
-    def __init__(self, directory: Path, policy: WritePolicy = "second_touch") -> None:
+    def __init__(self, directory: Path, policy: SsdWrite = "second_touch") -> None:
         directory.mkdir(exist_ok=True)
         geometry = Geometry(SLOT_COUNT, BLOCK_BYTES)
         self.arena = create_arena(directory / f"arena{policy}", geometry, StoreId("s"))

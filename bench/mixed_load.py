@@ -1,14 +1,14 @@
 """Chats beside long prompts: our cluster in five forms, and the best that vLLM's CPU build can do.
 
     python -m bench.mixed_load [--quick] [--seconds 300] [--seeds 3] [--rate 1.6] [--json FILE]
-                               [--only ours|vllm] [--headline "aggregated skip_join"]
+                               [--only ours|vllm|headline] [--headline "aggregated skip_join"]
                                [--vllm 512,128,fcfs] [--tuning-seconds 120] [--work DIRECTORY]
 
 The load is that of ``peers/mixed_load.py``: 80 % chats (64 tokens in, 64 out) and 20 % long prompts
 (1,536 in, 16 out), Poisson, random token ids, greedy, no end before the last token, bf16 on both
 sides. Ours: one worker per pool, {aggregated, disaggregated} × {fcfs, skip_join}, so that the share
 of each step shows; and once more with the file's own weights of 4 bits. The bars are for the form
-that ``--headline`` names.
+that ``--headline`` names; ``--only headline`` measures no other beside vLLM.
 
 *The peer* is the best of vLLM over chunk budget {default, 256, 512} × long-prefill threshold
 {0, 64, 128} × {fcfs, priority with chats first}, chosen by the 90th percentile of the chats' time
@@ -96,7 +96,7 @@ def measure(options: Options) -> Iterator[Row]:
         if peer is None:
             peer, rows = tuned(work, options)
             yield from rows
-    forms: list[Form] = [*(OURS if given.only != "vllm" else []), *([peer] if peer else [])]
+    forms: list[Form] = [*ours_of(given), *([peer] if peer else [])]
     if forms:
         runs = all_runs(work, forms, options)
         headline = None if peer is None else given.headline
@@ -105,6 +105,12 @@ def measure(options: Options) -> Iterator[Row]:
                 yield from rows_of(form, runs, peer, with_bars=form.name == headline)
     if missing:
         yield skipped("all of it beside vLLM", "", missing)
+
+
+def ours_of(given: argparse.Namespace) -> list[Ours]:
+    if given.only == "headline":
+        return [form for form in OURS if form.name == given.headline]
+    return OURS if given.only != "vllm" else []
 
 
 def tuned(work: Work, options: Options) -> tuple[Vllm, list[Row]]:
@@ -214,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="of each run; 300, with --quick 40")
     parser.add_argument("--seeds", type=int, help="runs of each form; 3, with --quick 1")
     parser.add_argument("--rate", type=float, default=1.6, help="requests per second")
-    parser.add_argument("--only", choices=("ours", "vllm"))
+    parser.add_argument("--only", choices=("ours", "vllm", "headline"))
     parser.add_argument("--headline", choices=[form.name for form in OURS], default=HEADLINE)
     parser.add_argument("--vllm", type=vllm_setting, help="compare with this setting, try none")
     parser.add_argument("--tuning-seconds", type=float, help="per setting; 120, with --quick 30")

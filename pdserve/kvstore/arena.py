@@ -74,6 +74,14 @@ REST_RATIO = 50
 """Touching memory beside other work, one rests so many times as long as a piece took: 2 % of a
 core, and hardly a page is touched before ``warming`` has cleared it."""
 
+BUSY_REST_S = 0.5
+"""Of who clears pages and does not have a core for itself: of each half a second it takes a few
+milliseconds. The kernel alone gives an idle task 8 % of a core beside niced ones, such as Ray's
+workers are."""
+
+Clocks = Callable[[], tuple[float, float]]
+"""The time, and the processor time that this process has had; both in seconds."""
+
 _MADV_POPULATE_READ = 22
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -350,15 +358,27 @@ def allocate(path: Path, offset: int, count: int = ALLOCATED_BYTES) -> int:
         os.close(descriptor)
 
 
-def touch(path: Path, goes_on: Callable[[], bool]) -> None:
-    """Touch a file's pages, which have memory, piece by piece while ``goes_on``. The kernel clears
-    a page when it is touched first: 0.3 s per GB, 2.5 where a virtual machine must get it back."""
+def _clocks() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def touch(path: Path, rest: Callable[[float], object], *, clocks: Clocks = _clocks) -> None:
+    """Touch a file's pages, which have memory, piece by piece. The kernel clears a page when it is
+    touched first: 0.3 s per GB, 2.5 where a virtual machine must get it back.
+
+    After each piece it calls ``rest`` with the seconds to wait: none while it has a core for
+    itself, ``BUSY_REST_S`` after a piece of which it spent more than half waiting for one. What is
+    true ends it.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         pages = np.frombuffer(mapped, np.uint8)
         for start in range(0, len(pages), TOUCHED_BYTES):
-            if not goes_on():
-                break
+            began_s, had_s = clocks()
             _touch(pages[start : start + TOUCHED_BYTES])
+            ended_s, have_s = clocks()
+            alone = ended_s - began_s <= 2 * (have_s - had_s)
+            if rest(0.0 if alone else BUSY_REST_S):
+                break
         del pages  # or the mapping could not be closed
 
 

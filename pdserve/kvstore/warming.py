@@ -2,13 +2,14 @@
 
     python -m pdserve.kvstore.warming ARENA
 
-It runs while nobody else wants the core (``SCHED_IDLE``), and ends when it is done or when the
-process that started it has ended. A process, since a thread of that kind would hold the interpreter
-lock of a store node for as long as others keep the cores busy.
+It runs while nobody else wants the core (``SCHED_IDLE``, and rests where that is not enough), and
+ends when it is done or when the process that started it has ended. A process, since a thread of
+that kind would hold the interpreter lock of a store node for as long as others keep the cores busy.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -17,7 +18,11 @@ def main(path: str) -> None:
     parent = os.getppid()
     from pdserve.kvstore.arena import touch  # numpy; now, or it would compete with the start
 
-    touch(Path(path), lambda: os.getppid() == parent)
+    def rest(seconds: float) -> bool:
+        time.sleep(seconds)
+        return os.getppid() != parent
+
+    touch(Path(path), rest)
 
 
 if __name__ == "__main__":

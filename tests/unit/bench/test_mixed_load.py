@@ -184,3 +184,9 @@ def test_the_peer_alone_is_its_choice_and_its_rows(monkeypatch: pytest.MonkeyPat
     measured = [made.name for made in rows if made.value is not None]
     assert len(measured) == 2 + 6
     assert not [name for name in measured if "skip_join" in name]
+
+
+def test_the_headline_alone_stands_beside_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table(monkeypatch, "--only", "headline", "--vllm", "256,64,fcfs")
+    assert {made.name.split(", ")[1] for made in rows} == {FORM.name}
+    assert len([made for made in rows if made.bar]) == 4

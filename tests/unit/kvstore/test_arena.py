@@ -12,7 +12,9 @@ from pdserve.errors import ConfigError, StoreUnavailable
 from pdserve.ids import BlockKey, SlotId, StoreId
 from pdserve.kvstore.arena import (
     ALIGNMENT_BYTES,
+    BUSY_REST_S,
     SLOTS_MAX,
+    TOUCHED_BYTES,
     Geometry,
     allocate,
     block_checksum,
@@ -128,7 +130,7 @@ def test_touched_pages_need_no_clearing(shared_memory: Path) -> None:
     path = shared_memory / "arena"
     create_arena(path, Geometry(500, mmap.PAGESIZE), STORE)
     allocate(path, 0)
-    touch(path, lambda: True)
+    touch(path, lambda _: None)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         assert not any(mapped[at] for at in range(mmap.PAGESIZE * 10, len(mapped), mmap.PAGESIZE))
@@ -138,9 +140,19 @@ def test_touched_pages_need_no_clearing(shared_memory: Path) -> None:
 def test_touching_ends_when_it_is_told_to(shared_memory: Path) -> None:
     path = shared_memory / "arena"
     create_arena(path, Geometry(5, 4 << 20), STORE)
-    asked = iter([True, True, False])
-    touch(path, lambda: next(asked))
-    assert path.stat().st_blocks * 512 <= 12 << 20
+    asked = iter([False, True])
+    touch(path, lambda _: next(asked))
+    assert path.stat().st_blocks * 512 <= 8 << 20
+
+
+def test_who_touches_pages_rests_while_it_has_no_core_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "arena"
+    path.write_bytes(bytes(3 * TOUCHED_BYTES))
+    times = [(0.0, 7.0), (0.010, 7.006), (1.0, 8.0), (1.010, 8.004), (2.0, 9.0), (2.5, 9.5)]
+    clocks = iter(times)
+    rests: list[float] = []
+    touch(path, rests.append, clocks=lambda: next(clocks))
+    assert rests == [0.0, BUSY_REST_S, 0.0]
 
 
 def test_a_checksum_covers_key_and_payload() -> None:

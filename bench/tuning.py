@@ -24,9 +24,13 @@ ALL_SETTINGS = [
         BUDGETS_TOKENS, THRESHOLDS_TOKENS, (False, True)
     )
 ]
-FEW_SETTINGS = [Vllm(None, 0, False), Vllm(512, 128, False), Vllm(512, 128, True)]
-"""For a quick look: the defaults, and what was best when all were tried, with and without
-priorities."""
+FEW_SETTINGS = [
+    Vllm(None, 0, False),
+    Vllm(512, 64, False),
+    Vllm(512, 128, False),
+    Vllm(512, 128, True),
+]
+"""For a quick look: the defaults, and what was best whenever all were tried."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,10 +74,9 @@ REST_RATIO = 50
 """Touching memory beside other work, one rests so many times as long as a piece took: 2 % of a
 core, and hardly a page is touched before ``warming`` has cleared it."""
 
-BUSY_REST_S = 0.5
-"""Of who clears pages and does not have a core for itself: of each half a second it takes a few
-milliseconds. The kernel alone gives an idle task 8 % of a core beside niced ones, such as Ray's
-workers are."""
+BUSY_REST_S = 2.0
+"""Of who clears pages and has no core for itself. It notices after some 30 ms, so that it takes
+2 % of a core. The kernel alone gives an idle task 8 % beside niced ones, as Ray's workers are."""
 
 Clocks = Callable[[], tuple[float, float]]
 """The time, and the processor time that this process has had; both in seconds."""

@@ -149,7 +149,7 @@ def test_a_run_chooses_the_peer_and_sets_every_form_beside_it(
 ) -> None:
     rows = table(monkeypatch)
     choice = [made for made in rows if made.name.startswith("choice")]
-    assert [made.skipped for made in choice] == ["", "", "it ended with 1"]
+    assert [made.skipped for made in choice] == ["", "", "", "it ended with 1"]
     compared_rows = [made for made in rows if made.ratio is not None]
     assert {made.reference for made in compared_rows} == {"vLLM 512/128/priority"}
     assert len(compared_rows) == len(OURS) * 6
@@ -182,7 +182,7 @@ def test_without_a_peer_ours_is_measured_and_nothing_is_promised(
 def test_the_peer_alone_is_its_choice_and_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(monkeypatch, "--only", "vllm")
     measured = [made.name for made in rows if made.value is not None]
-    assert len(measured) == 2 + 6
+    assert len(measured) == 3 + 6
     assert not [name for name in measured if "skip_join" in name]
 
 

@@ -73,7 +73,7 @@ class Admission:
 
     def refusal(self, state: RouterState, request: Request, now_ns: int) -> PdserveError | None:
         settings = state.settings
-        self._pace.observe(len(state.lines), lambda: _computed_work_ns(state), now_ns)
+        self._pace.observe(len(state.lines), state.computed_work_ns, now_ns)
         if request.attempt >= settings.attempts_max:
             return WorkerLost(
                 f"attempt {request.attempt} of {settings.attempts_max}: workers died under every "
@@ -215,19 +215,10 @@ def predicted_ttft_ns(
         waiting_ns = shared.work_before_ns(work_ns)
         if turns:
             waiting_ns = min(waiting_ns, state.tenants.before_ns(request.tenant, work_ns))
-    running_ns = _running_ns(state)
+    running_ns = round(sum([worker.left_ns for worker in fleet.all()]))
     if workers is None:
         return (waiting_ns + running_ns) // fleet.prefill_count + work_ns
     return round(waiting_ns / workers) + running_ns // fleet.prefill_count + work_ns
-
-
-def _running_ns(state: RouterState) -> int:
-    """Predicted, of what is at workers."""
-    return round(sum([worker.left_ns for worker in state.fleet.all()]))
-
-
-def _computed_work_ns(state: RouterState) -> int:
-    return state.dispatched_work_ns - _running_ns(state)
 
 
 def candidates(state: RouterState, entry: Entry) -> list[Candidate]:

@@ -19,7 +19,7 @@ back together; so returns are given out one after the other, as fast as the queu
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from pdserve.clock import MS, S
@@ -50,11 +50,11 @@ class Pace:
         self._samples: deque[tuple[int, int]] = deque()  # (instant, work computed by then)
         self._is_served = True
 
-    def observe(self, waiting: int, computed_work_ns: Callable[[], int], now_ns: int) -> None:
+    def observe(self, waiting: int, computed_work_ns: int, now_ns: int) -> None:
         """
         Args:
             waiting: requests in the queue.
-            computed_work_ns: predicted work of all dispatches so far without what is left of it.
+            computed_work_ns: predicted work of all that has been computed so far.
             now_ns: never before that of an earlier call.
         """
         samples = self._samples
@@ -63,7 +63,7 @@ class Pace:
             return
         if samples and now_ns - samples[-1][0] < PACE_EVERY_NS:
             return
-        samples.append((now_ns, computed_work_ns()))
+        samples.append((now_ns, computed_work_ns))
         while now_ns - samples[0][0] > PACE_NS_MAX:
             samples.popleft()
 

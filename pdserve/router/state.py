@@ -86,7 +86,7 @@ class RouterState:
         self.unconfirmed: deque[Unconfirmed] = deque(maxlen=ORPHANS_MAX)  # their requests are gone
         self.patience = Deadlines()  # of those who wait for their first dispatch
         self.tenants = TenantQueues(settings.tenant_weights)
-        self.dispatched_work_ns = 0  # predicted, of all dispatches so far
+        self.computed_work_ns = 0  # predicted, of all chunks so far
         self.queued_work_ns = 0
         self.arrived_work_ns = 0  # predicted, of all that were ever admitted
         self.bound_work_ns: Counter[WorkerId | None] = Counter()  # the same, by line
@@ -213,7 +213,6 @@ class RouterState:
         order = self.lines.of(entry)
         order.dispatched(entry, now_ns)
         order.remove(entry)
-        self.dispatched_work_ns += entry.work_ns
         self._unqueue(entry)
         self.patience.remove(entry.id)
         entry.hits = entry.shadow_job = None  # from now on its work shrinks because it is done
@@ -287,7 +286,9 @@ class RouterState:
             self.counters["tokens_lost"] += known_tokens - chunk.computed_tokens
         entry.computed_tokens = chunk.computed_tokens
         entry.cached_tokens = min(entry.cached_tokens, chunk.computed_tokens)
-        worker.prompts[entry.id] = self._held(entry, is_new=False)
+        left = self._held(entry, is_new=False)
+        self.computed_work_ns += max(0, worker.prompts[entry.id].work_ns - left.work_ns)
+        worker.prompts[entry.id] = left
         worker.free_at_ns = now_ns + round(worker.left_ns)
         left_tokens = entry.total_tokens - entry.computed_tokens
         if left_tokens > 0:
@@ -299,6 +300,9 @@ class RouterState:
     def prefill_done(self, entry: Entry, now_ns: int) -> None:
         entry.phase = advance(entry.phase, Event.PREFILL_DONE)
         entry.prefilled_by = entry.prefill
+        prefill = self.fleet.get(entry.prefill)
+        if prefill is not None:
+            self.computed_work_ns += prefill.prompts[entry.id].work_ns
         self._release_prefill(entry, now_ns)
         self._forget_order(entry)
 

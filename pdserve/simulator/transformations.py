@@ -4,8 +4,10 @@ Load is changed by scaling *time*, never by leaving requests out: dropping some 
 prefixes that others reuse, and with them the trace's cache hits.
 """
 
+import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +17,12 @@ from pdserve.simulator.traces import Trace, TraceRequest
 TICK_REQUESTS_MIN = 4.0
 """Requests per distinct instant, on average, from which arrivals are taken for quantised."""
 
+TICK_JITTER_RATIO = 0.01
+"""Of a tick: a gap is a whole number of them, give or take so much."""
+
+TICK_OFF_RATIO_MAX = 0.05
+"""Of all gaps: so many may be further off."""
+
 TIDE_STEPS = 1_000
 """In which a tide's pace is taken for constant."""
 
@@ -23,12 +31,16 @@ def tick_ns(trace: Trace) -> int | None:
     """The tick to which the arrivals were rounded, or None if they were not.
 
     That is where few instants carry many requests each. All instants are then multiples of their
-    greatest common divisor.
+    greatest common divisor, or nearly multiples of the usual gap between two: the clock of who
+    recorded Mooncake's conversations every 3 s was a millisecond early or late.
     """
     instants = sorted({request.arrival_ns for request in trace.requests})
     if len(instants) < 2 or len(trace.requests) < TICK_REQUESTS_MIN * len(instants):
         return None
-    return math.gcd(*instants)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(instants)]
+    usual = statistics.median_low(gaps)
+    off = sum(abs(gap - round(gap / usual) * usual) > TICK_JITTER_RATIO * usual for gap in gaps)
+    return usual if off <= TICK_OFF_RATIO_MAX * len(gaps) else math.gcd(*instants)
 
 
 def spread(trace: Trace, seed: int) -> Trace:

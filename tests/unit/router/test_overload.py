@@ -1,6 +1,5 @@
 """Shedding as a policy: pace, shares, returns; and the whole of it in a small simulated cluster."""
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.clock import MS, S
+from pdserve.lifecycle import Event
 from pdserve.messages import Refused, Request, ServiceClass
 from pdserve.router.admission import CHECK_NS
 from pdserve.router.core import Command, RouterCore
@@ -44,30 +44,30 @@ def test_the_pace_is_that_of_the_queue_and_never_more_than_there_are_workers() -
         pace = Pace()
         for step in range(20):
             now_ns = step * S
-            pace.observe(BACKLOG_MIN, functools.partial(round, work_per_s * now_ns), now_ns)
+            pace.observe(BACKLOG_MIN, round(work_per_s * now_ns), now_ns)
         assert pace.workers(4) == pytest.approx(workers)
 
 
 def test_without_a_backlog_nobody_knows_the_pace() -> None:
     pace = Pace()
-    pace.observe(BACKLOG_MIN, lambda: 0, 0)
-    pace.observe(BACKLOG_MIN, lambda: 0, PACE_NS_MIN - 1)
+    pace.observe(BACKLOG_MIN, 0, 0)
+    pace.observe(BACKLOG_MIN, 0, PACE_NS_MIN - 1)
     assert pace.workers(3) == 3.0
-    pace.observe(BACKLOG_MIN, lambda: 0, PACE_NS_MIN + S)
+    pace.observe(BACKLOG_MIN, 0, PACE_NS_MIN + S)
     assert pace.workers(3) == PACE_MIN
-    pace.observe(BACKLOG_MIN - 1, lambda: 0, PACE_NS_MIN + 2 * S)
+    pace.observe(BACKLOG_MIN - 1, 0, PACE_NS_MIN + 2 * S)
     assert pace.workers(3) == 3.0
 
 
 def test_what_waits_while_nobody_serves_says_nothing_of_the_pace() -> None:
     pace = Pace()
-    pace.observe(BACKLOG_MIN, lambda: 0, 0)
+    pace.observe(BACKLOG_MIN, 0, 0)
     pace.set_workers(0)
-    pace.observe(BACKLOG_MIN, lambda: 0, 3 * S)
+    pace.observe(BACKLOG_MIN, 0, 3 * S)
     pace.set_workers(2)
-    pace.observe(BACKLOG_MIN, lambda: 0, 6 * S)
+    pace.observe(BACKLOG_MIN, 0, 6 * S)
     assert pace.workers(2) == 2.0
-    pace.observe(BACKLOG_MIN, lambda: 0, 6 * S + PACE_NS_MIN)
+    pace.observe(BACKLOG_MIN, 0, 6 * S + PACE_NS_MIN)
     assert pace.workers(2) == PACE_MIN
 
 
@@ -80,6 +80,25 @@ def test_while_a_long_prompt_is_computed_the_queue_is_not_taken_to_stand_still()
         p0.chunk(request("long", 12_800), (chunk + 1) * 128, elapsed_ms=128, now_ns=now_ns)
         commands = core.on_submit(request(f"short {chunk}", 100), now_ns)
         assert not [c.message.error for c in commands if isinstance(c.message, Refused)]
+
+
+def test_what_is_computed_is_as_much_as_was_to_do_where_it_was_computed() -> None:
+    """Nobody takes back what is computed: not because a worker is slow, which raises what is left
+    of its prompts, nor because another has cached what this one computes."""
+    core, (p0, _) = core_with(hello("p0", chunk_tokens=128), hello("d0"), config=FCFS)
+    asked = request("long", 512)
+    core.on_submit(asked, 0)
+    worker = core.state.fleet.get(p0.hello.worker)
+    assert worker is not None
+    work_ns = worker.prompts[asked.request].work_ns
+    assert core.state.computed_work_ns == 0
+    computed_ns = []
+    for chunk in range(3):
+        p0.chunk(asked, (chunk + 1) * 128, elapsed_ms=900, now_ns=(chunk + 1) * S)
+        computed_ns.append(core.state.computed_work_ns)
+    assert computed_ns == sorted(set(computed_ns))
+    p0.event(asked, Event.PREFILL_DONE, now_ns=4 * S)
+    assert computed_ns[-1] < core.state.computed_work_ns <= work_ns
 
 
 def test_who_comes_when_a_pool_is_back_is_not_refused_for_the_time_that_it_was_away() -> None:

@@ -1,9 +1,11 @@
+import itertools
+import statistics
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from pdserve.clock import S
+from pdserve.clock import MS, S
 from pdserve.simulator.synthetic import always, exponential, merged, poisson
 from pdserve.simulator.traces import Trace, TraceRequest
 from pdserve.simulator.transformations import (
@@ -36,6 +38,25 @@ def test_a_tick_is_found_where_there_is_one() -> None:
     assert tick_ns(ticking()) == 3 * S
     assert tick_ns(poisson(50, 1.0, seed=1, prompt=always(5))) is None
     assert tick_ns(first(ticking(), 3)) is None  # one instant says nothing about a tick
+
+
+def test_a_tick_of_a_clock_that_is_early_or_late_is_found() -> None:
+    """Mooncake's conversations came every 2,999, 3,000 or 3,001 ms; its divisor is one of them."""
+    late = [
+        replace(each, arrival_ns=each.arrival_ns - each.arrival_ns // S % 2 * MS)
+        for each in ticking().requests
+    ]
+    assert tick_ns(replace(ticking(), requests=tuple(late))) == pytest.approx(3 * S, rel=0.001)
+    spread_out = spread(replace(ticking(), requests=tuple(late)), seed=1)
+    gaps_ns = [b.arrival_ns - a.arrival_ns for a, b in itertools.pairwise(spread_out.requests)]
+    assert max(gaps_ns) < 3 * S
+    assert statistics.median(gaps_ns) > 0.1 * S
+
+
+def test_a_tick_at_which_often_nobody_comes_is_found() -> None:
+    instants_s = [0, 2, 4, 5, 7, 10, 12, 14]
+    requests = [TraceRequest(at * S, 100, 1) for at in instants_s for _ in range(5)]
+    assert tick_ns(Trace(tuple(requests), 16, "sparse")) == S
 
 
 def test_spread_arrivals_stay_within_their_tick_and_differ_by_seed() -> None:

@@ -11,6 +11,7 @@ from pdserve.simulator.attempt import Attempt
 from pdserve.simulator.batch import Batch
 from pdserve.simulator.chunks import Chunks
 from pdserve.simulator.pace import Pace
+from pdserve.simulator.reports import REPORT_NS_MAX
 from pdserve.simulator.settings import SimulationSettings
 
 _NEVER: Final = 1 << 62
@@ -113,8 +114,15 @@ class Engine:
         steps = _NEVER if head is None else self._steps_of_prompt(head)
         if batch.count:
             steps = batch.steps_within(batch_blocks, min(steps, batch.steps_to_end()))
+        elapsed_ns = self._pace.elapsed_ns(self._passed + steps)
+        if head is not None and self._settings.chunk_reports_max:
+            due_ns = head.reported_ns + REPORT_NS_MAX - self._origin_ns
+            if elapsed_ns > due_ns:
+                first, last = self._passed + 1, self._passed + steps
+                steps = self._pace.steps_until(due_ns, first, last) - self._passed
+                elapsed_ns = self._pace.elapsed_ns(self._passed + steps)
         self.planned = steps
-        self._planned_ns = self._origin_ns + round(self._pace.elapsed_ns(self._passed + steps))
+        self._planned_ns = self._origin_ns + round(elapsed_ns)
         return self._planned_ns
 
     def _new_pace(self) -> Pace:
@@ -139,8 +147,9 @@ class Engine:
         return pace
 
     def _steps_of_prompt(self, head: Attempt) -> int:
-        """Until it is computed, or has a chunk to report: every so many where somebody may preempt
-        it, and the last but one, after which the router may send the next prompt."""
+        """Until it is computed, or has a chunk to report, however soon that is due: every so many
+        where somebody may preempt it, and the last but one, after which the router may send the
+        next prompt."""
         reports, passed = self._settings.chunk_reports_max, self._passed
         left = self._pace.steps_to(head.uncached_tokens) - passed
         if not reports or left <= 1:

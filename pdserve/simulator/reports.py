@@ -26,7 +26,7 @@ from pdserve.simulator.caches import BlockCache, Blocks
 from pdserve.simulator.traces import some_tokens
 
 REPORT_NS_MAX: Final = S
-"""A worker with streams reports at least so often, as live ones do."""
+"""A worker that does anything reports at least so often, as live ones do."""
 
 RETRY_AFTER_MS: Final = 100
 

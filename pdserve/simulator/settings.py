@@ -121,9 +121,10 @@ class SimulationSettings:
     """Part of a chunk's time that hides behind the streams of the same step: 0 adds them up."""
 
     chunk_reports_max: int = 2
-    """Reports at chunk borders per prefill, evenly spaced, and one at the last border but one. A
-    live worker reports every one; a few tell the router the same, a little later. Without
-    preemption only the last one matters; 0 leaves that out too."""
+    """Reports at chunk borders per prefill, evenly spaced, and one at the last border but one; of
+    long prompts one a second beside them. A live worker reports every one; a few tell the router
+    the same, a little later. Without preemption only the last one matters, and those that show
+    how fast the queue moves; 0 leaves all of them out."""
 
     message_ns: int = 0
     """One way, between any two processes."""

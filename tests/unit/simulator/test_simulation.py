@@ -235,6 +235,14 @@ def test_deadlines_end_what_is_late() -> None:
     check_conservation(result)
 
 
+def test_while_a_long_prompt_is_computed_the_queue_is_seen_to_move() -> None:
+    """Whoever took its pace for none would predict hours, and refuse who comes."""
+    short = tuple((0.5 * i, 100, 1) for i in range(1, 40))
+    result = simulate(trace_of((0.0, 60_000, 1), *short), settings())
+    assert result.finished.all()
+    assert result.ttft_s[1] == pytest.approx(59.6, abs=0.2)
+
+
 def test_messages_take_their_time() -> None:
     result = simulate(trace_of((0.0, 250, 1)), settings(message_ns=5 * MS))
     assert result.ttft_s[0] == pytest.approx(0.255, abs=1e-6)  # of the dispatch

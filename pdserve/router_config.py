@@ -81,7 +81,7 @@ class RouterConfig(Checked):
 
     preempt_ratio: float | None = None
     """It yields only to one so many times shorter than what is left of it. None: 32 with the goal
-    ``tail``; else to whoever's key is better."""
+    ``tail``, else 4."""
 
     level_count: int = 12
     first_quantum_ms: float = 25.0

@@ -107,7 +107,11 @@ class FakeCluster:
     def __init__(self, **settings: Any) -> None:
         """``settings`` of the router, beside those that make everything happen soon."""
         base = replace(
-            build.settings(waiting_max=8), rescue_after_ms=100.0, rescue_ratio=1.0, rescue_share=0.5
+            build.settings(waiting_max=8),
+            rescue_after_ms=100.0,
+            rescue_ratio=1.0,
+            rescue_share=0.5,
+            preempt_ratio=0.01,
         )
         self.settings: RouterConfig = replace(base, **settings)
         self._tokens_of: dict[RequestId, int] = {}  # that a request will generate

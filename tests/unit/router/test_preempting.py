@@ -62,6 +62,12 @@ def test_an_operator_says_how_much_shorter_the_other_must_be() -> None:
     assert _is_preempted_under(eightfold, 160)
 
 
+def test_one_that_is_hardly_shorter_does_not_preempt() -> None:
+    assert _is_preempted_under(settings(), 370)
+    assert not _is_preempted_under(settings(), 380)  # a quarter of what is left
+    assert _is_preempted_under(replace(settings(), preempt_ratio=1.0), 380)
+
+
 def test_for_the_sake_of_the_tail_only_much_shorter_ones_preempt() -> None:
     tail = replace(settings(), goal="tail", gamma_per_s=None)
     assert not _is_preempted_under(tail, 64)

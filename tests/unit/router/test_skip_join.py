@@ -22,10 +22,16 @@ NEVER_MS = 10**9
 
 
 def _order(
-    *, gamma_per_s: float = GAMMA_PER_S, weights: dict[str, float] | None = None
+    *,
+    gamma_per_s: float = GAMMA_PER_S,
+    weights: dict[str, float] | None = None,
+    preempt_ratio: float | None = None,
 ) -> SkipJoin:
     config = RouterConfig(
-        level_count=8, rescue_after_ms=float(NEVER_MS), tenant_weights=weights or {}
+        level_count=8,
+        rescue_after_ms=float(NEVER_MS),
+        tenant_weights=weights or {},
+        preempt_ratio=preempt_ratio,
     )
     return SkipJoin(config, gamma_per_s, Counter())
 
@@ -334,7 +340,7 @@ def test_what_is_left_of_it_counts_and_not_what_it_was() -> None:
 
 def test_who_runs_by_its_tenants_right_does_not_yield_to_one_whose_tenant_is_ahead() -> None:
     """Both are as long, and the other came first; but its tenant has had two before."""
-    order = _order()
+    order = _order(preempt_ratio=1.0)
     for number, name in enumerate(("a0", "a1")):
         past = entry(name, 1000, order=-2 * number - 1, tenant="a")
         rival = entry(f"rival of {name}", 1000, order=-2 * number - 2, tenant="b")

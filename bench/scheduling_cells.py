@@ -49,6 +49,12 @@ POLICIES: Mapping[str, RouterConfig] = {
     "ours, tail": _order("skip_join", goal="tail"),
     **{f"ours, γ = {gamma:g}": _order("skip_join", gamma_per_s=gamma) for gamma in GAMMAS_PER_S},
     "ours, γ = 0.0005, no preemption": _order("skip_join", gamma_per_s=0.0005, preemption=False),
+    "ours, γ = 0.0005, for 32 times shorter, rescue of 2 %": _order(
+        "skip_join", gamma_per_s=0.0005, preempt_ratio=32, rescue_share=0.02
+    ),
+    "ours, γ = 0.02, rescue without a cap": _order(
+        "skip_join", gamma_per_s=0.02, rescue_share=1.0, rescue_ratio=0.001
+    ),
     "sjf": _order("sjf", preemption=False),
     "sjf, ageing": _order("sjf_aging", preemption=False),
     "hrrn": _order("hrrn", preemption=False),

@@ -29,9 +29,12 @@ class Chunks:
         least one token."""
         if self._double_cost is None:
             return position + steps * self.size_tokens
-        work = self._work(position) + steps * self.size_tokens
-        end = self._double_cost * (math.sqrt(1 + 2 * work / self._double_cost) - 1)
-        return max(position + steps, round(end))
+        equal = min(steps, self._equal_steps(position))
+        if equal:
+            work = self._work(position) + equal * self.size_tokens
+            end = self._double_cost * (math.sqrt(1 + 2 * work / self._double_cost) - 1)
+            position = max(position + equal, math.floor(end + 0.5))
+        return position + steps - equal
 
     def steps(self, position: int, end: int) -> int:
         """The fewest steps from there that reach ``end``."""
@@ -39,13 +42,23 @@ class Chunks:
             return 0
         if self._double_cost is None:
             return -(-(end - position) // self.size_tokens)  # ceil
-        work = self._work(end) - self._work(position)
-        steps = min(max(1, math.ceil(work / self.size_tokens - _ALMOST)), end - position)
+        equal = self._equal_steps(position)
+        border = min(end, self.after(position, equal))
+        work = self._work(border) - self._work(position)
+        steps = max(1, math.ceil(work / self.size_tokens - _ALMOST) + end - border)
         while steps > 1 and self.after(position, steps - 1) >= end:
             steps -= 1
         while self.after(position, steps) < end:
             steps += 1
         return steps
+
+    def _equal_steps(self, position: int) -> int:
+        """How many steps from there on take a token or more of equal work. Later ones take one."""
+        assert self._double_cost is not None
+        last = self._double_cost * (self.size_tokens - 1)
+        if position >= last:
+            return 0
+        return int((self._work(last) - self._work(position)) / self.size_tokens)
 
     def _work(self, position: int) -> float:
         assert self._double_cost is not None

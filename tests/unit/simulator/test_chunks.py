@@ -1,7 +1,7 @@
 """Against the live worker's own chunks, and against counting."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pdserve.prefill.batch import chunk_tokens, double_cost_tokens, equal_work_tokens
@@ -27,6 +27,7 @@ def test_the_fewest_steps_that_reach_the_end(
 @given(
     position=st.integers(0, 5000), size=SIZES, double_cost=DOUBLE_COSTS, steps=st.integers(0, 99)
 )
+@example(position=0, size=6, double_cost=2, steps=16)
 def test_every_step_takes_something(
     position: int, size: int, double_cost: int | None, steps: int
 ) -> None:

@@ -33,7 +33,7 @@ class Chunks:
         if equal:
             work = self._work(position) + equal * self.size_tokens
             end = self._double_cost * (math.sqrt(1 + 2 * work / self._double_cost) - 1)
-            position = max(position + equal, math.floor(end + 0.5))
+            position = math.floor(end + 0.5)
         return position + steps - equal
 
     def steps(self, position: int, end: int) -> int:

@@ -147,9 +147,9 @@ class Engine:
         return pace
 
     def _steps_of_prompt(self, head: Attempt) -> int:
-        """Until it is computed, or has a chunk to report, however soon that is due: every so many
-        where somebody may preempt it, and the last but one, after which the router may send the
-        next prompt."""
+        """Until it is computed, or has a chunk to report by count, for which ``plan`` may not wait:
+        every so many where somebody may preempt it, and the last but one, after which the router
+        may send the next prompt."""
         reports, passed = self._settings.chunk_reports_max, self._passed
         left = self._pace.steps_to(head.uncached_tokens) - passed
         if not reports or left <= 1:

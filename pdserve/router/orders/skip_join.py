@@ -37,7 +37,7 @@ CLASS_DELAYS_NS: Mapping[ServiceClass, int] = {
 
 PREEMPT_RATIO: Final = 4.0
 """How much shorter one must be to preempt. What that gains over what it costs is about this ratio,
-before the way through the store: half of the preemptions are worth next to nothing."""
+before the way through the store: near 1 a preemption is worth next to nothing."""
 
 TAIL_PREEMPT_RATIO: Final = 32.0
 """With the goal ``tail``. What long prefills lose to much shorter ones is little, and most of what

@@ -10,9 +10,10 @@ takes alone on two cores (about 0.1 s), a long prompt's too (about 1.5 s), and a
 tokens a second with ease. A request that is refused, or fails, is not good.
 
 The rate is searched: doubled or halved until it is known between two, then bisected until they are
-5 % apart. Each try is a load of its own (``peers/mixed_load.py``) on the form's warm server, one
-form after the other; all have the same kinds and lengths in the same order, only faster or slower,
-and prompts that the server has not seen before. A rate is given up when it fails twice.
+5 % apart. Each try lasts for ``--seconds``, or until 30 requests are expected, and is a load of its
+own (``peers/mixed_load.py``) on the form's warm server, one form after the other; all have the same
+kinds and lengths in the same order, only faster or slower, and prompts that the server has not seen
+before. A rate is given up when it fails twice.
 
 It is measured for every mode of ours, with skip-join, and for the setting of vLLM with most good
 requests under a load of another seed; and for several shares of long prompts, since where there are
@@ -46,6 +47,7 @@ GOOD_RATIO = 0.9
 FIRST_RATE_PER_S = 1.0
 PRECISION_RATIO = 1.05
 TRIES_MAX = 10
+REQUESTS_MIN = 30  # of a try: among fewer, one that is not good decides
 ATTEMPTS = 2  # at a rate, before it is given up: a moment's trouble of the machine says nothing
 TUNING_RATE_PER_S = 1.6
 REQUEST_S_MAX = 60.0  # whoever waits longer has missed every target, and keeps the next try waiting
@@ -134,8 +136,9 @@ def goodput(work: Work, targets: Targets, long_share: float, options: Options, f
         with serving(form, work.log(form)) as target:
 
             def holds_once(rate_per_s: float) -> bool:
+                lasts_s = max(seconds, REQUESTS_MIN / rate_per_s)
                 arrivals = unseen(
-                    mixed(rate_per_s=rate_per_s, seconds=seconds, seed=SEED, long_share=long_share),
+                    mixed(rate_per_s=rate_per_s, seconds=lasts_s, seed=SEED, long_share=long_share),
                     next(tries),
                 )
                 outcomes = asyncio.run(drive(target, arrivals, timeout_s=REQUEST_S_MAX))
@@ -146,7 +149,7 @@ def goodput(work: Work, targets: Targets, long_share: float, options: Options, f
 
             return highest_rate(holds)
 
-    about = ["goodput", astuple(targets), long_share, seconds, ATTEMPTS]
+    about = ["goodput", astuple(targets), long_share, seconds, REQUESTS_MIN, ATTEMPTS]
     rate: float = work.remembered(form, about, search)
     return rate
 
@@ -172,7 +175,7 @@ def shares(text: str) -> list[float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, help="of each try; 60, with --quick 20")
+    parser.add_argument("--seconds", type=float, help="of each try at least; 60, with --quick 20")
     parser.add_argument("--long-shares", type=shares, help="0,0.2, with --quick 0.2")
     parser.add_argument("--ttft-ms", type=float, default=1000.0, help="for chats")
     parser.add_argument("--long-ttft-ms", type=float, default=5000.0, help="for long prompts")

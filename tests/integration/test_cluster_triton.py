@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.integration.harness import TestCluster, running, settings
 from tests.models.reference import reference_tokens
 
@@ -9,6 +11,7 @@ PROMPT = list(range(100, 140))
 OUTPUT_TOKENS = 6
 
 
+@pytest.mark.slow
 def test_the_triton_path_serves_and_its_kernels_ran(small_model: Path, tmp_path: Path) -> None:
     config = settings(
         small_model,

@@ -182,7 +182,7 @@ def test_one_head_of_more_rows_than_a_tile_decodes_over_several_splits() -> None
     [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("window", [None, 2, 511])
-@pytest.mark.parametrize("D", [16, 128])
+@pytest.mark.parametrize("D", [16, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_row_has_the_same_bits_decoded_chunked_and_in_company(
     D: int, window: int | None, dtype: torch.dtype
 ) -> None:

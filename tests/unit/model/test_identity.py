@@ -123,10 +123,16 @@ def draw_sequences(
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ("kernels", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("torch", torch.bfloat16),
+        pytest.param("cpu", torch.float16, marks=pytest.mark.slow),
+        pytest.param("torch", torch.float32, marks=pytest.mark.slow),
+        pytest.param("torch", torch.float16, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
 @pytest.mark.parametrize("shape", [*SHAPES, *FAMILIES])
 def test_company_chunks_and_moves_change_no_bit(
     tmp_path: Path, runner_of: RunnerOf, shape: str, kernels: str, dtype: torch.dtype
@@ -143,8 +149,15 @@ def test_company_chunks_and_moves_change_no_bit(
         assert kv_of(runners[sequence.home], sequence.blocks) == sequence.kv
 
 
-@pytest.mark.parametrize("quantization", ["int4", "int8"])
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    ("kernels", "quantization"),
+    [
+        ("cpu", "int4"),
+        ("cpu", "int8"),
+        ("torch", "int8"),
+        pytest.param("torch", "int4", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_with_quantised_weights_they_change_no_bit_either(
     tmp_path: Path, runner_of: RunnerOf, tied: bool, kernels: str, quantization: Quantization
